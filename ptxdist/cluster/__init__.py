@@ -1,0 +1,1 @@
+"""The same learning over many processes and machines: ray; only `cli` imports it."""

@@ -1,0 +1,317 @@
+"""Settings: frozen, strict models, read from TOML and written as a JSON snapshot.
+
+Owns: what can be set, its defaults and its checks; the order defaults < configs < pipeline < `--set` < named options;
+how files of `configs/` and `pipelines/` are found. Refuses: unknown keys (with the nearest valid name), wrong types,
+code or imports in settings, inheritance between files. Called by: `cli`; every part receives only its own section.
+
+    Settings
+    ├── data        where the cache is                                     configs/data.toml
+    ├── train       how much machine: workers, device, precision           configs/train.toml + configs/<site>.toml
+    └── pipeline    what is trained: model, ordered stages, evaluation     pipelines/<name>.toml
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ptxdist.errors import SettingsError
+
+PACKAGE = Path(__file__).resolve().parent
+DEFAULT_PIPELINE = "paper"
+
+Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen, strict group of settings: unknown keys and silent conversions are errors."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataSettings(Section):
+    """Where the training data is."""
+
+    cache: str = Field("cache", min_length=1, description="folder that `ptxdist preprocess` wrote")
+
+
+class TrainSettings(Section):
+    """How much machine a run may use; nothing here changes what is trained, only how fast."""
+
+    workers: int = Field(1, ge=1, description="Ray Train workers (DDP ranks)")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU per worker if there is one")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    sync_batch_norm: bool = Field(True, description="batch statistics over the global batch, whatever `workers` is")
+    max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
+    keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
+
+
+class ModelSettings(Section):
+    """The network of all stages: a U-Net on ResNet-34."""
+
+    encoder_weights: str = Field("imagenet", min_length=1, description="imagenet, none, or a file of weights")
+    input_mapping: Literal["repeat", "learned"] = Field(
+        "repeat", description="grayscale to three channels: repeated, or by a learned 1x1 convolution"
+    )
+    decoder_channels: tuple[int, int, int, int, int] = Field((256, 128, 64, 32, 16))
+
+
+class StageSettings(Section):
+    """One training at one size."""
+
+    size_px: int = Field(ge=32, multiple_of=32, description="side of the square images, in px")
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="cases per optimiser step over all workers together")
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["plateau", "cosine", "constant"] = "cosine"
+    plateau_factor: float = Field(0.2, gt=0, lt=1)
+    plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")
+    swa_epochs: int = Field(0, ge=0, description="average the weights of this many last epochs; 0: none")
+    swa_update_batch_norm: bool = Field(True, description="re-estimate batch-norm statistics of the average")
+    augmentation: Literal["none", "siim"] = "siim"
+    threshold: Threshold = Field(0.5, description="probability from which a pixel counts as pneumothorax")
+    best_by: Literal["kaggle_dice", "positive_dice", "loss"] = Field(
+        "kaggle_dice", description="validation number that chooses the best weights"
+    )
+
+    @model_validator(mode="after")
+    def _swa_fits(self) -> StageSettings:
+        if self.swa_epochs > self.epochs:
+            raise ValueError(f"swa_epochs ({self.swa_epochs}) is more than epochs ({self.epochs})")
+        return self
+
+
+class EvaluationSettings(Section):
+    """How the last stage's weights are evaluated, at the resolution of the original images."""
+
+    flip_averaging: bool = Field(True, description="average the probabilities of the image and its mirror image")
+    batch_size: int = Field(4, ge=1)
+    min_area_px: int = Field(0, ge=0, description="predicted masks below this many original px are emptied")
+
+
+class PipelineSettings(Section):
+    """One experiment: a model, its ordered stages and its evaluation."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
+    purpose: str = ""
+    source: str = ""
+    target: str = ""
+    seed: int = Field(0, ge=0, lt=2**31)
+    model: ModelSettings = ModelSettings()
+    stages: tuple[StageSettings, ...] = Field(min_length=1)
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+
+class Settings(Section):
+    """Everything that decides a run."""
+
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    pipeline: PipelineSettings
+
+    @model_validator(mode="after")
+    def _workers_fit(self) -> Settings:
+        for number, stage in enumerate(self.pipeline.stages, start=1):
+            if self.train.workers > stage.batch_size:
+                raise ValueError(
+                    f"{self.train.workers} workers cannot share the global batch of {stage.batch_size} cases of "
+                    f"stage {number}; use at most {stage.batch_size} workers or set "
+                    f"pipeline.stages.{number}.batch_size"
+                )
+        return self
+
+
+def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
+    """Path of a settings file: a path as given, else `<name>.toml` in ./kind, else in ptxdist's own.
+
+    Raises SettingsError naming the files there are when none matches.
+    """
+    given = Path(name)
+    if given.suffix == ".toml" or len(given.parts) > 1:
+        if given.is_file():
+            return given
+        raise SettingsError(f"no settings file {name}: give a name such as 'exp4' or the path of a .toml file")
+    folders = _folders(kind)
+    for folder in folders:
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
+    raise SettingsError(f"no {kind[:-1]} '{name}'{_nearest(name, known)}; there are: {', '.join(known) or 'none'}")
+
+
+def _folders(kind: str) -> list[Path]:
+    # In a checkout the folders stand beside the package, in an installed wheel inside it.
+    candidates = [Path.cwd() / kind, PACKAGE.parent / kind, PACKAGE / kind]
+    return [folder for folder in candidates if folder.is_dir()]
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Content of a TOML file; SettingsError naming file and place if it does not parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
+
+
+def load_settings(
+    pipeline: str,
+    *,
+    site: str | None = None,
+    assignments: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Resolve the settings of a run.
+
+    `pipeline` and `site` are names or paths of TOML files; `assignments` are texts `a.b=value` as given with
+    `--set` (value in TOML syntax, bare words are text; stages are numbered from 1, `stages.*` means all of them);
+    `options` maps dotted keys to the values of named options (None: not given). Later sources win.
+    Raises SettingsError naming the source, the key and the nearest valid name.
+    """
+    merged: dict[str, Any] = {}
+    for name in ("data", "train", *([site] if site else [])):
+        if name == site or any((folder / f"{name}.toml").is_file() for folder in _folders("configs")):
+            path = find("configs", name)
+            content = read_toml(path)
+            _check_keys(content, path)
+            _merge(merged, content)
+    path = find("pipelines", pipeline)
+    content = {"pipeline": {"name": path.stem, **read_toml(path)}}
+    _check_keys(content, path)
+    _merge(merged, content)
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise SettingsError(f"--set {assignment}: expected key=value, such as pipeline.seed=1")
+        _assign(merged, key.strip(), _parse_value(value.strip()), f"--set {assignment}")
+    for key, value in (options or {}).items():
+        if value is not None:
+            _assign(merged, key, value, f"option for {key}")
+    try:
+        return Settings.model_validate_json(json.dumps(merged, default=str))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, path)) from error
+
+
+def snapshot(section: Section) -> dict[str, Any]:
+    """The section as plain JSON values; `restore(snapshot(s)) == s`."""
+    return section.model_dump(mode="json")
+
+
+def restore(content: Mapping[str, Any]) -> Settings:
+    """Settings from a snapshot; SettingsError when it does not fit this version of ptxdist."""
+    try:
+        return Settings.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, Path("snapshot"))) from error
+
+
+def fingerprint(*parts: object) -> str:
+    """16 hex digits over the canonical JSON of the parts (sections, texts, numbers, lists, None)."""
+    plain = [snapshot(part) if isinstance(part, Section) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Lines `key: old -> new` for every leaf that differs between two snapshots."""
+    for key in sorted({*old, *new}):
+        before, after = old.get(key), new.get(key)
+        name = f"{prefix}{key}"
+        if isinstance(before, list) and isinstance(after, list) and before and isinstance(before[0], dict):
+            before = {str(number): item for number, item in enumerate(before, start=1)}
+            after = {str(number): item for number, item in enumerate(after, start=1)}
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{name}.")
+        elif before != after:
+            yield f"{name}: {json.dumps(before)} -> {json.dumps(after)}"
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
+    for key, value in source.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)
+        else:
+            target[key] = value
+
+
+def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
+    parts = key.split(".")
+    if parts[0] in PipelineSettings.model_fields:  # `stages.1.epochs` is short for `pipeline.stages.1.epochs`
+        parts = ["pipeline", *parts]
+    nodes: list[Any] = [target]
+    model: Any = Settings
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if model is StageSettings and isinstance(nodes[0], list):
+            nodes = _stages(nodes[0], part, where)
+            if last:
+                raise SettingsError(f"{where}: name a setting of the stage, such as stages.{part}.epochs")
+            continue
+        if not (isinstance(model, type) and issubclass(model, Section)):
+            raise SettingsError(f"{where}: '{'.'.join(parts[:depth])}' is a value and has no settings inside")
+        if part not in model.model_fields:
+            raise SettingsError(f"{where}: unknown setting '{part}'{_nearest(part, model.model_fields)}")
+        model = _section_of(model, part)
+        if last:
+            if isinstance(model, type) and issubclass(model, Section):
+                raise SettingsError(f"{where}: '{key}' is a group; set one of: {', '.join(model.model_fields)}")
+            for node in nodes:
+                node[part] = value
+        else:
+            nodes = [node.setdefault(part, {}) for node in nodes]
+
+
+def _stages(stages: list[dict[str, Any]], part: str, where: str) -> list[Any]:
+    if part == "*":
+        return list(stages)
+    if not part.isdigit() or not 1 <= int(part) <= len(stages):
+        raise SettingsError(f"{where}: no stage '{part}'; the pipeline has stages 1 to {len(stages)} (or *)")
+    return [stages[int(part) - 1]]
+
+
+def _section_of(model: type[Section], key: str) -> Any:
+    annotation = model.model_fields[key].annotation
+    if annotation == tuple[StageSettings, ...]:
+        return StageSettings
+    return annotation
+
+
+def _check_keys(content: Mapping[str, Any], path: Path, model: Any = Settings, prefix: str = "") -> None:
+    for key, value in content.items():
+        if key not in model.model_fields:
+            raise SettingsError(f"{path}: unknown setting '{prefix}{key}'{_nearest(key, model.model_fields)}")
+        inner = _section_of(model, key)
+        if isinstance(inner, type) and issubclass(inner, Section):
+            for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
+                if isinstance(item, Mapping):
+                    name = f"{prefix}{key}.{number}." if isinstance(value, list) else f"{prefix}{key}."
+                    _check_keys(item, path, inner, name)
+
+
+def _nearest(name: str, valid: Any) -> str:
+    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else f" (valid: {', '.join(valid)})" if valid else ""
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        place = [str(part + 1) if isinstance(part, int) else str(part) for part in problem["loc"]]
+        message = problem["msg"].removeprefix("Value error, ")
+        found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
+        lines.append(f"{'.'.join(place) + ': ' if place else ''}{message}{found}")
+    return f"settings of {path.stem}: " + "; ".join(lines)

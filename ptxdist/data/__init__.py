@@ -1,0 +1,1 @@
+"""Files in, stores out: numpy, pydicom, zarr, cv2; never torch."""

@@ -1,0 +1,99 @@
+"""Who learns and who validates: folds that keep patients together, and what a split leaks.
+
+Owns: the split rule. Refuses: nothing. Called by: `catalog`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FOLDS = 10  # a hold-out is fold 0 of so many: 10 % of the cases
+AREA_STRATA_PX = (4_000, 16_000)  # small, medium and large masks: about a third of the real ones each
+
+
+@dataclass(frozen=True)
+class Leakage:
+    """How far validation shares patients with training, beside what a random split of the same size would do.
+
+    `grouped_by` says where the groups come from: "patient map", "PatientID" or "nothing". The random shares are
+    fractions of the validation cases and of the positive ones among them.
+    """
+
+    grouped_by: str
+    groups: int
+    positive_groups: int
+    val_cases: int
+    val_positive: int
+    shared_cases: int
+    shared_positive: int
+    random_shared: float
+    random_shared_positive: float
+
+
+def assign_folds(
+    case_ids: Sequence[str], groups: Sequence[str], areas_px: Sequence[int], *, folds: int = FOLDS, seed: int = 0
+) -> list[int]:
+    """Fold of each case: no group in two folds, folds alike in negatives and in small, medium and large masks.
+
+    The groups are dealt out, those with most positives first, each to the fold that lacks its strata most. The result
+    depends on the ids, on who shares a group and on the areas (0: negative); not on the order of the cases, nor on
+    how groups are called (a salted name would change the split). No cases give an empty list.
+    """
+    members: dict[str, list[int]] = {}
+    for index in sorted(range(len(case_ids)), key=case_ids.__getitem__):
+        members.setdefault(groups[index], []).append(index)
+    strata = np.eye(4)[[np.searchsorted((1, *AREA_STRATA_PX), area, side="right") for area in areas_px]].reshape(-1, 4)
+    counts = {group: strata[indices].sum(axis=0) for group, indices in members.items()}
+    fair_share = np.maximum(strata.sum(axis=0), 1) / folds
+
+    def turn(group: str) -> tuple[float, float, str]:
+        tie = hashlib.sha256(f"{seed} {case_ids[members[group][0]]}".encode()).hexdigest()
+        return -float(counts[group][1:].sum()), -float(counts[group].sum()), tie
+
+    have = np.zeros((folds, 4))
+    result = [0] * len(case_ids)
+    for group in sorted(members, key=turn):
+        # Growth of the squared fill: least where the strata of this group are emptiest.
+        growth = (((have + counts[group]) / fair_share) ** 2 - (have / fair_share) ** 2).sum(axis=1)
+        fold = int(np.argmin(growth))
+        have[fold] += counts[group]
+        for index in members[group]:
+            result[index] = fold
+    return result
+
+
+def measure_leakage(
+    groups: Sequence[str], positive: Sequence[bool], val: Sequence[bool], grouped_by: str, *, draws: int = 20
+) -> Leakage:
+    """Leakage of a split, and the mean of `draws` random splits with as many validation cases."""
+    group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
+    is_positive, is_val = np.asarray(positive, bool), np.asarray(val, bool)
+
+    def shared(held_out: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        return held_out & np.isin(group, group[~held_out])
+
+    shares = np.zeros((draws, 2))
+    for draw in range(draws):
+        held_out = np.zeros(len(group), bool)
+        held_out[np.random.default_rng(draw).permutation(len(group))[: is_val.sum()]] = True
+        leaked = shared(held_out)
+        shares[draw] = (
+            leaked.sum() / max(1, held_out.sum()),
+            (leaked & is_positive).sum() / max(1, (held_out & is_positive).sum()),
+        )
+    return Leakage(
+        grouped_by=grouped_by,
+        groups=len(np.unique(group)),
+        positive_groups=len(np.unique(group[is_positive])),
+        val_cases=int(is_val.sum()),
+        val_positive=int((is_val & is_positive).sum()),
+        shared_cases=int(shared(is_val).sum()),
+        shared_positive=int((shared(is_val) & is_positive).sum()),
+        random_shared=float(shares[:, 0].mean()),
+        random_shared_positive=float(shares[:, 1].mean()),
+    )

@@ -1,0 +1,87 @@
+"""Every way ptxdist can refuse, with the exit code of each.
+
+    PtxdistError            1   base; never raised itself
+    ├── SettingsError       3   an unknown setting, a wrong value, more workers than the global batch
+    ├── LabelError          4   a label table or a patient map that cannot be right
+    ├── DicomError          5   one file that is not a usable radiograph (becomes a row of rejects.csv)
+    ├── CatalogError        6   no input found, or too much of it unusable
+    ├── StoreError          7   a cache that is missing, incomplete, damaged or lacks a size
+    ├── RunError            8   a run folder that does not fit what is asked of it
+    ├── CheckpointError     9   a checkpoint or a weights file that cannot be used
+    ├── TrainingError      10   training stopped: a worker failed, the loss is not finite
+    ├── ClusterError       11   a Ray cluster that cannot be reached or a job that was refused
+    └── BusyError          12   another ptxdist process works on the same folder
+
+Owns: the error classes and their exit codes. Refuses: nothing. Called by: every module; `cli` catches
+`PtxdistError` once and prints its message. A message says what was found, what was expected, where, and what to do.
+Anything that is not a PtxdistError is a defect of ptxdist and keeps its traceback (exit code 1).
+Exit code 2 is click's, for a command line that does not parse; 130 is an interruption from the keyboard.
+"""
+
+from __future__ import annotations
+
+
+class PtxdistError(Exception):
+    """Base of all refusals. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class SettingsError(PtxdistError):
+    """A setting is unknown, has a wrong value, or contradicts another one."""
+
+    exit_code = 3
+
+
+class LabelError(PtxdistError):
+    """A label table, run-length text or patient map is malformed or contradicts itself."""
+
+    exit_code = 4
+
+
+class DicomError(PtxdistError):
+    """One file cannot be used as a radiograph; the message is the reason shown in rejects.csv."""
+
+    exit_code = 5
+
+
+class CatalogError(PtxdistError):
+    """The input as a whole cannot be used: no DICOM files, or too many rejects."""
+
+    exit_code = 6
+
+
+class StoreError(PtxdistError):
+    """A cache or one of its stores is missing, incomplete, damaged or of another size."""
+
+    exit_code = 7
+
+
+class RunError(PtxdistError):
+    """A run folder is missing, unfinished or was made with other settings."""
+
+    exit_code = 8
+
+
+class CheckpointError(PtxdistError):
+    """A checkpoint or weights file is missing, damaged or does not fit the model."""
+
+    exit_code = 9
+
+
+class TrainingError(PtxdistError):
+    """Training stopped before its end."""
+
+    exit_code = 10
+
+
+class ClusterError(PtxdistError):
+    """A Ray cluster cannot be reached, or refused or failed a job."""
+
+    exit_code = 11
+
+
+class BusyError(PtxdistError):
+    """Another ptxdist process is writing to the same folder."""
+
+    exit_code = 12

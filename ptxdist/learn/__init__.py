@@ -1,0 +1,1 @@
+"""Stores in, weights and numbers out: torch, torchvision, albumentations; never ray."""
