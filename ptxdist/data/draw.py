@@ -1,0 +1,74 @@
+"""Radiographs with masks outlined: for the report, the contact sheet of a cache, and eyes.
+
+Owns: colours and layout of pictures. Refuses: nothing. Called by: `learn.report`, `cli`. Colours are two of Okabe and
+Ito's palette, told apart by colour-blind readers too; truth is drawn solid, a prediction dashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.data.dicom import Pixels
+from ptxdist.errors import StoreError
+
+TRUTH_RGB = (0, 158, 115)  # bluish green
+PREDICTION_RGB = (230, 159, 0)  # orange
+
+Colour = npt.NDArray[np.uint8]
+
+
+def outline(
+    image: Pixels, truth: npt.NDArray[np.generic], prediction: npt.NDArray[np.generic] | None = None, side_px: int = 512
+) -> Colour:
+    """Square picture uint8 (side, side, 3), RGB: the image uint8 (n, n) with the outlines of masks (m, m).
+
+    Masks of any number type, 0 outside; sizes may differ from the image's.
+    """
+    grey = cv2.resize(
+        image, (side_px, side_px), interpolation=cv2.INTER_AREA if side_px < len(image) else cv2.INTER_CUBIC
+    )
+    picture = np.ascontiguousarray(np.repeat(grey[:, :, None], 3, axis=2))
+    for mask, colour, dashed in ((truth, TRUTH_RGB, False), (prediction, PREDICTION_RGB, True)):
+        if mask is None or not np.any(mask):
+            continue
+        binary = cv2.resize((mask != 0).astype(np.uint8), (side_px, side_px), interpolation=cv2.INTER_NEAREST)
+        contours, _ = cv2.findContours(binary, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+        for contour in contours:
+            points = contour[:, 0]
+            for start in range(0, len(points), 12):
+                end = start + (8 if dashed else 13)
+                cv2.polylines(picture, [points[start:end]], False, colour, thickness=2, lineType=cv2.LINE_AA)
+    return np.asarray(picture, np.uint8)
+
+
+def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
+    """Pictures uint8 (side, side, 3) of one side in rows, black where the last row is not full; at least one."""
+    side = len(pictures[0])
+    rows = -(-len(pictures) // columns)
+    sheet = np.zeros((rows * side, min(columns, len(pictures)) * side, 3), np.uint8)
+    for number, picture in enumerate(pictures):
+        row, column = divmod(number, columns)
+        sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = picture
+    return sheet
+
+
+def encode(picture: Colour, suffix: str) -> bytes:
+    """A picture as PNG (`.png`) or JPEG (`.jpg`) bytes."""
+    done, content = cv2.imencode(suffix, picture[:, :, ::-1])
+    if not done:
+        raise ValueError(f"cv2 cannot encode {suffix}")
+    return bytes(content)
+
+
+def save(picture: Colour, path: Path) -> None:
+    """Write a picture; StoreError when the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture, path.suffix))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be written: {error.strerror}") from error

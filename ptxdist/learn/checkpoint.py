@@ -1,0 +1,154 @@
+"""What is saved of a training: weights for others, checkpoints to go on from.
+
+    checkpoints/epoch-0003/     model.safetensors, optimizer.safetensors, average.safetensors (if there is one),
+                                state.json with the sha256 of the others
+    checkpoints/best-0002.safetensors
+
+Tensors are in safetensors files, the rest is JSON: nothing pickled. A checkpoint is written beside its place, flushed
+and renamed; one that is truncated or altered is recognised and the one before it is taken.
+
+Owns: weight keys on disk and the layout above. Refuses: files that are damaged or do not fit the model
+(CheckpointError). Called by: `loop`, `evaluate`, `cluster.worker`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ptxdist.errors import CheckpointError
+from ptxdist.rundir import file_sha256
+
+_STATE = "state.json"
+
+
+def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
+    """Write a model's state dict in one step and return the sha256 of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _write(path, save({key: value.detach().cpu().contiguous() for key, value in state.items()}))
+
+
+def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
+    """Load a file of `save_weights` into a model of the same shape.
+
+    Raises CheckpointError when the file is missing, damaged, not the one of `sha256`, or of another model.
+    """
+    if sha256 is not None and (not path.is_file() or file_sha256(path) != sha256):
+        raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
+    state = _read(path)
+    expected = model.state_dict()
+    problems = [f"{key} is missing" for key in expected if key not in state]
+    problems += [f"{key} is not known" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    if problems:
+        raise CheckpointError(f"{path} does not fit the model of these settings: {'; '.join(problems[:3])}")
+    model.load_state_dict(state)
+
+
+@dataclass
+class TrainingState:
+    """Everything a stage needs to go on after `epoch` finished epochs.
+
+    `progress` is plain JSON: the history and what else `loop` wants to remember.
+    """
+
+    epoch: int
+    model: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    average: Mapping[str, Tensor] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> None:
+    """Write `epoch-NNNN` in one step, then remove all but the `keep` newest."""
+    final = folder / f"epoch-{state.epoch:04d}"
+    draft = final.with_suffix(".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    moments = {
+        f"{index}.{name}": value
+        for index, entry in state.optimizer["state"].items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
+    parts = {"model": state.model, "optimizer": moments, **({"average": state.average} if state.average else {})}
+    content = {
+        "epoch": state.epoch,
+        "param_groups": state.optimizer["param_groups"],
+        "progress": state.progress,
+        "sha256": {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()},
+    }
+    _write(draft / _STATE, json.dumps(content).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    draft.replace(final)
+    for old in sorted(folder.glob("epoch-????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda message: None) -> TrainingState | None:
+    """The newest checkpoint that is whole; None when there is none. `on_damaged` hears of each one passed over."""
+    for path in sorted(folder.glob("epoch-????"), reverse=True):
+        try:
+            return _load(path)
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
+            on_damaged(f"checkpoint {path.name} is damaged ({error}); going back to the one before it")
+    return None
+
+
+def _load(path: Path) -> TrainingState:
+    content = json.loads((path / _STATE).read_text())
+    for name, expected in content["sha256"].items():
+        if file_sha256(path / f"{name}.safetensors") != expected:
+            raise CheckpointError(f"{name}.safetensors has another checksum")
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in _read(path / "optimizer.safetensors").items():
+        index, name = key.split(".", 1)
+        moments.setdefault(int(index), {})[name] = value
+    return TrainingState(
+        epoch=content["epoch"],
+        model=_read(path / "model.safetensors"),
+        optimizer={"state": moments, "param_groups": content["param_groups"]},
+        average=_read(path / "average.safetensors") if "average" in content["sha256"] else {},
+        progress=content["progress"],
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: {error}") from error
+
+
+def _write(path: Path, content: bytes) -> str:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}; what was saved before is kept") from error
+    return hashlib.sha256(content).hexdigest()
+
+
+def match_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on a device."""
+    return {key: value.to(device) for key, value in state.items()}

@@ -1,0 +1,37 @@
+"""What the ranks of a training share; each function is the identity when torch.distributed is not initialised.
+
+Owns: every call of torch.distributed's collectives. Refuses: nothing. Called by: `loop`, `evaluate`, `batchnorm`. Each
+rank must call `sum_over_ranks` and `barrier` equally often and in the same order, or all of them hang.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _initialised() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process, from 0; 0 when undistributed."""
+    return dist.get_rank() if _initialised() else 0
+
+
+def world_size() -> int:
+    """Number of processes; 1 when undistributed."""
+    return dist.get_world_size() if _initialised() else 1
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace the tensor, in place, by the sum of all ranks' tensors of the same shape and dtype, and return it."""
+    if _initialised():
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if _initialised():
+        dist.barrier()

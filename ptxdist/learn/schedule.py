@@ -1,0 +1,35 @@
+"""Learning rates as a function of what has happened so far; no state to save or to lose.
+
+Owns: the two schedules of the source. Refuses: nothing. Called by: `loop`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ptxdist.config import StageSettings
+
+PLATEAU_THRESHOLD = 1e-4  # relative; torch's default
+
+
+def learning_rate(stage: StageSettings, val_losses: Sequence[float]) -> float:
+    """Learning rate of the epoch that follows `val_losses` (one a finished epoch; none before the first epoch).
+
+    cosine: half a cosine from `learning_rate` towards 0 over the stage's epochs (Loshchilov and Hutter 2017, no
+    restarts), as torch's CosineAnnealingLR. plateau: times `plateau_factor` whenever more than `plateau_patience`
+    epochs went by without a loss lower by at least 0.01 %, as torch's ReduceLROnPlateau.
+    """
+    if stage.schedule == "constant":
+        return stage.learning_rate
+    if stage.schedule == "cosine":
+        return stage.learning_rate * (1 + math.cos(math.pi * len(val_losses) / stage.epochs)) / 2
+    rate, best, bad_epochs = stage.learning_rate, math.inf, 0
+    for loss in val_losses:
+        if loss < best * (1 - PLATEAU_THRESHOLD):
+            best, bad_epochs = loss, 0
+        else:
+            bad_epochs += 1
+        if bad_epochs > stage.plateau_patience:
+            rate, bad_epochs = rate * stage.plateau_factor, 0
+    return rate

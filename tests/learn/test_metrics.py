@@ -1,0 +1,123 @@
+"""Counts and scores: by hand, and as properties."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptxdist.learn.metrics import Scores, count, image_dice, scores
+
+px = st.integers(0, 2**20)
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    sizes = draw(st.lists(st.tuples(px, px), min_size=1, max_size=30))
+    return [(draw(st.integers(0, min(pair))), *pair) for pair in sizes]
+
+
+def table(*cases: tuple[int, int, int]) -> np.ndarray:
+    return np.array(cases, np.int64).reshape(-1, 3)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 5, 7), (3, 5, 7), (0, 1, 5, 7), (0, 5, 7)])
+def test_counts_are_the_px_of_intersection_prediction_and_truth(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, truth = (torch.rand(shape, generator=generator) > 0.6 for _ in range(2))
+    expected = [[int((p & t).sum()), int(p.sum()), int(t.sum())] for p, t in zip(prediction, truth, strict=True)]
+    counts = count(prediction, truth)
+    assert counts.dtype == torch.int64
+    assert counts.shape == (shape[0], 3)
+    assert counts.tolist() == expected
+
+
+def test_counts_of_a_full_size_mask_do_not_overflow() -> None:
+    full = torch.ones(1, 1, 1024, 1024, dtype=torch.bool)
+    assert count(full, full).tolist() == [[2**20] * 3]
+
+
+def test_image_dice_follows_the_rules_of_the_challenge() -> None:
+    counts = table((0, 0, 0), (0, 5, 0), (0, 0, 5), (0, 5, 5), (4, 4, 4), (2, 4, 6))
+    assert image_dice(counts).tolist() == [1, 0, 0, 0, 1, 0.4]
+    assert image_dice(table()).shape == (0,)
+
+
+def test_the_three_dice_scores_differ_as_computed_by_hand() -> None:
+    result = scores(table((0, 0, 0), (0, 10, 0), (50, 100, 100), (0, 0, 30)))
+    assert result == Scores(
+        cases=4,
+        positives=2,
+        kaggle_dice=(1 + 0 + 0.5 + 0) / 4,
+        positive_dice=(0.5 + 0) / 2,
+        pooled_dice=2 * 50 / (110 + 130),
+        sensitivity=1 / 2,
+        specificity=1 / 2,
+        all_empty_dice=2 / 4,
+    )
+    assert not result.equals_all_empty
+
+
+def test_empty_masks_for_all_training_images_score_what_was_measured() -> None:
+    result = scores(table(*[(0, 0, 0)] * 9378, *[(0, 0, 8630)] * 2669))
+    assert result.kaggle_dice == pytest.approx(0.77845, abs=1e-6)
+    assert result.kaggle_dice == result.all_empty_dice
+    assert (result.positive_dice, result.pooled_dice, result.sensitivity, result.specificity) == (0, 0, 0, 1)
+    assert result.equals_all_empty
+
+
+def test_scoring_the_baseline_by_chance_is_not_predicting_nothing() -> None:
+    # One negative lost, one positive won: the mean equals the baseline's, though something is predicted.
+    result = scores(table((0, 0, 0), (0, 7, 0), (9, 9, 9), (0, 0, 9)))
+    assert result.kaggle_dice == result.all_empty_dice
+    assert not result.equals_all_empty
+
+
+def test_predicting_only_in_negative_images_is_not_predicting_nothing() -> None:
+    result = scores(table((0, 7, 0), (0, 0, 9)))
+    assert result.sensitivity == 0
+    assert not result.equals_all_empty
+
+
+def test_scores_without_positive_or_negative_images_are_none() -> None:
+    negatives = scores(table((0, 0, 0), (0, 0, 0)))
+    assert (negatives.positive_dice, negatives.sensitivity, negatives.specificity) == (None, None, 1)
+    assert (negatives.pooled_dice, negatives.all_empty_dice, negatives.equals_all_empty) == (1, 1, True)
+    positives = scores(table((3, 3, 3)))
+    assert (positives.positive_dice, positives.sensitivity, positives.specificity) == (1, 1, None)
+    assert not positives.equals_all_empty
+
+
+def test_no_cases_have_no_scores() -> None:
+    with pytest.raises(ValueError, match="no cases"):
+        scores(table())
+
+
+@given(rows(), st.randoms(use_true_random=False), st.integers(1, 5))
+def test_scores_do_not_depend_on_the_partition_of_the_cases(cases: list, random, ranks: int) -> None:
+    shuffled = random.sample(cases, len(cases))
+    parts = [table(*shuffled[rank::ranks]) for rank in range(ranks)]
+    assert scores(np.concatenate(parts)) == scores(table(*cases))
+
+
+@given(rows())
+def test_scores_are_between_0_and_1(cases: list) -> None:
+    content = scores(table(*cases)).to_json()
+    assert content.pop("cases") == len(cases)
+    assert 0 <= content.pop("positives") <= len(cases)
+    assert all(value is None or 0 <= value <= 1 for value in content.values())
+
+
+@given(rows())
+def test_scores_survive_json(cases: list) -> None:
+    result = scores(table(*cases))
+    assert Scores.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False))) == result
+
+
+def test_the_counts_of_separate_batches_are_those_of_one_batch() -> None:
+    generator = torch.Generator().manual_seed(1)
+    prediction, truth = (torch.rand((7, 1, 8, 8), generator=generator) > 0.5 for _ in range(2))
+    parts = [count(p, t) for p, t in zip(prediction.split([3, 0, 4]), truth.split([3, 0, 4]), strict=True)]
+    assert torch.cat(parts).equal(count(prediction, truth))
