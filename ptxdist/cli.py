@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,11 +23,11 @@ from ptxdist.errors import PtxdistError, RunError, SettingsError
 
 if TYPE_CHECKING:
     from ptxdist.config import Settings
-    from ptxdist.data.preprocess import PreprocessResult
-    from ptxdist.rundir import EvaluationResult, PipelineResult
+    from ptxdist.rundir import PipelineResult
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
+DEMO_CASES, DEMO_POSITIVE_SHARE = 320, 0.5
 CORES = "Processes.  [default: one per core]"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -69,9 +70,7 @@ def cli() -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--positive-share", type=float, default=0.2215, show_default=True, help="Share with a pneumothorax.")
 @click.option("--labels", type=FILE, help="Draw images for the ids and masks of this label table.")
-@click.option(
-    "--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES
-)
+@click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @json_option
 def phantom(
     out: Path, cases: int, seed: int, positive_share: float, labels: Path | None, workers: int, as_json: bool
@@ -93,12 +92,10 @@ def phantom(
             workers=workers,
             on_image=lambda done: update("images", done, cases or done),
         )
-    numbers = {"images": result.images, "positive": result.positives, "unlabelled": result.unlabelled}
-    paths = {"dicom": str(result.dicom), "labels": str(result.labels), "patients": str(result.patients)}
     if as_json:
-        console.show_json({**numbers, **paths})
+        console.show_json(asdict(result))
     else:
-        console.show_pairs(str(out), [*((k, f"{v:,}") for k, v in numbers.items()), *paths.items()])
+        console.show_pairs(str(out), [(name, str(value)) for name, value in asdict(result).items()])
 
 
 @cli.command()
@@ -107,9 +104,7 @@ def phantom(
 @click.option("--out", type=FOLDER, required=True, help="The cache to make or to renew.")
 @click.option("--patients", type=FILE, help="CSV: image id, patient; keeps patients on one side of the split.")
 @click.option("--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True)
-@click.option(
-    "--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES
-)
+@click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @json_option
 def preprocess(
     dicom: Path, labels: Path, out: Path, patients: Path | None, sizes: tuple[int, ...], workers: int, as_json: bool
@@ -120,95 +115,23 @@ def preprocess(
 
     Example: ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv --out cache
     """
-    _preprocess(dicom, labels, out, patients, sizes, workers, as_json)
-
-
-def _preprocess(
-    dicom: Path, labels: Path, out: Path, patients: Path | None, sizes: tuple[int, ...], workers: int, as_json: bool
-) -> None:
-    from dataclasses import asdict
-
     from ptxdist import console
     from ptxdist.data.preprocess import preprocess as build
 
     with console.progress() as update:
         result = build(dicom, labels, out, patients=patients, sizes_px=sizes, workers=workers, on_progress=update)
     if as_json:
-        console.show_json(
-            {
-                "cache": str(out),
-                "sizes_px": result.sizes_px,
-                "shards_written": result.written,
-                "shards_kept": result.reused,
-                "reconciliation": asdict(result.catalog.reconciliation),
-                "split": _split_counts(result.catalog.cases),
-                "leakage": asdict(result.catalog.leakage),
-                "rejects": [asdict(reject) for reject in result.rejects],
-            }
-        )
+        work = {"cache": out, "sizes_px": result.sizes_px, "written": result.written, "reused": result.reused}
+        console.show_json({**work, **result.catalog.summary()})
     else:
-        _show_cache(out, result)
-
-
-def _split_counts(cases: Sequence[Any]) -> dict[str, dict[str, int]]:
-    sides = dict.fromkeys(("train", "val", "unlabelled", "rejected"), 0)
-    return {
-        side: {
-            "cases": sum(case.split == side for case in cases),
-            "positive": sum(case.split == side and bool(case.masks) for case in cases),
-        }
-        for side in sides
-    }
-
-
-def _show_cache(out: Path, result: PreprocessResult) -> None:
-    from ptxdist import console
-
-    _show_catalog(result.catalog)
-    if result.rejects:
-        console.say(
-            f"{len(result.rejects)} files could not be used, see {out / 'rejects.csv'}; "
-            f"the first one: {result.rejects[0].path} {result.rejects[0].reason}"
-        )
-    work = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing to do, all is there"
-    console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} px: {work}")
-
-
-def _show_catalog(catalog: Any) -> None:
-    from ptxdist import console
-
-    counts, leakage = catalog.reconciliation, catalog.leakage
-    split = _split_counts(catalog.cases)
-    console.show_pairs(
-        "reconciliation of table and files",
-        [
-            ("table: rows", f"{counts.table_rows:,}"),
-            ("table: images", f"{counts.table_images:,}"),
-            ("table: positive images", f"{counts.table_positive:,}"),
-            ("  of these with several masks", f"{counts.table_several_masks:,}"),
-            ("  of these with overlapping masks, united", f"{counts.table_overlapping:,}"),
-            ("table: images without a file", f"{counts.ids_without_file:,}"),
-            ("files: DICOM", f"{counts.files:,}"),
-            ("files: others, left alone", f"{counts.other_files:,}"),
-            ("files: copies of one image", f"{counts.duplicates:,}"),
-            ("files: rejected", f"{len(catalog.rejects):,}"),
-            ("images: labelled", f"{counts.labelled:,}"),
-            ("  of these positive", f"{counts.positive:,}"),
-            ("images: without a row, unlabelled", f"{counts.unlabelled:,}"),
-            *(
-                (f"split: {side}", f"{split[side]['cases']:,} ({split[side]['positive']:,} positive)")
-                for side in ("train", "val")
-            ),
-            ("patients", f"{leakage.groups:,} ({leakage.positive_groups:,} with a positive image)"),
-            ("validation images that share a patient with training", f"{leakage.shared_cases:,}"),
-            ("  in a random split", f"{leakage.random_shared:.0%} ({leakage.random_shared_positive:.0%} of positives)"),
-        ],
-    )
-    if leakage.grouped_by == "nothing":
-        console.say(
-            "warning: PatientID groups nothing (a different one for every image), so a patient may be on both sides of "
-            "the split; give --patients map.csv if it is known who is who"
-        )
+        console.show_catalog(result.catalog)
+        if result.rejects:
+            console.say(
+                f"{len(result.rejects)} files could not be used, see {out / 'rejects.csv'}; "
+                f"the first one: {result.rejects[0].path} {result.rejects[0].reason}"
+            )
+        work = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
+        console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} px: {work}")
 
 
 @cli.command()
@@ -258,8 +181,8 @@ def train(
     if as_json:
         console.show_json({**result.model_dump(mode="json"), "report": str(page)})
     else:
-        _show_run(result)
-        console.out.print(f"report: {page}", soft_wrap=True)
+        console.show_result(result.stages, result.evaluation)
+        console.out.print(f"report: {page}\noverlays: {page.parent / 'overlays'}", soft_wrap=True)
 
 
 def _train(settings: Settings, run: Path) -> tuple[PipelineResult, Path]:
@@ -279,17 +202,6 @@ def _train(settings: Settings, run: Path) -> tuple[PipelineResult, Path]:
     from ptxdist.learn.report import write_report
 
     return result, write_report(run)
-
-
-def _show_run(result: PipelineResult) -> None:
-    from ptxdist import console
-
-    console.show_result(result.stages, result.evaluation.scores, _evaluation_note(result.evaluation))
-
-
-def _evaluation_note(evaluation: EvaluationResult) -> str:
-    flip = ", flip averaging" if evaluation.flip_averaging else ""
-    return f"threshold {evaluation.threshold}{flip}"
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})
@@ -356,7 +268,7 @@ def absolute_paths(command: Sequence[str]) -> list[str]:
 
     arguments = [absolute(word) for word in arguments]
     if name == "train":
-        from ptxdist.config import find, load_settings
+        from ptxdist.config import load_settings
 
         params = context.params
         settings = load_settings(params["pipeline"], site=params["site"], assignments=params["assignments"])
@@ -364,7 +276,6 @@ def absolute_paths(command: Sequence[str]) -> list[str]:
             arguments += ["--data", os.path.abspath(settings.data.cache)]
         if params["run"] is None:
             arguments += ["--run", os.path.abspath(Path("runs") / settings.pipeline.name)]
-        find("pipelines", params["pipeline"])
     return [name, *arguments]
 
 
@@ -396,7 +307,7 @@ def evaluate(run: Path, as_json: bool) -> None:
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
-        console.show_result(result.stages, evaluation.scores, _evaluation_note(evaluation))
+        console.show_result(result.stages, evaluation)
 
 
 @cli.command()
@@ -437,7 +348,7 @@ def inspect(path: Path, as_json: bool) -> None:
 
 def _inspect_run(run: Path, as_json: bool) -> None:
     from ptxdist import console
-    from ptxdist.rundir import RESULT, read_metrics, read_result, read_settings, read_stage_result, stage_folder
+    from ptxdist.rundir import RESULT, read_result, read_settings, read_stage_result, stage_folder
 
     settings = read_settings(run)
     if (run / RESULT).is_file():
@@ -445,102 +356,64 @@ def _inspect_run(run: Path, as_json: bool) -> None:
         if as_json:
             console.show_json(result.model_dump(mode="json"))
         else:
-            _show_run(result)
+            console.show_result(result.stages, result.evaluation)
         return
-    stages = [
-        read_stage_result(stage_folder(run, number, stage.size_px))
-        for number, stage in enumerate(settings.pipeline.stages, start=1)
-    ]
-    done = [stage for stage in stages if stage]
+    folders = [stage_folder(run, n, stage.size_px) for n, stage in enumerate(settings.pipeline.stages, start=1)]
+    done = [stage for stage in map(read_stage_result, folders) if stage]
     if as_json:
-        content = {"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]}
-        console.show_json({**content, "epochs": [item.model_dump(mode="json") for item in read_metrics(run)]})
+        console.show_json({"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]})
     else:
-        console.show_result(done, None, "")
-        console.say(f"not finished: {len(done)} of {len(stages)} stages; the same `ptxdist train` goes on from there")
+        console.show_result(done, None)
+        console.say(f"not finished: {len(done)} of {len(folders)} stages; the same `ptxdist train` goes on from there")
 
 
 def _inspect_cache(cache: Path, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from ptxdist import console
     from ptxdist.data.catalog import read_catalog
-    from ptxdist.data.draw import grid, outline, save
+    from ptxdist.data.draw import draw_contact_sheet
     from ptxdist.data.store import open_store, read_manifest
 
     catalog = read_catalog(cache)
     stores = [open_store(cache, size) for size in sorted(read_manifest(cache))]
-    sheet = cache / "contact-sheet.png"
-    store = stores[0]
-    positive = [index for index, case in enumerate(catalog.labelled) if case.masks][:12]
-    others = [index for index, case in enumerate(catalog.labelled) if not case.masks][: 24 - len(positive)]
-    pictures = [outline(*store.sample(index), side_px=256) for index in (*positive, *others)]
-    save(grid(pictures), sheet)
+    sheet = draw_contact_sheet(cache)
     if as_json:
-        console.show_json(
-            {
-                "reconciliation": asdict(catalog.reconciliation),
-                "split": _split_counts(catalog.cases),
-                "leakage": asdict(catalog.leakage),
-                "stores": [
-                    {"size_px": item.size_px, "cases": item.cases, "fingerprint": item.fingerprint} for item in stores
-                ],
-                "contact_sheet": str(sheet),
-            }
-        )
-        return
-    _show_catalog(catalog)
-    console.show_pairs("stores", [(f"{item.size_px} px, {item.cases:,} cases", item.fingerprint) for item in stores])
-    console.out.print(f"contact sheet: {sheet}", soft_wrap=True)
+        rows = [{"size_px": item.size_px, "cases": item.cases, "fingerprint": item.fingerprint} for item in stores]
+        console.show_json({**catalog.summary(), "stores": rows, "contact_sheet": sheet})
+    else:
+        console.show_catalog(catalog)
+        console.show_pairs("stores", [(f"{s.size_px} px, {s.cases:,} cases", s.fingerprint) for s in stores])
+        console.out.print(f"contact sheet: {sheet}", soft_wrap=True)
 
 
 @cli.command()
 @click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for data, cache and run.")
-@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Ray Train workers.")
 @json_option
-def demo(out: Path, workers: int, as_json: bool) -> None:
+@click.pass_context
+def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None:
     """The whole way on synthetic data: phantoms, cache, two stages with Ray Train, numbers, report.
 
     Example: ptxdist demo
     """
     from ptxdist import console
     from ptxdist.config import load_settings
-    from ptxdist.data.phantom import write_phantoms
 
-    settings = load_settings("demo", options={"train.workers": workers, "data.cache": str(out / "cache")})
-    sizes = tuple(stage.size_px for stage in settings.pipeline.stages)
-    console.say(
-        f"demo in {out}: made for a CPU, so its stages train at {' and '.join(map(str, sizes))} px, not at 256 and 512"
-    )
-    phantoms = out / "phantoms"
+    sizes = [stage.size_px for stage in load_settings("demo").pipeline.stages]
+    console.say(f"demo in {out}: made for a CPU, it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")
+    phantoms, cache = out / "phantoms", out / "cache"
+    console.out.quiet = as_json  # only the last step's result goes to stdout
     if not phantoms.is_dir():
-        with console.progress() as update:
-            write_phantoms(
-                phantoms,
-                cases=DEMO_CASES,
-                positive_share=DEMO_POSITIVE_SHARE,
-                workers=os.cpu_count() or 1,
-                on_image=lambda done: update("phantoms", done, DEMO_CASES),
-            )
-    _preprocess(
-        phantoms / "dicom-images",
-        phantoms / "train-rle.csv",
-        out / "cache",
-        phantoms / "patients.csv",
-        (*sizes, 256, 512),
-        os.cpu_count() or 1,
-        False,
+        context.invoke(phantom, out=phantoms, cases=DEMO_CASES, positive_share=DEMO_POSITIVE_SHARE)
+    context.invoke(
+        preprocess,
+        dicom=phantoms / "dicom-images",
+        labels=phantoms / "train-rle.csv",
+        out=cache,
+        patients=phantoms / "patients.csv",
+        sizes=(*sizes, 256, 512),
     )
-    result, page = _train(settings, out / "run")
-    if as_json:
-        console.show_json({**result.model_dump(mode="json"), "report": str(page)})
-    else:
-        _show_run(result)
-        console.out.print(f"report: {page}\noverlays: {page.parent / 'overlays'}", soft_wrap=True)
-
-
-DEMO_CASES = 320
-DEMO_POSITIVE_SHARE = 0.5
+    console.out.quiet = False
+    context.invoke(train, workers=workers, pipeline="demo", data=cache, run=out / "run", as_json=as_json)
 
 
 def main() -> None:

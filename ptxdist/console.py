@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,7 +22,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from ptxdist.rundir import EpochMetrics, Scores, StageResult
+from ptxdist.rundir import EpochMetrics, EvaluationResult, Scores, StageResult
+
+if TYPE_CHECKING:
+    from ptxdist.data.catalog import Catalog
 
 _LOG_EVERY_S = 10.0
 _EPOCHS_SHOWN = 12
@@ -42,8 +45,8 @@ def say(message: str) -> None:
 
 
 def show_json(content: Any) -> None:
-    """Print JSON on stdout, undecorated."""
-    print(json.dumps(content, indent=2))
+    """Print JSON on stdout, undecorated; paths become text."""
+    print(json.dumps(content, indent=2, default=str))
 
 
 class _Rate(ProgressColumn):
@@ -94,9 +97,10 @@ def _log_progress() -> Callable[[str, int, int], None]:
         if spoken.get(what) == float("inf") or not (finished or now - spoken.get(what, first) >= _LOG_EVERY_S):
             return
         spoken[what] = float("inf") if finished else now
-        rate = done / (now - first) if now > first else 0.0
+        rate = done / (now - first) if now - first > 0.5 else 0.0  # the first call starts the clock
+        speed = f", {rate:,.1f}/s" if rate else ""
         left = f", {(total - done) / rate:,.0f} s left" if rate and not finished else ""
-        say(f"{what}: {done:,} of {total:,}, {rate:,.1f}/s{left}")
+        say(f"{what}: {done:,} of {total:,}{speed}{left}")
 
     return update
 
@@ -114,7 +118,9 @@ class TrainingDisplay:
         self._task = self._bars.add_task("Ray starts", total=None)
         self._key: tuple[Any, ...] = ()
         self._log = _log_progress()
-        self._live = Live(get_renderable=self._render, console=err, refresh_per_second=4, transient=True)
+        self._live = Live(
+            get_renderable=self._render, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
+        )
 
     def __enter__(self) -> TrainingDisplay:
         if err.is_terminal:
@@ -206,26 +212,28 @@ def epoch_table(rows: Sequence[EpochMetrics], title: str) -> Table:
     return table
 
 
-def show_result(stages: Sequence[StageResult], evaluation: Scores | None, note: str) -> None:
+def show_result(stages: Sequence[StageResult], evaluation: EvaluationResult | None) -> None:
     """Print the table of a run: per stage epochs, loss and the three Dice scores, then the evaluation."""
     table = Table(title="validation, at the original resolution", title_justify="left")
-    for name in ("", "epochs", "best", "loss", "Kaggle Dice", "positives-only Dice", "pooled Dice"):
-        table.add_column(name, justify="right" if name else "left")
+    for name in ("", "epochs", "best", "loss", "Dice:\nKaggle", "positives\nonly", "pooled"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     for stage in stages:
         best = f"{stage.best.epoch}{' avg' if stage.best.averaged else ''}"
         name = f"stage {stage.stage}, {stage.size_px} px" + (" (reused)" if stage.reused_from else "")
         table.add_row(name, str(stage.epochs), best, f"{stage.best.val_loss:.4f}", *_dice(stage.best.at_full))
     if evaluation is not None:
         table.add_section()
-        table.add_row(f"evaluation, {note}", "", "", "", *_dice(evaluation), style="bold")
-        table.add_row(
-            "predicting nothing", "", "", "", f"{evaluation.all_empty_dice:.4f}", "0.0000", "0.0000", style="dim"
-        )
+        scores = evaluation.scores
+        flip = ", flip averaging" if evaluation.flip_averaging else ""
+        table.add_row(f"evaluation\n(threshold {evaluation.threshold}{flip})", "", "", "", *_dice(scores), style="bold")
+        baseline = f"{scores.all_empty_dice:.4f}"
+        table.add_row("predicting nothing", "", "", "", baseline, "0.0000", "0.0000", style="dim")
     out.print(table)
     if evaluation is not None:
+        scores = evaluation.scores
         out.print(
-            f"{evaluation.cases:,} held-out images, {evaluation.positives:,} positive; per image: sensitivity "
-            f"{_number(evaluation.sensitivity)}, specificity {_number(evaluation.specificity)}"
+            f"{scores.cases:,} held-out images, {scores.positives:,} positive; per image: sensitivity "
+            f"{_number(scores.sensitivity)}, specificity {_number(scores.specificity)}"
         )
 
 
@@ -237,6 +245,44 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(name, value)
     out.print(table)
+
+
+def show_catalog(catalog: Catalog) -> None:
+    """Print how table and files fit together, the split, and what it leaks."""
+    counts, leakage, sides = catalog.reconciliation, catalog.leakage, catalog.sides()
+    show_pairs(
+        "reconciliation of table and files",
+        [
+            ("table: rows", f"{counts.table_rows:,}"),
+            ("table: images", f"{counts.table_images:,}"),
+            ("  positive", f"{counts.table_positive:,}"),
+            ("  with several masks", f"{counts.table_several_masks:,}"),
+            ("  with overlapping masks, united", f"{counts.table_overlapping:,}"),
+            ("  without a file", f"{counts.ids_without_file:,}"),
+            ("files: DICOM", f"{counts.files:,}"),
+            ("  rejected", f"{len(catalog.rejects):,}"),
+            ("  copies of another one", f"{counts.duplicates:,}"),
+            ("files: others, left alone", f"{counts.other_files:,}"),
+            ("images: labelled", f"{counts.labelled:,}"),
+            ("  positive", f"{counts.positive:,}"),
+            ("images: without a row, unlabelled", f"{counts.unlabelled:,}"),
+            *(
+                (f"split: {side}", f"{sides[side]['cases']:,} ({sides[side]['positive']:,} positive)")
+                for side in ("train", "val")
+            ),
+            (f"groups by {leakage.grouped_by}", f"{leakage.groups:,} ({leakage.positive_groups:,} with a positive)"),
+            ("  val images whose group is in train", f"{leakage.shared_cases:,}"),
+            (
+                "  the same in a random split",
+                f"{leakage.random_shared:.0%} ({leakage.random_shared_positive:.0%} of positive)",
+            ),
+        ],
+    )
+    if leakage.grouped_by == "nothing":
+        say(
+            "warning: PatientID groups nothing (a different one for every image), so a patient may be on both sides of "
+            "the split; give --patients map.csv if it is known who is who"
+        )
 
 
 def _dice(scores: Scores) -> tuple[str, str, str]:

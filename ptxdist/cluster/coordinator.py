@@ -21,7 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ptxdist.config import PACKAGE, Settings, fingerprint, snapshot
+from ptxdist.config import PACKAGE, DataSettings, Settings, fingerprint, snapshot
 from ptxdist.data.catalog import read_catalog
 from ptxdist.data.store import open_store
 from ptxdist.errors import CheckpointError, ClusterError, PtxdistError, RunError, StoreError, TrainingError
@@ -81,6 +81,7 @@ def plan_run(settings: Settings, run: Path) -> Plan:
         model = settings.pipeline.model.model_copy(update={"encoder_weights": source})
         parent = fingerprints[-1] if fingerprints else None
         fingerprints.append(fingerprint(TRAINING, store.fingerprint, stage, model, settings.pipeline.seed, parent))
+    settings = settings.model_copy(update={"data": DataSettings(cache=str(cache))})
     start_run(run, settings)
     return Plan(settings, run.absolute(), cache, tuple(fingerprints))
 
@@ -217,7 +218,7 @@ def _evaluate(plan: Plan, last: StageResult, use_gpu: bool, on_event: Callable[[
     from ptxdist.cluster.worker import evaluate_run
 
     with _listen(on_event) as inbox:
-        task = evaluate_run.options(num_cpus=1, num_gpus=1 if use_gpu else 0).remote(
+        task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0)(evaluate_run).remote(
             {
                 "settings": snapshot(plan.settings),
                 "cache": str(plan.cache),

@@ -130,9 +130,8 @@ def dice_scores(metrics: EpochMetrics) -> dict[str, float | None]:
     return {name: getattr(scores, name) for name in ("kaggle_dice", "positive_dice", "pooled_dice")}
 
 
-@ray.remote
 def evaluate_run(task: dict[str, Any]) -> dict[str, Any]:
-    """Evaluate a run's last stage on one worker; `task` as for `train_stage`, with `result` of the last stage."""
+    """As a Ray task: evaluate a run's last stage; `task` as for `train_stage`, with its StageResult in `result`."""
     tell = _Throttled(task["inbox"], 0)
     result: EvaluationResult = evaluate(
         Path(task["run"]),

@@ -92,6 +92,25 @@ class Catalog:
         """The cases that go into the stores."""
         return tuple(case for case in self.cases if case.masks is not None)
 
+    def summary(self) -> dict[str, Any]:
+        """Reconciliation, split, leakage and rejects as plain JSON values."""
+        return {
+            "reconciliation": asdict(self.reconciliation),
+            "split": self.sides(),
+            "leakage": asdict(self.leakage),
+            "rejects": [asdict(reject) for reject in self.rejects],
+        }
+
+    def sides(self) -> dict[str, dict[str, int]]:
+        """Numbers of cases and of positive ones on each side of the split."""
+        return {
+            side: {
+                "cases": sum(case.split == side for case in self.cases),
+                "positive": sum(case.split == side and bool(case.masks) for case in self.cases),
+            }
+            for side in ("train", "val", "unlabelled", "rejected")
+        }
+
 
 def find_files(root: Path) -> tuple[list[Path], int]:
     """DICOM candidates below a folder, sorted, and the number of other files; links to folders are not followed.

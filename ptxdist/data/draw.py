@@ -13,7 +13,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ptxdist.data.catalog import read_catalog
 from ptxdist.data.dicom import Pixels
+from ptxdist.data.store import open_store, read_manifest
 from ptxdist.errors import StoreError
 
 TRUTH_RGB = (0, 158, 115)  # bluish green
@@ -55,6 +57,18 @@ def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
         row, column = divmod(number, columns)
         sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = picture
     return sheet
+
+
+def draw_contact_sheet(cache: Path) -> Path:
+    """Draw up to 24 cases of a cache with their masks outlined, half of them positive, and return the PNG's path."""
+    cases, sizes = read_catalog(cache).labelled, sorted(read_manifest(cache))
+    store = open_store(cache, sizes[0] if sizes else 256)
+    positive = [index for index, case in enumerate(cases) if case.masks and case.split != "rejected"][:12]
+    negative = [index for index, case in enumerate(cases) if not case.masks and case.split != "rejected"]
+    pictures = [outline(*store.sample(index), side_px=256) for index in (*positive, *negative[: 24 - len(positive)])]
+    path = cache / "contact-sheet.png"
+    save(grid(pictures), path)
+    return path
 
 
 def encode(picture: Colour, suffix: str) -> bytes:

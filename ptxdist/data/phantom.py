@@ -1,8 +1,7 @@
 """A synthetic data set in the shape of the SIIM-ACR one, for the demo and the tests.
 
-Owns: nested folders of JPEG Baseline DICOM files, a label table with
-the real table's oddities, a map of images to patients. Refuses: writing into a folder that holds anything.
-Called by: `cli` (`ptxdist phantom`) and the tests.
+Owns: nested folders of JPEG Baseline DICOM files, a label table with the real table's oddities, a map of images to
+patients. Refuses: writing into a folder that holds anything. Called by: `cli` and the tests.
 
 Where things are in a phantom is `anatomy`'s, its grey levels are `picture`'s. Everything random about an image comes
 from (seed, index of the image), so it does not depend on the workers.

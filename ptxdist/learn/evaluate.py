@@ -52,7 +52,7 @@ def evaluate(
     stage_settings, how = settings.pipeline.stages[stage.stage - 1], settings.pipeline.evaluation
     model = build_unet(settings.pipeline.model.model_copy(update={"encoder_weights": "none"}))
     load_weights(model, run / stage.weights, stage.weights_sha256)
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     cases = read_catalog(cache).labelled
     val = np.array([i for i, case in enumerate(cases) if case.split == "val"], np.int64)
     thresholds = list(dict.fromkeys((stage_settings.threshold, *FIXED_THRESHOLDS)))

@@ -117,7 +117,7 @@ class _Trainer:
         self.number, self.seed, self.device, self.on_step = number, seed, device, on_step
         self.folder = folder
         self.precision = choose_precision(train.precision, device)
-        self.model = model.to(device=device, memory_format=torch.channels_last)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
         if world_size() > 1 and train.sync_batch_norm:
             self.model = batchnorm.convert(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.learning_rate, fused=True)
@@ -212,7 +212,7 @@ class _Trainer:
             logits = self.parallel(batch.image)
         loss = bce_dice_per_image(logits, batch.mask.float() / 255).sum()
         # DDP averages gradients over ranks; this makes it the mean over the cases of the global batch.
-        (loss * world_size() / batch.global_size).backward()
+        torch.autograd.backward(loss * world_size() / batch.global_size)
         self.optimizer.step()
         return loss.detach()
 

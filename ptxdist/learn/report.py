@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import numpy as np
-
 from ptxdist.data import rle
 from ptxdist.data.catalog import Case, Catalog, read_catalog
-from ptxdist.data.draw import encode, outline
+from ptxdist.data.draw import Colour, encode, outline, save
 from ptxdist.data.preprocess import fit_square
 from ptxdist.data.store import Store, open_store
 from ptxdist.rundir import (
@@ -70,9 +68,9 @@ def write_report(run: Path) -> Path:
     for title, shown in choose(run, catalog).items():
         figures = []
         for number, item in enumerate(shown, start=1):
-            picture = encode(_overlay(item, store), ".jpg")
-            (draft / "overlays" / f"{title.split(',')[0].replace(' ', '-')}-{number}.jpg").write_bytes(picture)
-            figures.append(_figure(item, picture))
+            picture = _overlay(item, store)
+            save(picture, draft / "overlays" / f"{title.split(',')[0].replace(' ', '-')}-{number}.png")
+            figures.append(_figure(item, encode(picture, ".jpg")))
         galleries.append(
             f"<h3>{escape(title)}</h3>" + (f"<div class=gallery>{''.join(figures)}</div>" if figures else "<p>none</p>")
         )
@@ -113,7 +111,7 @@ def choose(run: Path, catalog: Catalog) -> dict[str, list[Shown]]:
     }
 
 
-def _overlay(item: Shown, store: Store) -> np.ndarray:  # type: ignore[type-arg]
+def _overlay(item: Shown, store: Store) -> Colour:
     case = item.case
     truth, prediction = (
         fit_square(rle.decode(masks, case.rows, case.columns)) for masks in (case.masks or (), (item.prediction,))
@@ -218,12 +216,12 @@ def _curves(metrics: list[EpochMetrics]) -> str:
     if len(points) < 2:
         return ""
     width, height, left, top = 900, 260, 40, 20
-    highest = max(1.0, *(item.val_loss for item in points))
+    highest = min(2.0, max(1.0, *(item.val_loss for item in points)))  # a loss above 2 says no more than 2
 
     def line(values: Sequence[float | None], colour: str, dash: str) -> str:
         step = (width - left - 20) / (len(points) - 1)
         places = " ".join(
-            f"{left + number * step:.1f},{top + (height - 2 * top) * (1 - value / highest):.1f}"
+            f"{left + number * step:.1f},{top + (height - 2 * top) * (1 - min(value, highest) / highest):.1f}"
             for number, value in enumerate(values)
             if value is not None
         )

@@ -21,7 +21,7 @@ from ptxdist.data.labels import read_labels, read_patients
 from ptxdist.errors import LabelError, RunError, SettingsError
 
 Grey = npt.NDArray[np.uint8]
-CASES = 40
+CASES = 30
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> phantom.PhantomResult:
 
 @pytest.fixture(scope="module")
 def positives() -> list[tuple[anatomy.Chest, Grey, Grey]]:
-    """Chest, image and union mask of 24 positive images."""
+    """Chest, image and union mask of 20 positive images."""
     drawn = []
-    for index in range(24):
+    for index in range(20):
         rng = np.random.default_rng((11, index))
         chest = anatomy.pose(rng, "PA" if index % 2 else "AP")
         union = np.maximum.reduce(anatomy.draw_masks(rng, chest))
@@ -52,10 +52,6 @@ def digests(folder: Path) -> dict[str, str]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-def dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:
-    return float(2 * (a & b).sum() / max(int(a.sum() + b.sum()), 1))
 
 
 def lung_fields(chest: anatomy.Chest) -> npt.NDArray[np.bool_]:
@@ -164,13 +160,13 @@ def test_no_grey_threshold_finds_the_pneumothorax_not_even_within_the_lungs(
 ) -> None:
     for within_lungs in (False, True):
         scores = []
-        for below in range(10, 140, 5):
-            found = []
-            for chest, image, union in positives:
-                region = lung_fields(chest) if within_lungs else np.ones_like(union, bool)
-                found.append(dice((image < below) & region, union > 0))
-            scores.append(np.mean(found))
-        assert max(scores) < 0.45, f"within the lungs: {within_lungs}"
+        for chest, image, union in positives:
+            region = lung_fields(chest) if within_lungs else np.ones_like(union, bool)
+            found = np.bincount(image[region], minlength=256).cumsum()  # px at or below each grey level
+            hits = np.bincount(image[region & (union > 0)], minlength=256).cumsum()
+            scores.append(2 * hits / (found + union.sum()))
+        best = np.mean(scores, axis=0).max()  # Dice at the best threshold for all images
+        assert best < 0.45, f"within the lungs: {within_lungs}"
 
 
 def test_the_same_seed_gives_the_same_files_for_any_number_of_workers(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_the_three_dice_scores_differ_as_computed_by_hand() -> None:
 
 def test_empty_masks_for_all_training_images_score_what_was_measured() -> None:
     result = scores(table(*[(0, 0, 0)] * 9378, *[(0, 0, 8630)] * 2669))
-    assert result.kaggle_dice == pytest.approx(0.77845, abs=1e-6)
+    assert result.kaggle_dice == pytest.approx(0.77845, abs=5e-6)
     assert result.kaggle_dice == result.all_empty_dice
     assert (result.positive_dice, result.pooled_dice, result.sensitivity, result.specificity) == (0, 0, 0, 1)
     assert result.equals_all_empty
