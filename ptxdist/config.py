@@ -17,6 +17,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,7 +123,7 @@ class Settings(Section):
             if self.train.workers > stage.batch_size:
                 raise ValueError(
                     f"{self.train.workers} workers cannot share the global batch of {stage.batch_size} cases of "
-                    f"stage {number}; use at most {stage.batch_size} workers or set "
+                    f"stage {number} of pipeline '{self.pipeline.name}'; use at most {stage.batch_size} workers or set "
                     f"pipeline.stages.{number}.batch_size"
                 )
         return self
@@ -148,7 +149,8 @@ def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
 
 def _folders(kind: str) -> list[Path]:
     # In a checkout the folders stand beside the package, in an installed wheel inside it.
-    candidates = [Path.cwd() / kind, PACKAGE.parent / kind, PACKAGE / kind]
+    # (Inside first: beside an installed package anybody's folder of that name may lie.)
+    candidates = [Path.cwd() / kind, PACKAGE / kind, PACKAGE.parent / kind]
     return [folder for folder in candidates if folder.is_dir()]
 
 
@@ -175,28 +177,34 @@ def load_settings(
     Raises SettingsError naming the source, the key and the nearest valid name.
     """
     merged: dict[str, Any] = {}
+    sources: list[tuple[str, str]] = []  # pattern of a dotted key, and where its value comes from; the last one counts
     for name in ("data", "train", *([site] if site else [])):
         if name == site or any((folder / f"{name}.toml").is_file() for folder in _folders("configs")):
             path = find("configs", name)
             content = read_toml(path)
             _check_keys(content, path)
             _merge(merged, content)
+            sources += [(key, str(path)) for key in _leaves(content)]
     path = find("pipelines", pipeline)
     content = {"pipeline": {"name": path.stem, **read_toml(path)}}
     _check_keys(content, path)
     _merge(merged, content)
+    sources += [(key, str(path)) for key in _leaves(content)]
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator:
             raise SettingsError(f"--set {assignment}: expected key=value, such as pipeline.seed=1")
-        _assign(merged, key.strip(), _parse_value(value.strip()), f"--set {assignment}")
+        key = _full_key(key.strip())
+        _assign(merged, key, _parse_value(value.strip()), f"--set {assignment}")
+        sources.append((key, f"--set {assignment}"))
     for key, value in (options or {}).items():
         if value is not None:
-            _assign(merged, key, value, f"option for {key}")
+            _assign(merged, _full_key(key), value, f"option for {key}")
+            sources.append((_full_key(key), f"option for {key}"))
     try:
         return Settings.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
-        raise SettingsError(_explain(error, path)) from error
+        raise SettingsError(_explain(error, sources, str(path))) from error
 
 
 def snapshot(section: Section) -> dict[str, Any]:
@@ -209,7 +217,7 @@ def restore(content: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise SettingsError(_explain(error, Path("snapshot"))) from error
+        raise SettingsError(_explain(error, (), "settings snapshot")) from error
 
 
 def fingerprint(*parts: object) -> str:
@@ -248,10 +256,25 @@ def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
             target[key] = value
 
 
+def _full_key(key: str) -> str:
+    """`stages.1.epochs` is short for `pipeline.stages.1.epochs`."""
+    return f"pipeline.{key}" if key.split(".")[0] in PipelineSettings.model_fields else key
+
+
+def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all values that are no group of settings."""
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value, start=1):
+                yield from _leaves(item, f"{prefix}{key}.{number}.")
+        else:
+            yield f"{prefix}{key}"
+
+
 def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
     parts = key.split(".")
-    if parts[0] in PipelineSettings.model_fields:  # `stages.1.epochs` is short for `pipeline.stages.1.epochs`
-        parts = ["pipeline", *parts]
     nodes: list[Any] = [target]
     model: Any = Settings
     for depth, part in enumerate(parts):
@@ -278,7 +301,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
 def _stages(stages: list[dict[str, Any]], part: str, where: str) -> list[Any]:
     if part == "*":
         return list(stages)
-    if not part.isdigit() or not 1 <= int(part) <= len(stages):
+    if not part.isdecimal() or not 1 <= int(part) <= len(stages):
         raise SettingsError(f"{where}: no stage '{part}'; the pipeline has stages 1 to {len(stages)} (or *)")
     return [stages[int(part) - 1]]
 
@@ -297,9 +320,10 @@ def _check_keys(content: Mapping[str, Any], path: Path, model: Any = Settings, p
         inner = _section_of(model, key)
         if isinstance(inner, type) and issubclass(inner, Section):
             for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
-                if isinstance(item, Mapping):
-                    name = f"{prefix}{key}.{number}." if isinstance(value, list) else f"{prefix}{key}."
-                    _check_keys(item, path, inner, name)
+                name = f"{prefix}{key}.{number}" if isinstance(value, list) else f"{prefix}{key}"
+                if not isinstance(item, Mapping):
+                    raise SettingsError(f"{path}: '{name}' must be a group of settings, found {item!r}")
+                _check_keys(item, path, inner, f"{name}.")
 
 
 def _nearest(name: str, valid: Any) -> str:
@@ -307,11 +331,18 @@ def _nearest(name: str, valid: Any) -> str:
     return f" (did you mean '{matches[0]}'?)" if matches else f" (valid: {', '.join(valid)})" if valid else ""
 
 
-def _explain(error: ValidationError, path: Path) -> str:
+def _explain(error: ValidationError, sources: Sequence[tuple[str, str]], default: str) -> str:
+    """What is wrong, with the source of each value; `default` is named for what no source sets."""
     lines = []
-    for problem in error.errors():
-        place = [str(part + 1) if isinstance(part, int) else str(part) for part in problem["loc"]]
+    problems = error.errors()
+    for problem in problems:
+        if any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems):
+            continue  # a consequence of what is wrong inside
+        place = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in problem["loc"])
+        matching = (
+            name for key, name in reversed(sources) if fnmatchcase(place, key) or fnmatchcase(place, f"{key}.*")
+        )
         message = problem["msg"].removeprefix("Value error, ")
         found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
-        lines.append(f"{'.'.join(place) + ': ' if place else ''}{message}{found}")
-    return f"settings of {path.stem}: " + "; ".join(lines)
+        lines.append(f"{next(matching, default)}: {place}: {message}{found}" if place else message)
+    return "; ".join(lines)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 from ptxdist.data import rle
 from ptxdist.data.dicom import Header, read_bytes, read_header
-from ptxdist.data.labels import read_labels, read_patients
+from ptxdist.data.labels import line_of, read_labels, read_patients
 from ptxdist.data.split import Leakage, assign_folds, measure_leakage
 from ptxdist.errors import CatalogError, DicomError, LabelError, StoreError
 
@@ -120,7 +119,11 @@ def find_files(root: Path) -> tuple[list[Path], int]:
     if not root.is_dir():
         raise CatalogError(f"{root}: no such folder; give the folder that holds the DICOM files")
     found, others = [], 0
-    for folder, _, names in os.walk(root):
+
+    def unreadable(error: OSError) -> None:  # left to itself, os.walk passes over what it may not read
+        raise CatalogError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
+
+    for folder, _, names in os.walk(root, onerror=unreadable):
         for name in names:
             suffix = Path(name).suffix.lower()
             if name.startswith(".") or not (suffix in ("", ".dcm", ".dicom", ".ima") or suffix[1:].isdigit()):
@@ -175,12 +178,14 @@ def build_catalog(
         raise CatalogError(
             f"none of the {len(cases)} images in {dicom} has a row in {labels}: do both belong to the same data set?"
         )
+    if patients and not any(case_id in patient_of for case_id in cases):
+        raise LabelError(f"{patients}: none of the {len(cases)} images in it; its first column must be the image id")
     ordered, grouped_by = _group([cases[case_id] for case_id in sorted(cases)], patient_of, salt)
     ordered, leakage = _split(ordered, grouped_by, seed)
     missing = tuple(case_id for case_id in table if case_id not in cases)
     return Catalog(
         cases=tuple(ordered),
-        reconciliation=_reconcile(table, ordered, labels, len(files), other_files, duplicates, len(missing)),
+        reconciliation=_reconcile(table, ordered, len(files), other_files, duplicates, len(missing)),
         leakage=leakage,
         rejects=tuple(rejects),
         missing=missing,
@@ -189,10 +194,12 @@ def build_catalog(
 
 def _join(header: Header, name: str, digest: str, table: Mapping[str, tuple[str, ...]], labels: Path) -> Case:
     masks = table.get(header.case_id)
-    try:
-        area = rle.area_px(masks, header.rows, header.columns) if masks else 0
-    except LabelError as error:
-        raise LabelError(f"{labels}: the mask of {header.case_id} does not fit its image: {error}") from None
+    for text in masks or ():
+        try:
+            rle.area_px([text], header.rows, header.columns)
+        except LabelError as error:
+            where = f"{labels}, line {line_of(labels, header.case_id, text)}"
+            raise LabelError(f"{where}: the mask of {header.case_id} does not fit its image: {error}") from None
     return Case(
         case_id=header.case_id,
         path=name,
@@ -201,7 +208,7 @@ def _join(header: Header, name: str, digest: str, table: Mapping[str, tuple[str,
         columns=header.columns,
         group=header.patient,
         masks=masks,
-        area_px=area,
+        area_px=rle.area_px(masks or (), header.rows, header.columns),
         view=header.view,
         sex=header.sex,
         age=header.age,
@@ -215,13 +222,10 @@ def _group(cases: list[Case], patient_of: Mapping[str, str], salt: bytes) -> tup
         return hashlib.blake2b(text.encode(), key=salt[:64], digest_size=8).hexdigest()
 
     if patient_of:
-        known = [case.case_id in patient_of for case in cases]
-        if not any(known):
-            raise LabelError("the patient map has none of the images: its first column must be the image id")
-        return [
-            replace(case, group=hashed("patient " + patient_of[case.case_id]) if there else hashed(case.case_id))
-            for case, there in zip(cases, known, strict=True)
-        ], "patient map"
+        names = [
+            f"patient {patient_of[case.case_id]}" if case.case_id in patient_of else case.case_id for case in cases
+        ]
+        return [replace(case, group=hashed(name)) for case, name in zip(cases, names, strict=True)], "patient map"
     cases = [case if case.group else replace(case, group=hashed(case.case_id)) for case in cases]
     groups = len({case.group for case in cases})
     return cases, "PatientID" if groups < len(cases) else "nothing"
@@ -247,28 +251,18 @@ def _split(cases: list[Case], grouped_by: str, seed: int) -> tuple[list[Case], L
 def _reconcile(
     table: Mapping[str, tuple[str, ...]],
     cases: Sequence[Case],
-    labels: Path,
     files: int,
     other_files: int,
     duplicates: int,
     missing: int,
 ) -> Reconciliation:
-    (rows, columns), _ = Counter((case.rows, case.columns) for case in cases).most_common(1)[0]
-    size_of = {case.case_id: (case.rows, case.columns) for case in cases}
-    several = {case_id: masks for case_id, masks in table.items() if len(masks) > 1}
-    overlapping = 0
-    for case_id, masks in several.items():
-        try:
-            united = rle.area_px(masks, *size_of.get(case_id, (rows, columns)))
-        except LabelError as error:
-            raise LabelError(f"{labels}: a mask of {case_id} does not fit an image like the others: {error}") from None
-        overlapping += united < sum(int(rle.parse(mask)[:, 1].sum()) for mask in masks)
+    several = [masks for masks in table.values() if len(masks) > 1]
     return Reconciliation(
         table_rows=sum(max(1, len(masks)) for masks in table.values()),
         table_images=len(table),
         table_positive=sum(bool(masks) for masks in table.values()),
         table_several_masks=len(several),
-        table_overlapping=overlapping,
+        table_overlapping=sum(map(rle.overlap, several)),
         files=files,
         other_files=other_files,
         duplicates=duplicates,
@@ -307,14 +301,17 @@ def read_catalog(cache: Path) -> Catalog:
             head = json.loads(file.readline())
             if head.get("schema") != SCHEMA:
                 raise StoreError(f"{path} has schema {head.get('schema')}, this ptxdist reads {SCHEMA}: update it")
+            cases, counts = tuple(_cases(map(json.loads, file))), Reconciliation(**head["reconciliation"])
+            if len(cases) != counts.labelled + counts.unlabelled:
+                raise ValueError(f"{len(cases)} cases instead of {counts.labelled + counts.unlabelled}")
             return Catalog(
-                cases=tuple(_cases(map(json.loads, file))),
-                reconciliation=Reconciliation(**head["reconciliation"]),
+                cases=cases,
+                reconciliation=counts,
                 leakage=Leakage(**head["leakage"]),
                 rejects=tuple(Reject(**reject) for reject in head["rejects"]),
                 missing=tuple(head["missing"]),
             )
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); run `ptxdist preprocess` again") from error
 
 

@@ -85,18 +85,27 @@ def read_radiograph(content: bytes, salt: bytes = b"") -> Radiograph:
     header = _header(dataset, salt)
     if "PixelData" not in dataset:
         raise DicomError("has no pixel data")
-    return Radiograph(header, _to_uint8(dataset, _decode(dataset, header)))
+    stored = _decode(dataset, header)
+    try:
+        pixels = _to_uint8(dataset, stored)
+    except Exception as error:  # a window, rescale or look-up table that is malformed
+        reason = type(error).__name__
+        raise DicomError(f"has a window, rescale or look-up table that cannot be applied ({reason})") from error
+    return Radiograph(header, pixels)
 
 
 def _dataset(content: bytes, *, stop_before_pixels: bool) -> pydicom.Dataset:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd values (ages, UIDs) are common and harmless here
-            return pydicom.dcmread(BytesIO(content), stop_before_pixels=stop_before_pixels)
+            dataset = pydicom.dcmread(BytesIO(content), stop_before_pixels=stop_before_pixels)
     except InvalidDicomError:
         raise DicomError("is not a DICOM file (no DICM prefix)") from None
     except Exception as error:  # pydicom raises almost anything on damaged files
         raise DicomError(f"is a damaged DICOM file ({type(error).__name__})") from error
+    if not len(dataset):  # where the file ends inside a value, pydicom drops all of them
+        raise DicomError("is cut off: the file ends in the midst of its data")
+    return dataset
 
 
 def _header(dataset: pydicom.Dataset, salt: bytes) -> Header:
@@ -183,12 +192,9 @@ def _to_uint8(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Pixels:
     if stored.dtype == np.uint8 and not (rescaled or has_lut or has_window):
         pixels = stored
     else:
-        try:
-            values = np.asarray(apply_modality_lut(stored, dataset))
-            if has_lut:
-                values, has_window = np.asarray(apply_voi_lut(values, dataset, prefer_lut=True)), False
-        except Exception as error:
-            raise DicomError(f"has a look-up table that cannot be applied ({type(error).__name__})") from error
+        values = np.asarray(apply_modality_lut(stored, dataset))
+        if has_lut:
+            values, has_window = np.asarray(apply_voi_lut(values, dataset, prefer_lut=True)), False
         unit = _window(dataset, values) if has_window else _full_range(values)
         pixels = np.rint(unit * 255).astype(np.uint8)
     inverse = str(dataset.get("PresentationLUTShape") or "") == "INVERSE"

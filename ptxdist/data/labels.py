@@ -9,7 +9,9 @@ from __future__ import annotations
 import csv
 import gzip
 import re
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -44,6 +46,11 @@ def read_labels(path: Path) -> dict[str, tuple[str, ...]]:
     if not masks:
         raise LabelError(f"{path}: the label table has no rows")
     return {case_id: tuple(texts) for case_id, texts in masks.items()}
+
+
+def line_of(path: Path, case_id: str, text: str) -> int:
+    """Line of a label table that has this run-length text for this image; 0 when none has."""
+    return next((line for line, *row in _label_rows(path) if row[0] == case_id and row[1].strip() == text), 0)
 
 
 def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
@@ -81,6 +88,8 @@ def read_patients(path: Path) -> dict[str, str]:
         if len(header) < 2:
             raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
         for row in reader:
+            if not row:
+                continue
             if len(row) < 2 or not row[0].strip() or not row[1].strip():
                 raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
             case_id, patient = row[0].strip(), row[1].strip()
@@ -93,10 +102,12 @@ def read_patients(path: Path) -> dict[str, str]:
     return patients
 
 
-def _open_text(path: Path) -> TextIO:
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """The file as text; whatever goes wrong while it is open, not only at its start, is a LabelError."""
     try:
-        if path.suffix == ".gz":
-            return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-        return open(path, encoding="utf-8-sig", newline="")
-    except OSError as error:
-        raise LabelError(f"{path}: cannot be read: {error.strerror}") from error
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LabelError(f"{path}: cannot be read as a CSV file: {reason}") from error

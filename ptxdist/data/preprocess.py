@@ -16,8 +16,11 @@ import hashlib
 import multiprocessing
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
@@ -36,7 +39,6 @@ from ptxdist.data.store import (
     SHARD_CASES,
     ShardRecord,
     read_manifest,
-    shard_count,
     shard_is_whole,
     store_path,
     write_manifest,
@@ -49,6 +51,8 @@ TRANSFORM = 1  # counts changes of the transform: a new number rewrites every sh
 MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
 MISSING = "missing.csv"
+LOCK = ".lock"
+SALT = "salt"
 
 Progress = Callable[[str, int, int], None]
 
@@ -96,13 +100,15 @@ def preprocess(
 
     Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. `on_progress` hears
     ("headers" or "images", files done, files). Raises as `build_catalog`; BusyError when another run holds the cache;
-    CatalogError when more than a tenth of the labelled files cannot be used; StoreError when the disk is full.
+    CatalogError when more than a tenth of the files cannot be used; StoreError when the disk is full or a worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
     try:
-        # Everything that can be wrong with the input is found before the first byte is written.
-        salt_file = out / "salt"
-        salt = salt_file.read_bytes() if salt_file.is_file() else secrets.token_bytes(32)
+        if (out / LOCK).is_file():
+            with _exclusive(out):
+                pass  # says at once, and not after reading all headers, that another run is at work
+        # Everything that can be wrong with the tables and the headers is found before the first byte is written.
+        salt = (out / SALT).read_bytes() if (out / SALT).is_file() else secrets.token_bytes(32)
         catalog = build_catalog(
             dicom,
             labels,
@@ -113,19 +119,23 @@ def preprocess(
         )
         out.mkdir(parents=True, exist_ok=True)
         with _exclusive(out):
-            if not salt_file.is_file():
-                salt_file.write_bytes(salt)
-                salt_file.chmod(0o600)
+            _keep_salt(out / SALT, salt)
             return _write_cache(catalog, dicom, out, sizes, workers, on_progress)
     except OSError as error:
         raise StoreError(
             f"{out}: writing stopped: {error.strerror}; what is finished stays, and the same command goes on from there"
+        ) from error
+    except BrokenProcessPool as error:
+        raise StoreError(
+            f"{out}: a worker process was killed, perhaps because memory ran out: try fewer --workers; "
+            f"what is finished stays, and the same command goes on from there"
         ) from error
 
 
 def _write_cache(
     catalog: Catalog, dicom: Path, out: Path, sizes: tuple[int, ...], workers: int, on_progress: Progress
 ) -> PreprocessResult:
+    _refuse_too_many(catalog.rejects, catalog, out)
     cases = catalog.labelled
     manifest = read_manifest(out)
     blocks = [cases[start : start + SHARD_CASES] for start in range(0, len(cases), SHARD_CASES)]
@@ -143,7 +153,9 @@ def _write_cache(
             ready = records[size]
             former = manifest.get(size, {})
             manifest[size] = {
-                "complete": former.get("complete", False) and not todo,
+                "complete": former.get("complete", False)
+                and former.get("cases") == len(cases)
+                and not any(size in missing for missing in todo.values()),
                 "cases": len(cases),
                 "fingerprint": former.get("fingerprint", ""),
                 "shards": [asdict(ready[shard]) if shard in ready else None for shard in range(len(blocks))],
@@ -159,16 +171,11 @@ def _write_cache(
             records[size][shard] = record
         record_progress()
 
-    unreadable = dict(pair for record in records[sizes[0]].values() for pair in record.rejects)
+    unreadable = dict(pair for size in sizes for shard in range(len(blocks)) for pair in records[size][shard].rejects)
     path_of = {case.case_id: case.path for case in cases}
     rejects = (*catalog.rejects, *(Reject(path_of[case_id], reason) for case_id, reason in unreadable.items()))
-    _write_table(out / REJECTS, ("path", "reason"), [(reject.path, reject.reason) for reject in rejects])
+    _refuse_too_many(rejects, catalog, out)
     _write_table(out / MISSING, ("ImageId",), [(case_id,) for case_id in catalog.missing])
-    if len(rejects) > MAX_REJECTED_SHARE * catalog.reconciliation.files:
-        raise CatalogError(
-            f"{len(rejects)} of {catalog.reconciliation.files} files cannot be used, more than a tenth; "
-            f"the reasons are in {out / REJECTS} (the first one: {rejects[0].path} {rejects[0].reason})"
-        )
     final = replace(
         catalog,
         cases=tuple(
@@ -178,6 +185,16 @@ def _write_cache(
     )
     _finish(final, out, sizes, manifest, records)
     return PreprocessResult(final, sizes, len(sizes) * len(blocks) - reused, reused, rejects)
+
+
+def _refuse_too_many(rejects: Sequence[Reject], catalog: Catalog, out: Path) -> None:
+    """Write rejects.csv; CatalogError when it has more than a tenth of the files."""
+    _write_table(out / REJECTS, ("path", "reason"), [(reject.path, reject.reason) for reject in rejects])
+    if len(rejects) > MAX_REJECTED_SHARE * catalog.reconciliation.files:
+        raise CatalogError(
+            f"{len(rejects)} of {catalog.reconciliation.files} files cannot be used, more than a tenth; "
+            f"the reasons are in {out / REJECTS} (the first one: {rejects[0].path} {rejects[0].reason})"
+        )
 
 
 def _finish(
@@ -198,23 +215,23 @@ def _finish(
         "rows": np.array([case.rows for case in cases], np.int32),
         "columns": np.array([case.columns for case in cases], np.int32),
     }
-    sides = [[case.case_id, case.split] for case in cases]
+    sides = [[case.case_id, case.split, case.fold] for case in cases]
+    blocks = [cases[start : start + SHARD_CASES] for start in range(0, len(cases), SHARD_CASES)]
+    source = {size: fingerprint([_shard_fingerprint(b, size) for b in blocks], sides) for size in (*sizes, *manifest)}
+    for size, entry in manifest.items():  # what differs is not to be trained on until it is renewed
+        entry["complete"] = bool(entry["complete"] and entry["fingerprint"] == source[size])
+    stale = [size for size in sizes if size not in manifest or not manifest[size]["complete"]]
+    if manifest:
+        write_manifest(out, manifest)
+    for size in stale:
+        write_metadata(store_path(out, size), size, coordinates)
     for size in sizes:
-        shards = [records[size][shard] for shard in range(shard_count(len(cases)))]
-        source = fingerprint([record.fingerprint for record in shards], sides)
-        if manifest[size].get("fingerprint") != source or not manifest[size]["complete"]:
-            write_metadata(store_path(out, size), size, coordinates)
         manifest[size] = {
             "complete": True,
             "cases": len(cases),
-            "fingerprint": source,
-            "shards": [asdict(record) for record in shards],
+            "fingerprint": source[size],
+            "shards": [asdict(records[size][shard]) for shard in range(len(blocks))],
         }
-    for size in set(manifest) - set(sizes):  # made from other cases: not to be trained on together with these
-        manifest[size]["complete"] &= manifest[size]["cases"] == len(cases) and all(
-            record and record["fingerprint"] == _shard_fingerprint(cases[shard * SHARD_CASES :][:SHARD_CASES], size)
-            for shard, record in enumerate(manifest[size]["shards"])
-        )
     write_catalog(catalog, out / FILE_NAME)
     write_manifest(out, manifest)
 
@@ -245,6 +262,16 @@ def _start_worker(counter: Synchronized[int]) -> None:
     global _counter
     _counter = counter
     cv2.setNumThreads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this a worker outlives a killed parent, and writes where the next run writes."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run(
@@ -274,12 +301,13 @@ def _write_shards(
 ) -> tuple[int, dict[int, ShardRecord]]:
     """One task: decode each file of a shard once, write the shard at each size."""
     samples = {size: {array: np.zeros((len(block), size, size), np.uint8) for array in ARRAYS} for size in sizes}
-    rejects = []
+    rejects, lasting = [], True
     for row, case in enumerate(block):
         try:
             image = _read_image(case, dicom)
         except DicomError as error:
             rejects.append((case.case_id, str(error)))
+            lasting &= not isinstance(error, _PassingError)
         else:
             for size in sizes:
                 samples[size]["image"][row] = resize(image, size)
@@ -294,20 +322,28 @@ def _write_shards(
     records = {}
     for size in sizes:
         image_crc, mask_crc = (write_shard(store_path(out, size), name, shard, samples[size][name]) for name in ARRAYS)
-        records[size] = ShardRecord(_shard_fingerprint(block, size), image_crc, mask_crc, tuple(rejects))
+        source = _shard_fingerprint(block, size) if lasting else ""  # "": the next run makes the shard anew
+        records[size] = ShardRecord(source, image_crc, mask_crc, tuple(rejects))
     return shard, records
 
 
+class _PassingError(DicomError):
+    """A file that could be read when the catalog was built, and may be the next time."""
+
+
 def _read_image(case: Case, dicom: Path) -> Pixels:
-    content = read_bytes(dicom / case.path)
+    try:
+        content = read_bytes(dicom / case.path)
+    except DicomError as error:
+        raise _PassingError(str(error)) from error
     if hashlib.sha256(content).hexdigest()[:32] != case.digest:
-        raise DicomError("was changed while it was being read; run the command again")
+        raise _PassingError("was changed while it was being read; run the command again")
     return fit_square(read_radiograph(content).pixels)
 
 
 @contextmanager
 def _exclusive(out: Path) -> Iterator[None]:
-    with open(out / ".lock", "w") as lock:
+    with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -315,8 +351,20 @@ def _exclusive(out: Path) -> Iterator[None]:
         yield
 
 
+def _keep_salt(path: Path, salt: bytes) -> None:
+    """Store the salt of a new cache; BusyError when another run has given it one since this run looked."""
+    if path.is_file():
+        if path.read_bytes() != salt:
+            raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; run the command again")
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.touch(mode=0o600)
+    temporary.write_bytes(salt)
+    temporary.replace(path)
+
+
 def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="") as file:
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     os.replace(temporary, path)

@@ -31,6 +31,8 @@ def parse(text: str) -> Runs:
     if words == [EMPTY]:
         return np.zeros((0, 2), np.int64)
     try:
+        if "_" in text:  # an integer to numpy (1_000), but not in this format
+            raise ValueError
         numbers = np.array(words, dtype=np.int64)
     except (ValueError, OverflowError):
         raise LabelError(f"run-length text holds something that is not an integer: {_shorten(text)}") from None
@@ -73,8 +75,17 @@ def encode(mask: npt.NDArray[np.generic]) -> str:
     return " ".join(map(str, np.column_stack((gaps, ends - starts)).reshape(-1)))
 
 
+def overlap(texts: Sequence[str]) -> bool:
+    """Whether a px belongs to more than one of the masks, whatever the size of their image. Errors as `parse`."""
+    runs = [parse(text) for text in texts]
+    end = max((int(run.sum()) for run in runs), default=0)
+    return area_px(texts, end, 1) < sum(int(run[:, 1].sum()) for run in runs)
+
+
 def area_px(texts: Sequence[str], height: int, width: int) -> int:
     """Area of the union of the masks in px; overlapping masks count once. Errors as `decode_columns`."""
+    if not texts:
+        return 0
     if len(texts) == 1:
         return int(_parse_inside(texts[0], height, width)[:, 1].sum())
     return int(np.count_nonzero(decode_columns(texts, height, width)))
@@ -82,7 +93,7 @@ def area_px(texts: Sequence[str], height: int, width: int) -> int:
 
 def _parse_inside(text: str, height: int, width: int) -> Runs:
     runs = parse(text)
-    end, size = int(runs.sum()), height * width
+    end, size = sum(runs.reshape(-1).tolist()), height * width  # Python's integers, which cannot overflow
     if end > size:
         raise LabelError(f"a run ends at px {end}, past the {width}x{height} image ({size} px)")
     return runs

@@ -53,7 +53,7 @@ def shard_count(cases: int) -> int:
 
 
 def write_shard(store: Path, array: str, shard: int, block: Samples) -> str:
-    """Write samples uint8 (n <= 256, size, size) as one zarr shard, in one step, and return its crc32c in hex.
+    """Write samples uint8 (1 <= n <= 256, size, size) as one zarr shard, in one step, and return its crc32c in hex.
 
     The last chunk is filled up with zeros. The file is flushed to disk before it takes the place of a former one.
     """
@@ -121,6 +121,8 @@ def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDAr
                 chunks=(max(1, cases),),
                 dtype=str if text else values.dtype,
                 dimension_names=("case",),
+                # zarr leaves out a chunk of only zeros, and the chunk of a former run would stay in its place
+                config={"write_empty_chunks": True},
             )
             array[:] = values.astype(object) if text else values
         zarr.consolidate_metadata(group.store)
@@ -157,7 +159,7 @@ def read_manifest(cache: Path) -> dict[int, dict[str, Any]]:
         if content["schema"] != SCHEMA:
             raise StoreError(f"{path} has schema {content['schema']}, this ptxdist reads {SCHEMA}: update ptxdist")
         return {int(size): entry for size, entry in content["sizes"].items()}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); remove it and run `ptxdist preprocess` again") from error
 
 

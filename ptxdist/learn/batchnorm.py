@@ -50,13 +50,12 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 @torch.no_grad()
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    # The moments of the ranks are exact to float32 and summed in float64: mean² may be 1e8 times the variance before
-    # `square - mean²` loses what float32 holds, and no second collective is needed for a shift.
+    # Each rank's mean and variance come from one kernel and are joined in float64, in which mean² may be 1e8 times the
+    # variance before `square - mean²` loses what float32 holds; so one collective is enough.
     channels = x.shape[1]
     moments = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
     if x.numel():
-        local = torch.batch_norm_update_stats(x, None, None, 0.0)  # two-pass mean and biased variance, one kernel
-        mean, var = (moment.double() for moment in local)
+        mean, var = (moment.double() for moment in torch.batch_norm_update_stats(x, None, None, 0.0))  # var is biased
         count = x.numel() // channels
         moments = torch.cat((mean, var + mean.square(), moments.new_ones(1))) * count
     total = int(distributed.sum_over_ranks(moments)[-1])
@@ -99,7 +98,8 @@ class _Normalise(torch.autograd.Function):
         per_value = -scale / max(ctx.count, 1)
         grad_x = F.batch_norm(x, mean, var, per_value * sum_gx, per_value * sum_g, training=False, eps=ctx.eps)
         grad_x.addcmul_(grad, scale.view(-1, 1, 1))
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        own = (grad_weight, grad_bias) if weight is not None else (None, None)
+        return grad_x, *own, None, None, None, None
 
 
 def convert(module: nn.Module) -> nn.Module:

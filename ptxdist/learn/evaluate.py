@@ -25,7 +25,7 @@ from ptxdist.learn.loop import choose_precision
 from ptxdist.learn.metrics import image_dice, scores
 from ptxdist.learn.scoring import score_cases
 from ptxdist.learn.unet import build_unet
-from ptxdist.rundir import CASES, EVALUATION, PREDICTIONS, EvaluationResult, Scores, StageResult, write_json
+from ptxdist.rundir import CASES, EVALUATION, PREDICTIONS, EvaluationResult, StageResult, write_json
 
 FIXED_THRESHOLDS = (0.5, 0.55)  # the source's; they always stand beside the stage's own
 CASE_COLUMNS = (
@@ -78,9 +78,9 @@ def evaluate(
         threshold=thresholds[0],
         min_area_px=how.min_area_px,
         flip_averaging=how.flip_averaging,
-        scores=Scores(**scores(counts.at_full[0]).to_json()),
+        scores=scores(counts.at_full[0]),
         at_other_thresholds={
-            str(threshold): Scores(**scores(counts.at_full[number]).to_json()) for number, threshold in enumerate(thresholds) if number
+            str(threshold): scores(counts.at_full[number]) for number, threshold in enumerate(thresholds) if number
         },
         seconds=time.perf_counter() - started,
     )

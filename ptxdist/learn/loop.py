@@ -40,7 +40,7 @@ from ptxdist.learn.losses import bce_dice_per_image
 from ptxdist.learn.metrics import scores
 from ptxdist.learn.schedule import learning_rate
 from ptxdist.learn.scoring import score_cases
-from ptxdist.rundir import EpochMetrics, Scores
+from ptxdist.rundir import EpochMetrics
 
 _CHECK_EVERY = 10  # steps between two looks at the loss, each of which waits for a GPU
 
@@ -250,8 +250,8 @@ class _Trainer:
             learning_rate=rate,
             train_loss=train_loss,
             val_loss=val_loss,
-            at_stage=Scores(**scores(counts.at_stage).to_json()),
-            at_full=Scores(**scores(counts.at_full[0]).to_json()),
+            at_stage=scores(counts.at_stage),
+            at_full=scores(counts.at_full[0]),
             train_seconds=train_seconds,
             val_seconds=time.perf_counter() - started,
             images_per_second=len(self.data.train) / train_seconds if train_seconds else None,

@@ -11,8 +11,6 @@ them the score of predicting nothing at all (0.77845 on the 12,047 SIIM-ACR trai
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,43 +18,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ptxdist.rundir import Scores
+
 Counts = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Scores of a set of cases, each 0..1; None where they are not defined.
-
-    `kaggle_dice`     mean Dice over all images, 1 where truth and prediction are empty, 0 where one of them is
-    `positive_dice`   mean Dice over the images with a pneumothorax; None without such images
-    `pooled_dice`     Dice over the px of all images together; 1 when nothing is there and nothing is predicted
-    `sensitivity`     part of the positive images with at least one px predicted; None without positive images
-    `specificity`     part of the negative images without any px predicted; None without negative images
-    `all_empty_dice`  the Kaggle Dice that empty masks for all images would score
-    """
-
-    cases: int
-    positives: int
-    kaggle_dice: float
-    positive_dice: float | None
-    pooled_dice: float
-    sensitivity: float | None
-    specificity: float | None
-    all_empty_dice: float
-
-    @property
-    def equals_all_empty(self) -> bool:
-        """Whether not a single px was predicted, so that nothing but the baseline is measured."""
-        return self.sensitivity in (None, 0.0) and self.specificity in (None, 1.0)
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Scores:
-        """Scores from the fields that `to_json` wrote; TypeError when fields are missing or unknown."""
-        return cls(**content)
 
 
 def count(prediction: Tensor, truth: Tensor) -> Tensor:

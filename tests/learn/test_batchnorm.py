@@ -1,5 +1,6 @@
 """Real gloo processes, started once for each number of ranks; each test compares one thing they computed."""
 
+import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,11 @@ def on_rank(rank: int, ranks: int, folder: Path) -> None:
         results[share, "cumulative"] = run_layer(convert(layer(None)), sum(share), own, torch.channels_last)
     norm = convert(layer())
     results["offset"] = norm(1e4 + data(4 * ranks, 0, torch.channels_last)[0][4 * rank : 4 * rank + 4]).detach()
+    plain = convert(nn.BatchNorm2d(CHANNELS, affine=False, track_running_stats=False))
+    x, gradient = (tensor[2 * rank : 2 * rank + 2] for tensor in data(2 * ranks, 0, torch.contiguous_format))
+    x = x.detach().requires_grad_()
+    plain(x).backward(gradient)
+    results["without weights and statistics"] = x.grad
     results["one value per rank"] = norm(torch.full((1, CHANNELS, 1, 1), float(rank))).detach()
     try:
         norm(torch.zeros(1 if rank == 0 else 0, CHANNELS, 1, 1))
@@ -109,9 +115,10 @@ def on_rank(rank: int, ranks: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module", params=sorted(SHARES), ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_rank, (request.param, folder), nprocs=request.param)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # what takes seconds to import is imported once
+    torch.multiprocessing.start_processes(on_rank, (ranks, folder), nprocs=ranks, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
 def test_the_helpers_know_the_ranks_and_sum_over_them(results: list[dict]) -> None:
@@ -143,6 +150,13 @@ def test_the_memory_format_of_the_input_is_kept(results: list[dict]) -> None:
         for part in (result[share, "channels_last"] for result in results):
             for name in ("output 0", "gradient 0"):
                 assert part[name].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_layer_without_weights_and_statistics_is_global_too(results: list[dict]) -> None:
+    x, gradient = data(2 * len(results), 0, torch.contiguous_format)
+    x.requires_grad_()
+    nn.BatchNorm2d(CHANNELS, affine=False, track_running_stats=False)(x).backward(gradient)
+    torch.testing.assert_close(torch.cat([r["without weights and statistics"] for r in results]), x.grad, **CLOSE)
 
 
 def test_a_large_offset_does_not_spoil_the_variance(results: list[dict]) -> None:

@@ -1,14 +1,13 @@
 """Counts and scores: by hand, and as properties."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptxdist.learn.metrics import Scores, count, image_dice, scores
+from ptxdist.learn.metrics import count, image_dice, scores
+from ptxdist.rundir import Scores
 
 px = st.integers(0, 2**20)
 
@@ -104,7 +103,7 @@ def test_scores_do_not_depend_on_the_partition_of_the_cases(cases: list, random,
 
 @given(rows())
 def test_scores_are_between_0_and_1(cases: list) -> None:
-    content = scores(table(*cases)).to_json()
+    content = scores(table(*cases)).model_dump(mode="json")
     assert content.pop("cases") == len(cases)
     assert 0 <= content.pop("positives") <= len(cases)
     assert all(value is None or 0 <= value <= 1 for value in content.values())
@@ -113,7 +112,7 @@ def test_scores_are_between_0_and_1(cases: list) -> None:
 @given(rows())
 def test_scores_survive_json(cases: list) -> None:
     result = scores(table(*cases))
-    assert Scores.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False))) == result
+    assert Scores.model_validate_json(result.model_dump_json()) == result
 
 
 def test_the_counts_of_separate_batches_are_those_of_one_batch() -> None:

@@ -1,0 +1,82 @@
+"""Checkpoints come back as they were, or are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ptxdist.errors import CheckpointError
+from ptxdist.learn.checkpoint import TrainingState, load_checkpoint, load_weights, save_checkpoint, save_weights
+
+
+def trained(epoch: int) -> tuple[nn.Module, TrainingState]:
+    torch.manual_seed(epoch)
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+    progress = {"history": [{"epoch": number, "loss": 0.1 + number / 3} for number in range(epoch)]}
+    state = TrainingState(epoch, model.state_dict(), optimizer.state_dict(), {"weight": model.weight * 2}, progress)
+    return model, state
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    model, state = trained(3)
+    save_checkpoint(tmp_path, state, keep=2)
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert (loaded.epoch, loaded.progress) == (3, state.progress)
+    assert all(torch.equal(loaded.model[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(loaded.average["weight"], model.weight * 2)
+    optimizer = torch.optim.Adam(nn.Linear(4, 3).parameters())
+    optimizer.load_state_dict(dict(loaded.optimizer))
+    before, after = state.optimizer["state"], optimizer.state_dict()["state"]
+    assert all(torch.equal(after[index][name], before[index][name]) for index in before for name in before[index])
+    assert optimizer.param_groups[0]["betas"] == pytest.approx((0.9, 0.999))
+
+
+def test_only_the_newest_are_kept_and_no_draft_stays(tmp_path: Path) -> None:
+    for epoch in range(1, 6):
+        save_checkpoint(tmp_path, trained(epoch)[1], keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-0004", "epoch-0005"]
+
+
+@pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, part: str, damage: str) -> None:
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, trained(epoch)[1], keep=2)
+    path = tmp_path / "epoch-0002" / part
+    content = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+    told: list[str] = []
+    loaded = load_checkpoint(tmp_path, told.append)
+    assert loaded is not None
+    assert loaded.epoch == 1
+    assert len(told) == 1
+    assert "epoch-0002 is damaged" in told[0]
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert load_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_weights_of_another_model_or_altered_ones_are_refused(tmp_path: Path) -> None:
+    model = nn.Linear(4, 3)
+    sha256 = save_weights(model.state_dict(), tmp_path / "w.safetensors")
+    load_weights(nn.Linear(4, 3), tmp_path / "w.safetensors", sha256)
+    with pytest.raises(CheckpointError, match=r"weight has shape \(3, 4\), not \(3, 5\)"):
+        load_weights(nn.Linear(5, 3), tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="altered"):
+        load_weights(nn.Linear(4, 3), tmp_path / "w.safetensors", "0" * 64)
+    with pytest.raises(CheckpointError, match="missing"):
+        load_weights(nn.Linear(4, 3), tmp_path / "none.safetensors", sha256)

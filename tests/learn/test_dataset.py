@@ -1,0 +1,114 @@
+"""Batches: every case once, in the same order and with the same draws for any number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptxdist.data.store import open_store
+from ptxdist.learn.augment import RECIPES, Augmentation
+from ptxdist.learn.dataset import batches, epoch_order, training_shares, validation_shares
+
+
+@given(cases=st.integers(1, 90), batch=st.integers(1, 20), ranks=st.integers(1, 5), epoch=st.integers(0, 3))
+def test_ranks_unite_to_the_global_batches_each_case_once(cases: int, batch: int, ranks: int, epoch: int) -> None:
+    order = epoch_order(np.arange(cases) * 3, seed=1, epoch=epoch)
+    shares = [training_shares(order, batch, rank, ranks) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1, "every rank takes part in every step"
+    for step, global_batch in enumerate(training_shares(order, batch, 0, 1)):
+        parts = [share[step][0] for share in shares]
+        assert sorted(np.concatenate(parts)) == sorted(global_batch[0])
+        assert {share[step][1] for share in shares} == {len(global_batch[0])}
+    assert sorted(np.concatenate([indices for share in shares for indices, _ in share])) == list(range(0, 3 * cases, 3))
+
+
+@given(cases=st.integers(0, 90), ranks=st.integers(1, 5))
+def test_validation_has_every_case_once_in_blocks_that_do_not_depend_on_the_ranks(cases: int, ranks: int) -> None:
+    indices = np.arange(cases)
+    alone = {tuple(block) for block, _ in validation_shares(indices, 0, 1)}
+    shared = [tuple(block) for rank in range(ranks) for block, _ in validation_shares(indices, rank, ranks)]
+    assert set(shared) == alone
+    assert sorted(index for block in shared for index in block) == list(range(cases))
+
+
+def test_the_order_depends_on_seed_and_epoch_only() -> None:
+    indices = np.arange(50)
+    first = epoch_order(indices, seed=1, epoch=1)
+    assert (first == epoch_order(indices[::-1], seed=1, epoch=1)).all()
+    assert (first != epoch_order(indices, seed=1, epoch=2)).any()
+    assert (first != epoch_order(indices, seed=2, epoch=1)).any()
+
+
+def test_batches_hold_the_stored_samples(cache: Path) -> None:
+    store = open_store(cache, 64)
+    shares = training_shares(np.array([5, 0, 9, 3, 7]), 2, 0, 1)
+    seen = list(batches(store, shares))
+    assert [batch.index.tolist() for batch in seen] == [[5, 0], [9, 3], [7]]
+    for batch in seen:
+        assert tuple(batch.image.shape[1:]) == tuple(batch.mask.shape[1:]) == (1, 64, 64)
+        for row, index in enumerate(batch.index.tolist()):
+            image, mask = store.sample(index)
+            assert (batch.image[row, 0].numpy() == image).all()
+            assert (batch.mask[row, 0].numpy() == mask).all()
+
+
+def test_an_empty_share_is_an_empty_batch(cache: Path) -> None:
+    (batch,) = batches(open_store(cache, 32), [(np.array([], np.int64), 1)])
+    assert tuple(batch.image.shape) == (0, 1, 32, 32)
+
+
+def test_draws_depend_on_seed_epoch_and_case_only(cache: Path) -> None:
+    store = open_store(cache, 64)
+
+    def augmented(order: list[int], batch: int, seed: int, epoch: int) -> dict[int, bytes]:
+        shares = training_shares(np.array(order), batch, 0, 1)
+        found = batches(store, shares, augmentation=Augmentation("siim", seed), epoch=epoch)
+        return {i: b.image[row].numpy().tobytes() for b in found for row, i in enumerate(b.index.tolist())}
+
+    first = augmented(list(range(10)), 4, 1, 1)
+    assert first == augmented(list(range(9, -1, -1)), 3, 1, 1)
+    assert first != augmented(list(range(10)), 4, 1, 2)
+    assert first != augmented(list(range(10)), 4, 2, 1)
+    assert len(set(first.values())) == 10
+
+
+def test_image_and_mask_are_flipped_together_and_only_the_image_changes_in_brightness() -> None:
+    image = np.tile(np.arange(64, dtype=np.uint8) * 2 + 50, (64, 1))
+    mask = np.tile(np.where(np.arange(64) < 10, 200, 0).astype(np.uint8), (64, 1))
+    augmentation, flipped, brightness = Augmentation("siim", 0), 0, set()
+    for case in range(200):
+        new_image, new_mask = augmentation.apply(image, mask, epoch=0, case=case)
+        is_flipped = bool((new_mask == mask[:, ::-1]).all())
+        assert is_flipped or (new_mask == mask).all()
+        assert (new_image[0, 0] > new_image[0, -1]) == is_flipped
+        flipped += is_flipped
+        brightness.add(int(new_image.mean()))
+    assert 70 < flipped < 130
+    assert len(brightness) > 20
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_the_inputs_of_an_augmentation_stay_as_they_are(recipe: str) -> None:
+    image = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
+    before = image.copy()
+    for case in range(20):
+        Augmentation(recipe, 0).apply(image, image, epoch=0, case=case)
+    assert (image == before).all()
+
+
+def test_an_error_while_preparing_reaches_the_reader(cache: Path) -> None:
+    with pytest.raises(IndexError):
+        list(batches(open_store(cache, 32), [(np.array([10_000_000]), 1)]))
+
+
+def test_a_reader_that_stops_early_leaves_no_thread(cache: Path) -> None:
+    import threading
+
+    reader = batches(open_store(cache, 32), [(np.array([0]), 1)] * 50)
+    next(reader)
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "ptxdist-batches"]
