@@ -130,8 +130,8 @@ def preprocess(
                 f"{len(result.rejects)} files could not be used, see {out / 'rejects.csv'}; "
                 f"the first one: {result.rejects[0].path} {result.rejects[0].reason}"
             )
-        work = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
-        console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} px: {work}")
+        done = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
+        console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} px: {done}")
 
 
 @cli.command()
@@ -187,19 +187,19 @@ def train(
 
 def _train(settings: Settings, run: Path) -> tuple[PipelineResult, Path]:
     from ptxdist import console
+    from ptxdist.cluster.coordinator import plan_run, run_pipeline
+    from ptxdist.learn.report import write_report
     from ptxdist.rundir import RAY_LOG
 
-    stages = settings.pipeline.stages
-    with console.TrainingDisplay([s.size_px for s in stages], [s.epochs for s in stages]) as display:
-        from ptxdist.cluster.coordinator import plan_run, run_pipeline
-
-        plan = plan_run(settings, run)
-        try:
-            with console.divert(run / RAY_LOG):
-                result = run_pipeline(plan, on_event=display.show)
-        except PtxdistError as error:
-            raise type(error)(f"{error} (Ray's own words are in {run / RAY_LOG})") from error
-    from ptxdist.learn.report import write_report
+    plan, stages = plan_run(settings, run), settings.pipeline.stages
+    try:
+        with (
+            console.TrainingDisplay([s.size_px for s in stages], [s.epochs for s in stages]) as display,
+            console.divert(run / RAY_LOG),
+        ):
+            result = run_pipeline(plan, on_event=display.show)
+    except PtxdistError as error:
+        raise type(error)(f"{error} (Ray's own words are in {run / RAY_LOG})") from error
 
     return result, write_report(run)
 

@@ -139,7 +139,7 @@ def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
         if given.is_file():
             return given
         raise SettingsError(f"no settings file {name}: give a name such as 'exp4' or the path of a .toml file")
-    folders = _folders(kind)
+    folders = settings_folders(kind)
     for folder in folders:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
@@ -147,7 +147,8 @@ def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
     raise SettingsError(f"no {kind[:-1]} '{name}'{_nearest(name, known)}; there are: {', '.join(known) or 'none'}")
 
 
-def _folders(kind: str) -> list[Path]:
+def settings_folders(kind: str) -> list[Path]:
+    """Folders `configs` or `pipelines` that are there, in the order in which a name is looked up."""
     # In a checkout the folders stand beside the package, in an installed wheel inside it.
     # (Inside first: beside an installed package anybody's folder of that name may lie.)
     candidates = [Path.cwd() / kind, PACKAGE / kind, PACKAGE.parent / kind]
@@ -179,7 +180,7 @@ def load_settings(
     merged: dict[str, Any] = {}
     sources: list[tuple[str, str]] = []  # pattern of a dotted key, and where its value comes from; the last one counts
     for name in ("data", "train", *([site] if site else [])):
-        if name == site or any((folder / f"{name}.toml").is_file() for folder in _folders("configs")):
+        if name == site or any((folder / f"{name}.toml").is_file() for folder in settings_folders("configs")):
             path = find("configs", name)
             content = read_toml(path)
             _check_keys(content, path)

@@ -6,8 +6,8 @@ not one single-frame grayscale image, with a reason that ends up in rejects.csv.
 
 From stored values to uint8 (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2), in this order:
 1. 8-bit unsigned values without rescale, window or LUT are taken as they are.
-2. Otherwise: modality LUT or rescale; then the first VOI LUT or the first window; without either, the range of values
-   in the image becomes 0..255.
+2. Otherwise: modality LUT or rescale; then the first window becomes 0..255, or, with a VOI LUT, which is applied
+   instead of a window, or with neither, the range of values in the image does.
 3. MONOCHROME1, or Presentation LUT Shape INVERSE, is inverted, so that air is dark in every Radiograph.
 """
 
@@ -26,7 +26,7 @@ import numpy.typing as npt
 import pydicom
 from pydicom.encaps import get_frame
 from pydicom.errors import InvalidDicomError
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.pixels import apply_modality_lut, apply_voi
 from pydicom.uid import JPEGBaseline8Bit
 
 from ptxdist.errors import DicomError
@@ -185,16 +185,16 @@ def _decode(dataset: pydicom.Dataset, header: Header) -> npt.NDArray[Any]:
 
 
 def _to_uint8(dataset: pydicom.Dataset, stored: npt.NDArray[Any]) -> Pixels:
-    rescaled = "ModalityLUTSequence" in dataset or (
+    rescaled = bool(dataset.get("ModalityLUTSequence")) or (
         float(dataset.get("RescaleSlope") or 1) != 1 or float(dataset.get("RescaleIntercept") or 0) != 0
     )
-    has_lut, has_window = "VOILUTSequence" in dataset, bool(dataset.get("WindowWidth"))
+    has_lut, has_window = bool(dataset.get("VOILUTSequence")), bool(dataset.get("WindowWidth"))
     if stored.dtype == np.uint8 and not (rescaled or has_lut or has_window):
         pixels = stored
     else:
         values = np.asarray(apply_modality_lut(stored, dataset))
         if has_lut:
-            values, has_window = np.asarray(apply_voi_lut(values, dataset, prefer_lut=True)), False
+            values, has_window = np.asarray(apply_voi(values, dataset)), False
         unit = _window(dataset, values) if has_window else _full_range(values)
         pixels = np.rint(unit * 255).astype(np.uint8)
     inverse = str(dataset.get("PresentationLUTShape") or "") == "INVERSE"

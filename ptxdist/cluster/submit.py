@@ -1,0 +1,156 @@
+"""Hands a ptxdist command to a running Ray cluster as a job, through Ray's own job client.
+
+Owns: what travels to the cluster (the code and the settings folders, never data, caches or runs), tokens, and what
+the end of a job means. Refuses: addresses where no Ray cluster answers, missing or wrong tokens, clusters with a Ray
+that is too old or without ptxdist's packages (ClusterError). Called by: `cli`.
+
+Ray switches token authentication on by itself once a token exists on a machine, but its job client sends the token only
+where RAY_AUTH_MODE=token is set. Here the cluster is asked first, and gets the token if it wants one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import requests
+from packaging.version import InvalidVersion, Version
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from ptxdist.config import PACKAGE, settings_folders
+from ptxdist.errors import ClusterError
+
+OLDEST_RAY = "2.60"
+MAX_UPLOAD_BYTES = 500 * 1024**2  # Ray's GCS_STORAGE_MAX_SIZE for a working directory (ray#45602)
+STOPPED = 130
+_ANSWER_S = 10.0
+# A job runs the `python` that was first in PATH when Ray was started, which need not be the one Ray itself runs on.
+_CHECK = f"""python - <<'END' || exit {ClusterError.exit_code}
+import importlib.util, sys
+missing = [name for name in ("ray", "torch", "zarr", "rich") if importlib.util.find_spec(name) is None]
+if missing:
+    sys.exit(
+        f"error: {{sys.executable}}, the cluster's python, lacks {{', '.join(missing)}}: install ptxdist there, "
+        "and start Ray with that environment activated"
+    )
+END
+"""
+_POLL_S = 0.5
+
+
+def submit(
+    command: Sequence[str],
+    *,
+    address: str,
+    on_log: Callable[[str], None],
+    on_submitted: Callable[[str], None] = lambda job_id: None,
+) -> int:
+    """Run `python -m ptxdist <command>` as a job, pass its log to `on_log` as it comes, and return its exit code.
+
+    `address` is the URL of the cluster's dashboard; `on_submitted` hears the job's id. A stopped job gives 130. An interruption while following (KeyboardInterrupt) leaves the job running. Raises ClusterError in one sentence.
+    """
+    headers = _authorise(address)
+    try:
+        client = JobSubmissionClient(address, headers=headers)
+        with tempfile.TemporaryDirectory(prefix="ptxdist-job-") as folder:
+            _pack(Path(folder))
+            job_id = client.submit_job(
+                entrypoint=f"{_CHECK}exec {shlex.join(['python', '-m', 'ptxdist', *command])}",
+                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            )
+        on_submitted(job_id)
+        asyncio.run(_follow(client, job_id, on_log))
+        return _exit_code(client, job_id)
+    except (ConnectionError, requests.RequestException, RuntimeError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise ClusterError(f"the Ray cluster at {address} did not do as asked: {lines[0][:300]}") from error
+
+
+def _authorise(address: str) -> dict[str, str]:
+    """Headers that the cluster wants; checks that a cluster of a Ray that is new enough answers there."""
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ClusterError(f"'{address}' is not the address of a Ray dashboard; expected such as http://127.0.0.1:8265")
+    answer = _ask(address, {})
+    headers: dict[str, str] = {}
+    if answer.status_code in (401, 403):
+        headers = {"Authorization": f"Bearer {_token(address)}"}
+        answer = _ask(address, headers)
+        if answer.status_code in (401, 403):
+            raise ClusterError(
+                f"the Ray cluster at {address} does not accept this machine's token; set RAY_AUTH_TOKEN to the "
+                "cluster's own (`ray get-auth-token` prints it on the head node)"
+            )
+    try:
+        found = str(answer.json()["ray_version"])
+        too_old = Version(found) < Version(OLDEST_RAY)
+    except (ValueError, KeyError, TypeError, InvalidVersion):
+        raise ClusterError(f"what answers at {address} is not a Ray dashboard (HTTP {answer.status_code})") from None
+    if too_old:
+        raise ClusterError(f"the cluster at {address} runs Ray {found}, ptxdist needs {OLDEST_RAY} or newer there")
+    return headers
+
+
+def _ask(address: str, headers: dict[str, str]) -> requests.Response:
+    try:
+        return requests.get(f"{address.rstrip('/')}/api/version", headers=headers, timeout=_ANSWER_S)
+    except requests.RequestException as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}; is it up, and is its dashboard reachable from here "
+            "(`ray dashboard cluster.yaml` forwards it)?"
+        ) from error
+
+
+def _token(address: str) -> str:
+    """This machine's token, where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        raise ClusterError(
+            f"the Ray cluster at {address} asks for a token and there is none here; set RAY_AUTH_TOKEN to the "
+            "cluster's own (`ray get-auth-token` prints it on the head node)"
+        ) from None
+
+
+def _pack(folder: Path) -> None:
+    """Copy what the job needs into an empty folder: the package and the settings, those of this folder first."""
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    shutil.copytree(PACKAGE, folder / "ptxdist", ignore=ignore)
+    for kind in ("configs", "pipelines"):
+        for source in reversed(settings_folders(kind)):
+            shutil.copytree(source, folder / kind, ignore=ignore, dirs_exist_ok=True)
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > MAX_UPLOAD_BYTES:
+        raise ClusterError(
+            f"code and settings are {size / 1024**2:,.0f} MiB, more than the {MAX_UPLOAD_BYTES // 1024**2} MiB that "
+            "Ray takes; remove what does not belong into configs/ and pipelines/"
+        )
+
+
+async def _follow(client: Any, job_id: str, on_log: Callable[[str], None]) -> None:
+    async for text in client.tail_job_logs(job_id):
+        on_log(text)
+
+
+def _exit_code(client: Any, job_id: str) -> int:
+    while (status := client.get_job_status(job_id)) not in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED):
+        time.sleep(_POLL_S)
+    if status == JobStatus.SUCCEEDED:
+        return 0
+    if status == JobStatus.STOPPED:
+        return STOPPED
+    info = client.get_job_info(job_id)
+    if info.driver_exit_code is None:  # the command was never started
+        raise ClusterError(f"job {job_id} failed before its command ran: {(info.message or 'no reason given')[:300]}")
+    return int(info.driver_exit_code) or 1

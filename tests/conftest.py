@@ -1,0 +1,153 @@
+"""Data sets that several tests share: small DICOM files written here, and the real files where they are."""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pytest
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
+
+from ptxdist.data import rle
+from ptxdist.data.preprocess import PreprocessResult, preprocess
+
+Image = npt.NDArray[np.generic]
+WriteDicom = Callable[..., Path]
+REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+
+# What must never be found in anything that ptxdist writes.
+PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """DICOM files with their tables; `images` as they were before encoding, `masks` united, by image id."""
+
+    dicom: Path
+    labels: Path
+    patients: Path
+    images: dict[str, Image]
+    masks: dict[str, Image]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of the real SIIM-ACR files, which no repository holds."""
+    if not REAL.is_dir():
+        pytest.skip("the real SIIM-ACR files are not on this machine (../shared/data beside the repository)")
+    return REAL
+
+
+@pytest.fixture(scope="session")
+def write_dicom() -> WriteDicom:
+    """Function that writes one DICOM file: JPEG Baseline for uint8 unless `raw`, further tags by keyword."""
+
+    def write(path: Path, pixels: Image, uid: str, *, raw: bool = False, **tags: object) -> Path:
+        raw = raw or pixels.dtype != np.uint8
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = SecondaryCaptureImageStorage, uid
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian if raw else JPEGBaseline8Bit
+        file = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        file.SOPClassUID, file.SOPInstanceUID, file.Modality = SecondaryCaptureImageStorage, uid, "CR"
+        file.PatientName, file.PatientBirthDate, file.PatientID = PATIENT_NAME, BIRTH_DATE, PATIENT_ID + uid[-20:]
+        file.PatientSex, file.PatientAge, file.ViewPosition = "F", "062Y", "PA"
+        file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
+        file.Rows, file.Columns = pixels.shape[:2]
+        file.BitsAllocated = file.BitsStored = 8 * pixels.dtype.itemsize
+        file.HighBit, file.PixelRepresentation = file.BitsStored - 1, int(pixels.dtype.kind == "i")
+        data = pixels.tobytes() if raw else cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        file.PixelData = data if raw else encapsulate([data])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # values that the standard does not allow are wanted
+            for name, value in tags.items():
+                if value is None:
+                    delattr(file, name)
+                else:
+                    setattr(file, name, value)
+            file.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def small_dataset(tmp_path_factory: pytest.TempPathFactory, write_dicom: WriteDicom) -> Dataset:
+    """24 files of 128 to 256 px: 23 labelled (8 positive), 1 without a row; 2 ids of the table without a file.
+
+    Case 0 has two overlapping masks, case 3 two separate ones; every fourth image is not square.
+    """
+    folder = tmp_path_factory.mktemp("small")
+    random = np.random.default_rng(20)
+    images, masks, rows = {}, {}, []
+    for number in range(24):
+        uid = f"1.2.826.0.1.{1000 + number}"
+        height, width = [(128, 128), (256, 256), (192, 192), (160, 224)][number % 4]
+        image = cv2.GaussianBlur(random.integers(0, 256, (height, width), dtype=np.uint8), (9, 9), 0)
+        image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
+        parts = []
+        if number % 3 == 0:
+            parts.append(_box(height, width, 10, 20, 50, 30))
+        if number in (0, 3):
+            parts.append(_box(height, width, 40 if number == 0 else 90, 30, 60, 40))
+        images[uid] = image
+        masks[uid] = np.maximum.reduce(parts) if parts else np.zeros_like(image)
+        write_dicom(folder / "dicom" / f"study{number}" / "series" / f"{uid}.dcm", image, uid)
+        if number != 23:
+            rows += [(uid, f" {rle.encode(part)}") for part in parts] or [(uid, " -1")]
+    rows += [("1.2.826.0.1.9001", " -1"), ("1.2.826.0.1.9002", " 5 10")]
+    labels = _write_csv(folder / "train-rle.csv", ("ImageId", " EncodedPixels"), rows)
+    patients = [(uid, f"{MAPPED_PATIENT}{number // 2}") for number, uid in enumerate(images)]
+    return Dataset(
+        folder / "dicom", labels, _write_csv(folder / "patients.csv", ("id", "patient"), patients), images, masks
+    )
+
+
+@pytest.fixture(scope="session")
+def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreprocessResult]:
+    """The cache of `small_dataset` at 64 and 96 px, and what its run returned; nothing may write to it."""
+    out = tmp_path_factory.mktemp("small") / "cache"
+    data = small_dataset
+    return out, preprocess(data.dicom, data.labels, out, patients=data.patients, sizes_px=(64, 96))
+
+
+@pytest.fixture(scope="session")
+def many_dataset(tmp_path_factory: pytest.TempPathFactory, write_dicom: WriteDicom) -> Dataset:
+    """540 files of 64 px, every third one positive: three shards. Nothing may write to it."""
+    folder = tmp_path_factory.mktemp("many")
+    random = np.random.default_rng(21)
+    template = write_dicom(folder / "template", random.integers(0, 256, (64, 64), dtype=np.uint8), "1.2.3.99999")
+    content = template.read_bytes()
+    (folder / "dicom").mkdir()
+    images, masks, rows = {}, {}, []
+    for number in range(540):
+        uid = f"1.2.3.{10000 + number}"
+        (folder / "dicom" / f"{uid}.dcm").write_bytes(content.replace(b"1.2.3.99999", uid.encode()))
+        mask = _box(64, 64, number % 30, number // 30, 20, 10) if number % 3 == 0 else np.zeros((64, 64), np.uint8)
+        masks[uid] = mask
+        rows.append((uid, rle.encode(mask)))
+    labels = _write_csv(folder / "train-rle.csv", ("ImageId", "EncodedPixels"), rows)
+    patients = [(uid, str(number // 2)) for number, uid in enumerate(masks)]
+    return Dataset(
+        folder / "dicom", labels, _write_csv(folder / "patients.csv", ("id", "patient"), patients), images, masks
+    )
+
+
+def _box(height: int, width: int, top: int, left: int, rows: int, columns: int) -> npt.NDArray[np.uint8]:
+    mask = np.zeros((height, width), np.uint8)
+    mask[top : top + rows, left : left + columns] = 1
+    return mask
+
+
+def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path

@@ -1,0 +1,95 @@
+"""The split: covers all, keeps groups together, is alike in all folds, and depends on nothing it should not."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ptxdist.data.split import AREA_STRATA_PX, assign_folds, measure_leakage
+
+Cases = tuple[list[str], list[str], list[int]]
+
+
+@st.composite
+def case_lists(draw: st.DrawFn) -> Cases:
+    """Ids, groups and areas of up to 120 cases."""
+    count = draw(st.integers(0, 120))
+    number = random.Random(draw(st.integers(0, 2**32 - 1)))
+    groups = draw(st.integers(1, 80))
+    return (
+        [f"case{index}" for index in range(count)],
+        [f"patient{number.randrange(groups)}" for _ in range(count)],
+        [number.choice([0, 0, 0, 100, 9_000, 50_000]) for _ in range(count)],
+    )
+
+
+@given(case_lists(), st.integers(2, 10), st.integers(0, 5))
+@settings(max_examples=60, deadline=None)
+def test_split_covers_all_and_keeps_groups_whatever_order_and_names(cases: Cases, folds: int, seed: int) -> None:
+    ids, groups, areas = cases
+    found = assign_folds(ids, groups, areas, folds=folds, seed=seed)
+    assert len(found) == len(ids)
+    assert set(found) <= set(range(folds))
+    assert all(len({f for f, g in zip(found, groups, strict=True) if g == group}) == 1 for group in set(groups))
+
+    order = random.Random(seed).sample(range(len(ids)), len(ids))
+    shuffled = assign_folds(
+        [ids[i] for i in order], [groups[i] for i in order], [areas[i] for i in order], folds=folds, seed=seed
+    )
+    assert shuffled == [found[i] for i in order]
+
+    names = {group: f"{group[::-1]} {seed}" for group in groups}
+    assert assign_folds(ids, [names[group] for group in groups], areas, folds=folds, seed=seed) == found
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(200, 500), st.floats(0.1, 0.6))
+@settings(max_examples=20, deadline=None)
+def test_folds_are_alike_in_size_and_in_masks_of_each_size(seed: int, count: int, share: float) -> None:
+    number = random.Random(seed)
+    groups = [str(index // 2) for index in range(count)]  # pairs
+    areas = [number.choice([2_000, 9_000, 30_000]) if number.random() < share else 0 for _ in range(count)]
+    found = assign_folds([str(index) for index in range(count)], groups, areas)
+    for stratum in (
+        lambda area: True,
+        lambda area: area > 0,
+        lambda area: 0 < area < AREA_STRATA_PX[0],
+        lambda area: area >= AREA_STRATA_PX[1],
+    ):
+        per_fold = Counter(fold for fold, area in zip(found, areas, strict=True) if stratum(area))
+        counts = [per_fold[fold] for fold in range(10)]
+        assert max(counts) - min(counts) <= 6, counts
+        assert abs(counts[0] - sum(counts) / 10) <= 4
+
+
+def test_seed_changes_the_split() -> None:
+    ids = [str(index) for index in range(100)]
+    first, second = (assign_folds(ids, ids, [0] * 100, seed=seed) for seed in (0, 1))
+    assert first != second
+
+
+def test_leakage_is_counted_by_hand() -> None:
+    leakage = measure_leakage(
+        groups=["a", "a", "b", "b", "c", "d"],
+        positive=[True, True, False, True, True, False],
+        val=[True, False, False, False, True, True],
+        grouped_by="nothing",
+    )
+    assert (leakage.groups, leakage.positive_groups) == (4, 3)
+    assert (leakage.val_cases, leakage.val_positive) == (3, 2)
+    assert (leakage.shared_cases, leakage.shared_positive) == (1, 1)
+
+
+def test_random_split_of_pairs_leaks_as_much_as_probability_says() -> None:
+    count = 2_000
+    groups = [str(index // 2) for index in range(count)]
+    val = [index % 20 < 2 for index in range(count)]  # whole pairs: a tenth of the cases
+    leakage = measure_leakage(groups, [False] * count, val, "patient map")
+    assert leakage.shared_cases == 0
+    assert leakage.random_shared == pytest.approx(0.9, abs=0.02)  # the other one of the pair trains
+    assert leakage.random_shared_positive == 0
+    assert np.isfinite(leakage.random_shared)
