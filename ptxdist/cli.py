@@ -287,27 +287,15 @@ def evaluate(run: Path, as_json: bool) -> None:
 
     Example: ptxdist evaluate runs/exp4
     """
-    import torch
-
     from ptxdist import console
-    from ptxdist.learn.evaluate import evaluate as score
-    from ptxdist.rundir import RESULT, read_result, read_settings, write_json
+    from ptxdist.learn.evaluate import evaluate_again
 
-    settings, result = read_settings(run), read_result(run)
     with console.progress() as update:
-        evaluation = score(
-            run,
-            settings,
-            result.stages[-1],
-            Path(settings.data.cache),
-            device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-            on_cases=lambda done, total: update("images", done, total),
-        )
-    write_json(run / RESULT, result.model_copy(update={"evaluation": evaluation}))
+        result = evaluate_again(run, on_cases=lambda done, total: update("images", done, total))
     if as_json:
-        console.show_json(evaluation.model_dump(mode="json"))
+        console.show_json(result.evaluation.model_dump(mode="json"))
     else:
-        console.show_result(result.stages, evaluation)
+        console.show_result(result.stages, result.evaluation)
 
 
 @cli.command()

@@ -55,7 +55,8 @@ def submit(
 ) -> int:
     """Run `python -m ptxdist <command>` as a job, pass its log to `on_log` as it comes, and return its exit code.
 
-    `address` is the URL of the cluster's dashboard; `on_submitted` hears the job's id. A stopped job gives 130. An interruption while following (KeyboardInterrupt) leaves the job running. Raises ClusterError in one sentence.
+    `address` is the URL of the cluster's dashboard; `on_submitted` hears the job's id. A stopped job gives 130. An
+    interruption while following (KeyboardInterrupt) leaves the job running. Raises ClusterError in one sentence.
     """
     headers = _authorise(address)
     try:

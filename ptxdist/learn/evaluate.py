@@ -25,7 +25,18 @@ from ptxdist.learn.loop import choose_precision
 from ptxdist.learn.metrics import image_dice, scores
 from ptxdist.learn.scoring import score_cases
 from ptxdist.learn.unet import build_unet
-from ptxdist.rundir import CASES, EVALUATION, PREDICTIONS, EvaluationResult, StageResult, write_json
+from ptxdist.rundir import (
+    CASES,
+    EVALUATION,
+    PREDICTIONS,
+    RESULT,
+    EvaluationResult,
+    PipelineResult,
+    StageResult,
+    read_result,
+    read_settings,
+    write_json,
+)
 
 FIXED_THRESHOLDS = (0.5, 0.55)  # the source's; they always stand beside the stage's own
 CASE_COLUMNS = (
@@ -100,6 +111,17 @@ def evaluate(
         [(cases[index].case_id, predictions[index]) for index in val.tolist()],
     )
     write_json(folder / "result.json", result)
+    return result
+
+
+def evaluate_again(run: Path, *, on_cases: Callable[[int, int], None] = lambda done, total: None) -> PipelineResult:
+    """Evaluate a finished run on this machine and renew its result; errors as `evaluate`, RunError if not finished."""
+    settings, result = read_settings(run), read_result(run)
+    device = torch.device("cuda" if torch.cuda.is_available() and settings.train.device != "cpu" else "cpu")
+    cache = Path(settings.data.cache)
+    evaluation = evaluate(run, settings, result.stages[-1], cache, device=device, on_cases=on_cases)
+    result = result.model_copy(update={"evaluation": evaluation})
+    write_json(run / RESULT, result)
     return result
 
 

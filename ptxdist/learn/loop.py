@@ -130,7 +130,6 @@ class _Trainer:
             self.parallel = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=not train.sync_batch_norm,
                 gradient_as_bucket_view=True,
             )
 
