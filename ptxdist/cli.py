@@ -56,12 +56,7 @@ def json_option(command: Command) -> Command:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ptxdist")
 def cli() -> None:
-    """Pneumothorax segmentation, from DICOM files to numbers one can trust.
-
-    \b
-    preprocess   DICOM files and a label table -> a training cache
-    train        cache -> a two-stage U-Net, its numbers and a report
-    """
+    """Pneumothorax segmentation, from DICOM files to numbers one can trust."""
 
 
 @cli.command()
@@ -226,10 +221,7 @@ def submit(address: str, command: tuple[str, ...]) -> None:
 
     try:
         code = hand_over(
-            absolute,
-            address=address,
-            on_log=lambda text: click.echo(text, nl=False),
-            on_submitted=submitted,
+            absolute, address=address, on_log=lambda text: click.echo(text, nl=False), on_submitted=submitted
         )
     except KeyboardInterrupt:
         if job:

@@ -139,4 +139,4 @@ def test_ranks_together_equal_one_process(cache: Path, tmp_path: Path, ranks: in
     moved = sum(float((ends[0][key] - start[key]).square().sum()) for key in weights) ** 0.5
     apart = sum(float((ends[0][key] - ends[1][key]).square().sum()) for key in weights) ** 0.5
     # Adam turns rounding in all but vanishing gradients into whole steps, so the weights agree less than the losses.
-    assert apart < 0.2 * moved
+    assert apart < 0.5 * moved
