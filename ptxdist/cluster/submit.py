@@ -11,7 +11,9 @@ where RAY_AUTH_MODE=token is set. Here the cluster is asked first, and gets the 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -23,26 +25,36 @@ from urllib.parse import urlsplit
 
 import requests
 from packaging.version import InvalidVersion, Version
+from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ptxdist.config import PACKAGE, settings_folders
 from ptxdist.errors import ClusterError
 
 OLDEST_RAY = "2.60"
-MAX_UPLOAD_BYTES = 500 * 1024**2  # Ray's GCS_STORAGE_MAX_SIZE for a working directory (ray#45602)
+# The dashboard takes no larger request (DASHBOARD_CLIENT_MAX_SIZE in ray/_private/ray_constants.py); the 512 MiB of
+# Ray's own store are never reached. Ray uploads a zip file, so counting the files before zipping is on the safe side.
+MAX_UPLOAD_BYTES = 100 * 1024**2
 STOPPED = 130
 _ANSWER_S = 10.0
 # A job runs the `python` that was first in PATH when Ray was started, which need not be the one Ray itself runs on.
-_CHECK = f"""python - <<'END' || exit {ClusterError.exit_code}
-import importlib.util, sys
+_CHECK_FILE = "check_python.py"
+_CHECK = f"""import importlib.util, sys
 missing = [name for name in ("ray", "torch", "zarr", "rich") if importlib.util.find_spec(name) is None]
 if missing:
-    sys.exit(
+    print(
         f"error: {{sys.executable}}, the cluster's python, lacks {{', '.join(missing)}}: install ptxdist there, "
         "and start Ray with that environment activated"
     )
-END
+    sys.exit({ClusterError.exit_code})
 """
+# What Ray writes into a job's log before the command does.
+_PREAMBLE = re.compile(r"^(?:[-\d]{10} [\d:,]+\tINFO job_manager\.py:.*|Running entrypoint for job .*)\n", re.MULTILINE)
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 _POLL_S = 0.5
 
 
@@ -59,19 +71,36 @@ def submit(
     interruption while following (KeyboardInterrupt) leaves the job running. Raises ClusterError in one sentence.
     """
     headers = _authorise(address)
+    for name in _TALKATIVE:  # these set levels of their own, below what their parents say
+        logging.getLogger(name).setLevel(logging.ERROR)
+    job_id = ""
     try:
         client = JobSubmissionClient(address, headers=headers)
         with tempfile.TemporaryDirectory(prefix="ptxdist-job-") as folder:
             _pack(Path(folder))
             job_id = client.submit_job(
-                entrypoint=f"{_CHECK}exec {shlex.join(['python', '-m', 'ptxdist', *command])}",
+                entrypoint=f"python {_CHECK_FILE} && exec {shlex.join(['python', '-m', 'ptxdist', *command])}",
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
             )
         on_submitted(job_id)
         asyncio.run(_follow(client, job_id, on_log))
         return _exit_code(client, job_id)
+    except AuthenticationError as error:
+        if not headers and not job_id:
+            raise ClusterError(
+                f"RAY_AUTH_MODE=token is set here without a token, and the Ray cluster at {address} asks for none; "
+                "unset RAY_AUTH_MODE"
+            ) from error
+        raise ClusterError(f"the Ray cluster at {address} no longer accepts this machine's token") from error
+    except BrokenPipeError:  # whoever read what `on_log` writes is gone
+        raise
     except (ConnectionError, requests.RequestException, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
+        if job_id:
+            raise ClusterError(
+                f"lost the connection to {address} ({lines[0][:200]}); if the cluster is still up, job {job_id} goes "
+                f"on: `ray job logs --follow --address {address} {job_id}` shows it"
+            ) from error
         raise ClusterError(f"the Ray cluster at {address} did not do as asked: {lines[0][:300]}") from error
 
 
@@ -131,6 +160,7 @@ def _pack(folder: Path) -> None:
     for kind in ("configs", "pipelines"):
         for source in reversed(settings_folders(kind)):
             shutil.copytree(source, folder / kind, ignore=ignore, dirs_exist_ok=True)
+    (folder / _CHECK_FILE).write_text(_CHECK)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MAX_UPLOAD_BYTES:
         raise ClusterError(
@@ -140,8 +170,16 @@ def _pack(folder: Path) -> None:
 
 
 async def _follow(client: Any, job_id: str, on_log: Callable[[str], None]) -> None:
-    async for text in client.tail_job_logs(job_id):
-        on_log(text)
+    chunks = client.tail_job_logs(job_id)
+    while True:
+        try:
+            text = _PREAMBLE.sub("", await anext(chunks))
+        except StopAsyncIteration:
+            return
+        except Exception as error:  # of the library below Ray's client, whichever that is
+            raise ConnectionError(f"the log broke off: {str(error) or type(error).__name__}") from error
+        if text:
+            on_log(text)
 
 
 def _exit_code(client: Any, job_id: str) -> int:
@@ -152,6 +190,6 @@ def _exit_code(client: Any, job_id: str) -> int:
     if status == JobStatus.STOPPED:
         return STOPPED
     info = client.get_job_info(job_id)
-    if info.driver_exit_code is None:  # the command was never started
-        raise ClusterError(f"job {job_id} failed before its command ran: {(info.message or 'no reason given')[:300]}")
+    if info.driver_exit_code is None:  # the command was never started, or what watched over it died
+        raise ClusterError(f"job {job_id} failed without an exit code: {(info.message or 'no reason given')[:300]}")
     return int(info.driver_exit_code) or 1

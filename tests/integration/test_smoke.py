@@ -138,49 +138,33 @@ def test_evaluate_report_and_inspect_work_on_the_finished_run(work: Path, traine
 
 
 @pytest.mark.parametrize("victim", ["driver", "worker"])
-def test_after_kill_9_the_same_command_ends_with_the_same_weights(work: Path, victim: str) -> None:
-    def command(name: str) -> list[str]:
-        words = [
-            "train",
-            "--pipeline",
-            "smoke",
-            "--workers",
-            2,
-            "--data",
-            work / "cache",
-            "--run",
-            work / "kill" / name,
-        ]
-        return [sys.executable, "-m", "ptxdist", *map(str, words), "--set", "stages.1.epochs=3"]
-
-    reference = work / "kill" / "whole"
-    if not (reference / "result.json").is_file():
-        subprocess.run(command("whole"), check=True, capture_output=True, timeout=400)
-        # Set aside, or the next runs would use its stages again.
-        (work / "kill" / "whole").rename(work / "whole")
-        (work / "kill" / "whole").mkdir()
-        (work / "kill" / "whole" / "result.json").touch()
-    whole = work / "whole"
-    run = work / "kill" / victim
-    process = subprocess.Popen(command(victim), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    first = stage_folder(run, 1, 64) / "checkpoints" / "epoch-0001"
-    deadline = time.monotonic() + 200
-    while not first.is_dir() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert first.is_dir()
+def test_after_kill_9_the_run_ends_with_the_same_weights(work: Path, trained: Trained, victim: str) -> None:
+    """The driver is killed in the second stage and started again; a worker is killed in the first and replaced."""
+    run = work / f"killed-{victim}" / "smoke"  # a folder of its own, so that no stage of another run is used again
+    words = ["train", "--pipeline", "smoke", "--workers", 2, "--data", work / "cache", "--run", run]
+    command = [sys.executable, "-m", "ptxdist", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline, first, second = time.monotonic() + 300, stage_folder(run, 1, 64), stage_folder(run, 2, 96)
     if victim == "driver":
+        while not second.is_dir() and time.monotonic() < deadline:
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert read_stage_result(stage_folder(run, 1, 64)) is None, "killed in the middle of the first stage"
-        subprocess.run(command(victim), check=True, capture_output=True, timeout=400)
+        assert read_stage_result(first) is not None
+        assert read_stage_result(second) is None, "killed before the second stage was finished"
+        written = (first / "result.json").stat().st_mtime_ns
+        subprocess.run(command, check=True, capture_output=True, timeout=400)
+        assert (first / "result.json").stat().st_mtime_ns == written, "the finished stage is not trained again"
     else:
-        workers = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
-        own = [int(pid) for pid in workers.stdout.split() if _belongs_to(int(pid), process.pid)]
-        assert own
+        own: list[int] = []
+        while len(own) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+            found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
+            own = [int(pid) for pid in found.stdout.split() if _belongs_to(int(pid), process.pid)]
         os.kill(own[-1], signal.SIGKILL)
         assert process.wait(timeout=400) == 0
-    assert [item.epoch for item in read_metrics(run)] == [1, 2, 3, 1]
-    for before, after in zip(read_result(whole).stages, read_result(run).stages, strict=True):
+    assert [(item.stage, item.epoch) for item in read_metrics(run)] == [(1, 1), (2, 1)]
+    for before, after in zip(read_result(trained[0]).stages, read_result(run).stages, strict=True):
         assert before.weights_sha256 == after.weights_sha256
 
 
