@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
-DEMO_CASES, DEMO_POSITIVE_SHARE = 320, 0.5
+DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
 CORES = "Processes.  [default: one per core]"
 Command = TypeVar("Command", bound=Callable[..., Any])
 

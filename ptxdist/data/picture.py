@@ -199,7 +199,7 @@ def _collapse(rng: np.random.Generator, image: Floats, union: Image, air: Image)
     line = cv2.dilate(inner, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (reach, reach))) - inner
     wall = cv2.resize(air, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_LINEAR)[part].astype(np.float32) / 255
     image[part] += _blur(line, 1.0) * wall * np.float32(rng.uniform(20, 40))
-    image[part] -= _blur(inner, 1.5) * np.float32(rng.uniform(28, 42))
+    image[part] -= _blur(inner, 1.5) * np.float32(rng.uniform(26, 38))
 
 
 def _line(canvas: Image, path: Points, value: float, width_px: int) -> None:
