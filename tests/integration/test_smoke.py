@@ -143,7 +143,9 @@ def test_after_kill_9_the_run_ends_with_the_same_weights(work: Path, trained: Tr
     run = work / f"killed-{victim}" / "smoke"  # a folder of its own, so that no stage of another run is used again
     words = ["train", "--pipeline", "smoke", "--workers", 2, "--data", work / "cache", "--run", run]
     command = [sys.executable, "-m", "ptxdist", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = work / f"killed-{victim}.log"
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file)
     deadline, first, second = time.monotonic() + 300, stage_folder(run, 1, 64), stage_folder(run, 2, 96)
     if victim == "driver":
         while not second.is_dir() and time.monotonic() < deadline:
@@ -156,13 +158,14 @@ def test_after_kill_9_the_run_ends_with_the_same_weights(work: Path, trained: Tr
         subprocess.run(command, check=True, capture_output=True, timeout=400)
         assert (first / "result.json").stat().st_mtime_ns == written, "the finished stage is not trained again"
     else:
-        own: list[int] = []
-        while len(own) < 2 and time.monotonic() < deadline:
-            time.sleep(0.2)
-            found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
-            own = [int(pid) for pid in found.stdout.split() if _belongs_to(int(pid), process.pid)]
+        while "epoch 1 of 1: train" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
+        own = [int(pid) for pid in found.stdout.split() if _belongs_to(int(pid), process.pid)]
+        assert len(own) == 2, log.read_text()
+        assert read_stage_result(first) is None, "killed before the first stage was finished"
         os.kill(own[-1], signal.SIGKILL)
-        assert process.wait(timeout=400) == 0
+        assert process.wait(timeout=400) == 0, log.read_text()
     assert [(item.stage, item.epoch) for item in read_metrics(run)] == [(1, 1), (2, 1)]
     for before, after in zip(read_result(trained[0]).stages, read_result(run).stages, strict=True):
         assert before.weights_sha256 == after.weights_sha256
