@@ -150,9 +150,7 @@ def train(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train a pipeline with Ray Train, stage after stage, evaluate it and write a report.
-
-    The same command goes on after an interruption, and uses stages again that are finished.
+    """Train a pipeline with Ray Train, evaluate it and write a report; the same command goes on after an interruption.
 
     Example: ptxdist train --workers 4 --pipeline exp4 --data cache
     """
@@ -227,8 +225,6 @@ def submit(address: str, command: tuple[str, ...]) -> None:
         if job:
             console.say(f"job {job[0]} goes on; `ray job logs --follow --address {address} {job[0]}` shows it")
         raise SystemExit(130) from None
-    if code:
-        console.say(f"job {job[0]} ended with exit code {code}")
     raise SystemExit(code)
 
 

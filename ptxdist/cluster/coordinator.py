@@ -286,7 +286,7 @@ def _ray(settings: Settings) -> Iterator[bool]:
 
     train = settings.train
     try:
-        if "RAY_ADDRESS" in os.environ:
+        if os.environ.get("RAY_ADDRESS"):
             ray.init(log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
@@ -296,18 +296,18 @@ def _ray(settings: Settings) -> Iterator[bool]:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ClusterError(f"Ray could not be started or reached: {_brief(error)}") from error
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
         cpus = int(ray.cluster_resources().get("CPU", 0))
-        if train.device == "gpu" and gpus < train.workers and "RAY_ADDRESS" not in os.environ:
+        if train.device == "gpu" and gpus < train.workers and not os.environ.get("RAY_ADDRESS"):
             raise ClusterError(
                 f"{train.workers} workers need a GPU each, and there are {gpus}; "
                 "use fewer --workers or --set train.device=cpu"
             )
         use_gpu = train.device == "gpu" or (train.device == "auto" and gpus >= train.workers)
-        if cpus < train.workers and "RAY_ADDRESS" in os.environ and not use_gpu:
+        if cpus < train.workers and os.environ.get("RAY_ADDRESS") and not use_gpu:
             raise ClusterError(
                 f"{train.workers} workers need a CPU each, and the cluster has {cpus}; use fewer --workers"
             )
