@@ -7,6 +7,7 @@ Called by: `coordinator`, through Ray.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def train_stage(task: dict[str, Any]) -> None:
     )
     if is_first:
         weights = folder / BEST_WEIGHTS
-        result.weights.replace(weights)
+        # A copy: killed before the result is written, a resumed stage still finds what its checkpoint names.
+        shutil.copyfile(result.weights, weights)
         write_json(
             folder / RESULT,
             StageResult(

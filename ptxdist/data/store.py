@@ -7,7 +7,7 @@
 
 `mask` is the share of a pixel's area that lies in the mask, 0..255. A mask or image shard is a plain run of samples
 followed by the zarr index (offset and length of each inner chunk, then a crc32c), so that a file can be mapped and
-sliced like an array: several hundred times faster than fancy indexing through zarr (`tests/benchmarks`).
+sliced like an array: many times faster than fancy indexing through zarr (`tests/benchmarks`).
 
 Owns: the schema, names and bytes of stores and the manifest. Refuses: stores that are unfinished, damaged, or of an
 unknown schema. Called by: `preprocess` (writes), `learn.dataset`, `learn.report` and `cli` (read).
