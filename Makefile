@@ -9,7 +9,7 @@ demo: install
 	$(BIN)/ptxdist demo
 
 test: install
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

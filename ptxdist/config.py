@@ -29,6 +29,7 @@ PACKAGE = Path(__file__).resolve().parent
 DEFAULT_PIPELINE = "paper"
 
 Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -47,11 +48,29 @@ class TrainSettings(Section):
     """How much machine a run may use; nothing here changes what is trained, only how fast."""
 
     workers: int = Field(1, ge=1, description="Ray Train workers (DDP ranks)")
+    min_workers: int | None = Field(
+        None, ge=1, description="go on with this few when nodes are lost, and grow again; not set: wait for all"
+    )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU per worker if there is one")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     sync_batch_norm: bool = Field(True, description="batch statistics over the global batch, whatever `workers` is")
+    micro_batch: int | None = Field(
+        None, ge=1, description="cases a worker passes through the network at once; the global batch is accumulated"
+    )
+    compile: bool = Field(
+        False, description="torch.compile the training passes; minutes to start, on a GPU CUDA graphs"
+    )
+    data_on_device: Literal["auto", "on", "off"] = Field(
+        "auto", description="the whole data set in the memory of each GPU; auto: where it fits easily"
+    )
+    checkpoint_every_s: float = Field(300.0, ge=0, description="seconds between checkpoints inside an epoch; 0: none")
     max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
+    worker_timeout_s: float = Field(60.0, gt=0, description="a worker that does not answer for this long is replaced")
+    resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between looks for new nodes")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
+    mlflow: str | None = Field(
+        None, min_length=1, description="address of an MLflow server or store, which is told too"
+    )
 
 
 class ModelSettings(Section):
@@ -77,6 +96,12 @@ class StageSettings(Section):
     swa_epochs: int = Field(0, ge=0, description="average the weights of this many last epochs; 0: none")
     swa_update_batch_norm: bool = Field(True, description="re-estimate batch-norm statistics of the average")
     augmentation: Literal["none", "siim"] = "siim"
+    dice: Literal["image", "batch"] = Field(
+        "image", description="Dice in the loss: per image, or flattened over a batch"
+    )
+    positive_share: tuple[Share, Share] | None = Field(
+        None, description="share of positive cases in a batch, of the first and of the last epoch; none: as they come"
+    )
     threshold: Threshold = Field(0.5, description="probability from which a pixel counts as pneumothorax")
     best_by: Literal["kaggle_dice", "positive_dice", "loss"] = Field(
         "kaggle_dice", description="validation number that chooses the best weights"
@@ -93,7 +118,6 @@ class EvaluationSettings(Section):
     """How the last stage's weights are evaluated, at the resolution of the original images."""
 
     flip_averaging: bool = Field(True, description="average the probabilities of the image and its mirror image")
-    batch_size: int = Field(4, ge=1)
     min_area_px: int = Field(0, ge=0, description="predicted masks below this many original px are emptied")
 
 
@@ -105,6 +129,9 @@ class PipelineSettings(Section):
     source: str = ""
     target: str = ""
     seed: int = Field(0, ge=0, lt=2**31)
+    fold: int = Field(
+        0, ge=0, description="the fold that is held out for validation; the cache has `preprocess --folds`"
+    )
     model: ModelSettings = ModelSettings()
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -119,12 +146,21 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _workers_fit(self) -> Settings:
+        if (self.train.min_workers or 1) > self.train.workers:
+            raise ValueError(
+                f"train.min_workers ({self.train.min_workers}) is more than workers ({self.train.workers})"
+            )
         for number, stage in enumerate(self.pipeline.stages, start=1):
             if self.train.workers > stage.batch_size:
                 raise ValueError(
                     f"{self.train.workers} workers cannot share the global batch of {stage.batch_size} cases of "
                     f"stage {number} of pipeline '{self.pipeline.name}'; use at most {stage.batch_size} workers or set "
                     f"pipeline.stages.{number}.batch_size"
+                )
+            if stage.dice == "batch" and self.train.micro_batch is not None:
+                raise ValueError(
+                    f"stage {number} takes the Dice over whole batches (dice = 'batch'), and train.micro_batch divides "
+                    "them; use dice = 'image' or no micro_batch"
                 )
         return self
 

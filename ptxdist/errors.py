@@ -9,7 +9,7 @@
     ├── RunError            8   a run folder that does not fit what is asked of it
     ├── CheckpointError     9   a checkpoint or a weights file that cannot be used
     ├── TrainingError      10   training stopped: a worker failed, the loss is not finite
-    ├── ClusterError       11   a Ray cluster that cannot be reached or a job that was refused
+    ├── ClusterError       11   a Ray cluster that cannot be reached or is not fit, a job that was refused
     └── BusyError          12   another ptxdist process works on the same folder
 
 Owns: the error classes and their exit codes. Refuses: nothing. Called by: every module; `cli` catches

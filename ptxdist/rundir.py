@@ -3,15 +3,19 @@
     RUN/                        e.g. runs/exp4
         settings.json           resolved settings, as `--dry-run` prints them
         environment.json        versions, commit, hardware
-        metrics.jsonl           one line an epoch, all stages
+        metrics.jsonl           one line an epoch, all stages, from the first epoch on
         result.json             PipelineResult: one StageResult a stage, and the evaluation
         ray.log                 what Ray printed
+        tensorboard/            event files, a folder a stage
+        mlflow.json             which MLflow run it is, with train.mlflow
         stages/1-256px/
             result.json         StageResult, written last: a stage without it is not finished
             best.safetensors    the weights that the next stage starts from
             checkpoints/        resumable, removed when the stage is finished
         evaluation/
-            cases.csv           one line a validation case
+            result.json         EvaluationResult
+            cases.csv           one line a validation case, from which every number can be computed again
+            histograms.safetensors  px by probability of each case, from which masks at other thresholds are counted
             predictions.csv     its mask as run-length text, in the challenge's format
         report/index.html
 
@@ -37,12 +41,18 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 RAY_LOG = "ray.log"
+TENSORBOARD = "tensorboard"
+MLFLOW = "mlflow.json"
 BEST_WEIGHTS = "best.safetensors"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"
 CASES = "cases.csv"
+HISTOGRAMS = "histograms.safetensors"
 PREDICTIONS = "predictions.csv"
 REPORT = "report"
+
+Intervals = dict[str, tuple[float, float]]
+Step = tuple[int, str, int, int, int]  # progress: stage, "train", "validate" or "evaluate", epoch, images done, images
 
 
 class Record(BaseModel):
@@ -72,9 +82,26 @@ class Scores(Record):
     all_empty_dice: float
 
     @property
+    def pooled_iou(self) -> float:
+        """Intersection over union of the px of all images together, which the pooled Dice determines."""
+        return self.pooled_dice / (2 - self.pooled_dice)
+
+    @property
     def equals_all_empty(self) -> bool:
         """Whether not a single px was predicted, so that nothing but the baseline is measured."""
         return self.sensitivity in (None, 0.0) and self.specificity in (None, 1.0)
+
+
+class OperatingPoint(Record):
+    """How a probability map becomes a mask: empty unless `min_area_px` px reach `top`, else all px that reach `bottom`.
+
+    Areas are in px of the original image. `top == bottom` is the plain pair of a threshold and a smallest area; the
+    source's way is such a pair with `min_area_px` 0.
+    """
+
+    top: float
+    min_area_px: int
+    bottom: float
 
 
 class EpochMetrics(Record):
@@ -96,6 +123,13 @@ class EpochMetrics(Record):
     images_per_second: float | None
 
 
+class StageHistory(Record):
+    """The finished epochs of a stage that goes on after an interruption; none of a stage that begins."""
+
+    stage: int
+    epochs: tuple[EpochMetrics, ...]
+
+
 class StageResult(Record):
     """What a finished stage leaves: its epochs, the best of them, and its weights (a path below the run folder).
 
@@ -115,15 +149,113 @@ class StageResult(Record):
     reused_from: str | None = None
 
 
+class TunedPoint(Record):
+    """The operating point that scores the best Kaggle Dice, and how much of that is more than luck.
+
+    `kind` is "pair" (threshold, smallest area) or "triplet" (top threshold, smallest area, bottom threshold). `scores`
+    are those of `point` on the cases it was chosen on, and flatter it. `estimate` is the number to report: each case is
+    masked by the point chosen on the cases of the other `folds`, which share no patient with it; its points are
+    `points`, its 95 % intervals `intervals`.
+    `surface` has the mean Kaggle Dice on all cases for each of `thresholds` (rows; for a triplet the bottom one, at
+    the best top) and each of `areas_px`; None where no point is tried.
+    """
+
+    kind: str
+    point: OperatingPoint
+    scores: Scores
+    estimate: Scores
+    intervals: Intervals = {}
+    folds: int
+    points: tuple[OperatingPoint, ...]
+    thresholds: tuple[float, ...]
+    areas_px: tuple[int, ...]
+    surface: tuple[tuple[float | None, ...], ...]
+
+
+class Reliability(Record):
+    """Predicted against observed: things (px or images) by their predicted probability, in bins of equal width.
+
+    `predicted` is the mean probability in a bin, `observed` the share that is pneumothorax; empty bins are left out.
+    `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015);
+    `interval` is its 95 % interval, None with one patient. Predicting the share of pneumothorax for all would score 0.
+    """
+
+    things: str
+    counts: tuple[int, ...]
+    predicted: tuple[float, ...]
+    observed: tuple[float, ...]
+    error: float
+    interval: tuple[float, float] | None = None
+
+
+class Subgroup(Record):
+    """Scores of the cases that have one property, such as view AP; `small` marks those too few to conclude from."""
+
+    by: str
+    name: str
+    scores: Scores
+    intervals: Intervals = {}
+    small: bool
+
+
+class SharedPatients(Record):
+    """Scores of validation cases whose patient is in training, and of those whose patient is not; None without any.
+
+    `known_from` is where the patients come from: "catalog" or "patient map".
+    """
+
+    known_from: str
+    shared: Scores | None
+    shared_intervals: Intervals = {}
+    apart: Scores | None
+    apart_intervals: Intervals = {}
+
+
 class EvaluationResult(Record):
-    """Scores of the last stage's weights on the validation cases, at the original resolution."""
+    """Scores of the last stage's weights on cases they have not seen, at the original resolution.
+
+    `scores` are those at `threshold`, with masks below `min_area_px` emptied; `intervals` are the 95 % intervals by
+    name (also `pooled_iou` and `auroc`), from a bootstrap over patients; empty with one patient. `auroc` is that of the
+    image-level score (the highest probability); None without both kinds of images. `tuned` is () with too few patients.
+    `folds` are the folds whose cases were evaluated, `runs` how many runs took part. What has a default is missing in
+    results of an older version.
+    """
 
     threshold: float
     min_area_px: int
     flip_averaging: bool
+    runs: int = 1
+    folds: tuple[int, ...] = (0,)
     scores: Scores
+    auroc: float | None = None
+    intervals: Intervals = {}
     at_other_thresholds: dict[str, Scores]
+    tuned: tuple[TunedPoint, ...] = ()
+    calibration: tuple[Reliability, ...] = ()
+    subgroups: tuple[Subgroup, ...] = ()
+    shared_patients: SharedPatients | None = None
     seconds: float
+
+
+class Compared(Record):
+    """One run of a comparison: its scores on the common cases, and its differences from the first run.
+
+    `run` is the name of its folder, `cases` how many it evaluated itself; the first run has no differences.
+    """
+
+    run: str
+    cases: int
+    scores: Scores
+    intervals: Intervals = {}
+    differences: dict[str, float] = {}
+    difference_intervals: Intervals = {}
+
+
+class Comparison(Record):
+    """Runs beside each other, on the `cases` images that all of them evaluated."""
+
+    cases: int
+    runs: tuple[Compared, ...]
 
 
 class PipelineResult(Record):
@@ -200,6 +332,27 @@ def read_stage_result(folder: Path) -> StageResult | None:
         return StageResult.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
         raise RunError(f"{path} is damaged or of another version; remove {folder} to train this stage again") from error
+
+
+def read_stages(run: Path) -> list[StageResult]:
+    """Results of all stages of a run, in order; RunError when one of them is not finished."""
+    sizes = [stage.size_px for stage in read_settings(run).pipeline.stages]
+    found = [read_stage_result(stage_folder(run, number, size)) for number, size in enumerate(sizes, start=1)]
+    stages = [stage for stage in found if stage is not None]
+    if len(stages) < len(sizes):
+        raise RunError(f"{run} is not finished; run the same `ptxdist train` again, it goes on where it stopped")
+    return stages
+
+
+def read_evaluation(folder: Path) -> EvaluationResult:
+    """Result of an evaluation's folder; RunError when there is none."""
+    path = folder / RESULT
+    if not path.is_file():
+        raise RunError(f"{folder} holds no evaluation; `ptxdist evaluate` makes one")
+    try:
+        return EvaluationResult.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate` makes it anew") from error
 
 
 def read_result(run: Path) -> PipelineResult:

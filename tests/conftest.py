@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,12 @@ from ptxdist.data.preprocess import PreprocessResult, preprocess
 
 Image = npt.NDArray[np.generic]
 WriteDicom = Callable[..., Path]
+SetTags = Callable[[FileDataset, Mapping[str, object]], None]
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
-# What must never be found in anything that ptxdist writes.
+# What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
+PATIENT_FOLDER = "Quagmire_Zebulon"
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Dataset:
     dicom: Path
     labels: Path
     patients: Path
-    images: dict[str, Image]
-    masks: dict[str, Image]
+    images: Mapping[str, Image]
+    masks: Mapping[str, Image]
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,7 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def write_dicom() -> WriteDicom:
+def write_dicom(set_tags: SetTags) -> WriteDicom:
     """Function that writes one DICOM file: JPEG Baseline for uint8 unless `raw`, further tags by keyword."""
 
     def write(path: Path, pixels: Image, uid: str, *, raw: bool = False, **tags: object) -> Path:
@@ -66,17 +68,29 @@ def write_dicom() -> WriteDicom:
         data = pixels.tobytes() if raw else cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
         file.PixelData = data if raw else encapsulate([data])
         path.parent.mkdir(parents=True, exist_ok=True)
+        set_tags(file, tags)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # values that the standard does not allow are wanted
+            warnings.simplefilter("ignore")
+            file.save_as(path, enforce_file_format=True)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def set_tags() -> SetTags:
+    """Function that sets tags by keyword, to values that the standard does not allow too; None takes one away."""
+
+    def change(file: FileDataset, tags: Mapping[str, object]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             for name, value in tags.items():
                 if value is None:
                     delattr(file, name)
                 else:
                     setattr(file, name, value)
-            file.save_as(path, enforce_file_format=True)
-        return path
 
-    return write
+    return change
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +114,7 @@ def small_dataset(tmp_path_factory: pytest.TempPathFactory, write_dicom: WriteDi
             parts.append(_box(height, width, 40 if number == 0 else 90, 30, 60, 40))
         images[uid] = image
         masks[uid] = np.maximum.reduce(parts) if parts else np.zeros_like(image)
-        write_dicom(folder / "dicom" / f"study{number}" / "series" / f"{uid}.dcm", image, uid)
+        write_dicom(folder / "dicom" / PATIENT_FOLDER / f"study{number}" / f"{uid}.dcm", image, uid)
         if number != 23:
             rows += [(uid, f" {rle.encode(part)}") for part in parts] or [(uid, " -1")]
     rows += [("1.2.826.0.1.9001", " -1"), ("1.2.826.0.1.9002", " 5 10")]
@@ -121,17 +135,16 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def many_dataset(tmp_path_factory: pytest.TempPathFactory, write_dicom: WriteDicom) -> Dataset:
-    """540 files of 64 px, every third one positive: three shards. Nothing may write to it."""
+    """300 files of 64 px, every third one positive: three shards. Nothing may write to it."""
     folder = tmp_path_factory.mktemp("many")
     random = np.random.default_rng(21)
-    template = write_dicom(folder / "template", random.integers(0, 256, (64, 64), dtype=np.uint8), "1.2.3.99999")
-    content = template.read_bytes()
-    (folder / "dicom").mkdir()
     images, masks, rows = {}, {}, []
-    for number in range(540):
+    for number in range(300):
         uid = f"1.2.3.{10000 + number}"
-        (folder / "dicom" / f"{uid}.dcm").write_bytes(content.replace(b"1.2.3.99999", uid.encode()))
-        mask = _box(64, 64, number % 30, number // 30, 20, 10) if number % 3 == 0 else np.zeros((64, 64), np.uint8)
+        images[uid] = random.integers(0, 256, (64, 64), dtype=np.uint8)
+        write_dicom(folder / "dicom" / f"{uid}.dcm", images[uid], uid)
+        left = (38 if number % 2 else 6) + number % 14  # one lung or the other: the dialect of the table is looked at
+        mask = _box(64, 64, 8 + number % 37, left, 12, 6) if number % 3 == 0 else np.zeros((64, 64), np.uint8)
         masks[uid] = mask
         rows.append((uid, rle.encode(mask)))
     labels = _write_csv(folder / "train-rle.csv", ("ImageId", "EncodedPixels"), rows)

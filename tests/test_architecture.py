@@ -20,21 +20,35 @@ NOT_ALLOWED = {("console", "cluster")}  # console stands beside cli, but only cl
 # and by the absence of cycles alone.
 ORDER = {
     "data": (
-        {"rle", "dicom", "anatomy"},
-        {"labels", "split", "picture"},
-        {"catalog", "phantom"},
-        {"store"},
-        {"preprocess", "draw"},
+        {"rle", "tags", "codestream", "anatomy", "split", "spread"},
+        {"pixels", "png", "reading", "picture", "store"},
+        {"dicom", "dialect", "duplicates"},
+        {"labels", "scan", "spacing", "segmentation"},
+        {"catalog", "phantom", "inputs"},
+        {"render", "draw"},
+        {"preprocess"},
+        {"verify"},
     ),
     "learn": (
-        {"augment", "distributed", "unet", "schedule"},
-        {"dataset", "losses", "metrics", "batchnorm"},
-        {"checkpoint", "averaging", "scoring"},
-        {"loop"},
+        {"augment", "distributed", "unet", "schedule", "remaining", "charts", "gallery", "model_card"},
+        {"resident"},
+        {"dataset", "losses", "metrics", "batchnorm", "page"},
+        {"checkpoint", "averaging", "scoring", "intervals", "figures", "tables"},
+        {"step", "operating", "compare"},
+        {"loop", "analysis"},
         {"evaluate"},
-        {"predict", "export", "report"},
+        {"bundle", "report"},
+        {"predictor"},
+        {"predict", "export"},
     ),
-    "cluster": ({"worker"}, {"coordinator"}, {"submit"}),
+    "cluster": (
+        {"stage", "environment", "tracking", "connection", "node"},
+        {"worker", "here", "spread", "doctor"},
+        {"engine"},
+        {"coordinator"},
+        {"submit"},
+    ),
+    "cli": ({"options"}, {"data", "submit", "doctor", "predict"}, {"runs"}, {""}),  # "" is the package itself
 }
 
 LIBRARIES = {
@@ -42,9 +56,21 @@ LIBRARIES = {
     "errors": set(),
     "config": {"pydantic"},
     "rundir": {"pydantic"},
-    "data": {"numpy", "cv2", "PIL", "pydicom", "zarr", "google_crc32c"},
-    "learn": {"numpy", "cv2", "PIL", "torch", "torchvision", "albumentations", "safetensors"},
-    "cluster": {"torch", "ray", "requests", "packaging"},  # the last two are what Ray's own job client stands on
+    "data": {"numpy", "cv2", "PIL", "pydicom", "simplejpeg", "zarr", "google_crc32c", "highdicom"},
+    "learn": {
+        "numpy",
+        "cv2",
+        "PIL",
+        "torch",
+        "torchvision",
+        "albumentations",
+        "safetensors",
+        "stringzilla",
+        "jinja2",
+        "markupsafe",
+    },
+    # requests, packaging and grpc are what Ray itself stands on
+    "cluster": {"torch", "ray", "requests", "packaging", "grpc", "tensorboardX", "mlflow"},
     "console": {"rich"},
     "cli": {"click", "torch"},
     "__main__": set(),
@@ -93,7 +119,8 @@ def layer(module: str) -> str:
 def violations(root: Path) -> list[str]:
     """Everything in the tree that breaks the rule, one line each."""
     known = modules(root)
-    found, edges = [], {}
+    found: list[str] = []
+    edges: dict[str, set[str]] = {}
     for name, path in known.items():
         text = path.read_text()
         if not ast.get_docstring(ast.parse(text)):
@@ -105,6 +132,8 @@ def violations(root: Path) -> list[str]:
             continue
         edges[name] = set()
         for target, level, at_once in imports(path, known):
+            if name == "" and not at_once:
+                continue  # the package hands on its Python API, loaded when it is asked for
             if level:
                 found.append(f"{name}: relative import of {target}")
             elif target.split(".")[0] != PACKAGE:
@@ -153,8 +182,8 @@ def test_the_package_keeps_the_rule() -> None:
 
 
 def test_every_ordered_module_exists_or_is_planned() -> None:
-    planned = {"learn.predict", "learn.export"}
-    named = {f"{layer}.{module}" for layer, groups in ORDER.items() for group in groups for module in group}
+    planned = {"learn.export"}
+    named = {f"{layer}.{name}".rstrip(".") for layer, groups in ORDER.items() for group in groups for name in group}
     assert named - set(modules(ROOT)) <= planned
 
 
@@ -180,6 +209,8 @@ def test_every_ordered_module_exists_or_is_planned() -> None:
         ("cluster.worker", "import click", "imports click"),
         ("cli", "from ptxdist.learn import loop", "loads learn.loop at its start"),
         ("cli", "import torch", "loads torch at its start"),
+        ("cli.runs", "from ptxdist.data import rle", "loads data.rle at its start"),
+        ("cli.options", "from ptxdist.cli import runs", "imports cli.runs, against the order in cli"),
         ("tools", "import json", "no layer has this name"),
         ("data.rle", "x = 1\n" * 400, "over 400 lines"),
     ],
@@ -189,7 +220,8 @@ def test_the_checker_finds_what_breaks_the_rule(tmp_path: Path, module: str, tex
         "": "", "errors": "", "config": "from ptxdist.errors import E", "data": "", "data.rle": "import numpy",
         "data.catalog": "from ptxdist.data import rle", "data.other": "from ptxdist.data import new", "data.new": "",
         "learn": "", "learn.loop": "import torch", "learn.metrics": "", "cluster": "", "cluster.worker": "import ray",
-        "console": "import rich", "cli": "def f():\n    from ptxdist.learn import loop\n    import torch",
+        "console": "import rich", "cli.options": "", "cli.runs": "from ptxdist.cli import options",
+        "cli": "def f():\n    from ptxdist.learn import loop\n    import torch",
     }  # fmt: skip
     assert violations(_write_tree(tmp_path / "sound", sound)) == []
     found = violations(_write_tree(tmp_path / "bad", {**sound, module: text}))

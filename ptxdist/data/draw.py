@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.data.catalog import read_catalog
-from ptxdist.data.dicom import Pixels
+from ptxdist.data.pixels import Pixels
 from ptxdist.data.store import open_store, read_manifest
 from ptxdist.errors import StoreError
 
@@ -48,6 +48,15 @@ def outline(
     return np.asarray(picture, np.uint8)
 
 
+def outline_path(mask: npt.NDArray[np.generic], side_px: int = 512) -> str:
+    """The outlines of a square mask (m, m), 0 outside, as SVG path data in a box of side_px; "" for an empty mask."""
+    scale = side_px / len(mask)
+    found, _ = cv2.findContours((mask != 0).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    # Half a px of the picture is not seen, and leaves a tenth of the points.
+    parts = [(cv2.approxPolyDP(contour, 0.5 / scale, True)[:, 0] + 0.5) * scale for contour in found]
+    return "".join("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z" for part in parts)
+
+
 def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
     """Pictures uint8 (side, side, 3) of one side in rows, black where the last row is not full; at least one."""
     side = len(pictures[0])
@@ -61,10 +70,10 @@ def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
 
 def draw_contact_sheet(cache: Path) -> Path:
     """Draw up to 24 cases of a cache with their masks outlined, half of them positive, and return the PNG's path."""
-    cases, sizes = read_catalog(cache).labelled, sorted(read_manifest(cache))
+    cases, sizes = read_catalog(cache).labelled, sorted(read_manifest(cache).sizes)
     store = open_store(cache, sizes[0] if sizes else 256)
-    positive = [index for index, case in enumerate(cases) if case.masks and case.split != "rejected"][:12]
-    negative = [index for index, case in enumerate(cases) if not case.masks and case.split != "rejected"]
+    positive = [index for index, case in enumerate(cases) if case.masks and case.split in ("train", "val")][:12]
+    negative = [index for index, case in enumerate(cases) if not case.masks and case.split in ("train", "val")]
     pictures = [outline(*store.sample(index), side_px=256) for index in (*positive, *negative[: 24 - len(positive)])]
     path = cache / "contact-sheet.png"
     save(grid(pictures), path)

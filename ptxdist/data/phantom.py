@@ -10,12 +10,10 @@ from (seed, index of the image), so it does not depend on the workers.
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from ptxdist.data import anatomy, picture, rle
 from ptxdist.data.anatomy import SIZE_PX, Image
 from ptxdist.data.labels import read_labels
+from ptxdist.data.spread import processes
 from ptxdist.errors import LabelError, RunError, SettingsError
 
 CHUNK = 16
@@ -71,14 +70,14 @@ def write_phantoms(
     positive_share: float = 0.2215,
     labels: Path | None = None,
     workers: int = 1,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> PhantomResult:
     """Write `cases` phantoms under `out`: `dicom-images/<study>/<series>/<image>.dcm`, `train-rle.csv`, `patients.csv`.
 
     `positive_share` of the labelled images show a pneumothorax; about 0.4 % of the files (at least one from 20 cases
     on) have no row in the table. With `labels`, a label table (CSV, may be .gz), images are drawn for its ids and
-    masks instead: all of them when `cases` is 0, else the first `cases`. `on_image` gets the number of images newly
-    finished. The files are the same for any number of `workers`. Everything is written beside `out` and renamed at
+    masks instead: all of them when `cases` is 0, else the first `cases`. `on_image` hears (images done, images).
+    The files are the same for any number of `workers`. Everything is written beside `out` and renamed at
     the end. Raises SettingsError for a wrong number, LabelError for a table that cannot be used, and RunError when
     `out` holds anything.
     """
@@ -169,38 +168,26 @@ def _assign_patients(positive: npt.NDArray[np.bool_], rng: np.random.Generator) 
 
 
 def _draw_all(
-    folder: Path, tasks: Sequence[_Task], seed: int, workers: int, on_image: Callable[[int], None] | None
+    folder: Path, tasks: Sequence[_Task], seed: int, workers: int, on_image: Callable[[int, int], None] | None
 ) -> list[tuple[str, list[str]]]:
     """Draw and write all images; ids and label rows in the order of `tasks`."""
-    chunks = [tasks[start : start + CHUNK] for start in range(0, len(tasks), CHUNK)]
-    results: list[list[tuple[str, list[str]]]] = [[] for _ in chunks]
-    for number, rows in _chunk_results(folder, chunks, seed, workers):
-        results[number] = rows
-        if on_image:
-            on_image(len(rows))
-    return [row for rows in results for row in rows]
+    chunks = [(start, folder, tasks[start : start + CHUNK], seed) for start in range(0, len(tasks), CHUNK)]
+    results: dict[int, list[tuple[str, list[str]]]] = {}
+    done = 0
+    with processes(workers) as spread:
+        for start, rows in spread(_write_chunk, chunks):
+            results[start] = rows
+            done += len(rows)
+            if on_image:
+                on_image(done, len(tasks))
+    return [row for start in sorted(results) for row in results[start]]
 
 
-def _chunk_results(
-    folder: Path, chunks: Sequence[Sequence[_Task]], seed: int, workers: int
-) -> Iterator[tuple[int, list[tuple[str, list[str]]]]]:
-    if workers == 1 or len(chunks) == 1:
-        for number, chunk in enumerate(chunks):
-            yield number, _write_chunk(folder, chunk, seed)
-        return
-    context = multiprocessing.get_context("spawn")  # fork and threads do not mix
-    with ProcessPoolExecutor(min(workers, len(chunks)), context, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
-        futures = {pool.submit(_write_chunk, folder, chunk, seed): number for number, chunk in enumerate(chunks)}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _write_chunk(folder: Path, tasks: Sequence[_Task], seed: int) -> list[tuple[str, list[str]]]:
-    return [_write_image(folder, task, seed) for task in tasks]
+def _write_chunk(
+    start: int, folder: Path, tasks: Sequence[_Task], seed: int
+) -> tuple[int, list[tuple[str, list[str]]]]:
+    cv2.setNumThreads(1)
+    return start, [_write_image(folder, task, seed) for task in tasks]
 
 
 # --- one file ---------------------------------------------------------------------------------------------------

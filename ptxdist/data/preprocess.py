@@ -1,212 +1,256 @@
-"""Catalog -> stores: every size from one decode, one shard a task, nothing done twice.
+"""Image files and tables -> a cache: catalog and stores, nothing done twice, nothing lost.
 
-Owns: the transform from a Radiograph and its masks to samples, the distribution of shards over processes, rejects.csv.
+Owns: the order in which a cache is written, what of a former run is kept, rejects.csv and missing.csv.
 Refuses: two runs on one cache at once (BusyError), input of which too much is unusable (CatalogError).
-Called by: `cli`.
-
-The transform: the image is padded to a square with black, centred, then resized by area averaging (bilinear when it has
-to grow); the mask, as 0 and 255, goes the same way, which leaves each px the share of its area inside the mask.
+Called by: `cli`. Writing goes from the inside out: shards, coordinates, catalog, and last the manifest that says that a
+store is complete. Whatever is interrupted, the manifest never promises more than is there.
 """
 
 from __future__ import annotations
 
 import csv
 import fcntl
-import hashlib
-import multiprocessing
 import os
 import secrets
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from multiprocessing.sharedctypes import Synchronized
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from ptxdist.config import fingerprint
-from ptxdist.data import rle
-from ptxdist.data.catalog import FILE_NAME, Case, Catalog, Reject, build_catalog, write_catalog
-from ptxdist.data.dicom import Pixels, read_bytes, read_radiograph
+from ptxdist.data.catalog import (
+    FILE_NAME,
+    Case,
+    Catalog,
+    Reject,
+    build_catalog,
+    leakage_of,
+    read_catalog,
+    write_catalog,
+)
+from ptxdist.data.duplicates import SIDE_PX, near_duplicates, thumbnail
+from ptxdist.data.render import Shard, shard_fingerprint, write_shard
+from ptxdist.data.split import FOLDS
+from ptxdist.data.spread import Spread, processes
 from ptxdist.data.store import (
     ARRAYS,
     SHARD_CASES,
+    Manifest,
     ShardRecord,
+    StoreRecord,
+    damaged_rows,
+    map_shard,
     read_manifest,
-    shard_is_whole,
+    sha256_of,
+    shard_cases,
+    shard_path,
+    staged,
     store_path,
+    unfinished,
     write_manifest,
     write_metadata,
-    write_shard,
 )
-from ptxdist.errors import BusyError, CatalogError, DicomError, StoreError
+from ptxdist.errors import BusyError, CatalogError, StoreError
 
-TRANSFORM = 1  # counts changes of the transform: a new number rewrites every shard
 MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
 MISSING = "missing.csv"
+DUPLICATES = "near_duplicates.csv"
 LOCK = ".lock"
 SALT = "salt"
+TABLES = (FILE_NAME, MISSING, REJECTS, DUPLICATES, SALT)
 
 Progress = Callable[[str, int, int], None]
+Records = dict[int, dict[int, ShardRecord]]
 
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    """What a run did: the catalog as written, shards written and reused over all sizes, and rejected files."""
+    """What a run did: the catalog as written, shards written and reused over all sizes.
+
+    `dealt_anew` tells that the catalog of a former run could not be read, so that order and split are new ones.
+    """
 
     catalog: Catalog
     sizes_px: tuple[int, ...]
     written: int
     reused: int
-    rejects: tuple[Reject, ...]
-
-
-def fit_square(pixels: Pixels) -> Pixels:
-    """Pad uint8 (height, width) with 0 to a square, the image in its middle; a square comes back as it is."""
-    height, width = pixels.shape
-    side = max(height, width)
-    top, left = (side - height) // 2, (side - width) // 2
-    if height == width:
-        return pixels
-    return np.pad(pixels, ((top, side - height - top), (left, side - width - left)))
-
-
-def resize(square: Pixels, size_px: int) -> Pixels:
-    """Resize a square uint8 image by area averaging, or bilinearly when it has to grow."""
-    shrinks = size_px <= len(square)
-    resized = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return np.asarray(resized, dtype=np.uint8)
+    dealt_anew: bool = False
 
 
 def preprocess(
-    dicom: Path,
+    images: Path,
     labels: Path,
     out: Path,
     *,
     patients: Path | None = None,
     sizes_px: Sequence[int] = (256, 512),
-    workers: int = 1,
+    folds: int = FOLDS,
     seed: int = 0,
+    dialect: str | None = None,
+    spread: AbstractContextManager[Spread] | None = None,
+    workers: int = 1,
     on_progress: Progress = lambda step, done, total: None,
 ) -> PreprocessResult:
-    """Build or renew the cache `out` from DICOM files and a label table.
+    """Build or renew the cache `out` from image files and a label table.
 
-    Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. `on_progress` hears
-    ("headers" or "images", files done, files). Raises as `build_catalog`; BusyError when another run holds the cache;
-    CatalogError when more than a tenth of the files cannot be used; StoreError when the disk is full or a worker dies.
+    Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. `spread` says who
+    does the work: `workers` processes if not given. `on_progress` hears ("headers", "images" or "check", done, total).
+    Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more than a tenth of the
+    files cannot be used; StoreError when the disk is full or a worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
+    is_new = not (out / LOCK).is_file()
     try:
-        if (out / LOCK).is_file():
-            with _exclusive(out):
-                pass  # says at once, and not after reading all headers, that another run is at work
-        # Everything that can be wrong with the tables and the headers is found before the first byte is written.
-        salt = (out / SALT).read_bytes() if (out / SALT).is_file() else secrets.token_bytes(32)
-        catalog = build_catalog(
-            dicom,
-            labels,
-            patients=patients,
-            seed=seed,
-            salt=salt,
-            on_file=lambda done, total: on_progress("headers", done, total),
-        )
-        out.mkdir(parents=True, exist_ok=True)
-        with _exclusive(out):
+        with ExitStack() as held, spread or processes(workers) as work:
+            if not is_new:
+                held.enter_context(exclusive(out))
+            # Everything that can be wrong with the tables and the headers is found before the first byte is written.
+            salt = read_salt(out) or secrets.token_bytes(32)
+            former, was_there = _former(out), (out / FILE_NAME).is_file()
+            if former is None:
+                work.prepare(write_shard.__module__)  # there will be shards to write
+            catalog = build_catalog(
+                images,
+                labels,
+                patients=patients,
+                former=former,
+                folds=folds,
+                seed=seed,
+                salt=salt,
+                dialect=dialect,
+                skip=[out] if out.resolve().is_relative_to(images.resolve()) else (),
+                spread=work,
+                on_file=lambda done, total: on_progress("headers", done, total),
+            )
+            if is_new:
+                out.mkdir(parents=True, exist_ok=True)
+                held.enter_context(exclusive(out))
             _keep_salt(out / SALT, salt)
-            return _write_cache(catalog, dicom, out, sizes, workers, on_progress)
+            result = _write_cache(catalog, former, images, out, sizes, work, on_progress)
+            return replace(result, dealt_anew=was_there and former is None)
     except OSError as error:
         raise StoreError(
             f"{out}: writing stopped: {error.strerror}; what is finished stays, and the same command goes on from there"
         ) from error
-    except BrokenProcessPool as error:
-        raise StoreError(
-            f"{out}: a worker process was killed, perhaps because memory ran out: try fewer --workers; "
-            f"what is finished stays, and the same command goes on from there"
-        ) from error
+
+
+def _former(out: Path) -> Catalog | None:
+    """The catalog of the run before; None at a first run, and for a damaged one, which is then made from the start."""
+    manifest = read_manifest(out)
+    if FILE_NAME in manifest.files and not _is_whole(out, FILE_NAME, manifest):
+        return None
+    with suppress(StoreError):
+        return read_catalog(out)
+    return None
 
 
 def _write_cache(
-    catalog: Catalog, dicom: Path, out: Path, sizes: tuple[int, ...], workers: int, on_progress: Progress
+    catalog: Catalog,
+    former: Catalog | None,
+    images: Path,
+    out: Path,
+    sizes: tuple[int, ...],
+    spread: Spread,
+    on_progress: Progress,
 ) -> PreprocessResult:
     _refuse_too_many(catalog.rejects, catalog, out)
-    cases = catalog.labelled
+    blocks = shards(catalog.labelled)
     manifest = read_manifest(out)
-    blocks = [cases[start : start + SHARD_CASES] for start in range(0, len(cases), SHARD_CASES)]
-    prints = {size: [_shard_fingerprint(block, size) for block in blocks] for size in sizes}
-    records = {size: _whole_shards(out, size, manifest, prints[size]) for size in sizes}
+    prints = {size: [shard_fingerprint(block, size) for block in blocks] for size in sizes}
+    records = {size: _kept_shards(out, size, manifest, prints[size], on_progress) for size in sizes}
     todo = {
-        shard: tuple(size for size in sizes if shard not in records[size])
-        for shard in range(len(blocks))
-        if any(shard not in records[size] for size in sizes)
+        number: missing
+        for number in range(len(blocks))
+        if (missing := tuple(size for size in sizes if number not in records[size]))
     }
     reused = sum(map(len, records.values()))
 
-    def record_progress() -> None:
-        for size in sizes:
-            ready = records[size]
-            former = manifest.get(size, {})
-            manifest[size] = {
-                "complete": former.get("complete", False)
-                and former.get("cases") == len(cases)
-                and not any(size in missing for missing in todo.values()),
-                "cases": len(cases),
-                "fingerprint": former.get("fingerprint", ""),
-                "shards": [asdict(ready[shard]) if shard in ready else None for shard in range(len(blocks))],
-            }
-        write_manifest(out, manifest)
-
-    if todo:
-        record_progress()
-    total = sum(len(blocks[shard]) for shard in todo)
-    tasks = [(shard, blocks[shard], dicom, out, todo[shard]) for shard in todo]
-    for shard, written in _run(tasks, workers, lambda done: on_progress("images", done, total)):
+    total, done = sum(len(blocks[number]) for number in todo), 0
+    tasks = []
+    for number, missing in todo.items():
+        paths = [catalog.paths.get(case.case_id, "") for case in blocks[number]]
+        tasks.append((Shard(number, blocks[number], paths, images), out, missing))
+    for number, written in spread(write_shard, tasks):
         for size, record in written.items():
-            records[size][shard] = record
-        record_progress()
+            records[size][number] = record
+            entry = manifest.sizes.get(size, StoreRecord())
+            ready = tuple(records[size].get(index) for index in range(len(blocks)))
+            manifest.sizes[size] = replace(entry, staged=ready)
+        write_manifest(out, manifest)
+        done += len(blocks[number])
+        on_progress("images", done, total)
 
-    unreadable = dict(pair for size in sizes for shard in range(len(blocks)) for pair in records[size][shard].rejects)
-    path_of = {case.case_id: case.path for case in cases}
-    rejects = (*catalog.rejects, *(Reject(path_of[case_id], reason) for case_id, reason in unreadable.items()))
+    unreadable = dict(pair for size in sizes for record in records[size].values() for pair in record.rejects)
+    rejects = (*catalog.rejects, *(Reject(catalog.paths[name], reason) for name, reason in unreadable.items()))
     _refuse_too_many(rejects, catalog, out)
-    _write_table(out / MISSING, ("ImageId",), [(case_id,) for case_id in catalog.missing])
-    final = replace(
-        catalog,
-        cases=tuple(
-            replace(case, split="rejected", fold=-1) if case.case_id in unreadable else case for case in catalog.cases
-        ),
-        rejects=rejects,
+    cases = tuple(
+        replace(case, split="rejected", fold=-1) if case.case_id in unreadable else case for case in catalog.cases
     )
-    _finish(final, out, sizes, manifest, records)
-    return PreprocessResult(final, sizes, len(sizes) * len(blocks) - reused, reused, rejects)
+    leakage = leakage_of(cases, catalog.leakage.grouped_by)
+    final = replace(catalog, cases=cases, rejects=rejects, leakage=leakage)
+    final = _put_in_place(final, former, out, prints, manifest, records)
+    return PreprocessResult(final, sizes, len(sizes) * len(blocks) - reused, reused)
+
+
+def shards(cases: Sequence[Case]) -> list[Sequence[Case]]:
+    """The cases of each shard."""
+    return [cases[start : start + SHARD_CASES] for start in range(0, len(cases), SHARD_CASES)]
+
+
+def _kept_shards(
+    out: Path, size: int, manifest: Manifest, prints: Sequence[str], on_progress: Progress
+) -> dict[int, ShardRecord]:
+    """Shards of a former run, in place or staged, that are still right and whole; other staged files are removed."""
+    store, entry = store_path(out, size), manifest.sizes.get(size, StoreRecord())
+    kept: dict[int, ShardRecord] = {}
+    for number, source in enumerate(prints):
+        for array in ARRAYS:
+            unfinished(shard_path(store, array, number)).unlink(missing_ok=True)
+        for record in (*entry.staged[number : number + 1], *entry.shards[number : number + 1]):
+            if record is not None and record.fingerprint == source and _is_there(store, size, number, record):
+                kept[number] = record
+                break
+        else:
+            for array in ARRAYS:
+                staged(shard_path(store, array, number)).unlink(missing_ok=True)
+        if entry.shards or entry.staged:
+            on_progress(f"check of {size} px", number + 1, len(prints))
+    return kept
+
+
+def _is_there(store: Path, size: int, number: int, record: ShardRecord) -> bool:
+    """Whether both files of a shard are whole, each in its place or staged."""
+    whole = True
+    for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
+        path = shard_path(store, array, number)
+        if not damaged_rows(path, size, sums):
+            staged(path).unlink(missing_ok=True)
+        else:
+            whole = whole and not damaged_rows(staged(path), size, sums)
+    return whole
 
 
 def _refuse_too_many(rejects: Sequence[Reject], catalog: Catalog, out: Path) -> None:
-    """Write rejects.csv; CatalogError when it has more than a tenth of the files."""
-    _write_table(out / REJECTS, ("path", "reason"), [(reject.path, reject.reason) for reject in rejects])
-    if len(rejects) > MAX_REJECTED_SHARE * catalog.reconciliation.files:
-        raise CatalogError(
-            f"{len(rejects)} of {catalog.reconciliation.files} files cannot be used, more than a tenth; "
-            f"the reasons are in {out / REJECTS} (the first one: {rejects[0].path} {rejects[0].reason})"
-        )
+    """CatalogError, and rejects.csv, when more than a tenth of the files cannot be used."""
+    if len(rejects) <= MAX_REJECTED_SHARE * catalog.reconciliation.files:
+        return
+    manifest = read_manifest(out)
+    if manifest.files.pop(REJECTS, None):  # the stores stay as they are, but this file speaks of them no more
+        write_manifest(out, manifest)
+    _write_rejects(out, rejects)
+    raise CatalogError(
+        f"{len(rejects)} of {catalog.reconciliation.files} files cannot be used, more than a tenth; "
+        f"the reasons are in {out / REJECTS} (the first one: {rejects[0].path} {rejects[0].reason})"
+    )
 
 
-def _finish(
-    catalog: Catalog,
-    out: Path,
-    sizes: tuple[int, ...],
-    manifest: dict[int, dict[str, Any]],
-    records: dict[int, dict[int, ShardRecord]],
-) -> None:
-    """Coordinates, catalog, then the manifest that declares the stores complete."""
-    cases = catalog.labelled
-    coordinates: dict[str, np.ndarray[Any, Any]] = {
+def coordinates(cases: Sequence[Case]) -> dict[str, np.ndarray[Any, Any]]:
+    """The values that stand beside the samples in every store, one a case."""
+    return {
         "case_id": np.array([case.case_id for case in cases]),
         "split": np.array([case.split for case in cases]),
         "fold": np.array([case.fold for case in cases], np.int8),
@@ -215,134 +259,96 @@ def _finish(
         "rows": np.array([case.rows for case in cases], np.int32),
         "columns": np.array([case.columns for case in cases], np.int32),
     }
+
+
+def _put_in_place(
+    catalog: Catalog,
+    former: Catalog | None,
+    out: Path,
+    prints: dict[int, list[str]],
+    manifest: Manifest,
+    records: Records,
+) -> Catalog:
+    """Staged shards, coordinates, catalog and tables, then the manifest that declares the stores complete."""
+    cases = catalog.labelled
+    blocks = shards(cases)
     sides = [[case.case_id, case.split, case.fold] for case in cases]
-    blocks = [cases[start : start + SHARD_CASES] for start in range(0, len(cases), SHARD_CASES)]
-    source = {size: fingerprint([_shard_fingerprint(b, size) for b in blocks], sides) for size in (*sizes, *manifest)}
-    for size, entry in manifest.items():  # what differs is not to be trained on until it is renewed
-        entry["complete"] = bool(entry["complete"] and entry["fingerprint"] == source[size])
-    stale = [size for size in sizes if size not in manifest or not manifest[size]["complete"]]
-    if manifest:
-        write_manifest(out, manifest)
-    for size in stale:
-        write_metadata(store_path(out, size), size, coordinates)
-    for size in sizes:
-        manifest[size] = {
-            "complete": True,
-            "cases": len(cases),
-            "fingerprint": source[size],
-            "shards": [asdict(records[size][shard]) for shard in range(len(blocks))],
-        }
-    write_catalog(catalog, out / FILE_NAME)
+    sizes = tuple(prints)
+    source = {
+        size: fingerprint(prints.get(size) or [shard_fingerprint(block, size) for block in blocks], sides)
+        for size in (*sizes, *manifest.sizes)
+    }
+    unchanged = all(
+        entry.complete and entry.fingerprint == source[size] for size, entry in manifest.sizes.items()
+    ) and set(sizes) <= set(manifest.sizes)
+    is_counted = former is not None and unchanged and _is_whole(out, DUPLICATES, manifest)
+    for size, entry in manifest.sizes.items():  # what differs is not to be trained on until it is renewed
+        manifest.sizes[size] = replace(entry, complete=entry.complete and entry.fingerprint == source[size])
+    for name in TABLES:  # a kill may come before or after each is renewed: until the end, either is right
+        manifest.files.pop(name, None)
     write_manifest(out, manifest)
-
-
-def _shard_fingerprint(block: Sequence[Case], size_px: int) -> str:
-    sources = [[case.case_id, case.digest, case.masks] for case in block]
-    return fingerprint(TRANSFORM, size_px, f"cv2 {cv2.__version__}", sources)
-
-
-def _whole_shards(
-    out: Path, size: int, manifest: dict[int, dict[str, Any]], prints: Sequence[str]
-) -> dict[int, ShardRecord]:
-    """Shards of a former run that are still right and whole."""
-    kept = {}
-    for shard, entry in enumerate(manifest.get(size, {}).get("shards", [])[: len(prints)]):
-        if entry is not None and entry["fingerprint"] == prints[shard]:
-            record = ShardRecord(**{**entry, "rejects": tuple(map(tuple, entry["rejects"]))})
-            if shard_is_whole(store_path(out, size), shard, record):
-                kept[shard] = record
-    return kept
-
-
-Task = tuple[int, Sequence[Case], Path, Path, tuple[int, ...]]
-_counter: Synchronized[int] | None = None
-
-
-def _start_worker(counter: Synchronized[int]) -> None:
-    global _counter
-    _counter = counter
-    cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Without this a worker outlives a killed parent, and writes where the next run writes."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _run(
-    tasks: Sequence[Task], workers: int, on_done: Callable[[int], None]
-) -> Iterator[tuple[int, dict[int, ShardRecord]]]:
-    """Results of the tasks as they come, over spawned processes."""
-    if not tasks:
-        return
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("l", 0)
-    workers = min(workers, len(tasks))
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(counter,)) as pool:
-        try:
-            waiting: set[Future[tuple[int, dict[int, ShardRecord]]]] = {pool.submit(_write_shards, *t) for t in tasks}
-            while waiting:
-                done, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-                on_done(counter.value)
-                for future in done:
-                    yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _write_shards(
-    shard: int, block: Sequence[Case], dicom: Path, out: Path, sizes: tuple[int, ...]
-) -> tuple[int, dict[int, ShardRecord]]:
-    """One task: decode each file of a shard once, write the shard at each size."""
-    samples = {size: {array: np.zeros((len(block), size, size), np.uint8) for array in ARRAYS} for size in sizes}
-    rejects, lasting = [], True
-    for row, case in enumerate(block):
-        try:
-            image = _read_image(case, dicom)
-        except DicomError as error:
-            rejects.append((case.case_id, str(error)))
-            lasting &= not isinstance(error, _PassingError)
-        else:
-            for size in sizes:
-                samples[size]["image"][row] = resize(image, size)
-            if case.masks:
-                # Runs go down columns: decoding and resizing the transposed mask keeps memory access in order.
-                mask = fit_square(rle.decode_columns(case.masks, case.rows, case.columns, value=255))
-                for size in sizes:
-                    samples[size]["mask"][row] = resize(mask, size).T
-        if _counter is not None:
-            with _counter.get_lock():
-                _counter.value += 1
-    records = {}
     for size in sizes:
-        image_crc, mask_crc = (write_shard(store_path(out, size), name, shard, samples[size][name]) for name in ARRAYS)
-        source = _shard_fingerprint(block, size) if lasting else ""  # "": the next run makes the shard anew
-        records[size] = ShardRecord(source, image_crc, mask_crc, tuple(rejects))
-    return shard, records
+        for number in range(len(blocks)):
+            for array in ARRAYS:
+                path = shard_path(store_path(out, size), array, number)
+                with suppress(FileNotFoundError):
+                    staged(path).replace(path)
+        _renew_metadata(out, size, manifest, cases)
+        manifest.sizes[size] = StoreRecord(
+            True, len(cases), source[size], tuple(records[size][number] for number in range(len(blocks)))
+        )
+    if former is not None and is_counted:
+        shared, pairs = former.leakage.near_duplicates_shared, former.leakage.near_duplicates
+    else:
+        shared, pairs = _find_duplicates(cases, out, sizes[0])
+    leakage = replace(catalog.leakage, near_duplicates=pairs, near_duplicates_shared=shared)
+    catalog = replace(catalog, leakage=leakage)
+    _write_rejects(out, catalog.rejects)
+    _write_table(out / MISSING, ("ImageId",), [(case_id,) for case_id in catalog.missing])
+    write_catalog(catalog, out / FILE_NAME)
+    for name in TABLES:
+        manifest.files[name] = sha256_of(out / name)
+    write_manifest(out, manifest)
+    return catalog
 
 
-class _PassingError(DicomError):
-    """A file that could be read when the catalog was built, and may be the next time."""
+def _renew_metadata(out: Path, size: int, manifest: Manifest, cases: Sequence[Case]) -> None:
+    """Write the metadata of one store, unless it is complete and whole."""
+    store = store_path(out, size)
+    names = [name for name in manifest.files if name.startswith(f"{store.name}/")]
+    entry = manifest.sizes.get(size)
+    if entry and entry.complete and names and all(_is_whole(out, name, manifest) for name in names):
+        return
+    for name in names:
+        del manifest.files[name]
+    sums = write_metadata(store, size, coordinates(cases))
+    manifest.files.update({f"{store.name}/{name}": value for name, value in sums.items()})
 
 
-def _read_image(case: Case, dicom: Path) -> Pixels:
-    try:
-        content = read_bytes(dicom / case.path)
-    except DicomError as error:
-        raise _PassingError(str(error)) from error
-    if hashlib.sha256(content).hexdigest()[:32] != case.digest:
-        raise _PassingError("was changed while it was being read; run the command again")
-    return fit_square(read_radiograph(content).pixels)
+def _find_duplicates(cases: Sequence[Case], out: Path, size: int) -> tuple[int, int]:
+    """Write near_duplicates.csv; the number of pairs with one image on each side of the split, and of all pairs."""
+    rows = [row for row, case in enumerate(cases) if case.split in ("train", "val")]
+    small = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float32)
+    path, block = Path(), np.zeros((0, size, size), np.uint8)
+    for place, row in enumerate(rows):
+        shard, offset = divmod(row, SHARD_CASES)
+        wanted = shard_path(store_path(out, size), "image", shard)
+        if wanted != path:
+            path, block = wanted, map_shard(wanted, shard_cases(len(cases), shard), size)[0]
+        small[place] = thumbnail(block[offset])
+    pairs = [(cases[rows[i]], cases[rows[j]]) for i, j in near_duplicates(small)]
+    table = [(a.case_id, b.case_id, a.split, b.split, str(a.group == b.group).lower()) for a, b in pairs]
+    _write_table(out / DUPLICATES, ("ImageId", "other ImageId", "split", "other split", "same group"), table)
+    return sum(a.split != b.split for a, b in pairs), len(pairs)
+
+
+def _is_whole(out: Path, name: str, manifest: Manifest) -> bool:
+    return (out / name).is_file() and manifest.files.get(name) == sha256_of(out / name)
 
 
 @contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
+    """The only writer of a cache; BusyError when there is another one."""
     with open(out / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -351,16 +357,26 @@ def _exclusive(out: Path) -> Iterator[None]:
         yield
 
 
+def read_salt(cache: Path) -> bytes:
+    """The key of a cache's hashes of paths and patients; b"" when it has none yet."""
+    return (cache / SALT).read_bytes() if (cache / SALT).is_file() else b""
+
+
 def _keep_salt(path: Path, salt: bytes) -> None:
     """Store the salt of a new cache; BusyError when another run has given it one since this run looked."""
-    if path.is_file():
-        if path.read_bytes() != salt:
-            raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; run the command again")
+    former = read_salt(path.parent)
+    if former and former != salt:
+        raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; run the command again")
+    if former:
         return
     temporary = path.with_name(path.name + ".tmp")
     temporary.touch(mode=0o600)
     temporary.write_bytes(salt)
     temporary.replace(path)
+
+
+def _write_rejects(out: Path, rejects: Sequence[Reject]) -> None:
+    _write_table(out / REJECTS, ("path", "reason"), [(reject.path, reject.reason) for reject in rejects])
 
 
 def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,12 +3,14 @@
 Owns: the text format. A mask is pairs `gap length` separated by blanks: the gap counts px from the end of the former
 run (the first one from px 0), px run down the columns of the image, and `-1` stands for the empty mask (rules page of
 the SIIM-ACR Pneumothorax Segmentation challenge). Refuses: texts that are not such pairs, and runs past the image.
-Called by: `catalog`, `preprocess`, `phantom`, and `learn` for truth and predictions at the original resolution.
+Called by: `labels`, `dialect`, `catalog`, `render`, `phantom`, and `learn` for truth and predictions at the original
+resolution. Tables that write their runs in another way are turned into this format by `dialect`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +18,12 @@ import numpy.typing as npt
 from ptxdist.errors import LabelError
 
 EMPTY = "-1"
+_PLAIN = "0123456789 "
 
 Mask = npt.NDArray[np.uint8]
 Runs = npt.NDArray[np.int64]
+Spans = npt.NDArray[np.int64]
+Starts = Literal["relative", "absolute"]
 
 
 def parse(text: str) -> Runs:
@@ -27,21 +32,49 @@ def parse(text: str) -> Runs:
     Blanks around the text are ignored. Raises LabelError when the text is not `-1` or pairs of integers with gaps
     of at least 0 and lengths of at least 1.
     """
-    words = text.split()
-    if words == [EMPTY]:
+    if text.strip() == EMPTY:
         return np.zeros((0, 2), np.int64)
-    try:
-        if "_" in text:  # an integer to numpy (1_000), but not in this format
-            raise ValueError
-        numbers = np.array(words, dtype=np.int64)
-    except (ValueError, OverflowError):
-        raise LabelError(f"run-length text holds something that is not an integer: {_shorten(text)}") from None
+    numbers = _numbers(text)
     if len(numbers) == 0 or len(numbers) % 2:
         raise LabelError(f"run-length text must be '-1' or pairs of numbers, found {len(numbers)}: {_shorten(text)}")
     runs = numbers.reshape(-1, 2)
     if (runs[:, 0] < 0).any() or (runs[:, 1] < 1).any():
         raise LabelError(f"run-length text has a negative gap or a run without length: {_shorten(text)}")
     return runs
+
+
+def _numbers(text: str) -> npt.NDArray[np.int64]:
+    if text.strip() and not text.strip(_PLAIN):
+        numbers = np.fromstring(text, np.int64, sep=" ")  # five times faster, but takes any text and caps its numbers
+        if numbers.max() < 2**62:
+            return numbers
+    try:
+        if "_" in text:  # an integer to numpy (1_000), but not in this format
+            raise ValueError
+        return np.array(text.split(), dtype=np.int64)
+    except (ValueError, OverflowError):
+        raise LabelError(f"run-length text holds something that is not an integer: {_shorten(text)}") from None
+
+
+def read_spans(text: str, starts: Starts, height: int, width: int) -> Spans:
+    """Begin and end of each run as int64 (n, 2), increasing, in px from 0 in the order of the text; (0, 2) for `-1`.
+
+    With "relative" starts, the format of this module, a number is the gap from the end of the former run; with
+    "absolute" ones it is the number of a px, the first being 1, as in most other tables. Raises LabelError as `parse`,
+    for a run past the image, and for absolute starts that are 0 or do not increase.
+    """
+    if starts == "relative":
+        return np.cumsum(_parse_inside(text, height, width).reshape(-1)).reshape(-1, 2)
+    runs, size = parse(text), height * width
+    if (runs > size).any() or (runs.sum(axis=1) - 1 > size).any():
+        end = max(start - 1 + length for start, length in runs.tolist())  # Python's integers, which cannot overflow
+        raise LabelError(f"a run ends at px {end}, past the {width}x{height} image ({size} px)")
+    spans = np.column_stack((runs[:, 0], runs.sum(axis=1))) - 1
+    if (spans[:, 0] < 0).any():
+        raise LabelError("a run starts at px 0, but absolute starts count from 1")
+    if (spans[1:, 0] < spans[:-1, 1]).any():
+        raise LabelError("absolute starts do not increase, or runs overlap")
+    return spans
 
 
 def decode_columns(texts: Sequence[str], height: int, width: int, value: int = 1) -> Mask:
@@ -67,19 +100,26 @@ def decode(texts: str | Sequence[str], height: int, width: int) -> Mask:
 def encode(mask: npt.NDArray[np.generic]) -> str:
     """Run-length text of a mask (height, width), everything but 0 being inside; `-1` when nothing is."""
     flat = np.asarray(mask).T.reshape(-1) != 0
-    edges = np.flatnonzero(np.diff(flat, prepend=False, append=False))
-    if len(edges) == 0:
+    return encode_spans(np.flatnonzero(np.diff(flat, prepend=False, append=False)).reshape(-1, 2))
+
+
+def encode_spans(spans: Spans) -> str:
+    """Text of the spans int64 (n, 2) of a mask: begin and end of each run in px down the columns; `-1` for none.
+
+    Spans must increase and not overlap; those that touch become one run.
+    """
+    if len(spans) == 0:
         return EMPTY
-    starts, ends = edges[0::2], edges[1::2]
-    gaps = starts - np.concatenate(([0], ends[:-1]))
-    return " ".join(map(str, np.column_stack((gaps, ends - starts)).reshape(-1)))
+    apart = spans[1:, 0] != spans[:-1, 1]
+    begins, ends = spans[np.append(True, apart), 0], spans[np.append(apart, True), 1]
+    return " ".join(map(str, np.diff(np.column_stack((begins, ends)).reshape(-1), prepend=0).tolist()))
 
 
-def overlap(texts: Sequence[str]) -> bool:
-    """Whether a px belongs to more than one of the masks, whatever the size of their image. Errors as `parse`."""
-    runs = [parse(text) for text in texts]
-    end = max((int(run.sum()) for run in runs), default=0)
-    return area_px(texts, end, 1) < sum(int(run[:, 1].sum()) for run in runs)
+def overlap(texts: Sequence[str], starts: Starts = "relative") -> bool:
+    """Whether a px belongs to more than one of the masks, whatever the size of their image. Errors as `read_spans`."""
+    spans = np.concatenate([np.zeros((0, 2), np.int64), *(read_spans(text, starts, 2**62, 1) for text in texts)])
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    return bool((spans[1:, 0] < np.maximum.accumulate(spans[:, 1])[:-1]).any())
 
 
 def area_px(texts: Sequence[str], height: int, width: int) -> int:

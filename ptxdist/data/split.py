@@ -1,13 +1,15 @@
 """Who learns and who validates: folds that keep patients together, and what a split leaks.
 
-Owns: the split rule. Refuses: nothing. Called by: `catalog`.
+Owns: the split rule. Refuses: nothing. Called by: `catalog`, `learn`, `cluster`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,8 @@ class Leakage:
     """How far validation shares patients with training, beside what a random split of the same size would do.
 
     `grouped_by` says where the groups come from: "patient map", "PatientID" or "nothing". The random shares are
-    fractions of the validation cases and of the positive ones among them.
+    fractions of the validation cases and of the positive ones among them. `near_duplicates` are pairs of images that
+    look the same (see `duplicates`), `near_duplicates_shared` those with one image on each side.
     """
 
     grouped_by: str
@@ -33,17 +36,29 @@ class Leakage:
     shared_positive: int
     random_shared: float
     random_shared_positive: float
+    near_duplicates: int = 0
+    near_duplicates_shared: int = 0
 
 
 def assign_folds(
-    case_ids: Sequence[str], groups: Sequence[str], areas_px: Sequence[int], *, folds: int = FOLDS, seed: int = 0
+    case_ids: Sequence[str],
+    groups: Sequence[str],
+    areas_px: Sequence[int],
+    *,
+    folds: int = FOLDS,
+    seed: int = 0,
+    known: Mapping[str, int] | None = None,
 ) -> list[int]:
     """Fold of each case: no group in two folds, folds alike in negatives and in small, medium and large masks.
 
     The groups are dealt out, those with most positives first, each to the fold that lacks its strata most. The result
     depends on the ids, on who shares a group and on the areas (0: negative); not on the order of the cases, nor on
     how groups are called (a salted name would change the split). No cases give an empty list.
+
+    `known` are the folds of a former split, which cases keep when others come or go; only a group whose cases are in
+    several of them is joined, in the fold where most of it is.
     """
+    known = known or {}
     members: dict[str, list[int]] = {}
     for index in sorted(range(len(case_ids)), key=case_ids.__getitem__):
         members.setdefault(groups[index], []).append(index)
@@ -55,16 +70,38 @@ def assign_folds(
         tie = hashlib.sha256(f"{seed} {case_ids[members[group][0]]}".encode()).hexdigest()
         return -float(counts[group][1:].sum()), -float(counts[group].sum()), tie
 
+    fold_of: dict[str, int] = {}
+    for group, indices in members.items():
+        former = Counter(known[case_ids[index]] for index in indices if case_ids[index] in known)
+        if former:
+            fold_of[group] = min(former, key=lambda fold: (-former[fold], fold))
     have = np.zeros((folds, 4))
+    for group, fold in fold_of.items():
+        have[fold] += counts[group]
     result = [0] * len(case_ids)
     for group in sorted(members, key=turn):
-        # Growth of the squared fill: least where the strata of this group are emptiest.
-        growth = (((have + counts[group]) / fair_share) ** 2 - (have / fair_share) ** 2).sum(axis=1)
-        fold = int(np.argmin(growth))
-        have[fold] += counts[group]
+        if group not in fold_of:
+            # Growth of the squared fill: least where the strata of this group are emptiest.
+            growth = (((have + counts[group]) / fair_share) ** 2 - (have / fair_share) ** 2).sum(axis=1)
+            fold_of[group] = int(np.argmin(growth))
+            have[fold_of[group]] += counts[group]
+        fold = fold_of[group]
         for index in members[group]:
             result[index] = fold
     return result
+
+
+class Folded(Protocol):
+    """What has a fold, such as a Case; -1 stands for none."""
+
+    @property
+    def fold(self) -> int: ...  # noqa: D102
+
+
+def split_indices(cases: Iterable[Folded], fold: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Positions of the cases to train on, and of those that `fold` holds out, both int64; no fold is neither."""
+    own = np.array([case.fold for case in cases], np.int64)
+    return np.flatnonzero((own >= 0) & (own != fold)), np.flatnonzero(own == fold)
 
 
 def measure_leakage(

@@ -1,7 +1,7 @@
 """What is saved of a training: weights for others, checkpoints to go on from.
 
-    checkpoints/epoch-0003/     model.safetensors, optimizer.safetensors, average.safetensors (if there is one),
-                                state.json with the sha256 of the others
+    checkpoints/epoch-0002-step-000140/   model.safetensors, optimizer.safetensors, average.safetensors (if there is
+                                one), state.json with the sha256 of the others: two finished epochs, and 140 steps
     checkpoints/best-0002.safetensors
 
 Tensors are in safetensors files, the rest is JSON: nothing pickled. A checkpoint is written beside its place, flushed
@@ -13,18 +13,19 @@ Owns: weight keys on disk and the layout above. Refuses: files that are damaged 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ptxdist.errors import CheckpointError
@@ -36,7 +37,17 @@ _STATE = "state.json"
 def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
     """Write a model's state dict in one step and return the sha256 of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _write(path, save({key: value.detach().cpu().contiguous() for key, value in state.items()}))
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+    def fill(temporary: Path) -> None:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        # Not `save`, which makes one bytes object of them: it holds the interpreter's lock for 100 ms per 100 MB, and
+        # the thread that trains cannot start a kernel for so long.
+        save_file(tensors, temporary)
+        temporary.chmod(mode)  # it leaves a file that nobody else may read
+
+    return _write(path, fill)
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
@@ -46,7 +57,11 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     """
     if sha256 is not None and (not path.is_file() or file_sha256(path) != sha256):
         raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
-    state = _read(path)
+    fill_model(model, _read(path), str(path))
+
+
+def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Put a state dict into a model; CheckpointError naming its `source` when it is of another model."""
     expected = model.state_dict()
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is not known" for key in state if key not in expected]
@@ -56,30 +71,75 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
         if key in state and state[key].shape != value.shape
     ]
     if problems:
-        raise CheckpointError(f"{path} does not fit the model of these settings: {'; '.join(problems[:3])}")
+        raise CheckpointError(f"{source} does not fit the model of these settings: {'; '.join(problems[:3])}")
     model.load_state_dict(state)
 
 
 @dataclass
 class TrainingState:
-    """Everything a stage needs to go on after `epoch` finished epochs.
+    """Everything a stage needs to go on after `epoch` finished epochs and `step` optimiser steps of the next one.
 
     `progress` is plain JSON: the history and what else `loop` wants to remember.
     """
 
     epoch: int
+    step: int
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     average: Mapping[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
 
 
+def snapshot(state: TrainingState, former: TrainingState | None = None) -> TrainingState:
+    """A copy in host memory, which later steps do not change.
+
+    The memory of a `former` snapshot is written over where it fits: new pages take longer than copying 300 MB into
+    old ones, while the training waits.
+    """
+
+    def copy_of(value: Any, there: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not isinstance(there, Tensor) or there.shape != value.shape or there.dtype != value.dtype:
+            there = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+        return there.copy_(value.detach())
+
+    def copies(tensors: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: copy_of(value, there.get(key)) for key, value in tensors.items()}
+
+    old = former or TrainingState(0, 0, {}, {"state": {}})
+    moments = {
+        index: copies(entry, old.optimizer["state"].get(index, {})) for index, entry in state.optimizer["state"].items()
+    }
+    optimizer = {"state": moments, "param_groups": copy.deepcopy(state.optimizer["param_groups"])}
+    model, average = copies(state.model, old.model), copies(state.average, old.average)
+    return replace(state, model=model, optimizer=optimizer, average=average)
+
+
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> None:
-    """Write `epoch-NNNN` in one step, then remove all but the `keep` newest."""
-    final = folder / f"epoch-{state.epoch:04d}"
-    draft = final.with_suffix(".tmp")
+    """Write a checkpoint in one step, then remove all but the `keep` newest. A failure leaves those there were."""
+    final = folder / f"epoch-{state.epoch:04d}-step-{state.step:06d}"
+    draft = final.with_name(final.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+        _write_parts(draft, state)
+        shutil.rmtree(final, ignore_errors=True)
+        draft.replace(final)
+    except OSError as error:
+        raise CheckpointError(f"{final} cannot be written: {error.strerror}; what was saved before is kept") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("epoch-????-step-??????"))
+
+
+def _write_parts(draft: Path, state: TrainingState) -> None:
     moments = {
         f"{index}.{name}": value
         for index, entry in state.optimizer["state"].items()
@@ -89,20 +149,17 @@ def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> None:
     parts = {"model": state.model, "optimizer": moments, **({"average": state.average} if state.average else {})}
     content = {
         "epoch": state.epoch,
+        "step": state.step,
         "param_groups": state.optimizer["param_groups"],
         "progress": state.progress,
         "sha256": {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()},
     }
-    _write(draft / _STATE, json.dumps(content).encode())
-    shutil.rmtree(final, ignore_errors=True)
-    draft.replace(final)
-    for old in sorted(folder.glob("epoch-????"))[:-keep]:
-        shutil.rmtree(old)
+    _write(draft / _STATE, lambda temporary: temporary.write_text(json.dumps(content)))
 
 
 def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda message: None) -> TrainingState | None:
     """The newest checkpoint that is whole; None when there is none. `on_damaged` hears of each one passed over."""
-    for path in sorted(folder.glob("epoch-????"), reverse=True):
+    for path in reversed(checkpoints(folder)):
         try:
             return _load(path)
         except (CheckpointError, OSError, ValueError, KeyError) as error:
@@ -121,6 +178,7 @@ def _load(path: Path) -> TrainingState:
         moments.setdefault(int(index), {})[name] = value
     return TrainingState(
         epoch=content["epoch"],
+        step=content["step"],
         model=_read(path / "model.safetensors"),
         optimizer={"state": moments, "param_groups": content["param_groups"]},
         average=_read(path / "average.safetensors") if "average" in content["sha256"] else {},
@@ -135,18 +193,20 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
 
 
-def _write(path: Path, content: bytes) -> str:
+def _write(path: Path, fill: Callable[[Path], object]) -> str:
+    """Have `fill` write a file, flush it, move it into its place; the sha256 of it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        fill(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}; what was saved before is kept") from error
-    return hashlib.sha256(content).hexdigest()
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} cannot be written: {reason}; what was saved before is kept") from error
+    return sha256
 
 
 def match_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

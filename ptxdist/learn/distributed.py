@@ -6,8 +6,13 @@ rank must call `sum_over_ranks` and `barrier` equally often and in the same orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 
 def _initialised() -> bool:
@@ -35,3 +40,21 @@ def barrier() -> None:
     """Wait until every rank is here."""
     if _initialised():
         dist.barrier()
+
+
+def first(action: Callable[[], Result]) -> Result:
+    """What `action` returns: rank 0 does it before the others do, who find what it has left on the disk."""
+    if rank() == 0:
+        result = action()
+        barrier()
+        return result
+    barrier()
+    return action()
+
+
+def gather_texts(text: str) -> list[str]:
+    """The texts of all ranks, in the order of the ranks."""
+    texts: list[str] = [text] * world_size()
+    if _initialised():
+        dist.all_gather_object(texts, text)
+    return texts

@@ -1,23 +1,25 @@
 """fit(): one stage of training, on one process or on many that share a torch.distributed group.
 
-Owns: epochs, steps, averaging, validation, the choice of the best weights, resuming. Knows no Ray: who calls it passes
-`on_epoch` and `on_step`. Refuses: a loss that is not finite. Called by: `cluster.worker`, tests, benchmarks.
+Owns: epochs, averaging, validation, the choice of the best weights, when a checkpoint is due, resuming. Knows no Ray:
+who calls it passes `on_epoch` and `on_step`. Called by: `cluster.worker`, tests, benchmarks.
 
 The global batch decides: order, augmentation and optimiser steps are the same for any number of ranks, and with
-`sync_batch_norm` so are the results, up to rounding. All ranks call `on_epoch` equally often.
+`sync_batch_norm` so are the results, up to rounding. All ranks call `on_epoch` equally often. A run that is killed and
+goes on from a checkpoint, between epochs or inside one, ends with the same bits on the CPU.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ptxdist.config import StageSettings, TrainSettings
@@ -29,22 +31,25 @@ from ptxdist.learn.augment import Augmentation
 from ptxdist.learn.averaging import WeightAverage, reestimate_batch_norm
 from ptxdist.learn.checkpoint import (
     TrainingState,
+    checkpoints,
     load_checkpoint,
     match_device,
     save_checkpoint,
     save_weights,
+    snapshot,
 )
-from ptxdist.learn.dataset import Batch, Indices, batches, epoch_order, training_shares
-from ptxdist.learn.distributed import barrier, rank, sum_over_ranks, world_size
-from ptxdist.learn.losses import bce_dice_per_image
+from ptxdist.learn.dataset import Batch, Indices, Share, batches, epoch_order, training_shares
+from ptxdist.learn.distributed import barrier, rank, world_size
 from ptxdist.learn.metrics import scores
-from ptxdist.learn.schedule import learning_rate
+from ptxdist.learn.resident import hold
+from ptxdist.learn.schedule import learning_rate, positive_share
 from ptxdist.learn.scoring import score_cases
-from ptxdist.rundir import EpochMetrics
+from ptxdist.learn.step import FiniteCheck, Stepper, choose_precision
+from ptxdist.rundir import EpochMetrics, StageHistory
 
-_CHECK_EVERY = 10  # steps between two looks at the loss, each of which waits for a GPU
+_CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written
 
-Step = Callable[[str, int, int, int], None]
+OnStep = Callable[[str, int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -78,60 +83,77 @@ def fit(
     device: torch.device,
     folder: Path,
     on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
-    on_step: Step = lambda step, epoch, done, total: None,
+    on_step: OnStep = lambda step, epoch, done, total: None,
     on_message: Callable[[str], None] = lambda message: None,
+    on_start: Callable[[StageHistory], None] = lambda history: None,
 ) -> FitResult:
     """Train `model` on one stage and keep its best weights below `folder`, going on from a checkpoint if there is one.
 
-    `number` is the stage's place in the pipeline, from 1. `on_step` hears ("train" or "validate", epoch, images done,
-    images) of this rank's view of the global work. Raises TrainingError when the loss is not finite, naming the
-    epoch and cases; CheckpointError when weights cannot be written or read.
+    `number` is the stage's place in the pipeline, from 1. `on_start` hears, once, which epochs were finished before;
+    `on_step` hears ("train" or "validate", epoch, images done, images) of this rank's view of the global work. Raises
+    TrainingError when a loss or gradient is not finite, naming the step and cases; CheckpointError when weights cannot
+    be written or read.
     """
     trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_step)
-    trainer.resume(on_message)
-    if trainer.history and not trainer.history[-1].averaged:
-        on_message(f"stage {number} goes on after epoch {trainer.history[-1].epoch} of {stage.epochs}")
-    for epoch in range(len(trainer.history) + 1, stage.epochs + 1):
-        on_epoch(trainer.run_epoch(epoch))
-    if stage.swa_epochs:
-        on_epoch(trainer.finish_average())
-    return trainer.result()
+    with trainer.writer:  # whatever ends the stage, what is being written is written first
+        trainer.resume(on_message)
+        on_start(StageHistory(stage=number, epochs=tuple(trainer.history)))
+        for epoch in range(len(trainer.history) + 1, stage.epochs + 1):
+            on_epoch(trainer.run_epoch(epoch))
+        if stage.swa_epochs:
+            on_epoch(trainer.finish_average())
+        return trainer.result()
 
 
+@dataclass
+class _Position:
+    """Place inside an epoch: optimiser steps done, the sum of their losses, and the seconds they took."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
 class _Trainer:
-    """The state of one stage: model, optimiser, average, history."""
+    """The state of one stage: model, optimiser, average, history, place in the epoch."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: StageData,
-        stage: StageSettings,
-        train: TrainSettings,
-        number: int,
-        seed: int,
-        device: torch.device,
-        folder: Path,
-        on_step: Step,
-    ) -> None:
-        self.data, self.stage, self.train_settings = data, stage, train
-        self.number, self.seed, self.device, self.on_step = number, seed, device, on_step
-        self.folder = folder
-        self.precision = choose_precision(train.precision, device)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
-        if world_size() > 1 and train.sync_batch_norm:
+    model: nn.Module
+    data: StageData
+    stage: StageSettings
+    train: TrainSettings
+    number: int
+    seed: int
+    device: torch.device
+    folder: Path
+    on_step: OnStep
+
+    def __post_init__(self) -> None:
+        self.data = replace(self.data, store=hold(self.data.store, self.device, self.train.data_on_device))
+        self.precision = choose_precision(self.train.precision, self.device)
+        self.model = self.model.to(self.device).to(memory_format=torch.channels_last)
+        if world_size() > 1 and self.train.sync_batch_norm:
             self.model = batchnorm.convert(self.model)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=stage.learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.stage.learning_rate, fused=True)
+        parallel: nn.Module = self.model
+        if world_size() > 1:
+            parallel = DistributedDataParallel(
+                self.model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+            )
+        self.stepper = Stepper(parallel, self.optimizer, self.stage, self.train, self.precision)
         self.average = WeightAverage()
         self.history: list[EpochMetrics] = []
         self.best: EpochMetrics | None = None
         self.sha256 = ""
-        self.parallel: nn.Module = self.model
-        if world_size() > 1:
-            self.parallel = DistributedDataParallel(
-                self.model,
-                device_ids=[device] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
+        self.position = _Position()
+        self.writer = ThreadPoolExecutor(1, "ptxdist-checkpoints")
+        self.writing: Future[None] | None = None
+        self.saved_at = time.monotonic()
+        self.saved: TrainingState | None = None
+        self.names = [case.case_id for case in self.data.cases]
+        self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
 
     def resume(self, on_message: Callable[[str], None]) -> None:
         """Take up the newest whole checkpoint, if there is one."""
@@ -145,22 +167,25 @@ class _Trainer:
                 if value.shape == parameter.shape:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         self.history = [EpochMetrics.model_validate(item) for item in state.progress["history"]]
-        self.best = EpochMetrics.model_validate(state.progress["best"])
+        best = state.progress["best"]
+        self.best = EpochMetrics.model_validate(best) if best else None
         self.sha256 = state.progress["best_sha256"]
         self.average.count = state.progress["averaged"]
         self.average.state = match_device(state.average, self.device)
+        self.position = _Position(state.step, state.progress["loss_sum"], state.progress["seconds"])
+        where = f" and {state.step} steps of the next" if state.step else ""
+        on_message(f"stage {self.number} goes on after epoch {state.epoch} of {self.stage.epochs}{where}")
 
     def run_epoch(self, epoch: int) -> EpochMetrics:
-        """Train and validate one epoch, then save."""
+        """Train and validate one epoch, or what is left of it, then save."""
         rate = learning_rate(self.stage, [item.val_loss for item in self.history])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        started = time.perf_counter()
-        train_loss = self._train(epoch)
-        train_seconds = time.perf_counter() - started
+        self._train(epoch)
+        done, self.position = self.position, _Position()
         if epoch > self.stage.epochs - self.stage.swa_epochs:
             self.average.update(self.model)
-        metrics = self._validate(epoch, rate, train_loss, train_seconds)
+        metrics = self._validate(epoch, rate, done.loss_sum / len(self.data.train), done.seconds)
         self._keep(metrics)
         return metrics
 
@@ -168,7 +193,8 @@ class _Trainer:
         """Validate the averaged weights as a candidate of their own."""
         self.model.load_state_dict(match_device(self.average.state, self.device))
         if self.stage.swa_update_batch_norm:
-            reestimate_batch_norm(self.model, self._training_batches(self.stage.epochs), self.precision)
+            shares = self._shares(self.stage.epochs)
+            reestimate_batch_norm(self.model, self._batches(shares, self.stage.epochs), self.precision)
         metrics = self._validate(self.stage.epochs, self.history[-1].learning_rate, None, 0.0, averaged=True)
         self._keep(metrics, checkpoint=False)
         return metrics
@@ -176,53 +202,45 @@ class _Trainer:
     def result(self) -> FitResult:
         """What the stage leaves; the model holds its last weights."""
         assert self.best is not None
+        self._wait()
         barrier()  # rank 0 has written the weights
         return FitResult(tuple(self.history), self.best, self._best_path(self.best), self.sha256)
 
-    def _training_batches(self, epoch: int) -> Any:
-        order = epoch_order(self.data.train, seed=self.seed, epoch=epoch)
-        shares = training_shares(order, self.stage.batch_size, rank(), world_size())
+    def _shares(self, epoch: int) -> list[Share]:
+        share = positive_share(self.stage, epoch)
+        order = epoch_order(self.data.train, seed=self.seed, epoch=epoch, positive=self.positive, positive_share=share)
+        return training_shares(order, self.stage.batch_size, rank(), world_size())
+
+    def _batches(self, shares: list[Share], epoch: int) -> Iterator[Batch]:
         augmentation = Augmentation(self.stage.augmentation, self.seed)
-        return batches(self.data.store, shares, augmentation=augmentation, epoch=epoch, device=self.device)
+        return batches(
+            self.data.store, shares, augmentation=augmentation, names=self.names, epoch=epoch, device=self.device
+        )
 
-    def _train(self, epoch: int) -> float:
-        """Mean loss per case of one epoch of optimiser steps."""
-        total, done = len(self.data.train), 0
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        unchecked: list[tuple[Tensor, Batch]] = []
-        for step, batch in enumerate(self._training_batches(epoch), start=1):
-            loss = self._step(batch)
-            loss_sum += loss.double()
+    def _train(self, epoch: int) -> None:
+        """Optimiser steps from the present position to the end of the epoch."""
+        total, place, started = len(self.data.train), self.position, time.perf_counter()
+        shares = self._shares(epoch)
+        done = sum(share.global_size for share in shares[: place.step])
+        check = FiniteCheck(self.number, lambda indices: [self.names[index] for index in indices])
+        seconds = place.seconds
+        for step, batch in enumerate(self._batches(shares[place.step :], epoch), start=place.step + 1):
+            loss, norm = self.stepper.step(batch)
             done += batch.global_size
-            unchecked.append((loss, batch))
-            if step % _CHECK_EVERY == 0 or done == total:
-                self._check_finite(unchecked, epoch)
-                unchecked.clear()
+            check.add(step, loss, norm, batch)
+            if step % _CHECK_EVERY == 0 or step == len(shares):
+                # The sums grow by the same pieces whether or not the epoch is interrupted at one of these places.
+                place.loss_sum += check.sum_losses(epoch, self._last_good)
+                place.step, place.seconds = step, seconds + time.perf_counter() - started
+                every = self.train.checkpoint_every_s
+                if step < len(shares) and every and time.monotonic() - self.saved_at >= every:
+                    self._save()
             self.on_step("train", epoch, done, total)
-        return float(sum_over_ranks(loss_sum)) / total
 
-    def _step(self, batch: Batch) -> Tensor:
-        """One optimiser step; returns the sum of this rank's losses."""
-        self.parallel.train()
-        if not len(batch.image) and not self.train_settings.sync_batch_norm:
-            self.parallel.eval()  # plain batch norm has no statistics of an empty batch
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
-            logits = self.parallel(batch.image)
-        loss = bce_dice_per_image(logits, batch.mask.float() / 255).sum()
-        # DDP averages gradients over ranks; this makes it the mean over the cases of the global batch.
-        torch.autograd.backward(loss * world_size() / batch.global_size)
-        self.optimizer.step()
-        return loss.detach()
-
-    def _check_finite(self, steps: list[tuple[Tensor, Batch]], epoch: int) -> None:
-        for loss, batch in steps:
-            if not math.isfinite(float(loss)):
-                cases = ", ".join(self.data.cases[index].case_id for index in batch.index.tolist()[:4])
-                raise TrainingError(
-                    f"the loss of stage {self.number}, epoch {epoch} is {float(loss)} on the cases {cases}, …; "
-                    f"weights up to epoch {epoch - 1} are kept; a lower learning_rate or precision fp32 may help"
-                )
+    def _last_good(self) -> str:
+        self._wait()
+        found = checkpoints(self.folder)
+        return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def _validate(
         self, epoch: int, rate: float, train_loss: float | None, train_seconds: float, *, averaged: bool = False
@@ -259,27 +277,55 @@ class _Trainer:
     def _keep(self, metrics: EpochMetrics, *, checkpoint: bool = True) -> None:
         """Add to the history; rank 0 saves the weights if they are the best so far, and a checkpoint."""
         self.history.append(metrics)
-        if self.best is None or self._merit(metrics) > self._merit(self.best):
+        is_best = self.best is None or self._merit(metrics) > self._merit(self.best)
+        if is_best:
             self.best = metrics
-            if rank() == 0:
-                self.sha256 = save_weights(self.model.state_dict(), self._best_path(metrics))
-        if checkpoint and rank() == 0:
-            assert self.best is not None
-            progress = {
-                "history": [item.model_dump(mode="json") for item in self.history],
-                "best": self.best.model_dump(mode="json"),
-                "best_sha256": self.sha256,
-                "averaged": self.average.count,
-            }
-            state = TrainingState(
-                metrics.epoch, self.model.state_dict(), self.optimizer.state_dict(), self.average.state, progress
-            )
-            save_checkpoint(self.folder, state, keep=self.train_settings.keep_checkpoints)
-        if rank() == 0:  # weights that no kept checkpoint refers to any more
-            ends = range(len(self.history), max(0, len(self.history) - self.train_settings.keep_checkpoints), -1)
-            needed = {self._best_path(max(self.history[:end], key=self._merit)) for end in ends}
-            for path in set(self.folder.glob("best-*.safetensors")) - needed:
+        self._save(best=metrics if is_best else None, checkpoint=checkpoint)
+
+    def _save(self, *, best: EpochMetrics | None = None, checkpoint: bool = True) -> None:
+        """On rank 0: copy the state, and write it in the background, after what is being written already."""
+        self.saved_at = time.monotonic()
+        if rank() != 0:
+            return
+        self._wait()
+        progress = {
+            "history": [item.model_dump(mode="json") for item in self.history],
+            "best": self.best.model_dump(mode="json") if self.best else None,
+            "averaged": self.average.count,
+            "loss_sum": self.position.loss_sum,
+            "seconds": self.position.seconds,
+        }
+        epochs = sum(not item.averaged for item in self.history)
+        self.saved = state = snapshot(
+            TrainingState(
+                epochs,
+                self.position.step,
+                self.model.state_dict(),
+                self.optimizer.state_dict() if checkpoint else {"state": {}, "param_groups": []},
+                self.average.state if checkpoint else {},
+                progress,
+            ),
+            self.saved,
+        )
+        ends = range(len(self.history), max(0, len(self.history) - self.train.keep_checkpoints - 1), -1)
+        needed = {self._best_path(max(self.history[:end], key=self._merit)) for end in ends}
+
+        def write() -> None:
+            if best is not None:
+                self.sha256 = save_weights(state.model, self._best_path(best))
+            state.progress["best_sha256"] = self.sha256
+            if checkpoint:
+                save_checkpoint(self.folder, state, keep=self.train.keep_checkpoints)
+            for path in set(self.folder.glob("best-*.safetensors")) - needed:  # no kept checkpoint refers to them
                 path.unlink()
+
+        self.writing = self.writer.submit(write)
+
+    def _wait(self) -> None:
+        """Until what is being written is written; raises what went wrong."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
 
     def _best_path(self, metrics: EpochMetrics) -> Path:
         return self.folder / f"best-{metrics.epoch:04d}{'-average' if metrics.averaged else ''}.safetensors"
@@ -289,20 +335,3 @@ class _Trainer:
         if self.stage.best_by == "loss":
             return -metrics.val_loss, 0.0
         return getattr(metrics.at_full, self.stage.best_by) or 0.0, -metrics.val_loss
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number format of the forward pass; auto takes bf16 only where the hardware multiplies it."""
-    if name == "auto":
-        name = "bf16" if _has_bf16(device) else "fp32"
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

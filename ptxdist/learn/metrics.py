@@ -61,5 +61,28 @@ def scores(counts: Counts) -> Scores:
     )
 
 
+def auroc(
+    score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64] | None = None
+) -> npt.NDArray[np.float64]:
+    """Area under the ROC curve: how often a positive image's score is above a negative one's; a tie counts a half.
+
+    `score` and `positive` are (n,); `weight` (draws, n) counts each image so many times, one row a draw (by default one
+    draw of ones). Returns (draws,); NaN where a draw has only one kind (Hanley and McNeil 1982).
+    """
+    if weight is None:
+        weight = np.ones((1, len(score)))
+    if not len(score):
+        return np.full(len(weight), np.nan)
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # where a new value begins
+    up, down = (
+        np.add.reduceat(np.where(kind[order], weight[:, order], 0.0), starts, axis=1) for kind in (positive, ~positive)
+    )
+    wins = (up * (np.cumsum(down, axis=1) - down / 2)).sum(1)
+    pairs = up.sum(1) * down.sum(1)
+    area: npt.NDArray[np.float64] = np.divide(wins, pairs, out=np.full(len(weight), np.nan), where=pairs > 0)
+    return area
+
+
 def _mean(values: npt.NDArray[Any]) -> float | None:
     return math.fsum(values) / len(values) if len(values) else None  # fsum is exact: the order does not matter

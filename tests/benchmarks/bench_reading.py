@@ -1,101 +1,313 @@
-"""Shuffled batches of 40 at 256 px: the mapped store against fancy indexing through zarr, and against memory.
+"""Shuffled batches: the mapped store and the loader beside what people use instead, and beside memory.
 
-    python tests/benchmarks/bench_reading.py [--seconds 3] [--save NAME]
+    python tests/benchmarks/bench_reading.py [--size 256] [--size 512] [--seconds 0.5] [--rounds 3] [--save reading]
 
-Three readers in one run, interleaved, first round dropped, five rounds; samples/s of image and mask pairs as min,
-median, max. `memory` is the limit: the same gather from arrays that lie in RAM.
+Pairs/s of image and mask, uint8, noise, in the page cache; 256 px in batches of 40, 512 px in batches of 14.
+
+memory copy         as many bytes copied from one array in RAM to another: the limit
+memory gather       np.take from arrays in RAM
+ours: gather        the mapped store, into two buffers
+ours: loader        the thread that prefetches, no augmentation
+ours: augmented     the same with the recipe `siim`: drawn as flip and table, applied while copying
+ours: Compose       what `ours: augmented` was before: albumentations' Compose on each pair, in the same thread
+zarr                zarr-python, oindex of the same store
+tensorstore         the same store, one gather a batch
+litdata, streaming  litdata's and MosaicML's StreamingDataset, sample by sample, from files of their own formats
+DataLoader          PyTorch's with two worker processes over np.memmap, no augmentation, batches of uint8
+DataLoader, usual   the same with the usual recipe: three channels, albumentations, Normalize, ToTensorV2
+
+All but the last two, which have two processes beside the reader, work in one thread (tensorstore in its pool); all of
+ours have one thread beside the reader. litdata and mosaicml-streaming are no dependencies of ptxdist: a way whose
+package is missing is left out and named. Ways take turns; the first round is dropped.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
+import itertools
+import os
+import sys
 import tempfile
-import time
-from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import albumentations as A
 import numpy as np
+import tensorstore
+import torch
 import zarr
+from measuring import header, in_turn, per_second, publish, table
+from torch.utils.data import DataLoader, Dataset
 
-from ptxdist.data.store import ARRAYS, Store, _map_shard, shard_count, store_path, write_metadata, write_shard
+from ptxdist.data.store import (
+    ARRAYS,
+    SHARD_CASES,
+    ShardWriter,
+    Store,
+    map_shard,
+    shard_count,
+    shard_path,
+    staged,
+    store_path,
+    write_metadata,
+)
+from ptxdist.learn.augment import RECIPES, Augmentation
+from ptxdist.learn.dataset import batches, epoch_order, training_shares
 
-CASES, SIZE_PX, BATCH, ROUNDS = 1024, 256, 40, 5
+BATCH = {256: 40, 512: 14}
+CASES = {256: 1024, 512: 512}
+PACKAGES = "ptxdist numpy zarr torch albumentations opencv-python-headless stringzilla tensorstore litdata"
+
+Step = Callable[[], int]  # reads one batch and says how many pairs it had
 
 
-def make_store(folder: Path) -> Store:
+def make_store(folder: Path, size_px: int, cases: int) -> Store:
     """A store of noise."""
-    path = store_path(folder, SIZE_PX)
+    path = store_path(folder, size_px)
     random = np.random.default_rng(0)
-    for shard in range(shard_count(CASES)):
+    for shard in range(shard_count(cases)):
         for name in ARRAYS:
-            write_shard(path, name, shard, random.integers(0, 256, (256, SIZE_PX, SIZE_PX), dtype=np.uint8))
-    write_metadata(path, SIZE_PX, {"case_id": np.arange(CASES).astype(str)})
+            file = shard_path(path, name, shard)
+            with ShardWriter(file, SHARD_CASES, size_px) as writer:
+                for row in range(SHARD_CASES):
+                    writer.put(row, random.integers(0, 256, (size_px, size_px), dtype=np.uint8))
+            staged(file).replace(file)
+    write_metadata(path, size_px, {"case_id": np.arange(cases).astype(str)})
     arrays = [
-        tuple(_map_shard(path, name, shard, 256, SIZE_PX) for shard in range(shard_count(CASES))) for name in ARRAYS
+        tuple(map_shard(shard_path(path, name, n), SHARD_CASES, size_px)[0] for n in range(shard_count(cases)))
+        for name in ARRAYS
     ]
-    return Store(path, SIZE_PX, CASES, "", *arrays)
+    return Store(path, size_px, cases, "", *arrays)
 
 
-def measure(read: Callable[[np.ndarray], None], seconds: float) -> float:
-    """Pairs per second of shuffled batches."""
-    random, done, started = np.random.default_rng(1), 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - started) < seconds:
-        read(random.choice(CASES, BATCH, replace=False))
-        done += BATCH
-    return done / elapsed
+def orders(cases: int, batch: int) -> Iterator[np.ndarray]:
+    """Whole shuffled batches of indices, epoch after epoch."""
+    for epoch in itertools.count():
+        order = epoch_order(np.arange(cases), seed=0, epoch=epoch)
+        yield from (order[start : start + batch] for start in range(0, cases - batch + 1, batch))
 
 
-def run(seconds: float) -> dict[str, dict[str, float]]:
-    """Samples/s of each reader: min, median, max over the rounds."""
-    with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder))
-        group = zarr.open_group(store.path, mode="r")
-        image, mask = (np.empty((BATCH, SIZE_PX, SIZE_PX), np.uint8) for _ in range(2))
-        in_memory = [np.concatenate(arrays) for arrays in (store.images, store.masks)]
+def buffers(store: Store, batch: int) -> list[np.ndarray]:
+    """Two arrays for a batch, aligned as torch's are: numpy's own alignment makes copying of mapped files slow."""
+    return [torch.empty((batch, store.size_px, store.size_px), dtype=torch.uint8).numpy() for _ in range(2)]
 
-        def from_zarr(indices: np.ndarray) -> None:
-            for name, out in zip(ARRAYS, (image, mask), strict=True):
-                out[:] = group[name].oindex[np.sort(indices)]
 
-        def from_memory(indices: np.ndarray) -> None:
-            for array, out in zip(in_memory, (image, mask), strict=True):
-                np.take(array, indices, axis=0, out=out)
+class MappedSamples(Dataset[Any]):
+    """What a user writes: two memory-mapped arrays, and a transform for each sample."""
 
-        readers: dict[str, Callable[[np.ndarray], None]] = {
-            "mapped store": lambda indices: store.gather(indices, image, mask),
-            "zarr oindex": from_zarr,
-            "memory": from_memory,
+    def __init__(self, folder: Path, transform: A.Compose | None) -> None:
+        self.arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, index: int) -> Any:
+        image, mask = (np.array(array[index]) for array in self.arrays)
+        if self.transform is None:
+            return image, mask
+        result = self.transform(image=np.repeat(image[..., None], 3, axis=2), mask=mask)
+        return result["image"], result["mask"]
+
+
+def usual_recipe() -> A.Compose:
+    """The recipe `siim` as it is usually written: three channels, normalised on the CPU."""
+    return A.Compose([*RECIPES["siim"](), A.Normalize(), A.ToTensorV2()])
+
+
+class ByCompose:
+    """The recipe applied by albumentations' Compose: the draws and pixels of `Augmentation`, in more time."""
+
+    def __init__(self, seed: int) -> None:
+        augmentation = Augmentation("siim", seed)
+        self._random, self._seed = augmentation._random, seed
+        self._compose = A.Compose(augmentation._transforms)
+        self._compose.py_random = self._random
+
+    def write(
+        self, case: str, image: np.ndarray, mask: np.ndarray, image_out: np.ndarray, mask_out: np.ndarray
+    ) -> None:
+        self._random.seed(f"{self._seed} 0 {case} 0")
+        result = self._compose(image=image, mask=mask)
+        image_out[:], mask_out[:] = result["image"], result["mask"]
+
+
+# --- the ways: each returns a step ---------------------------------------------------------------------------------
+
+
+def ours(store: Store, batch: int, kind: str) -> Step:
+    names = [f"1.2.826.0.1.{number}" for number in range(store.cases)]
+    image, mask = buffers(store, batch)
+    indices = orders(store.cases, batch)
+    if kind == "gather":
+
+        def gather() -> int:
+            store.gather(next(indices), image, mask)
+            return batch
+
+        return gather
+    if kind == "Compose":
+        compose = ByCompose(0)
+
+        def augment() -> int:
+            for row, index in enumerate(next(indices).tolist()):
+                compose.write(names[index], *store.sample(index), image[row], mask[row])
+            return batch
+
+        return augment
+    augmentation = Augmentation("siim", 0) if kind == "augmented" else None
+
+    def endless() -> Iterator[int]:
+        for epoch in itertools.count():
+            shares = training_shares(epoch_order(np.arange(store.cases), seed=0, epoch=epoch), batch, 0, 1)
+            for item in batches(store, shares, augmentation=augmentation, names=names, epoch=epoch):
+                yield len(item.image)
+
+    return partial(next, endless())
+
+
+def from_memory(store: Store, batch: int, kind: str) -> Step:
+    arrays = [np.concatenate(shards) for shards in (store.images, store.masks)]
+    outs = buffers(store, batch)
+    indices = orders(store.cases, batch)
+
+    def step() -> int:
+        chosen = next(indices)
+        for array, out in zip(arrays, outs, strict=True):
+            if kind == "copy":
+                start = min(int(chosen[0]), store.cases - batch)
+                out[:] = array[start : start + batch]
+            else:
+                np.take(array, chosen, axis=0, out=out)
+        return batch
+
+    return step
+
+
+def by_zarr(store: Store, batch: int) -> Step:
+    group, indices = zarr.open_group(store.path, mode="r"), orders(store.cases, batch)
+
+    def step() -> int:
+        chosen = np.sort(next(indices))
+        return min(len(group[name].oindex[chosen]) for name in ARRAYS)
+
+    return step
+
+
+def by_tensorstore(store: Store, batch: int) -> Step:
+    arrays = [
+        tensorstore.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.path / name)}}, read=True
+        ).result()
+        for name in ARRAYS
+    ]
+    indices = orders(store.cases, batch)
+
+    def step() -> int:
+        chosen = next(indices)
+        return min(len(read.result()) for read in [array[chosen].read() for array in arrays])
+
+    return step
+
+
+def by_litdata(store: Store, batch: int, folder: Path) -> Step:
+    from litdata import StreamingDataset
+    from litdata.streaming.cache import Cache
+
+    target = folder / "litdata"
+    target.mkdir()
+    cache = Cache(str(target), chunk_bytes="64MB")
+    for index in range(store.cases):
+        cache[index] = dict(zip(ARRAYS, (np.array(sample) for sample in store.sample(index)), strict=True))
+    cache.done()
+    cache.merge()
+    return sample_by_sample(StreamingDataset(str(target), shuffle=False), store, batch)
+
+
+def by_streaming(store: Store, batch: int, folder: Path) -> Step:
+    from streaming import MDSWriter, StreamingDataset
+
+    target = folder / "streaming"
+    kind = f"ndarray:uint8:{store.size_px},{store.size_px}"
+    with MDSWriter(out=str(target), columns=dict.fromkeys(ARRAYS, kind)) as writer:
+        for index in range(store.cases):
+            writer.write(dict(zip(ARRAYS, map(np.array, store.sample(index)), strict=True)))
+    return sample_by_sample(StreamingDataset(local=str(target), batch_size=batch, shuffle=False), store, batch)
+
+
+def sample_by_sample(dataset: Any, store: Store, batch: int) -> Step:
+    image, mask = buffers(store, batch)
+    indices = orders(store.cases, batch)
+
+    def step() -> int:
+        for row, index in enumerate(next(indices).tolist()):
+            sample = dataset[index]
+            image[row], mask[row] = sample["image"], sample["mask"]
+        return batch
+
+    return step
+
+
+def by_dataloader(store: Store, batch: int, folder: Path, transform: A.Compose | None) -> Step:
+    for name, shards in zip(ARRAYS, (store.images, store.masks), strict=True):
+        np.save(folder / f"{name}.npy", np.concatenate(shards))
+    loader = DataLoader(
+        MappedSamples(folder, transform), batch, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True
+    )
+    endless = (len(image) for _ in itertools.count() for image, _ in loader)
+    return partial(next, endless)
+
+
+def run(size_px: int, seconds: float, rounds: int, only: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
+    """Pairs/s of each way: min, median, max over the rounds."""
+    batch, cases = BATCH[size_px], CASES[size_px]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        store = make_store(folder, size_px, cases)
+        makers: dict[str, Callable[[], Step]] = {
+            "memory copy": lambda: from_memory(store, batch, "copy"),
+            "memory gather": lambda: from_memory(store, batch, "take"),
+            **{f"ours: {kind}": partial(ours, store, batch, kind) for kind in ("gather", "loader", "augmented")},
+            "ours: Compose": partial(ours, store, batch, "Compose"),
+            "zarr": lambda: by_zarr(store, batch),
+            "tensorstore": lambda: by_tensorstore(store, batch),
+            "litdata": lambda: by_litdata(store, batch, folder),
+            "streaming": lambda: by_streaming(store, batch, folder),
+            "DataLoader": lambda: by_dataloader(store, batch, folder, None),
+            "DataLoader, usual": lambda: by_dataloader(store, batch, folder, usual_recipe()),
         }
-        rounds = [{name: measure(read, seconds) for name, read in readers.items()} for _ in range(ROUNDS + 1)][1:]
-    return {
-        name: {"min": min(values), "median": statistics.median(values), "max": max(values)}
-        for name in readers
-        for values in [[round_[name] for round_ in rounds]]
-    }
+        steps: dict[str, Step] = {}
+        for way, make in makers.items():
+            if only and way not in only:
+                continue
+            try:
+                steps[way] = make()
+            except ModuleNotFoundError as error:
+                print(f"{way} is left out: {error.name} is not installed", file=sys.stderr)
+        return in_turn({way: partial(per_second, step, seconds) for way, step in steps.items()}, rounds)
 
 
 def test_the_mapped_store_is_many_times_faster_than_fancy_indexing() -> None:
-    result = run(seconds=0.3)
-    assert result["mapped store"]["median"] > 20 * result["zarr oindex"]["median"]
+    result = run(256, seconds=0.2, rounds=3, only=("ours: gather", "zarr"))
+    assert result["ours: gather"]["median"] > 20 * result["zarr"]["median"]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0)
-    parser.add_argument("--save", help="name of a file in tests/benchmarks/results, without suffix")
+    parser.add_argument("--size", type=int, action="append", choices=sorted(BATCH))
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each way in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", help="name of the files in tests/benchmarks/results")
     arguments = parser.parse_args()
-    report = {
-        "what": "pairs/s, 256 px, batches of 40",
-        "date": date.today().isoformat(),
-        "versions": {name: version(name) for name in ("ptxdist", "numpy", "zarr")},
-        "machine": platform.platform(),
-        "result": run(arguments.seconds),
-    }
-    print(json.dumps(report, indent=2))
-    if arguments.save:
-        (Path(__file__).parent / "results" / f"{arguments.save}.json").write_text(json.dumps(report, indent=2) + "\n")
+    torch.set_num_threads(1)
+    report = header(
+        "Reading shuffled batches, pairs/s", [*PACKAGES.split(), "mosaicml-streaming"], seconds=arguments.seconds,
+        rounds=arguments.rounds,
+    )  # fmt: skip
+    report["result"] = {size: run(size, arguments.seconds, arguments.rounds) for size in arguments.size or BATCH}
+    text = "\n\n".join(table(f"{size} px, batches of {BATCH[size]}", rows) for size, rows in report["result"].items())
+    publish(report, text, arguments.save)

@@ -21,7 +21,7 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.job_submission import JobSubmissionClient
 
 import ptxdist.cluster.submit as submit_module
-from ptxdist.cluster.submit import MAX_UPLOAD_BYTES, STOPPED, submit
+from ptxdist.cluster.submit import MAX_UPLOAD_BYTES, STOPPED, follow, status, submit
 from ptxdist.errors import ClusterError, StoreError
 
 pytestmark = pytest.mark.slow
@@ -165,6 +165,27 @@ def test_a_stopped_job_ends_like_an_interrupted_command(cluster: str, tmp_path: 
 
 
 @with_token
+def test_a_job_left_running_is_asked_after_followed_and_stopped(cluster: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ptxdist", "submit", "--address", cluster]
+    words = ["--", "phantom", str(tmp_path / "out"), "--cases", "5000", "--workers", "1"]
+    process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    job = process.stderr.readline().split()[1].rstrip(":")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--logs {job}" in said
+    assert "Traceback" not in said
+    found = status(job, address=cluster)
+    assert found["status"] in ("PENDING", "RUNNING"), "Ctrl-C leaves the job running"
+    assert found["command"].startswith("ptxdist phantom")
+    assert submit_module.stop(job, address=cluster) == "STOPPED"
+    assert follow(job, address=cluster, on_log=lambda text: None) == STOPPED
+    with pytest.raises(ClusterError, match="knows no job nothing"):
+        status("nothing", address=cluster)
+
+
+@with_token
 def test_a_wrong_or_missing_token_is_one_sentence(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +218,7 @@ def test_only_code_and_settings_travel_and_too_much_is_refused(tmp_path: Path, m
     (tmp_path / "job").mkdir()
     submit_module._pack(tmp_path / "job")
     files = [path for path in (tmp_path / "job").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".py", ".toml", ".typed"}
+    assert {path.suffix for path in files} == {".py", ".toml", ".typed", ".html", ".css"}
     assert {path.name for path in (tmp_path / "job").iterdir()} == {
         "ptxdist", "configs", "pipelines", submit_module._CHECK_FILE,
     }  # fmt: skip
@@ -231,7 +252,7 @@ def test_a_lost_connection_names_the_job_and_the_way_back() -> None:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(ClusterError, match="job raysubmit_1 goes on: `ray job logs"):
+        with pytest.raises(ClusterError, match=r"job raysubmit_1 goes on: `ptxdist submit .* --logs raysubmit_1`"):
             submit(["--version"], address=f"http://127.0.0.1:{server.server_port}", on_log=print)
         server.shutdown()
 

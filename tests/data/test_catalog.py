@@ -6,12 +6,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
-from ptxdist.data.catalog import FILE_NAME, Catalog, build_catalog, find_files, read_catalog, write_catalog
-from ptxdist.errors import CatalogError, LabelError, StoreError
+from ptxdist.data.catalog import FILE_NAME, REMOVED, Catalog, build_catalog, read_catalog, write_catalog
+from ptxdist.data.scan import digest_of
+from ptxdist.errors import CatalogError, LabelError, SettingsError, StoreError
 
 IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
@@ -48,7 +51,10 @@ def test_cases_know_their_mask_and_size(small_catalog: Catalog, small_dataset) -
     for case in small_catalog.cases:
         assert (case.rows, case.columns) == small_dataset.images[case.case_id].shape
         assert case.area_px == small_dataset.masks[case.case_id].sum()
-        assert (small_dataset.dicom / case.path).name == f"{case.case_id}.dcm"
+        path = small_dataset.dicom / small_catalog.paths[case.case_id]
+        assert path.name == f"{case.case_id}.dcm"
+        assert case.digest == digest_of(path.read_bytes())
+        assert case.decoder
 
 
 def test_file_without_a_row_is_unlabelled_and_in_no_fold(small_catalog: Catalog) -> None:
@@ -68,14 +74,14 @@ def test_patients_stay_on_one_side_and_nothing_names_them(small_catalog: Catalog
     assert small_catalog.leakage.shared_cases == 0
 
 
-def test_split_is_the_same_whatever_the_folder_names_and_the_salt(
-    small_catalog: Catalog, small_dataset, tmp_path
-) -> None:  # type: ignore[no-untyped-def]
+def test_split_is_the_same_whatever_the_folder_names_and_the_salt(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    small_catalog = build_catalog(small_dataset.dicom, small_dataset.labels, patients=small_dataset.patients, salt=b"s")
     for number, path in enumerate(sorted(small_dataset.dicom.rglob("*.dcm"), reverse=True)):
         shutil.copy(path, tmp_path / f"{number:02}")
     moved = build_catalog(tmp_path, small_dataset.labels, patients=small_dataset.patients, salt=b"other")
-    assert [replace(case, path="", group="") for case in moved.cases] == [
-        replace(case, path="", group="") for case in small_catalog.cases
+    salted: dict[str, Any] = {"group": ""}
+    assert [replace(case, **salted) for case in moved.cases] == [
+        replace(case, **salted) for case in small_catalog.cases
     ]
     assert all(a.group != b.group for a, b in zip(moved.cases, small_catalog.cases, strict=True))
 
@@ -107,7 +113,7 @@ def test_copies_are_counted_and_other_content_of_the_same_id_is_rejected(tmp_pat
     catalog = build_catalog(tmp_path, table(tmp_path, "1.1,-1"))
     assert catalog.reconciliation.duplicates == 1
     assert [(reject.path, reject.reason) for reject in catalog.rejects] == [
-        ("c.dcm", "has the SOPInstanceUID of a.dcm, with another content")
+        ("c.dcm", "has another content than the file used for its id 1.1")
     ]
 
 
@@ -118,43 +124,166 @@ def test_table_id_without_a_file_may_have_an_image_of_another_size(tmp_path: Pat
     assert catalog.reconciliation.table_overlapping == 1
 
 
-def test_candidates_are_found_by_suffix_and_the_rest_is_counted(tmp_path: Path) -> None:
-    for name in ("a.dcm", "b.DCM", "sub/c.dicom", "sub/1.2.840.99", "sub/noext", "x.png", ".hidden", "sub/t.csv"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / "loop").symlink_to(tmp_path)
-    found, others = find_files(tmp_path)
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == [
-        "a.dcm",
-        "b.DCM",
-        "sub/1.2.840.99",
-        "sub/c.dicom",
-        "sub/noext",
+# --- renewed on a former one ----------------------------------------------------------------------------------------
+
+
+def cases_of(folder: Path, write_dicom: Any, *numbers: int, **tags: Any) -> None:
+    for number in numbers:
+        write_dicom(folder / "dicom" / f"{number:02}.dcm", IMAGE, f"1.3{number:02}", **tags)
+
+
+def build(folder: Path, former: Catalog | None, *rows: str, **options: Any) -> Catalog:
+    return build_catalog(folder / "dicom", table(folder, *rows), former=former, salt=b"s", folds=4, **options)
+
+
+def rows_of(catalog: Catalog) -> list[str]:
+    return [case.case_id for case in catalog.labelled]
+
+
+def folds_of(catalog: Catalog) -> dict[str, int]:
+    return {case.case_id: case.fold for case in catalog.labelled if case.split != "removed"}
+
+
+NEGATIVE = [f"1.3{number:02},-1" for number in range(30)]
+
+
+def test_nothing_changed_gives_the_same_catalog(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(12))
+    first = build(tmp_path, None, *NEGATIVE)
+    assert build(tmp_path, first, *NEGATIVE) == first
+    write_catalog(first, tmp_path / FILE_NAME)
+    again = build(tmp_path, read_catalog(tmp_path), *NEGATIVE)
+    assert again == first
+    assert again.paths == first.paths == {f"1.3{number:02}": f"{number:02}.dcm" for number in range(12)}
+
+
+def test_cases_that_come_stand_behind_those_that_are_there(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(5, 15))
+    first = build(tmp_path, None, *NEGATIVE)
+    cases_of(tmp_path, write_dicom, 0, 1, 20)
+    second = build(tmp_path, first, *NEGATIVE)
+    assert rows_of(second) == [*rows_of(first), "1.300", "1.301", "1.320"]
+    assert folds_of(first).items() <= folds_of(second).items()
+
+
+def test_rows_of_removed_cases_are_kept_free_and_then_taken(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(10))
+    first = build(tmp_path, None, *NEGATIVE)
+    for number in (3, 6):
+        (tmp_path / "dicom" / f"{number:02}.dcm").unlink()
+    second = build(tmp_path, first, *NEGATIVE)
+    assert rows_of(second) == [name if name not in ("1.303", "1.306") else "" for name in rows_of(first)]
+    assert [case for case in second.labelled if not case.case_id] == [REMOVED, REMOVED]
+    assert second.sides()["removed"]["cases"] == 2
+    assert {name: fold for name, fold in folds_of(first).items() if name not in ("1.303", "1.306")} == folds_of(second)
+    write_catalog(second, tmp_path / FILE_NAME)
+    assert read_catalog(tmp_path) == second
+
+    cases_of(tmp_path, write_dicom, 6, 20)
+    third = build(tmp_path, read_catalog(tmp_path), *NEGATIVE)
+    assert rows_of(third) == [
+        {"": "1.306"}.get(name, name) if index == 3 else name or "1.320" for index, name in enumerate(rows_of(second))
     ]
-    assert others == 3
+    cases_of(tmp_path, write_dicom, 3)
+    assert rows_of(build(tmp_path, third, *NEGATIVE)) == [*rows_of(third), "1.303"]
 
 
-def test_folder_that_may_not_be_read_is_no_silent_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: object) -> object:
-        raise PermissionError(13, "Permission denied", str(path))
+def test_last_rows_of_removed_cases_are_given_up(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(10))
+    first = build(tmp_path, None, *NEGATIVE)
+    (tmp_path / "dicom" / "09.dcm").unlink()
+    assert rows_of(build(tmp_path, first, *NEGATIVE)) == rows_of(first)[:9]
 
-    monkeypatch.setattr("os.scandir", refuse)  # (root may read every folder, so the mode bits would not show it)
-    with pytest.raises(CatalogError, match=f"{tmp_path}: this folder cannot be read: Permission denied"):
-        find_files(tmp_path)
+
+def test_with_more_than_a_quarter_removed_all_are_put_in_order_anew(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(2, 14))
+    first = build(tmp_path, None, *NEGATIVE)
+    cases_of(tmp_path, write_dicom, 0)
+    second = build(tmp_path, first, *NEGATIVE)
+    assert rows_of(second)[-1] == "1.300"
+    for number in (3, 4, 5):
+        (tmp_path / "dicom" / f"{number:02}.dcm").unlink()
+    third = build(tmp_path, second, *NEGATIVE)
+    assert rows_of(third).count("") == 3  # of 13: less than a quarter
+    (tmp_path / "dicom" / "06.dcm").unlink()
+    fourth = build(tmp_path, third, *NEGATIVE)
+    assert rows_of(fourth) == sorted(set(rows_of(third)) - {"", "1.306"})
+    assert folds_of(fourth).items() <= folds_of(third).items()
+
+
+def test_labels_that_come_and_go_make_cases_labelled_and_unlabelled(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(8))
+    first = build(tmp_path, None, *NEGATIVE[:7])
+    assert [case.case_id for case in first.cases if case.masks is None] == ["1.307"]
+    second = build(tmp_path, first, *NEGATIVE[:2], *NEGATIVE[3:8])
+    assert rows_of(second) == ["1.307" if name == "1.302" else name for name in rows_of(first)]
+    assert [case.case_id for case in second.cases if case.masks is None] == ["1.302"]
+    third = build(tmp_path, second, *NEGATIVE[:8])
+    assert rows_of(third) == [*rows_of(second), "1.302"]
+    kept = {name: fold for name, fold in folds_of(first).items() if name != "1.302"}
+    assert kept.items() <= folds_of(second).items() <= folds_of(third).items()
+
+
+def test_map_that_joins_patients_of_two_sides_leaves_nothing_shared(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(12))
+    patients = tmp_path / "patients.csv"
+    patients.write_text("id,patient\n" + "".join(f"1.3{number:02},p{number // 2}\n" for number in range(12)))
+    first = build(tmp_path, None, *NEGATIVE, patients=patients)
+    [some] = [case for case in first.labelled if case.split == "val"][:1]
+    [other] = [case for case in first.labelled if case.split == "train"][:1]
+    lines = {case.case_id: f"{case.case_id},{case.group}" for case in first.labelled}
+    joined = {some.group: "same", other.group: "same"}
+    text = "".join(f"{name},{joined.get(line.split(',')[1], line.split(',')[1])}\n" for name, line in lines.items())
+    patients.write_text("id,patient\n" + text)
+    second = build(tmp_path, first, *NEGATIVE, patients=patients)
+    assert (second.leakage.groups, second.leakage.shared_cases) == (first.leakage.groups - 1, 0)
+    moved = {case.case_id for case in first.labelled if folds_of(second)[case.case_id] != case.fold}
+    assert len(moved) == 2  # the two images of one of the two patients
+    assert rows_of(second) == rows_of(first)
+
+
+def test_second_image_of_a_patient_joins_the_first_and_moves_nobody(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    """Until it came, PatientID grouped nothing; this is no reason to split anew."""
+    for number in range(16):
+        cases_of(tmp_path, write_dicom, number, PatientID=f"person {number}")
+    first = build(tmp_path, None, *NEGATIVE)
+    cases_of(tmp_path, write_dicom, 20, PatientID="person 7")
+    second = build(tmp_path, first, *NEGATIVE)
+    assert (first.leakage.grouped_by, second.leakage.grouped_by) == ("nothing", "PatientID")
+    assert folds_of(second) == {**folds_of(first), "1.320": folds_of(first)["1.307"]}
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"folds": 5}])
+def test_other_seed_or_number_of_folds_splits_anew(tmp_path: Path, write_dicom, change: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(20))
+    labels = table(tmp_path, *NEGATIVE)
+    first = build_catalog(tmp_path / "dicom", labels, salt=b"s")
+    renewed = build_catalog(tmp_path / "dicom", labels, salt=b"s", former=first, **change)
+    assert renewed == build_catalog(tmp_path / "dicom", labels, salt=b"s", **change)
+    assert folds_of(renewed) != folds_of(first)
+
+
+def test_changed_file_keeps_its_row_and_its_fold(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(8))
+    first = build(tmp_path, None, *NEGATIVE)
+    write_dicom(tmp_path / "dicom" / "03.dcm", IMAGE[::-1], "1.303", PatientSex="M")
+    second = build(tmp_path, first, *NEGATIVE)
+    differing = [(a, b) for a, b in zip(first.cases, second.cases, strict=True) if a != b]
+    [(before, after)] = differing
+    assert after == replace(before, digest=after.digest, sex="M")
+    assert after.digest != before.digest
+
+
+def test_moved_file_is_the_same_case(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    cases_of(tmp_path, write_dicom, *range(8))
+    first = build(tmp_path, None, *NEGATIVE)
+    shutil.move(tmp_path / "dicom" / "03.dcm", tmp_path / "dicom" / "elsewhere.dcm")
+    second = build(tmp_path, first, *NEGATIVE)
+    assert second.cases == first.cases
+    assert second.paths["1.303"] == "elsewhere.dcm"
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
-
-
-def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
-    labels = table(tmp_path, "1.1,-1")
-    with pytest.raises(CatalogError, match="nowhere: no such folder; give the folder") as caught:
-        build_catalog(tmp_path / "nowhere", labels)
-    assert caught.value.exit_code == 6
-    (tmp_path / "png").mkdir()
-    (tmp_path / "png" / "a.png").touch()
-    with pytest.raises(CatalogError, match=r"png: no DICOM files \(\*.dcm\) in it or below it \(1 other files\)"):
-        build_catalog(tmp_path / "png", labels)
 
 
 def test_folder_of_files_that_are_all_unusable_is_refused_with_the_first_reason(tmp_path: Path) -> None:
@@ -174,7 +303,8 @@ def test_mask_past_its_image_is_refused_with_file_line_and_id(tmp_path: Path, wr
     with pytest.raises(LabelError) as caught:
         build_catalog(tmp_path, labels)
     assert str(caught.value) == (
-        f"{labels}, line 4: the mask of 1.1 does not fit its image: a run ends at px 65, past the 8x8 image (64 px)"
+        f"{labels}, line 4: the mask of 1.1 does not fit its image: a run ends at px 65, past the 8x8 image (64 px) "
+        "(read as relative-columns, as 1 of 2 masks can be; --dialect NAME reads the table as another)"
     )
     assert caught.value.exit_code == 4
 
@@ -196,6 +326,7 @@ def test_catalog_survives_write_and_read(small_catalog: Catalog, tmp_path: Path)
     write_catalog(small_catalog, tmp_path / FILE_NAME)
     assert read_catalog(tmp_path) == small_catalog
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert not any(path in (tmp_path / FILE_NAME).read_text() for path in small_catalog.paths.values())
     summary = json.loads(json.dumps(small_catalog.summary()))
     assert summary["split"]["train"]["cases"] + summary["split"]["val"]["cases"] == 23
 
@@ -206,8 +337,12 @@ def test_catalog_survives_write_and_read(small_catalog: Catalog, tmp_path: Path)
         (lambda lines: lines[:-1], "is damaged (23 cases instead of 24)"),
         (lambda lines: [*lines[:-1], lines[-1][:20]], "is damaged"),
         (
-            lambda lines: [lines[0].replace('"schema": 1', '"schema": 9'), *lines[1:]],
-            "has schema 9, this ptxdist reads 1",
+            lambda lines: [lines[0].replace('"schema": 2', '"schema": 9'), *lines[1:]],
+            "has schema 9, this ptxdist reads 2: update ptxdist",
+        ),
+        (
+            lambda lines: [lines[0].replace('"schema": 2', '"schema": 1'), *lines[1:]],
+            "has schema 1, this ptxdist reads 2: run `ptxdist preprocess` again",
         ),
         (lambda lines: ["[]"], "is damaged"),
         (lambda lines: [""], "is damaged"),
@@ -253,7 +388,48 @@ def test_real_patients_share_nothing_in_the_grouped_split(real_catalog: Catalog)
 
 
 def test_real_patient_id_groups_nothing(real_catalog: Catalog, real_data: Path, tmp_path: Path) -> None:
-    for case in real_catalog.labelled[:40]:
-        (tmp_path / f"{case.case_id}.dcm").symlink_to(real_data / "siim-real" / "dicom-images" / case.path)
+    for case_id, path in [(case.case_id, real_catalog.paths[case.case_id]) for case in real_catalog.labelled[:40]]:
+        (tmp_path / f"{case_id}.dcm").symlink_to(real_data / "siim-real" / "dicom-images" / path)
     catalog = build_catalog(tmp_path, real_data / "siim-real" / "train-rle.csv.gz")
     assert (catalog.leakage.grouped_by, catalog.leakage.groups) == ("nothing", 40)
+
+
+# --- folders of mask images -----------------------------------------------------------------------------------------
+
+
+def mask_folder(tmp_path: Path, write_dicom) -> tuple[Path, Path]:  # type: ignore[no-untyped-def]
+    """Two images of 8x8 px; the first has a mask, the second none."""
+    (tmp_path / "masks").mkdir()
+    for number in range(2):
+        write_dicom(tmp_path / "dicom" / f"{number}.dcm", IMAGE, f"1.{number}")
+        mask = np.zeros((8, 8), np.uint8)
+        mask[1:3, 4:8] = 0 if number else 255
+        assert cv2.imwrite(str(tmp_path / "masks" / f"1.{number}.png"), mask)
+    return tmp_path / "dicom", tmp_path / "masks"
+
+
+def test_mask_images_are_labels(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    catalog = build_catalog(*mask_folder(tmp_path, write_dicom))
+    assert [(case.case_id, case.area_px, bool(case.masks)) for case in catalog.cases] == [
+        ("1.0", 8, True),
+        ("1.1", 0, False),
+    ]
+    assert (catalog.dialect, catalog.dialect_proven) == ("mask images", True)
+
+
+def test_mask_images_have_no_dialect(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(SettingsError, match=r"holds mask images, which have no dialect; leave out --dialect"):
+        build_catalog(*mask_folder(tmp_path, write_dicom), dialect="absolute-rows")
+
+
+def test_mask_image_of_another_size_is_refused(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    dicom, masks = mask_folder(tmp_path, write_dicom)
+    assert cv2.imwrite(str(masks / "1.0.png"), np.zeros((8, 16), np.uint8))
+    with pytest.raises(LabelError, match=r"the mask of 1\.0 has 16x8 px, its image 8x8 px"):
+        build_catalog(dicom, masks)
+
+
+def test_a_dialect_that_few_masks_cannot_prove_is_said_to_be_not_proven(small_catalog: Catalog) -> None:
+    assert small_catalog.dialect == "relative-columns"
+    assert not small_catalog.dialect_proven
+    assert any("not ruled out" in line for line in small_catalog.evidence)

@@ -38,9 +38,10 @@ def slow_decode(text: str, height: int, width: int) -> Mask:
 @given(masks())
 def test_round_trip_and_area(example: list[Mask]) -> None:
     mask = example[0]
+    height, width = mask.shape
     text = rle.encode(mask)
-    assert np.array_equal(rle.decode(text, *mask.shape), mask)
-    assert np.array_equal(rle.decode_columns([text], *mask.shape, value=255), mask.T * 255)
+    assert np.array_equal(rle.decode(text, height, width), mask)
+    assert np.array_equal(rle.decode_columns([text], height, width, value=255), mask.T * 255)
     assert np.array_equal(slow_decode(text, *mask.shape), mask)
     assert rle.area_px([text], *mask.shape) == mask.sum()
     assert (text == rle.EMPTY) == (not mask.any())
@@ -78,6 +79,35 @@ def test_sums_that_overflow_64_bits_are_refused() -> None:
         rle.decode("9223372036854775807 9223372036854775807", 10, 10)
 
 
+def test_overlap_of_absolute_runs_is_found_without_a_size() -> None:
+    assert not rle.overlap(["2 3 9 1", "5 4"], "absolute")
+    assert rle.overlap(["2 3 9 1", "5 5"], "absolute")
+    assert rle.overlap(["2 3 100 1", "9 1", "2 1"], "absolute")
+
+
+@given(masks())
+def test_spans_of_a_text_are_its_runs_and_give_the_text_again(example: list[Mask]) -> None:
+    mask = example[0]
+    spans = rle.read_spans(rle.encode(mask), "relative", *mask.shape)
+    flat = np.zeros(mask.size, np.uint8)
+    for begin, end in spans.tolist():
+        flat[begin:end] = 1
+    assert np.array_equal(flat.reshape(mask.shape, order="F"), mask)
+    assert rle.encode_spans(spans) == rle.encode(mask)
+    absolute = " ".join(f"{begin + 1} {end - begin}" for begin, end in spans.tolist()) or "-1"
+    assert np.array_equal(rle.read_spans(absolute, "absolute", *mask.shape), spans)
+
+
+def test_spans_that_touch_become_one_run() -> None:
+    assert rle.encode_spans(np.array([[2, 4], [4, 5], [5, 9], [11, 12]])) == "2 7 2 1"
+
+
+def test_plain_and_padded_numbers_are_read_alike() -> None:
+    for text in ("12 3 4 5", "  12 3 4 5 ", "12\t3\n4 5", "12   3 4 5", "+12 3 4 5", "0012 3 4 5"):
+        assert rle.parse(text).tolist() == [[12, 3], [4, 5]]
+    assert rle.parse("4611686018427387904 1").tolist() == [[2**62, 1]]
+
+
 def test_no_masks_are_an_empty_mask() -> None:
     assert rle.decode([], 3, 4).tolist() == np.zeros((3, 4)).tolist()
     assert rle.area_px([], 3, 4) == 0
@@ -89,6 +119,9 @@ def test_no_masks_are_an_empty_mask() -> None:
     ("text", "reason"),
     [
         ("", "pairs of numbers, found 0"),
+        ("  ", "pairs of numbers, found 0"),
+        ("1 2 nan", "not an integer"),
+        ("99999999999999999999 1", "not an integer"),
         ("1 2 3", "pairs of numbers, found 3"),
         ("-1 -1", "negative gap"),
         ("-2", "found 1"),

@@ -66,6 +66,45 @@ def test_folds_are_alike_in_size_and_in_masks_of_each_size(seed: int, count: int
         assert abs(counts[0] - sum(counts) / 10) <= 4
 
 
+@given(case_lists(), st.integers(2, 10), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_known_cases_keep_their_folds_when_others_come_and_go(cases: Cases, folds: int, seed: int) -> None:
+    ids, groups, areas = cases
+    number = random.Random(seed)
+
+    def split(kept: list[int], known: dict[str, int]) -> dict[int, int]:
+        names, patients = ([column[i] for i in kept] for column in (ids, groups))
+        found = assign_folds(names, patients, [areas[i] for i in kept], folds=folds, known=known)
+        return dict(zip(kept, found, strict=True))
+
+    former = [i for i in range(len(ids)) if number.random() < 0.6]
+    before = split(former, {})
+    kept = [i for i in range(len(ids)) if i not in former or number.random() < 0.7]
+    after = split(kept, {ids[i]: fold for i, fold in before.items()})
+    assert all(after[i] == fold for i, fold in before.items() if i in after)
+    of_group: dict[str, set[int]] = {}
+    for i, fold in after.items():
+        of_group.setdefault(groups[i], set()).add(fold)
+    assert all(len(found) == 1 for found in of_group.values())
+
+
+def test_patients_found_to_be_one_are_joined_where_most_of_them_is() -> None:
+    known = {"a": 1, "b": 2, "c": 2, "d": 0, "e": 3, "f": 3}
+    joined = ["same", "same", "same", "d", "pair", "pair"]
+    found = assign_folds(list(known), joined, [0, 0, 0, 9_000, 0, 0], folds=4, known=known)
+    assert found == [2, 2, 2, 0, 3, 3]
+    even = assign_folds(["a", "b"], ["same", "same"], [0, 0], folds=4, known={"a": 3, "b": 1})
+    assert even == [1, 1]  # as many in each: the first fold
+
+
+def test_new_cases_go_where_their_strata_are_emptiest() -> None:
+    ids = [str(index) for index in range(100)]
+    areas = [9_000 if index % 5 == 0 else 0 for index in range(100)]
+    known = {case: fold for case, fold in zip(ids, assign_folds(ids, ids, areas), strict=True) if fold != 4}
+    found = assign_folds(ids, ids, areas, known=known)
+    assert all(fold == known.get(case, 4) for case, fold in zip(ids, found, strict=True))
+
+
 def test_seed_changes_the_split() -> None:
     ids = [str(index) for index in range(100)]
     first, second = (assign_folds(ids, ids, [0] * 100, seed=seed) for seed in (0, 1))

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from ptxdist.cluster.coordinator import plan_run, run_pipeline
+from ptxdist.config import load_settings
 from ptxdist.data import rle
-from ptxdist.data.catalog import FILE_NAME, Case, Catalog, Reconciliation, write_catalog
+from ptxdist.data.catalog import FILE_NAME, Case, Catalog, Reconciliation, Reject, read_catalog, write_catalog
+from ptxdist.data.preprocess import PreprocessResult
 from ptxdist.data.split import Leakage
-from ptxdist.data.store import ARRAYS, ShardRecord, store_path, write_manifest, write_metadata, write_shard
+from ptxdist.data.store import (
+    ARRAYS,
+    Manifest,
+    ShardRecord,
+    ShardWriter,
+    StoreRecord,
+    shard_path,
+    staged,
+    store_path,
+    write_manifest,
+    write_metadata,
+)
 
 SIDE_PX = 128  # of the "original" images
 SIZES_PX = (32, 64)
@@ -35,7 +52,16 @@ def make_cache(folder: Path, train: int = 6, val: int = 4) -> Path:
         split = "train" if number < train else "val"
         cases.append(
             Case(
-                f"case-{number}", f"{number}.dcm", "0", SIDE_PX, SIDE_PX, f"g{number}", texts, area, split=split, fold=0
+                f"case-{number}",
+                "0",
+                "none",
+                SIDE_PX,
+                SIDE_PX,
+                f"g{number}",
+                texts,
+                area,
+                split=split,
+                fold=int(split == "train"),
             )
         )
     folder.mkdir(parents=True)
@@ -47,11 +73,17 @@ def make_cache(folder: Path, train: int = 6, val: int = 4) -> Path:
             for name, items in (("image", images), ("mask", masks))
         }
         store = store_path(folder, size)
-        checksums = [write_shard(store, name, 0, blocks[name]) for name in ARRAYS]
+        checksums = []
+        for name in ARRAYS:
+            path = shard_path(store, name, 0)
+            with ShardWriter(path, len(cases), size) as writer:
+                for row, sample in enumerate(blocks[name]):
+                    writer.put(row, sample)
+            staged(path).replace(path)
+            checksums.append(writer.crc32c)
         write_metadata(store, size, {"case_id": np.array([case.case_id for case in cases])})
-        record = ShardRecord("0", *checksums)
-        sizes[size] = {"complete": True, "cases": len(cases), "fingerprint": f"f{size}", "shards": [asdict(record)]}
-    write_manifest(folder, sizes)
+        sizes[size] = StoreRecord(True, len(cases), f"f{size}", (ShardRecord("0", *checksums),))
+    write_manifest(folder, Manifest(sizes))
     positive = sum(bool(case.masks) for case in cases)
     counts = Reconciliation(len(cases), len(cases), positive, 0, 0, len(cases), 0, 0, len(cases), positive, 0, 0)
     leakage = Leakage("patient map", len(cases), positive, val, val // 2, 0, 0, 0.0, 0.0)
@@ -63,3 +95,89 @@ def make_cache(folder: Path, train: int = 6, val: int = 4) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny cache; nothing may write to it."""
     return make_cache(tmp_path_factory.mktemp("learn") / "cache")
+
+
+@pytest.fixture(scope="session")
+def long_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with enough training cases for several looks at the losses in an epoch; nothing may write to it."""
+    return make_cache(tmp_path_factory.mktemp("learn-long") / "cache", train=22)
+
+
+@pytest.fixture(scope="session")
+def described_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with views, sexes and ages, and with texts that a page must escape; nothing may write to it."""
+    folder = make_cache(tmp_path_factory.mktemp("Quagmire_Zebulon") / "cache", train=4, val=16)
+    catalog = read_catalog(folder)
+    cases = tuple(
+        replace(
+            case,
+            group=f"salted-group-{number // 2}",
+            view="PA" if number % 4 < 2 else "AP",
+            sex="F" if number % 3 else "M",
+            age=20 + 4 * number,
+        )
+        for number, case in enumerate(catalog.cases)
+    )
+    described = replace(
+        catalog,
+        cases=cases,
+        rejects=(Reject("", "has <script>alert(1)</script> & no pixels"), Reject("", "is not an image")),
+        dialect_proven=True,
+        evidence=("absolute starts are out: <b>a mask</b> ends past its image",),
+    )
+    write_catalog(described, folder / FILE_NAME)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
+    run = tmp_path_factory.mktemp("learn") / "run"
+    few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
+    settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
+    run_pipeline(plan_run(settings, run), with_ray=False)
+    return run
+
+
+@pytest.fixture(scope="session")
+def folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 cases in two folds, two images a patient, with views, ages and sexes; nothing may write to it."""
+    folder = make_cache(tmp_path_factory.mktemp("folds") / "cache", train=36, val=4)
+    catalog = read_catalog(folder)
+    cases = [
+        replace(
+            case,
+            group=f"patient-{number // 2}",
+            fold=number // 2 % 2,
+            split="train" if number // 2 % 2 else "val",
+            view=("AP", "PA")[number % 3 == 0],
+            sex=("F", "M")[number % 5 == 0],
+            age=(30, 50, 70)[number % 3],
+        )
+        for number, case in enumerate(catalog.cases)
+    ]
+    write_catalog(replace(catalog, cases=tuple(cases), folds=2), folder / FILE_NAME)
+    return folder
+
+
+class SmallNet(nn.Module):
+    """A network that trains in milliseconds; what is compared does not depend on how large it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        logits: Tensor = self.layers(image.float() / 255)
+        return logits
+
+
+@pytest.fixture(scope="session")
+def small_net() -> Callable[[], nn.Module]:
+    """Function that makes a SmallNet, always with the same weights."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return SmallNet()
+
+    return make

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import os
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
+from torch import nn
 
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
 from ptxdist.data.catalog import read_catalog
 from ptxdist.data.store import open_store
-from ptxdist.errors import TrainingError
-from ptxdist.learn.checkpoint import load_weights
+from ptxdist.errors import CheckpointError, TrainingError
+from ptxdist.learn.checkpoint import checkpoints, load_weights
 from ptxdist.learn.loop import FitResult, StageData, fit
 from ptxdist.learn.unet import build_unet
 from ptxdist.rundir import EpochMetrics
@@ -29,14 +33,21 @@ def data(cache: Path, size_px: int = 32) -> StageData:
     return StageData(open_store(cache, size_px), cases, np.array(sides[0]), np.array(sides[1]))
 
 
-def train(cache: Path, folder: Path, stage: StageSettings, seed: int = 3, **hooks: object) -> FitResult:
+def train(
+    cache: Path,
+    folder: Path,
+    stage: StageSettings,
+    settings: TrainSettings | None = None,
+    seed: int = 3,
+    make_model: Callable[[], nn.Module] = lambda: build_unet(MODEL),
+    **hooks: object,
+) -> FitResult:
     torch.manual_seed(seed)
-    model = build_unet(MODEL)
     return fit(
-        model,
+        make_model(),
         data(cache, stage.size_px),
         stage,
-        TrainSettings(),
+        settings or TrainSettings(),
         number=1,
         seed=seed,
         device=CPU,
@@ -62,22 +73,40 @@ def test_four_images_are_learnt_by_heart(cache: Path, tmp_path: Path) -> None:
     assert result.best.at_full.positive_dice > 0.7
 
 
-def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(cache: Path, tmp_path: Path) -> None:
-    stage = StageSettings(size_px=32, epochs=4, batch_size=4, swa_epochs=2, best_by="loss")
-    whole = train(cache, tmp_path / "whole", stage)
+@pytest.mark.parametrize(
+    ("every_s", "batch", "where"),
+    [(0.0, 4, "epoch 2 of 4"), (1e-9, 2, "epoch 2 of 4 and 10 steps of the next")],
+    ids=["between epochs", "inside one"],
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    cache: Path,
+    long_cache: Path,
+    small_net: Callable[[], nn.Module],
+    tmp_path: Path,
+    every_s: float,
+    batch: int,
+    where: str,
+) -> None:
+    """Inside an epoch with a small network: there are many checkpoints, and one of the U-Net is 400 MB."""
+    cache, settings = long_cache if every_s else cache, TrainSettings(checkpoint_every_s=every_s)
+    model = {"make_model": small_net} if every_s else {}
+    stage = StageSettings(
+        size_px=32, epochs=4, batch_size=batch, swa_epochs=2, best_by="loss", positive_share=(0.7, 0.3)
+    )
+    whole = train(cache, tmp_path / "whole", stage, **model)
 
     class StoppedError(Exception):
         pass
 
     def stop_in_epoch_three(step: str, epoch: int, done: int, total: int) -> None:
-        if step == "train" and epoch == 3:
+        if step == "train" and epoch == 3 and done > total - 2:
             raise StoppedError
 
     heard: list[str] = []
     with pytest.raises(StoppedError):
-        train(cache, tmp_path / "broken", stage, on_step=stop_in_epoch_three)
-    resumed = train(cache, tmp_path / "broken", stage, seed=3, on_message=heard.append)
-    assert heard == ["stage 1 goes on after epoch 2 of 4"]
+        train(cache, tmp_path / "broken", stage, settings, on_step=stop_in_epoch_three, **model)
+    resumed = train(cache, tmp_path / "broken", stage, settings, seed=3, on_message=heard.append, **model)
+    assert heard == [f"stage 1 goes on after {where}"]
     assert len(whole.history) == len(resumed.history) == 5
 
     def numbers(item: EpochMetrics) -> dict[str, object]:
@@ -87,7 +116,9 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(cache: Path, tmp_path:
     assert whole.best.epoch == resumed.best.epoch
     assert whole.sha256 == resumed.sha256
     for name in ("model", "optimizer", "average"):
-        first, second = (tmp_path / run / "epoch-0004" / f"{name}.safetensors" for run in ("whole", "broken"))
+        first, second = (
+            tmp_path / run / "epoch-0004-step-000000" / f"{name}.safetensors" for run in ("whole", "broken")
+        )
         assert first.read_bytes() == second.read_bytes(), name
 
 
@@ -96,47 +127,95 @@ def test_the_best_weights_are_those_of_the_best_epoch(cache: Path, tmp_path: Pat
     result = train(cache, tmp_path, stage)
     assert result.best.val_loss == min(item.val_loss for item in result.history)
     assert result.weights.name == f"best-{result.best.epoch:04d}.safetensors"
-    last = state(tmp_path / "epoch-0003" / "model.safetensors")
+    last = state(tmp_path / "epoch-0003-step-000000" / "model.safetensors")
     same = all(torch.equal(value, last[key]) for key, value in state(result.weights).items())
     assert same == (result.best.epoch == 3)
 
 
-def test_a_loss_that_is_not_finite_stops_with_epoch_and_cases(cache: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_with_step_and_cases(cache: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_unet(MODEL)
     with torch.no_grad():
         next(model.parameters()).fill_(float("nan"))
     stage = StageSettings(size_px=32, epochs=1, batch_size=4)
-    with pytest.raises(TrainingError, match=r"stage 1, epoch 1 is nan on the cases case-"):
+    with pytest.raises(
+        TrainingError, match=r"stage 1, epoch 1: loss of nan in step 1 on the cases case-.*no checkpoint"
+    ):
         fit(model, data(cache), stage, TrainSettings(), number=1, seed=0, device=CPU, folder=tmp_path)
 
 
-def on_rank(rank: int, ranks: int, cache: Path, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=ranks)
-    # Six training cases in batches of five: the last global batch has one case, so some ranks get none of it.
-    stage = StageSettings(size_px=64, epochs=2, batch_size=5, learning_rate=1e-4, best_by="loss")
-    result = train(cache, folder / "fit", stage)
-    if rank == 0:
-        (folder / "history.json").write_text(json.dumps([item.model_dump(mode="json") for item in result.history]))
-    dist.destroy_process_group()
+def test_a_gradient_that_is_not_finite_stops_and_names_the_last_good_checkpoint(cache: Path, tmp_path: Path) -> None:
+    stage = StageSettings(size_px=32, epochs=2, batch_size=4)
+    torch.manual_seed(0)
+    model = build_unet(MODEL)
+    epochs: list[int] = []
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("inf") if epochs else gradient
+
+    next(model.parameters()).register_hook(spoil)
+    with pytest.raises(
+        TrainingError, match=r"gradient of norm (inf|nan) in step 1 on the cases .*epoch-0001-step-000000"
+    ):
+        fit(
+            model, data(cache), stage, TrainSettings(), number=1, seed=0, device=CPU, folder=tmp_path,
+            on_epoch=lambda metrics: epochs.append(metrics.epoch),
+        )  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_together_equal_one_process(cache: Path, tmp_path: Path, ranks: int) -> None:
-    torch.multiprocessing.spawn(on_rank, (ranks, cache, tmp_path), nprocs=ranks)
-    stage = StageSettings(size_px=64, epochs=2, batch_size=5, learning_rate=1e-4, best_by="loss")
-    alone = train(cache, tmp_path / "alone", stage)
-    together = [EpochMetrics.model_validate(item) for item in json.loads((tmp_path / "history.json").read_text())]
-    for one, many in zip(alone.history, together, strict=True):
-        assert many.train_loss == pytest.approx(one.train_loss, rel=2e-3)
-        assert many.val_loss == pytest.approx(one.val_loss, rel=2e-3)
-        assert many.at_full.cases == one.at_full.cases == 4
-    torch.manual_seed(3)
-    start = build_unet(MODEL).state_dict()
-    ends = [state(folder / "epoch-0002" / "model.safetensors") for folder in (tmp_path / "alone", tmp_path / "fit")]
-    weights = [key for key in start if key.endswith("weight")]
-    moved = sum(float((ends[0][key] - start[key]).square().sum()) for key in weights) ** 0.5
-    apart = sum(float((ends[0][key] - ends[1][key]).square().sum()) for key in weights) ** 0.5
-    # Adam turns rounding in all but vanishing gradients into whole steps, so the weights agree less than the losses.
-    assert apart < 0.5 * moved
+@pytest.mark.parametrize("dice", ["image", "batch"])
+def test_it_trains_with_either_dice_and_a_share_of_positive_cases(
+    cache: Path, tmp_path: Path, dice: Literal["image", "batch"]
+) -> None:
+    stage = StageSettings(size_px=32, epochs=2, batch_size=3, positive_share=(0.8, 0.4), dice=dice)
+    result = train(cache, tmp_path, stage)
+    assert result.history[1].train_loss < result.history[0].train_loss
+
+
+def test_accumulated_passes_make_the_step_of_the_whole_batch(cache: Path, tmp_path: Path) -> None:
+    """With batch statistics left out of it, since those are of each pass."""
+    stage = StageSettings(size_px=32, epochs=1, batch_size=4, learning_rate=1e-4)
+    ends = []
+    for micro_batch in (None, 3, 1):
+        torch.manual_seed(3)
+        model = build_unet(MODEL)
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.train = lambda mode=True, layer=layer: layer  # type: ignore[method-assign]
+                layer.training = False
+        folder = tmp_path / str(micro_batch)
+        result = fit(
+            model, data(cache), stage, TrainSettings(micro_batch=micro_batch), number=1, seed=3, device=CPU,
+            folder=folder,
+        )  # fmt: skip
+        ends.append(result.history[0])
+    for end in ends[1:]:
+        assert end.train_loss == pytest.approx(ends[0].train_loss, rel=1e-4)
+        assert end.val_loss == pytest.approx(ends[0].val_loss, rel=1e-3)
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second checkpoint meets a disk that takes no more; with room again the run ends as if nothing had been."""
+    stage = StageSettings(size_px=32, epochs=2, batch_size=4, best_by="loss")
+    whole = train(cache, tmp_path / "whole", stage)
+    fsync, room = os.fsync, True
+
+    def full(descriptor: int) -> None:
+        if not room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    def fill_up(metrics: EpochMetrics) -> None:
+        nonlocal room
+        deadline = time.monotonic() + 30
+        while not list((tmp_path / "full").glob("epoch-0001-step-000000")) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the first checkpoint is being written
+        room = False
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device; what was saved before is kept"):
+        train(cache, tmp_path / "full", stage, on_epoch=fill_up)
+    assert [path.name for path in checkpoints(tmp_path / "full")] == ["epoch-0001-step-000000"]
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    room = True
+    assert train(cache, tmp_path / "full", stage).sha256 == whole.sha256

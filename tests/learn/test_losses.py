@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptxdist.learn.losses import bce_dice_per_image
+from ptxdist.learn.losses import bce_dice_per_image, bce_per_image, dice_loss_of_batch
 
 
 def batch(seed: int = 0, shape: tuple[int, ...] = (3, 1, 8, 8)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,3 +90,21 @@ def test_an_empty_batch_gives_no_losses_and_can_be_differentiated() -> None:
     loss.sum().backward()
     assert logits.grad is not None
     assert logits.grad.shape == (0, 1, 32, 32)
+
+
+def test_dice_of_a_batch_takes_all_px_as_one_image() -> None:
+    logits, target = torch.randn(3, 1, 8, 8), (torch.rand(3, 1, 8, 8) < 0.3).float()
+    whole = dice_loss_of_batch(logits, target)
+    flat = bce_dice_per_image(logits.view(1, 1, 24, 8), target.view(1, 1, 24, 8)) - bce_per_image(
+        logits.view(1, 1, 24, 8), target.view(1, 1, 24, 8)
+    )
+    assert whole.item() == pytest.approx(flat.item(), rel=1e-6)
+    per_image = (bce_dice_per_image(logits, target) - bce_per_image(logits, target)).mean()
+    assert whole.item() != pytest.approx(per_image.item(), rel=1e-3), "the two are not the same"
+
+
+def test_dice_of_a_batch_without_images_is_that_of_nothing() -> None:
+    logits = torch.zeros(0, 1, 8, 8, requires_grad=True)
+    loss = dice_loss_of_batch(logits, torch.zeros(0, 1, 8, 8))
+    loss.backward()
+    assert loss.item() == 0

@@ -5,8 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
 
-from ptxdist.learn.metrics import count, image_dice, scores
+from ptxdist.learn.metrics import auroc, count, image_dice, scores
 from ptxdist.rundir import Scores
 
 px = st.integers(0, 2**20)
@@ -120,3 +121,39 @@ def test_the_counts_of_separate_batches_are_those_of_one_batch() -> None:
     prediction, truth = (torch.rand((7, 1, 8, 8), generator=generator) > 0.5 for _ in range(2))
     parts = [count(p, t) for p, t in zip(prediction.split([3, 0, 4]), truth.split([3, 0, 4]), strict=True)]
     assert torch.cat(parts).equal(count(prediction, truth))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=2, max_size=60).filter(
+        lambda cases: len({positive for _, positive in cases}) == 2
+    )
+)
+def test_auroc_is_scikit_learn_s_with_ties_too(cases: list[tuple[int, bool]]) -> None:
+    score, positive = np.array([score for score, _ in cases], float), np.array([positive for _, positive in cases])
+    assert auroc(score, positive)[0] == pytest.approx(roc_auc_score(positive, score))
+
+
+def test_weighted_auroc_is_that_of_repeated_images() -> None:
+    random = np.random.default_rng(0)
+    score, positive = random.integers(0, 9, 40).astype(float), random.random(40) < 0.4
+    times = random.integers(0, 4, (3, 40))
+    found = auroc(score, positive, times.astype(float))
+    for draw, weight in enumerate(times):
+        assert found[draw] == pytest.approx(roc_auc_score(np.repeat(positive, weight), np.repeat(score, weight)))
+
+
+def test_auroc_of_one_kind_of_images_or_none_is_not_defined() -> None:
+    assert np.isnan(auroc(np.array([0.1, 0.2]), np.array([True, True]))).all()
+    assert np.isnan(auroc(np.zeros(0), np.zeros(0, bool))).all()
+
+
+def test_dice_and_iou_are_scikit_learn_s() -> None:
+    random = np.random.default_rng(1)
+    prediction, truth = random.random((2, 5, 24, 24)) < np.array([0.3, 0.2])[:, None, None, None]
+    prediction[1], truth[1:3], truth[4] = False, False, prediction[4]
+    counts = count(torch.from_numpy(prediction), torch.from_numpy(truth)).numpy()
+    for index in range(5):
+        expected = f1_score(truth[index].ravel(), prediction[index].ravel(), zero_division=1.0)
+        assert image_dice(counts)[index] == pytest.approx(expected)
+    assert scores(counts).pooled_dice == pytest.approx(f1_score(truth.ravel(), prediction.ravel()))
+    assert scores(counts).pooled_iou == pytest.approx(jaccard_score(truth.ravel(), prediction.ravel()))

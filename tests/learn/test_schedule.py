@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptxdist.config import StageSettings
-from ptxdist.learn.schedule import learning_rate
+from ptxdist.learn.schedule import learning_rate, positive_share
 
 
 def stage(schedule: str, epochs: int = 12) -> StageSettings:
@@ -42,3 +42,11 @@ def test_cosine_equals_cosine_annealing() -> None:
 def test_a_stage_starts_at_its_own_learning_rate_and_constant_stays_there() -> None:
     assert {learning_rate(stage(name), []) for name in ("plateau", "cosine", "constant")} == {1e-3}
     assert learning_rate(stage("constant"), [9.0] * 50) == 1e-3
+
+
+def test_share_of_positives_goes_in_a_line_from_first_to_last_epoch() -> None:
+    stage = StageSettings(size_px=64, epochs=4, batch_size=2, positive_share=(0.8, 0.2))
+    assert [positive_share(stage, epoch) for epoch in (1, 2, 3, 4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    one = StageSettings(size_px=64, epochs=1, batch_size=2, positive_share=(0.8, 0.2))
+    assert positive_share(one, 1) == 0.8
+    assert positive_share(StageSettings(size_px=64, epochs=4, batch_size=2), 1) is None

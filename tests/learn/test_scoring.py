@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptxdist.data import rle
 from ptxdist.data.catalog import Case, read_catalog
-from ptxdist.data.preprocess import fit_square, resize
+from ptxdist.data.render import fit_square, resize
 from ptxdist.data.store import open_store
 from ptxdist.learn.metrics import scores
 from ptxdist.learn.scoring import score_cases, to_original

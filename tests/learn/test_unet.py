@@ -229,3 +229,35 @@ def test_files_that_are_no_weights_are_refused(state: State, tmp_path: Path, cap
     torch.save({"epoch": 3, "state_dict": state}, tmp_path / "checkpoint.pth")
     with pytest.raises(CheckpointError, match="expected a state dict"):
         build(tmp_path / "checkpoint.pth")
+
+
+def test_it_is_the_unet_of_segmentation_models_pytorch(network: UNet) -> None:
+    """As many parameters, and with the weights carried over the same logits and gradients."""
+    smp = pytest.importorskip("segmentation_models_pytorch", reason="the dev extra is not installed")
+    torch.manual_seed(5)
+    settings = {"encoder_name": "resnet34", "encoder_weights": None, "decoder_channels": (256, 128, 64, 32, 16)}
+    other = smp.Unet(**settings, in_channels=3, classes=1)
+    with torch.no_grad():
+        for layer in other.modules():
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                for values in (layer.weight, layer.running_var):
+                    values.uniform_(0.5, 2)
+                for values in (layer.bias, layer.running_mean):
+                    values.uniform_(-1, 1)
+    assert sum(p.numel() for p in other.parameters()) == PARAMETERS
+    # Both register their layers in the order of the forward pass, decoder blocks from coarse to fine.
+    own = build()
+    names = dict(zip(own.state_dict(), other.state_dict(), strict=True))
+    own.load_state_dict({name: other.state_dict()[theirs] for name, theirs in names.items()})
+    for training in (False, True):
+        logits, expected = (
+            model.train(training)(image) for model, image in ((own, grey(2, 96)), (other, own.input(grey(2, 96))))
+        )
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+        gradients = [
+            torch.autograd.grad(output.sigmoid().mean(), tuple(model.parameters()))
+            for model, output in ((own, logits), (other, expected))
+        ]
+        for ours, theirs in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert all(own.state_dict()[name].equal(other.state_dict()[theirs]) for name, theirs in names.items())

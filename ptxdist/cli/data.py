@@ -1,0 +1,148 @@
+"""The commands around data: phantom, preprocess, verify; parse, call, print.
+
+Owns: their options. Refuses: command lines that do not parse. Called by: click.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, json_option, spread_over
+from ptxdist.errors import StoreError
+
+
+@click.command()
+@click.argument("out", type=FOLDER)
+@click.option("--cases", type=int, default=300, show_default=True, help="Images to draw; with --labels, 0 means all.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--positive-share", type=float, default=0.2215, show_default=True, help="Share with a pneumothorax.")
+@click.option("--labels", type=FILE, help="Draw images for the ids and masks of this label table.")
+@click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
+@json_option
+def phantom(
+    out: Path, cases: int, seed: int, positive_share: float, labels: Path | None, workers: int, as_json: bool
+) -> None:
+    """Write a synthetic SIIM-like data set to OUT.
+
+    Example: ptxdist phantom phantoms --cases 300 --seed 0
+    """
+    from ptxdist import console
+    from ptxdist.data.phantom import write_phantoms
+
+    with console.progress() as update:
+        result = write_phantoms(
+            out,
+            cases=cases,
+            seed=seed,
+            positive_share=positive_share,
+            labels=labels,
+            workers=workers,
+            on_image=lambda done, total: update("images", done, total),
+        )
+    if as_json:
+        console.show_json(asdict(result))
+    else:
+        console.show_pairs(str(out), [(name, str(value)) for name, value in asdict(result).items()])
+
+
+@click.command()
+@click.option("--dicom", type=FOLDER, required=True, help="Folder with DICOM files, nested as they are; or PNG images.")
+@click.option("--labels", type=FILE, required=True, help="CSV: ImageId, EncodedPixels; or a folder of mask PNGs.")
+@click.option("--out", type=FOLDER, required=True, help="The cache to make or to renew.")
+@click.option("--patients", type=FILE, help="CSV: image id, patient; keeps patients on one side of the split.")
+@click.option("--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True)
+@click.option("--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Fold 0 is held out.")
+@click.option("--dialect", help="How masks are written, such as relative-columns.  [default: found out and proven]")
+@click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
+@click.option("--address", help=ADDRESS)
+@json_option
+def preprocess(
+    dicom: Path,
+    labels: Path,
+    out: Path,
+    patients: Path | None,
+    sizes: tuple[int, ...],
+    folds: int,
+    dialect: str | None,
+    workers: int,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Turn DICOM files and a label table into a training cache.
+
+    Run it again after anything changed: only what is concerned is made anew.
+
+    Example: ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv --out cache
+    """
+    from ptxdist import console
+    from ptxdist.data.preprocess import preprocess as build
+
+    with console.progress() as update:
+        result = build(
+            dicom,
+            labels,
+            out,
+            patients=patients,
+            sizes_px=sizes,
+            folds=folds,
+            dialect=dialect,
+            spread=spread_over(workers, address),
+            on_progress=update,
+        )
+    if as_json:
+        work = {"cache": out, "sizes_px": result.sizes_px, "written": result.written, "reused": result.reused}
+        console.show_json({**work, **result.catalog.summary()})
+    else:
+        console.show_catalog(result.catalog)
+        if rejects := result.catalog.rejects:
+            console.say(
+                f"{len(rejects)} files could not be used, see {out / 'rejects.csv'}; "
+                f"the first one: {rejects[0].path} {rejects[0].reason}"
+            )
+        if result.dealt_anew:
+            console.say(
+                "warning: the former catalog.jsonl was damaged or of another version: the cases were put in order and "
+                "split anew, and runs on the former split are not comparable with new ones"
+            )
+        done = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
+        console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} px: {done}")
+
+
+@click.command()
+@click.argument("cache", type=FOLDER)
+@click.option("--source", type=FOLDER, help="The image files: are they still what the cache shows?")
+@click.option("--repair", is_flag=True, help="Make anew what is broken, from --source.")
+@click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
+@click.option("--address", help=ADDRESS)
+@json_option
+def verify(cache: Path, source: Path | None, repair: bool, workers: int, address: str | None, as_json: bool) -> None:
+    """Check every byte of a cache against its checksums, and with --source against the image files.
+
+    Ends with exit code 7 when something is wrong and was not mended.
+
+    Example: ptxdist verify cache --source dicom-images-train --repair
+    """
+    from ptxdist import console
+    from ptxdist.data import verify as checks
+
+    with console.progress() as update, spread_over(workers, address) as spread:
+        if repair:
+            damages = checks.repair(cache, source, spread=spread, on_progress=update)
+        else:
+            damages = checks.verify(cache, on_progress=update)
+        if source is not None and (repair or not damages):
+            left = checks.verify_source(cache, source, spread=spread, on_progress=update)
+        else:
+            left = [] if repair else damages
+    if as_json:
+        console.show_json(
+            {"mended": [asdict(d) for d in damages] if repair else [], "wrong": [asdict(d) for d in left]}
+        )
+    else:
+        console.show_damages(cache, damages if repair else [], left)
+    if left:
+        raise SystemExit(StoreError.exit_code)

@@ -1,0 +1,40 @@
+"""The command that looks whether a run would work; parse, call, print.
+
+Owns: its options. Refuses: command lines that do not parse. Called by: click.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.options import FOLDER, json_option
+from ptxdist.errors import ClusterError
+
+
+@click.command()
+@click.option("--address", help="A Ray cluster (HEAD:6379), every node of it.  [default: this machine]")
+@click.option("--data", type=FOLDER, help="A cache that every node must be able to read.")
+@click.option("--run", type=FOLDER, help="A run folder, there or not, that every node must be able to write to.")
+@click.option("--full", is_flag=True, help="Read every byte of the cache, on every node.")
+@json_option
+def doctor(address: str | None, data: Path | None, run: Path | None, full: bool, as_json: bool) -> None:
+    """Look before a run whether it would work: on every node versions, GPUs, networks, storage, disks, cache, clock.
+
+    Ends with exit code 11 if anything is wrong; warnings do not count.
+
+    Example: ptxdist doctor --address HEAD:6379 --data /shared/cache --run /shared/runs/exp4
+    """
+    from ptxdist import console
+    from ptxdist.cluster.doctor import diagnose
+
+    findings = diagnose(address, cache=data, run=run, full=full)
+    wrong = [item for item in findings if item.state == "wrong"]
+    if as_json:
+        console.show_json({"fit": not wrong, "findings": [asdict(item) for item in findings]})
+    else:
+        console.show_findings([(item.state, item.check, item.where, item.found, item.advice) for item in findings])
+    if wrong:
+        raise SystemExit(ClusterError.exit_code)

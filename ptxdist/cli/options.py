@@ -1,0 +1,39 @@
+"""What several commands share: types of arguments, the `--json` option, who does the work.
+
+Owns: the words of options that stand in more than one command. Refuses: nothing. Called by: the modules of commands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from ptxdist.data.spread import Spread
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+FILE = click.Path(path_type=Path)
+CORES = "Processes.  [default: one per core]"
+ADDRESS = "A Ray cluster to do the work, on storage that its nodes share.  [default: this machine]"
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def json_option(command: Command) -> Command:
+    """`--json`: the result on stdout as JSON."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def spread_over(workers: int, address: str | None) -> AbstractContextManager[Spread]:
+    """Processes on this machine, or with an address the nodes of a Ray cluster."""
+    if address is None:
+        from ptxdist.data.spread import processes
+
+        return processes(workers)
+    from ptxdist.cluster.spread import ray_tasks
+
+    return ray_tasks(address)

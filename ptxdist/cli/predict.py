@@ -1,0 +1,98 @@
+"""The command predict: parse, call, print.
+
+Owns: its options. Refuses: command lines that do not parse. Called by: click.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.options import ADDRESS, FILE, FOLDER, json_option, spread_over
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """Names separated by commas; an empty text for none."""
+    names = tuple(part.strip() for part in value.split(",") if part.strip())
+    if unknown := [name for name in names if name not in ("masks", "overlays", "seg")]:
+        raise click.BadParameter(f"{unknown[0]!r} is none of masks, overlays, seg", ctx, param)
+    return names
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("paths", metavar="PATH...", type=FILE, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, required=True, help="Folder for the results; the same again goes on there.")
+@click.option("--with", "others", type=FILE, multiple=True, help="A further model; probabilities are averaged.")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Probability of a mask's px.  [default: the model's]")
+@click.option("--min-area", type=click.IntRange(0), help="Px below which a mask is emptied.  [default: the model's]")
+@click.option("--write", callback=_names, default="masks,overlays", show_default=True, help="Also possible: seg.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--address", help=ADDRESS)
+@json_option
+def predict(
+    model: Path,
+    paths: tuple[Path, ...],
+    out: Path,
+    others: tuple[Path, ...],
+    threshold: float | None,
+    min_area: int | None,
+    write: tuple[str, ...],
+    device: str,
+    workers: int,
+    address: str | None,
+    as_json: bool,
+) -> None:
+    """Find pneumothorax in radiographs with MODEL, a finished run or a bundle.
+
+    Each PATH is a DICOM file, a folder of any layout, or a zip file. DIR gets submission.csv, findings (score, areas),
+    masks, overlays, with `--write seg` DICOM SEG files, and rejects.csv. A DICOM SEG names the patient, as it has to.
+
+    Example: ptxdist predict runs/exp4 new-images --out predictions
+    """
+    from dataclasses import asdict
+
+    from ptxdist import console
+    from ptxdist.data.spread import here
+    from ptxdist.learn.predict import predict_files
+    from ptxdist.learn.predictor import Predictor
+    from ptxdist.rundir import OperatingPoint
+
+    models = (model, *others)
+    predictor = Predictor.load(*models, device=device)  # type: ignore[arg-type]
+    point = predictor.operating_point
+    predictor.operating_point = OperatingPoint(
+        top=point.top if threshold is None else threshold,
+        min_area_px=point.min_area_px if min_area is None else min_area,
+        bottom=point.bottom if threshold is None else threshold,
+    )
+    with console.progress() as update, spread_over(workers, address) as spread:
+        result = predict_files(
+            paths,
+            out.absolute(),
+            predictor,
+            [path.absolute() for path in models],
+            device=device,  # type: ignore[arg-type]
+            outputs=write,
+            spread=here if workers == 1 and address is None else spread,
+            workers=workers,
+            on_progress=update,
+        )
+    point = predictor.operating_point
+    if as_json:
+        console.show_json({"out": out, **asdict(result), "operating_point": point.model_dump()})
+    else:
+        done = result.predicted + result.kept
+        console.show_pairs(
+            str(out),
+            [
+                ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
+                ("with a pneumothorax", f"{result.positive:,}"),
+                ("the same bytes again", f"{result.repeated:,}"),
+                ("refused, see rejects.csv", f"{result.rejected:,}"),
+                ("operating point", f"px from {point.bottom:g}, if {point.min_area_px:,} px reach {point.top:g}"),
+            ],
+        )
+        console.say("research use only; not a medical device")

@@ -1,0 +1,113 @@
+"""The command that hands another command to a Ray cluster; parse, call, print.
+
+Owns: its options, and the paths of what is submitted. Refuses: commands that would not parse there. Called by: click.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+from ptxdist.errors import SettingsError
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("--address", required=True, help="The cluster's dashboard, such as http://HEAD:8265.")
+@click.option("--status", "status_of", metavar="JOB", help="Say what a job does, and stop there.")
+@click.option("--logs", "logs_of", metavar="JOB", help="Follow a job that was submitted before.")
+@click.option("--stop", "stop_job", metavar="JOB", help="Stop a job.")
+@click.option("--follow/--no-follow", default=True, show_default=True, help="Follow the log of the new job to its end.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+@click.pass_context
+def submit(
+    context: click.Context,
+    address: str,
+    status_of: str | None,
+    logs_of: str | None,
+    stop_job: str | None,
+    follow: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run a ptxdist command as a job on a Ray cluster, follow its log, end with its exit code.
+
+    Paths are made absolute: data and runs belong on storage that all nodes share. Ctrl-C leaves the job running. The
+    same `train` submitted again goes on where its run stands.
+
+    Example: ptxdist submit --address http://127.0.0.1:8265 -- train --workers 8 --pipeline exp4 --data /shared/cache
+    """
+    if sum(map(bool, (status_of, logs_of, stop_job, command))) != 1:
+        raise click.UsageError("give either a command after --, or one of --status, --logs and --stop with a job")
+    from ptxdist import console
+    from ptxdist.cluster import submit as jobs
+
+    if status_of:
+        console.show_json(jobs.status(status_of, address=address))
+        return
+    if stop_job:
+        console.say(f"job {stop_job}: {jobs.stop(stop_job, address=address)}")
+        return
+    job = [logs_of] if logs_of else []
+
+    def submitted(job_id: str) -> None:
+        job.append(job_id)
+        console.say(f"job {job_id}: ptxdist {shlex.join(absolute)}")
+
+    def show(text: str) -> None:
+        click.echo(text, nl=False)
+
+    try:
+        if logs_of:
+            code = jobs.follow(logs_of, address=address, on_log=show)
+        else:
+            group = context.find_root().command
+            assert isinstance(group, click.Group)
+            absolute = absolute_paths(group.commands, command)
+            code = jobs.submit(absolute, address=address, on_log=show, on_submitted=submitted, following=follow)
+    except KeyboardInterrupt:
+        if job:
+            console.say(
+                f"job {job[0]} goes on; come back with `ptxdist submit --address {address} --logs {job[0]}`, "
+                "end it with --stop"
+            )
+        raise SystemExit(130) from None
+    raise SystemExit(code)
+
+
+def absolute_paths(commands: Mapping[str, click.Command], command: Sequence[str]) -> list[str]:
+    """The command line with its relative paths made absolute and the default cache and run folder spelt out.
+
+    Raises click's own error when it does not parse, so that a wrong job is never submitted.
+    """
+    name, *arguments = command
+    target = commands.get(name)
+    if target is None or name == "submit":
+        raise SettingsError(
+            f"'{name}' is no command that can be submitted; there are: {', '.join(sorted(set(commands) - {'submit'}))}"
+        )
+    context = target.make_context(name, list(arguments), resilient_parsing=False)
+    given = [context.params[p.name] for p in target.params if p.name and isinstance(p.type, click.Path)]
+    paths = {str(path) for value in given if value for path in (value if isinstance(value, tuple) else (value,))}
+
+    def absolute(word: str) -> str:
+        option, separator, value = word.partition("=")
+        if word in paths:
+            return os.path.abspath(word)
+        if separator and value in paths:
+            return f"{option}={os.path.abspath(value)}"
+        return word
+
+    arguments = [absolute(word) for word in arguments]
+    if name == "train":
+        from ptxdist.config import load_settings
+
+        params = context.params
+        settings = load_settings(params["pipeline"], site=params["site"], assignments=params["assignments"])
+        if params["data"] is None:
+            arguments += ["--data", os.path.abspath(settings.data.cache)]
+        if params["run"] is None:
+            arguments += ["--run", os.path.abspath(Path("runs") / settings.pipeline.name)]
+    return [name, *arguments]

@@ -1,0 +1,313 @@
+"""Would a run work here? Every node is asked what it is and has, and what nodes do together is tried on a small scale.
+
+Owns: what counts as right, and what to do where it is not. Refuses: runs that would surely fail (`refuse_unfit`,
+ClusterError). Called by: `cli` for `doctor`, and by `coordinator` before a training (the quick part).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ptxdist.cluster import node as node_module
+from ptxdist.cluster.connection import connection
+from ptxdist.errors import ClusterError
+
+HERE = "this machine"
+_GIB = 1024**3
+_PATIENCE_S = 120.0  # for an answer of a node
+_CHECKPOINT = 2 * _GIB  # three resumable checkpoints of 400 MB, the best weights, and some room
+_SKEW_S = 5.0
+
+State = Literal["ok", "warning", "wrong"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at: where, its state, what was found, and what to do about it ("" where all is well)."""
+
+    check: str
+    where: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+class _Nodes:
+    """Machines to ask; each answers for itself. `ask` gives the answers by name, an exception for a lost one."""
+
+    def __init__(self, actors: Mapping[str, Any]) -> None:
+        self.actors = actors
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        return self.ask_each(function, dict.fromkeys(self.actors, arguments))
+
+    def ask_each(self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        """Call `function` on the nodes named, at the same time, each with its own arguments."""
+        import ray
+
+        calls = {name: self.actors[name].call.remote(function, *words) for name, words in arguments.items()}
+        end, answers = time.monotonic() + _PATIENCE_S, dict[str, Any]()
+        for name, call in calls.items():
+            try:
+                answers[name] = ray.get(call, timeout=max(0.1, end - time.monotonic()))
+            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+                answers[name] = ClusterError(" ".join(str(error).split())[:400] or type(error).__name__)
+        return answers
+
+
+class _Here(_Nodes):
+    """This machine alone."""
+
+    def __init__(self) -> None:
+        super().__init__({HERE: None})
+
+    def ask_each(self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        return {name: function(*words) for name, words in arguments.items()}
+
+
+@contextmanager
+def _cluster_nodes(address: str) -> Iterator[_Nodes]:
+    with connection(address), ray_nodes() as nodes:
+        yield nodes
+
+
+@contextmanager
+def ray_nodes() -> Iterator[_Nodes]:
+    """The nodes of the cluster that this process is connected to, one actor on each."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    class Node:
+        def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+            return function(*arguments)
+
+    ray.cloudpickle.register_pickle_by_value(node_module)  # so that a node without ptxdist can say so
+    actor = ray.remote(num_cpus=0, max_restarts=0)(Node)
+    actors, seen = {}, dict[str, int]()
+    for node in ray.nodes():
+        if node["Alive"]:
+            name = str(node["NodeManagerAddress"])
+            seen[name] = seen.get(name, 0) + 1  # several nodes on one machine
+            name = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            actors[name] = actor.options(scheduling_strategy=there).remote()
+    try:
+        yield _Nodes(actors)
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(node_module)
+        for one in actors.values():
+            ray.kill(one)
+
+
+def diagnose(
+    address: str | None, *, cache: Path | None = None, run: Path | None = None, full: bool = False
+) -> list[Finding]:
+    """Look at every node of the cluster at `address` (as for `connection.connection`), or at this machine.
+
+    `cache` is read on every node, every byte of it if `full`; below `run`, or where it would be, nodes write small
+    files for each other, which are removed again. Raises ClusterError when there is no cluster to be reached.
+    """
+    folder = None if run is None else _existing(run)
+    if address is None:
+        findings = _examine(_Here(), cache, folder, full)
+        if folder is not None:
+            findings += _storage(_Here(), folder)
+        return findings + _collective_here()
+    with _cluster_nodes(address) as nodes:
+        findings = _examine(nodes, cache, folder, full) + _clocks(nodes)
+        if folder is not None:
+            findings += _storage(nodes, folder)
+        return findings + _collective(nodes)
+
+
+def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = None) -> None:
+    """ClusterError when a training into `run` would surely fail: the quick part of `diagnose`.
+
+    With `nodes`, also when they do not share the storage or run another ptxdist.
+    """
+    folder = _existing(run)
+    findings = _storage(nodes or _Here(), folder)
+    if nodes:
+        findings += [item for item in _examine(nodes, cache, folder, False) if item.check in ("versions", "cache")]
+    free = node_module._free(str(folder))
+    if free is not None and free < _CHECKPOINT // 4:
+        findings.append(_disk("runs", HERE, free))
+    for item in findings:
+        if item.state == "wrong":
+            raise ClusterError(
+                f"{item.check} of {item.where}: {item.found}; {item.advice} (`ptxdist doctor` looks at everything)"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    folder = folder.absolute()
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _examine(nodes: _Nodes, cache: Path | None, folder: Path | None, full: bool) -> list[Finding]:
+    mine = node_module.examine(None, None)
+    words = (str(cache.absolute()) if cache else None, str(folder) if folder else None, full)
+    findings, digests = [], dict[str, str]()
+    for where, found in nodes.ask(node_module.examine, *words).items():
+        if isinstance(found, ClusterError):
+            findings.append(Finding("node", where, "wrong", f"does not answer: {found}", "look at it, or remove it"))
+            continue
+        findings += [_versions(where, found["versions"], mine["versions"]), _gpus(where, found["gpus"])]
+        findings += [
+            _amount("memory", where, found["memory"], 1, 4, "close other programs, or use a machine with more"),
+            _amount("/dev/shm", where, found["shm"], 0.05, 1, "in a container: --shm-size=8g, or an emptyDir volume"),
+            *(_disk(name, where, free) for name, free in found["disks"].items()),
+        ]
+        if "cache" in found:
+            digests[where] = found["cache"]["digest"]
+            findings.append(_cache(where, found["cache"], full))
+    if len(set(digests.values()) - {""}) > 1:
+        advice = "give a path on storage that all nodes share, or copy the same cache to all of them"
+        findings.append(Finding("cache", "all nodes", "wrong", "nodes hold different caches at this path", advice))
+    return findings
+
+
+def _versions(where: str, found: Mapping[str, str], mine: Mapping[str, str]) -> Finding:
+    differing = [f"{name} {value}, here {mine[name]}" for name, value in found.items() if value != mine[name]]
+    text = ", ".join(f"{name} {value}" for name, value in found.items())
+    if not differing:
+        return Finding("versions", where, "ok", text)
+    advice = "install the same there: pip install --constraint constraints.txt ptxdist"
+    return Finding("versions", where, "wrong", "; ".join(differing), advice)
+
+
+def _gpus(where: str, found: Mapping[str, Any]) -> Finding:
+    names = found["names"]
+    if not names:
+        return Finding("GPU", where, "ok", "none")
+    text = f"{len(names)} {names[0]}, driver {found['driver']}"
+    if found["torch"] < len(names):
+        advice = "install a torch for CUDA and this driver there, and look at CUDA_VISIBLE_DEVICES"
+        return Finding("GPU", where, "wrong", f"{text}; torch can use {found['torch']}", advice)
+    return Finding("GPU", where, "ok", text)
+
+
+def _amount(check: str, where: str, size: int | None, least: float, good: float, advice: str) -> Finding:
+    """`least` and `good` in GiB."""
+    if size is None:
+        return Finding(check, where, "ok", "unknown on this system")
+    state: State = "ok" if size >= good * _GIB else "warning" if size >= least * _GIB else "wrong"
+    return Finding(check, where, state, f"{size / _GIB:,.1f} GiB free", "" if state == "ok" else advice)
+
+
+def _disk(name: str, where: str, free: int | None) -> Finding:
+    least = _CHECKPOINT / 4 / _GIB if name == "runs" else 0.5
+    return _amount(f"disk of {name}", where, free, least, 5 * least, "free some space, or use another disk")
+
+
+def _cache(where: str, found: Mapping[str, str], full: bool) -> Finding:
+    if not found["digest"]:
+        advice = "give the folder that `ptxdist preprocess` wrote, on storage that this node reaches"
+        return Finding("cache", where, "wrong", found["wrong"], advice)
+    if found["wrong"]:
+        return Finding("cache", where, "wrong", found["wrong"], "run `ptxdist verify` on it")
+    return Finding("cache", where, "ok", "every byte as written" if full else "manifest and sizes as written")
+
+
+def _clocks(nodes: _Nodes) -> list[Finding]:
+    findings = []
+    for where in nodes.actors:
+        before = time.time()
+        answer = nodes.ask_each(node_module.clock, {where: ()})[where]
+        after = time.time()
+        if isinstance(answer, float):
+            skew = max(0.0, before - answer, answer - after)  # what the way there and back does not explain
+            state: State = "ok" if skew < _SKEW_S else "wrong"
+            findings.append(
+                Finding("clock", where, state, f"{skew:.1f} s off", "" if state == "ok" else "let NTP set it")
+            )
+    return findings
+
+
+def _storage(nodes: _Nodes, folder: Path) -> list[Finding]:
+    """Every node writes a file of its own and reads those of all others."""
+    draw = secrets.token_hex(8)
+    tokens = {
+        name: (f".ptxdist-doctor-{draw}-{number}", secrets.token_hex(8)) for number, name in enumerate(nodes.actors)
+    }
+    place = str(folder)
+    advice = f"mount the same storage at {folder} on all nodes, for this user to write to, or give another --run"
+    try:
+        written = nodes.ask_each(
+            node_module.write_token, {name: (place, file, text) for name, (file, text) in tokens.items()}
+        )
+        there = {file: text for name, (file, text) in tokens.items() if written[name] == ""}
+        seen = nodes.ask(node_module.read_tokens, place, there)
+    finally:
+        for file, _ in tokens.values():
+            with suppress(OSError):
+                (folder / file).unlink(missing_ok=True)
+        nodes.ask(_remove, [str(folder / file) for file, _ in tokens.values()])
+    findings = []
+    for where in nodes.actors:
+        wrong = str(written[where] or seen[where])
+        text = wrong or (
+            "written and read" if len(tokens) == 1 else f"written, and the files of {len(there)} nodes read"
+        )
+        findings.append(Finding("storage", where, "wrong" if wrong else "ok", text, advice if wrong else ""))
+    return findings
+
+
+def _remove(paths: Sequence[str]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            Path(path).unlink(missing_ok=True)
+
+
+def _collective(nodes: _Nodes) -> list[Finding]:
+    """An all-reduce over gloo among all nodes, and over NCCL among those with a GPU."""
+    names = list(nodes.actors)
+    host = nodes.ask_each(node_module.free_port, {names[0]: ()})[names[0]]
+    if isinstance(host, ClusterError):
+        return []
+    words = {name: ("gloo", *host, rank, len(names)) for rank, name in enumerate(names)}
+    return _told("gloo", nodes.ask_each(node_module.all_reduce, words)) + _nccl(nodes)
+
+
+def _nccl(nodes: _Nodes) -> list[Finding]:
+    found = nodes.ask(node_module._gpus)
+    names = [name for name, gpus in found.items() if isinstance(gpus, dict) and gpus["torch"]]
+    if not names:
+        return []
+    host = nodes.ask_each(node_module.free_port, {names[0]: ()})[names[0]]
+    words = {name: ("nccl", *host, rank, len(names)) for rank, name in enumerate(names)}
+    return _told("NCCL", nodes.ask_each(node_module.all_reduce, words))
+
+
+def _collective_here() -> list[Finding]:
+    """The same between two processes of this machine."""
+    _, port = node_module.free_port()
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        answers = pool.starmap(node_module.all_reduce, [("gloo", "127.0.0.1", port, rank, 2) for rank in range(2)])
+    findings = _told("gloo", {HERE: next((text for text in answers if text), "")})
+    if node_module._gpus()["torch"]:
+        _, port = node_module.free_port()
+        findings += _told("NCCL", {HERE: node_module.all_reduce("nccl", "127.0.0.1", port, 0, 1)})
+    return findings
+
+
+def _told(backend: str, answers: Mapping[str, Any]) -> list[Finding]:
+    advice = (
+        "let all nodes reach each other on all ports; where a node has several networks, "
+        f"name the right one in {'NCCL' if backend == 'NCCL' else 'GLOO'}_SOCKET_IFNAME"
+    )
+    return [
+        Finding(f"all-reduce, {backend}", where, "wrong" if answer else "ok", str(answer) or "sum is right",
+                advice if answer else "")
+        for where, answer in answers.items()
+    ]  # fmt: skip

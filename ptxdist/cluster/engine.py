@@ -1,0 +1,187 @@
+"""Ray as the engine of a run: one TorchTrainer for each stage and for the evaluation, on this machine or on a cluster.
+
+Owns: the workers and what is done when they are lost, and the way of their events. Refuses: clusters whose nodes are
+not fit (ClusterError). Called by: `coordinator`. `here` is the same without Ray.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptxdist.cluster.connection import on_cluster, ray_for_training
+from ptxdist.cluster.doctor import ray_nodes, refuse_unfit
+from ptxdist.config import Settings
+from ptxdist.errors import PtxdistError, TrainingError
+from ptxdist.rundir import (
+    EVALUATION,
+    EpochMetrics,
+    EvaluationResult,
+    StageHistory,
+    StageResult,
+    read_evaluation,
+    read_stage_result,
+    stage_folder,
+)
+
+_POLL_S = 0.2
+
+OnEvent = Callable[[Any], None]
+Task = dict[str, Any]
+
+
+class _WorkerError(Exception):
+    """Workers died or hung, which another start may mend; the message says how."""
+
+
+@contextmanager
+def ray_engine(settings: Settings, run: Path, cache: Path, on_event: OnEvent) -> Iterator[RayEngine]:
+    """The engine, while Ray runs: in a Ray job its cluster, whose nodes are looked at first, else one of its own."""
+    with ray_for_training(settings.train) as use_gpu:
+        if on_cluster():
+            with ray_nodes() as nodes:
+                refuse_unfit(run, cache, nodes)
+        yield RayEngine(settings, run, use_gpu, on_event)
+
+
+@dataclass(frozen=True)
+class RayEngine:
+    """Does the work of a run with Ray Train's workers; `task` is as `stage.run_stage` takes it."""
+
+    settings: Settings
+    run: Path
+    use_gpu: bool
+    on_event: OnEvent
+
+    def train(self, task: Task) -> StageResult:
+        """Train one stage; the result is what rank 0 wrote into the stage's folder."""
+        from ptxdist.cluster.worker import train_stage
+
+        number = int(task["number"])
+        folder = stage_folder(self.run, number, self.settings.pipeline.stages[number - 1].size_px)
+        self._work(train_stage, task, folder, f"stage {number}", "goes on from its last checkpoint")
+        result = read_stage_result(folder)
+        if result is None:
+            raise TrainingError(
+                f"stage {number} ended without a result in {folder}; is it on storage that all nodes share?"
+            )
+        return result
+
+    def evaluate(self, task: Task) -> EvaluationResult:
+        """Evaluate the last stage; the result is what rank 0 wrote into the run."""
+        from ptxdist.cluster.worker import evaluate_run
+
+        folder = self.run / EVALUATION
+        self._work(evaluate_run, task, folder, "the evaluation", "starts again")
+        return read_evaluation(folder)
+
+    def _work(self, work: Callable[[Task], None], task: Task, folder: Path, what: str, again: str) -> None:
+        """Have workers do `work`, starting them again when they are lost; a refusal of ours is final at once."""
+        limit = self.settings.train.max_worker_failures
+        for failures in range(1, limit + 2):
+            try:
+                return self._work_once(work, task, folder, what)
+            except _WorkerError as error:
+                if failures > limit:
+                    raise TrainingError(f"{what} stopped: {error}") from error
+                self.on_event(f"{error}; {what} {again} with new workers ({failures} of {limit})")
+        raise AssertionError
+
+    def _work_once(self, work: Callable[[Task], None], task: Task, folder: Path, what: str) -> None:
+        """One TorchTrainer over the workers."""
+        import ray
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+        train, use_gpu = self.settings.train, self.use_gpu
+        room = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
+        if room < train.workers:
+            self.on_event(
+                f"the cluster has room for {room} of {train.workers} workers, {train.min_workers or 'all'} are needed"
+            )
+        with _listen(self.on_event) as inbox:
+            trainer = TorchTrainer(
+                work,
+                train_loop_config={**task, "inbox": inbox},
+                torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
+                    use_gpu=use_gpu,
+                    resources_per_worker={"CPU": 1},
+                    elastic_resize_monitor_interval_s=train.resize_every_s,
+                ),
+                run_config=RunConfig(
+                    name=f"{folder.name}-{time.time_ns()}",
+                    storage_path=str(folder / "ray"),
+                ),
+            )
+            try:
+                trainer.fit()
+            except WorkerGroupError as error:
+                causes = [_cause(failure) for _, failure in sorted(error.worker_failures.items())]
+                for cause in causes:
+                    if isinstance(cause, PtxdistError):
+                        raise cause from error
+                raise _WorkerError(f"a worker failed with {_brief(causes[0])}") from error
+            except (ControllerError, TrainingFailedError) as error:
+                cause = getattr(error, "controller_failure", error)
+                raise TrainingError(f"{what} stopped: {_brief(cause)}") from error
+            finally:
+                shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The exception that user code raised, out of Ray's wrappings."""
+    inner = getattr(error, "cause", None)
+    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+
+
+def _brief(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _listen(on_event: OnEvent) -> Iterator[Any]:
+    """An Inbox for workers, emptied by a thread that passes its events on in order."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from ptxdist.cluster.worker import Inbox
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    inbox = Inbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    ended = threading.Event()
+
+    def pass_on() -> None:
+        try:
+            for event in ray.get(inbox.take.remote()):
+                on_event(_record(event) if isinstance(event, dict) else event)
+        except Exception:  # what is shown must not end what is trained
+            logging.getLogger(__name__).exception("an event could not be shown")
+
+    def poll() -> None:
+        while not ended.wait(_POLL_S):
+            pass_on()
+
+    thread = threading.Thread(target=poll, name="ptxdist-events", daemon=True)
+    thread.start()
+    try:
+        yield inbox
+    finally:
+        ended.set()
+        thread.join()
+        pass_on()
+        ray.kill(inbox)
+
+
+def _record(event: dict[str, Any]) -> EpochMetrics | StageHistory:
+    return (StageHistory if "epochs" in event else EpochMetrics).model_validate(event)

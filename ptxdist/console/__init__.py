@@ -1,0 +1,34 @@
+"""Everything a person sees in the terminal: progress, tables, the error line.
+
+Owns: rich. Refuses: nothing. Called by: `cli`. Results go to stdout, everything else to stderr, so that `--json` can be
+piped. Where stderr is not a terminal, progress becomes a line now and then, so that a log file stays readable.
+"""
+
+from ptxdist.console.results import show_comparison, show_result
+from ptxdist.console.tables import (
+    show_catalog,
+    show_damages,
+    show_findings,
+    show_pairs,
+)
+from ptxdist.console.terminal import divert, err, fail, out, progress, say, show_json
+from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
+
+__all__ = [
+    "TrainingDisplay",
+    "divert",
+    "epoch_line",
+    "epoch_table",
+    "err",
+    "fail",
+    "out",
+    "progress",
+    "say",
+    "show_catalog",
+    "show_comparison",
+    "show_damages",
+    "show_findings",
+    "show_json",
+    "show_pairs",
+    "show_result",
+]

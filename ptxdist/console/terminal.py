@@ -1,0 +1,125 @@
+"""The terminal: lines, bars, JSON, and where the output of libraries goes.
+
+Owns: stdout and stderr. Refuses: nothing. Called by: the other modules of this layer, `cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+_LOG_EVERY_S = 10.0
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def fail(message: str) -> None:
+    """Print the one line of a refusal."""
+    err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def say(message: str) -> None:
+    """Print a line for people, on stderr."""
+    err.print(Text(message), soft_wrap=True)
+
+
+def show_json(content: Any) -> None:
+    """Print JSON on stdout, undecorated; paths become text."""
+    print(json.dumps(content, indent=2, default=str))
+
+
+class _Rate(ProgressColumn):
+    """Finished things per second."""
+
+    def render(self, task: Task) -> Text:
+        """The rate of a task, empty while it is unknown."""
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:,.0f}/s" if speed and speed >= 10 else f"{speed:,.1f}/s" if speed else "", style="dim")
+
+
+def bars() -> Progress:
+    """A group of progress bars on stderr, not started."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        console=err,
+    )
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A callable (what, done, total) that draws one bar for each `what`."""
+    if err.is_terminal:
+        with bars() as drawn:
+            tasks: dict[str, Any] = {}
+
+            def update(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = drawn.add_task(what, total=total)
+                drawn.update(tasks[what], completed=done, total=total)
+
+            yield update
+    else:
+        yield log_progress()
+
+
+def log_progress() -> Callable[[str, int, int], None]:
+    """A callable (what, done, total) that says a line every ten seconds, and one at the end."""
+    started: dict[str, float] = {}
+    spoken: dict[str, float] = {}
+
+    def update(what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        first = started.setdefault(what, now)
+        finished = done >= total
+        if spoken.get(what) == float("inf") or not (finished or now - spoken.get(what, first) >= _LOG_EVERY_S):
+            return
+        spoken[what] = float("inf") if finished else now
+        rate = done / (now - first) if now - first > 0.5 else 0.0  # the first call starts the clock
+        speed = f", {rate:,.1f}/s" if rate else ""
+        left = f", {(total - done) / rate:,.0f} s left" if rate and not finished else ""
+        say(f"{what}: {done:,} of {total:,}{speed}{left}")
+
+    return update
+
+
+@contextmanager
+def divert(log: Path) -> Iterator[None]:
+    """Send what libraries write to the process's stdout and stderr to a file; this module keeps the terminal."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    saved = [os.dup(1), os.dup(2)]
+    terminals = [os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8") for number in saved]
+    real = [sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__]  # not while a test captures them
+    with open(log, "ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    for console, terminal, is_real in zip((out, err), terminals, real, strict=True):
+        if is_real:
+            console.file = terminal
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        for console, terminal, is_real in zip((out, err), terminals, real, strict=True):
+            if is_real:
+                console._file = None  # back to sys.stdout and sys.stderr
+            terminal.close()

@@ -1,0 +1,247 @@
+"""What a compressed image says of itself, looked at before and after it is decoded.
+
+Owns: the markers of JPEG (ITU-T T.81), JPEG-LS (T.87) and JPEG 2000 (T.800) as far as they tell size, depth and end.
+Refuses: streams without a beginning or an end. Called by: `pixels`.
+
+Decoders allocate what the stream claims, whatever the DICOM header says, and the one of JPEG Lossless and Extended
+takes a cut or damaged stream for a sound one. So the codes are followed here: those of the whole image must fill the
+stream to its last byte. In JPEG Lossless their lengths follow from the decoded values, which numpy works out quickly;
+JPEG Extended has to be read code by code, about a second for a large image, and is rare.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.errors import DicomError
+
+SOF_SEQUENTIAL = frozenset((0xC0, 0xC1))  # baseline and extended
+SOF_PROGRESSIVE, SOF_LOSSLESS, SOF_JPEG_LS = 0xC2, 0xC3, 0xF7
+_SOF = {*range(0xC0, 0xD0), SOF_JPEG_LS} - {0xC4, 0xC8, 0xCC}
+_DHT, _DRI, _SOS = 0xC4, 0xDD, 0xDA
+_JPEG_2000 = b"\xff\x4f\xff\x51"  # start of codestream, and the size segment that must follow it
+Codes = tuple[tuple[int, int], ...]
+
+_BLOCK_ROWS = 256
+MAX_TILES = 65535  # what T.800 allows
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Size and depth of a compressed image; what follows `tiles` is there for JPEG only.
+
+    `process` is its frame marker (0 for JPEG 2000), `tiles` the number of tiles of JPEG 2000, `scan` and `end` are the
+    bounds of the entropy-coded data, `dc` and `ac` the Huffman codes (length, symbol) in their order, `shift` is the
+    point transform (lowest bits left out), `interval` the restart interval in px or blocks, or 0.
+    """
+
+    rows: int
+    columns: int
+    components: int
+    bits: int
+    process: int = 0
+    tiles: int = 1
+    scan: int = 0
+    end: int = 0
+    dc: Codes = ()
+    ac: Codes = ()
+    predictor: int = 1
+    shift: int = 0
+    interval: int = 0
+
+
+def read_jpeg(frame: bytes) -> Stream:
+    """Read the markers of a JPEG or JPEG-LS stream up to its first scan, and find its end.
+
+    Raises DicomError when it does not start or end as one, or is damaged in between.
+    """
+    if frame[:2] != b"\xff\xd8":
+        raise DicomError("has damaged pixel data (no JPEG stream where one should begin)")
+    size: tuple[int, int, int, int, int] | None = None
+    tables: dict[int, Codes] = {}
+    position, interval = 2, 0
+    while True:
+        marker, start, after = _segment(frame, position)
+        segment = frame[start:after]
+        if marker in _SOF:
+            if len(segment) < 6 or size is not None:
+                raise DicomError("has damaged JPEG data (its size is not clear)")
+            rows, columns = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
+            size = (rows, columns, segment[5], segment[0], marker)
+        elif marker == _DHT:
+            tables |= _codes(segment)
+        elif marker == _DRI:
+            interval = int.from_bytes(segment, "big")
+        elif marker == _SOS:
+            break
+        position = after
+    if size is None or len(segment) < 6:
+        raise DicomError("has damaged JPEG data (its size is missing)")
+    end = frame.rfind(b"\xff\xd9", after)
+    if end < 0:
+        raise DicomError("has JPEG data that are cut off (their end mark is missing)")
+    dc, ac = tables.get(segment[2] >> 4, ()), tables.get(0x10 | segment[2] & 15, ())
+    return Stream(*size, 1, after, end, dc, ac, segment[-3], segment[-1] & 15, interval)
+
+
+def _segment(frame: bytes, position: int) -> tuple[int, int, int]:
+    """Marker at a position, start and end of what it holds."""
+    start = position
+    while frame[start : start + 2] == b"\xff\xff":  # fill bytes
+        start += 1
+    length = int.from_bytes(frame[start + 2 : start + 4], "big")
+    if frame[start : start + 1] != b"\xff" or length < 2 or start + 2 + length > len(frame):
+        raise DicomError("has damaged JPEG data (its header cannot be read)")
+    return frame[start + 1], start + 4, start + 2 + length
+
+
+def _codes(segment: bytes) -> dict[int, Codes]:
+    """Huffman codes by the number of their table, to which 16 is added for those of AC."""
+    tables = {}
+    while len(segment) >= 17:
+        counts = segment[1:17]
+        lengths = [length for length, count in enumerate(counts, start=1) for _ in range(count)]
+        tables[segment[0]] = tuple(zip(lengths, segment[17:], strict=False))
+        segment = segment[17 + sum(counts) :]
+    return tables
+
+
+def read_jpeg_2000(frame: bytes) -> Stream:
+    """Read the size of a JPEG 2000 stream, bare or in a JP2 file; DicomError when there is none."""
+    start = frame.find(_JPEG_2000, 0, 4096)
+    size = frame[start + 8 : start + 45]
+    if start < 0 or len(size) < 37:
+        raise DicomError("has damaged pixel data (no JPEG 2000 stream where one should begin)")
+    right, bottom, left, top, tile_width, tile_height = (
+        int.from_bytes(size[i : i + 4], "big") for i in range(0, 24, 4)
+    )
+    if not (tile_width and tile_height and right > left and bottom > top) or size[35:] != b"\1\1":
+        raise DicomError("has damaged JPEG 2000 data (its size makes no sense)")
+    tiles = -(-right // tile_width) * -(-bottom // tile_height)
+    return Stream(bottom - top, right - left, int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, tiles=tiles)
+
+
+def lossless_is_whole(frame: bytes, stream: Stream, pixels: npt.NDArray[np.unsignedinteger]) -> bool:
+    """Whether decoded values (rows, columns) account for every bit of their JPEG Lossless stream (T.81 H.1).
+
+    A bit that flips in the code of a value nearly always changes how many bits follow. What cannot be found this way
+    is a flip in the bits behind a code, which alters a value and leaves all lengths as they are.
+    """
+    parts = _parts(frame, stream)
+    interval = stream.interval or stream.rows * stream.columns
+    if interval % stream.columns:
+        return True  # not allowed, and not worth a decoder of our own
+    taken = _bits(stream, pixels, interval // stream.columns)
+    bits = np.add.reduceat(taken, np.arange(0, pixels.size, interval), dtype=np.int64)
+    return all(map(_filled, parts, bits.tolist())) and len(parts) == len(bits)
+
+
+def sequential_is_whole(frame: bytes, stream: Stream) -> bool:
+    """Whether a sequential JPEG stream of one component has all its blocks and nothing else (T.81 F.2.2)."""
+    blocks = -(-stream.rows // 8) * -(-stream.columns // 8)
+    interval = stream.interval or blocks
+    parts = _parts(frame, stream)
+    dc, ac = _by_bits(stream.dc), _by_bits(stream.ac)
+    for number, part in enumerate(parts):
+        bits = _bits_of_blocks(part, max(0, min(interval, blocks - number * interval)), dc, ac)
+        if bits is None or not _filled(part, bits):
+            return False
+    return len(parts) == -(-blocks // interval)
+
+
+@lru_cache(maxsize=16)
+def _by_bits(codes: Codes) -> list[int]:
+    """Length and symbol of the code (length * 256 + symbol) that 16 bits begin with; 0 where there is none."""
+    table = [length << 8 | symbol for length, symbol in codes for _ in range(1 << (16 - length))]
+    return (table + [0] * 0x10000)[:0x10000]
+
+
+def _bits_of_blocks(part: bytes, blocks: int, dc: list[int], ac: list[int]) -> int | None:
+    """Number of bits that so many blocks take; None when a code is unknown or the data end too early."""
+    data = part.replace(b"\xff\0", b"\xff")
+    end, position = 8 * len(data), 0
+    data += b"\0\0\0"
+    for _ in range(blocks):
+        table, coefficient = dc, 0
+        while coefficient < 64:
+            if position > end:
+                return None
+            byte = position >> 3
+            bits = (data[byte] << 16 | data[byte + 1] << 8 | data[byte + 2]) >> (8 - (position & 7)) & 0xFFFF
+            code = table[bits]
+            symbol = code & 255
+            position += (code >> 8) + (symbol & 15)
+            if not code or (table is ac and symbol & 15 == 0 and symbol not in (0, 0xF0)):
+                return None
+            if table is ac and symbol == 0:  # the rest of the block is 0
+                break
+            coefficient += (symbol >> 4) + 1 if table is ac else 1
+            table = ac
+        else:
+            if coefficient > 64:
+                return None
+    return position if position <= end else None
+
+
+def _parts(frame: bytes, stream: Stream) -> list[bytes]:
+    """Entropy-coded data between the restart markers."""
+    return re.split(rb"\xff+[\xd0-\xd7]", frame[stream.scan : stream.end].rstrip(b"\xff"))
+
+
+def _filled(part: bytes, bits: int) -> bool:
+    """Whether so many bits fill a part of the scan, without a marker in it, to its last byte; the rest is padding."""
+    if re.search(rb"\xff[^\0]", part):
+        return False
+    size, padding = -(-bits // 8), -bits % 8
+    rest = (part.removesuffix(b"\0") if part.endswith(b"\xff\0") else part)[-1:]
+    ones = (1 << padding) - 1
+    # T.81 pads with ones; zeros do no harm.
+    return len(part) - part.count(b"\xff\0") == size and bool(rest) and rest[0] & ones in (0, ones)
+
+
+def _bits(stream: Stream, pixels: npt.NDArray[np.unsignedinteger], restart_rows: int) -> npt.NDArray[np.uint8]:
+    """Number of bits that each value takes, flat."""
+    difference = np.arange(0x10000, dtype=np.uint16).view(np.int16).astype(np.int32)
+    category = np.frexp(np.abs(difference))[1]  # bits of the absolute difference; 16 stands for 32768, with none behind
+    lengths = {symbol: length for length, symbol in stream.dc}
+    code = np.array([lengths.get(symbol, 0) for symbol in range(17)], np.uint8)
+    bits_of = (code[category] + np.where(category == 16, 0, category)).astype(np.uint8)
+    taken = np.empty(pixels.shape, np.uint8)
+    mask = (1 << stream.bits) - 1
+    for start in range(0, stream.rows, _BLOCK_ROWS):
+        first = max(start - 1, 0)
+        block = pixels[first : start + _BLOCK_ROWS].astype(np.int32) & mask
+        expected = _predicted(block, first, stream, restart_rows)
+        taken[start : start + _BLOCK_ROWS] = bits_of[((block - expected) & 0xFFFF)[start - first :]]
+    return taken.reshape(-1)
+
+
+def _predicted(block: npt.NDArray[np.int32], first: int, stream: Stream, restart_rows: int) -> npt.NDArray[np.int32]:
+    """Prediction of each value of some rows from its neighbours (T.81 table H.1); `first` is the row they start at."""
+    left, above, corner = block[1:, :-1], block[:-1, 1:], block[:-1, :-1]
+    expected = np.empty_like(block)
+    expected[1:, 0] = block[:-1, 0]
+    match stream.predictor:
+        case 1:
+            expected[1:, 1:] = left
+        case 2:
+            expected[1:, 1:] = above
+        case 3:
+            expected[1:, 1:] = corner
+        case 4:
+            expected[1:, 1:] = left + above - corner
+        case 5:
+            expected[1:, 1:] = left + ((above - corner) >> 1)
+        case 6:
+            expected[1:, 1:] = above + ((left - corner) >> 1)
+        case _:
+            expected[1:, 1:] = (left + above) >> 1
+    restarts = [row - first for row in range(first, first + len(block)) if row % restart_rows == 0]
+    expected[restarts, 1:] = block[restarts, :-1]
+    expected[restarts, 0] = 1 << (stream.bits - 1)
+    return expected

@@ -1,0 +1,124 @@
+"""Faults of a Ray cluster of several nodes on this machine, made on purpose with real signals; for tests and benchmark.
+
+The cluster is `ray.cluster_utils.Cluster`: each node has a raylet and workers of its own. Only processes of this
+cluster, found by their parents and command lines, are ever signalled.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ray.cluster_utils import Cluster
+
+
+@contextmanager
+def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
+    """A head without CPUs, which holds driver and events, and `nodes` nodes of one CPU."""
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
+    try:
+        for _ in range(nodes):
+            made.add_node(num_cpus=1)
+        made.wait_for_nodes()
+        yield made
+    finally:
+        made.shutdown()
+
+
+class Training:
+    """`ptxdist train` as a process of its own on a cluster; its words are in `log`."""
+
+    def __init__(self, address: str, cache: Path, run: Path, *words: object) -> None:
+        self.run, self.log = run, run.parent / f"{run.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.command = [sys.executable, "-m", "ptxdist", "train", "--data", str(cache), "--run", str(run), "--json"]
+        self.command += map(str, words)
+        self.environment = {**os.environ, "RAY_ADDRESS": address}
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again."""
+        with open(self.log, "ab") as file:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
+            )
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+    @property
+    def words(self) -> str:
+        """All it has said so far."""
+        return self.log.read_text()
+
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 120) -> float:
+        """Seconds until something is true; an error when the run ends before."""
+        started = time.monotonic()
+        while not ready():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.words}"
+            assert time.monotonic() - started < timeout_s, f"not within {timeout_s} s:\n{self.words}"
+            time.sleep(0.05)
+        return time.monotonic() - started
+
+    def checkpoints(self) -> int:
+        """Checkpoints that are there now."""
+        return len(list(self.run.glob("stages/*/checkpoints/epoch-????-step-??????")))
+
+    def finish(self, timeout_s: float = 200) -> float:
+        """Seconds until it has ended well."""
+        started = time.monotonic()
+        assert self.process.wait(timeout=timeout_s) == 0, self.words
+        return time.monotonic() - started
+
+
+def train_workers(node: Any) -> list[int]:
+    """Process ids of Ray Train's workers on one node of the cluster."""
+    import psutil
+
+    raylet = node.all_processes["raylet"][0].process.pid
+    found = []
+    for process in psutil.Process(raylet).children(recursive=True):
+        with suppress(psutil.Error):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process.pid)
+    return found
+
+
+def kill_node(node: Any) -> None:
+    """SIGKILL a node as a power cut would: raylet, agents and workers at once; the cluster is told nothing."""
+    import psutil
+
+    raylet = node.all_processes["raylet"][0].process.pid
+    processes = [*psutil.Process(raylet).children(recursive=True), psutil.Process(raylet)]
+    for process in processes:
+        with suppress(psutil.Error):
+            process.send_signal(signal.SIGSTOP)  # none of them can react to the end of another one
+    for process in processes:
+        with suppress(psutil.Error):
+            process.kill()
+
+
+def drain_node(address: str, node: Any, deadline_s: int) -> None:
+    """Tell the cluster that a node will be taken away, as a cloud does with a spot instance."""
+    from ray._raylet import GcsClient
+    from ray.core.generated import autoscaler_pb2
+
+    accepted, reason = GcsClient(address=address).drain_node(
+        node.node_id,
+        autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "spot instance reclaimed",
+        int((time.time() + deadline_s) * 1000),
+    )
+    assert accepted, reason

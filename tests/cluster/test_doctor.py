@@ -1,0 +1,129 @@
+"""doctor: what is right is green, what is made wrong on purpose is found and told with what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from faults import cluster as local_cluster
+from ray.cluster_utils import Cluster
+
+from ptxdist.cluster import doctor, node
+from ptxdist.cluster.doctor import Finding, diagnose, refuse_unfit
+from ptxdist.data.preprocess import PreprocessResult
+from ptxdist.errors import ClusterError
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with local_cluster(2) as made:
+        yield made
+
+
+def states(findings: list[Finding], check: str) -> list[str]:
+    return [item.state for item in findings if item.check == check]
+
+
+def test_every_node_of_a_sound_cluster_is_green(
+    cluster: Cluster, small_cache: tuple[Path, PreprocessResult], tmp_path: Path
+) -> None:
+    findings = diagnose(cluster.address, cache=small_cache[0], run=tmp_path / "runs" / "new", full=True)
+    assert [item for item in findings if item.state == "wrong"] == []
+    for check in ("versions", "GPU", "memory", "/dev/shm", "disk of runs", "cache", "clock", "storage",
+                  "all-reduce, gloo"):  # fmt: skip
+        assert len(states(findings, check)) == 3, check
+    assert list(tmp_path.iterdir()) == [], "no file is left behind"
+
+
+def test_a_node_that_does_not_see_the_others_files_is_told(tmp_path: Path) -> None:
+    assert node.write_token(str(tmp_path), "one", "first") == ""
+    assert node.read_tokens(str(tmp_path), {"one": "first"}) == ""
+    assert "1 of 2 nodes" in node.read_tokens(str(tmp_path), {"one": "first", "two": "second"}, patience_s=0.1)
+    assert "cannot write there" in node.write_token(str(tmp_path / "nowhere"), "one", "first")
+
+
+def test_a_wrong_cache_other_versions_and_too_little_room_are_red(
+    small_cache: tuple[Path, PreprocessResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = node.examine(str(tmp_path), str(tmp_path))
+    assert doctor._cache("here", found["cache"], False).state == "wrong"
+    assert node.examine(str(small_cache[0]), None)["cache"]["wrong"] == ""
+    other = {**found["versions"], "torch": "1.0"}
+    versions = doctor._versions("there", other, found["versions"])
+    assert (versions.state, "torch 1.0" in versions.found, "pip install" in versions.advice) == ("wrong", True, True)
+    assert [doctor._disk("runs", "here", size).state for size in (2**20, 2**30, 2**40)] == ["wrong", "warning", "ok"]
+
+
+def test_a_truncated_shard_is_found_by_the_quick_check_and_another_byte_by_the_full_one(
+    small_cache: tuple[Path, PreprocessResult], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(small_cache[0], cache)
+    shard = cache / "64.zarr" / "image" / "c" / "0" / "0" / "0"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 1
+    shard.write_bytes(content)
+    assert node.examine(str(cache), None)["cache"]["wrong"] == ""
+    assert "checksum" in node.examine(str(cache), None, True)["cache"]["wrong"]
+    shard.write_bytes(content[:-100])
+    assert node.examine(str(cache), None)["cache"]["wrong"]
+
+
+def test_ranks_that_do_not_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_COLLECTIVE_S", 1)
+    _, port = node.free_port()
+    assert "Error" in node.all_reduce("gloo", "127.0.0.1", port, 1, 2)
+
+
+def test_training_is_refused_before_it_starts_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_unfit(tmp_path / "runs" / "one")
+    monkeypatch.setattr(node, "_free", lambda folder: 10 * 2**20)
+    with pytest.raises(ClusterError, match=r"disk of runs .*free some space"):
+        refuse_unfit(tmp_path / "runs" / "one")
+
+
+def test_the_command_prints_a_table_and_its_json_and_ends_with_11_if_anything_is_wrong(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ptxdist", "doctor", "--data", str(tmp_path), "--run", str(tmp_path / "run")]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == ClusterError.exit_code, done.stderr
+    findings = json.loads(done.stdout)["findings"]
+    assert {item["check"] for item in findings if item["state"] == "wrong"} == {"cache"}
+    assert all(item["advice"] for item in findings if item["state"] != "ok")
+
+
+def test_ray_on_this_machine_listens_on_loopback_only() -> None:
+    code = (
+        "import ray, psutil; from ptxdist.cluster.connection import connection\n"
+        "with connection(None, cpus=1):\n"
+        "    ray.get(ray.remote(lambda: 1).remote())\n"
+        "    me = psutil.Process()\n"
+        "    for process in [me, *me.children(recursive=True)]:\n"
+        "        for one in process.net_connections(kind='inet'):\n"
+        "            if one.status == 'LISTEN': print(one.laddr.ip)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    heard = set(done.stdout.split())
+    assert heard
+    assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_token_is_not_sent_to_a_cluster_that_wants_none(cluster: Cluster, tmp_path: Path) -> None:
+    # Such a cluster takes the token, but its actors die at once, Ray Train's among them.
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment.pop("RAY_AUTH_MODE", None)
+    command = [sys.executable, "-m", "ptxdist", "doctor", "--address", cluster.address, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0123456789abcdef" not in done.stdout + done.stderr

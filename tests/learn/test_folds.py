@@ -1,0 +1,80 @@
+"""`train --fold all` as a user types it: one run a fold, and every case held out once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ptxdist.cli import cli
+from ptxdist.rundir import CASES, read_result, read_settings
+
+PIPELINE = """
+purpose = "a test"
+[model]
+encoder_weights = "none"
+[[stages]]
+size_px = 32
+epochs = 1
+batch_size = 8
+"""
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(folds: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    folder = tmp_path_factory.mktemp("folds")
+    (folder / "tiny.toml").write_text(PIPELINE)
+    done = call(
+        "train", "--without-ray", "--workers", 1, "--pipeline", folder / "tiny.toml", "--data", folds,
+        "--run", folder / "run", "--fold", "all", "--set", "train.device=cpu", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return folder / "run", done
+
+
+def test_every_case_is_held_out_once(folds: Path, trained: tuple[Path, Result]) -> None:
+    run, done = trained
+    pooled = json.loads(done.stdout)
+    assert (pooled["runs"], pooled["folds"], pooled["scores"]["cases"]) == (2, [0, 1], 40)
+    found = []
+    for fold in (0, 1):
+        assert read_settings(run / f"fold-{fold}").pipeline.fold == fold
+        with open(run / f"fold-{fold}" / "evaluation" / CASES, newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert {row["fold"] for row in rows} == {str(fold)}
+        found += [row["case_id"] for row in rows]
+    assert len(found) == len(set(found)) == 40
+    first, second = (read_result(run / f"fold-{fold}").stages[0] for fold in (0, 1))
+    assert first.fingerprint != second.fingerprint
+    assert second.reused_from is None
+
+
+def test_evaluations_that_would_be_lost_or_overwritten_are_refused(trained: tuple[Path, Result]) -> None:
+    run, _ = trained
+    first, second = run / "fold-0", run / "fold-1"
+    assert "--out" in call("evaluate", first, second).stderr
+    before = (first / "result.json").read_bytes()
+    done = call("evaluate", first, second, "--out", first)
+    assert (done.exit_code, "is a run" in done.stderr) == (8, True)
+    assert (first / "result.json").read_bytes() == before
+    unfinished = call("evaluate", run)
+    assert unfinished.exit_code == 8
+
+
+def test_folds_of_a_single_run_are_refused_where_they_cannot_be(
+    folds: Path, trained: tuple[Path, Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train", "--without-ray", "--data", folds, "--pipeline", trained[0].parent / "tiny.toml"]
+    done = call(*words, "--run", trained[0].parent / "other", "--workers", 1, "--fold", 2)
+    assert (done.exit_code, "has folds 0 to 1" in done.stderr) == (3, True)
+    assert call(*words, "--fold", "some").exit_code == 3
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = call(*words, "--workers", 2, "--fold", "all")
+    assert (done.exit_code, "one after the other" in done.stderr) == (3, True)

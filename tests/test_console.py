@@ -1,0 +1,50 @@
+"""What the training display says: in a log file lines, on a terminal a table."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from ptxdist import console
+from ptxdist.rundir import EpochMetrics, Scores, StageHistory
+
+
+def epoch(number: int) -> EpochMetrics:
+    scores = Scores(
+        cases=9, positives=3, kaggle_dice=0.7, positive_dice=0.2, pooled_dice=0.3, sensitivity=0.5, specificity=0.9,
+        all_empty_dice=0.6667,
+    )  # fmt: skip
+    return EpochMetrics(
+        stage=1, epoch=number, learning_rate=1e-3, train_loss=1.25, val_loss=1.5, at_stage=scores, at_full=scores,
+        train_seconds=500, val_seconds=100, images_per_second=20.5,
+    )  # fmt: skip
+
+
+def test_a_line_of_the_log_file_has_all_numbers_and_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.TrainingDisplay([256, 512], [5, 2]) as display:
+        display.show(StageHistory(stage=1, epochs=(epoch(1),)))
+        display.show(epoch(2))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("stage 1 epoch 2/5: train loss 1.2500, val loss 1.5000, Dice 0.7000 Kaggle")
+    assert line.endswith("lr 1.00e-03, 20.5 images/s, about 30 min left in the stage, about 1 h 50 min in all")
+
+
+def test_the_live_table_shows_epochs_from_before_an_interruption_and_the_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
+    for module in (console.terminal, console.training):
+        monkeypatch.setattr(module, "err", terminal)
+    with console.TrainingDisplay([64], [4]) as display:
+        display.show(StageHistory(stage=1, epochs=(epoch(1), epoch(2))))
+        display.show(epoch(3))
+        display.show((1, "train", 4, 3, 9))
+        with terminal.capture() as capture:
+            terminal.print(display._render())
+    shown = capture.get()
+    assert "stage 1: about 10 min left" in shown
+    assert [name for name in ("lr", "train loss", "val loss", "Kaggle Dice", "images/s") if name not in shown] == []
+    assert shown.count("1.00e-03") == 3
+    assert "stage 1 (64 px), epoch 4 of 4: train" in shown
