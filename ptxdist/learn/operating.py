@@ -89,13 +89,13 @@ class _Table:
         return cls(reached[:, 0], reached[:, 1], truth_px)
 
     def total(self, chosen: npt.NDArray[np.bool_]) -> Floats:
-        """Sum of the Kaggle Dice of the chosen cases at every point, (tops, areas, bottoms)."""
+        """Sum of the Kaggle Dice of the chosen cases at every point, (tops, areas, bottoms); 0 for no case."""
         predicted, truth = self.predicted[chosen], self.truth[chosen, None]
         sizes = predicted + truth
         dice = np.where(sizes == 0, 1.0, 2 * self.overlap[chosen] / np.maximum(sizes, 1))
         empty = (truth == 0).astype(float)
-        kept = (predicted[:, :, None] >= AREAS_PX).reshape(len(predicted), -1).astype(float)
-        found: Floats = (kept.T @ (dice - empty) + empty.sum()).reshape(len(LEVELS_TRIED), len(AREAS_PX), -1)
+        kept = (predicted[:, :, None] >= AREAS_PX).astype(float)
+        found: Floats = np.tensordot(kept, dice - empty, axes=(0, 0)) + empty.sum()
         return found
 
     def counts(self, place: _Place) -> Counts:

@@ -120,6 +120,18 @@ def test_one_patient_cannot_be_tuned_on() -> None:
     assert tune(hist, np.zeros(4, np.int64), list("abcd"), ["one"] * 4, "pair") is None
 
 
+def test_few_cases_may_leave_a_fold_without_any() -> None:
+    """One case of each kind: each lacks in every fold alike, so all go to the first ones."""
+    area = np.array([0, 1_000, 5_000, 20_000, 0])
+    hist = np.zeros((5, 2, LEVELS), np.int32)
+    hist[:, :, -1] = area[:, None]
+    ids = list("abcde")
+    assert len(set(assign_folds(ids, ids, area.tolist(), folds=FOLDS))) < FOLDS
+    found = tune(hist, area, ids, ids, "triplet")
+    assert found is not None
+    assert found[0].estimate.kaggle_dice == 1.0
+
+
 def test_a_mask_is_empty_below_its_area_and_else_all_from_the_bottom_on() -> None:
     probability = torch.tensor([0.9, 0.8, 0.3, 0.1])
 
