@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from ptxdist.data.preprocess import PreprocessResult, preprocess
 Image = npt.NDArray[np.generic]
 WriteDicom = Callable[..., Path]
 SetTags = Callable[[FileDataset, Mapping[str, object]], None]
+# A shell's background jobs ignore SIGINT, and so would the commands that the tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.

@@ -85,7 +85,7 @@ def test_after_a_refusal_no_task_writes_any_more(cluster: Cluster, tmp_path: Pat
     def write_or_refuse(number: int) -> None:
         if number == 0:
             raise StoreError("task 0 refuses")
-        for second in range(100):
+        for second in range(600):
             (tmp_path / f"{number}-{second}").touch()
             time.sleep(0.1)
 
@@ -95,7 +95,7 @@ def test_after_a_refusal_no_task_writes_any_more(cluster: Cluster, tmp_path: Pat
         written = sorted(tmp_path.iterdir())
         time.sleep(0.5)
         assert sorted(tmp_path.iterdir()) == written
-        assert len(written) < 100, "the tasks were cancelled, not waited for"
+        assert len(written) < 600, "the tasks were cancelled, not waited for"
 
 
 def test_a_slow_machine_does_not_hold_up_the_others(cluster: Cluster) -> None:
