@@ -31,6 +31,7 @@ from ptxdist.data.labels import read_patients
 from ptxdist.data.preprocess import read_salt
 from ptxdist.data.split import split_indices
 from ptxdist.data.store import Store, open_store
+from ptxdist.data.verify import refuse_damaged
 from ptxdist.errors import RunError
 from ptxdist.learn.analysis import CASE_COLUMNS, FIXED_THRESHOLDS, Evaluated, conclude
 from ptxdist.learn.checkpoint import load_weights
@@ -195,9 +196,11 @@ def evaluate_again(
     """Evaluate finished runs on this machine.
 
     A single run's own result is renewed, and returned too; the evaluation of several goes to `folder`, or with one run
-    stays with it. Errors as `evaluate`, and RunError for an unfinished run or one of another cache.
+    stays with it. Errors as `evaluate`; RunError for an unfinished run or one of another cache, StoreError for a cache
+    that is damaged.
     """
     members = [Member.of(run) for run in runs]
+    cache = Path(members[0].settings.data.cache)
     caches = {Path(member.settings.data.cache).resolve() for member in members}
     if len(caches) > 1:
         raise RunError(f"the runs were trained on different caches ({', '.join(sorted(map(str, caches)))})")
@@ -205,10 +208,11 @@ def evaluate_again(
         raise RunError("say with --out where the evaluation of several runs shall go")
     if folder is not None and (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    refuse_damaged(cache, [members[0].stage.size_px])
     use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
     evaluation = evaluate(
         members,
-        Path(members[0].settings.data.cache),
+        cache,
         folder or runs[0] / EVALUATION,
         device=torch.device("cuda" if use_gpu else "cpu"),
         patients=patients,

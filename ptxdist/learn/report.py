@@ -38,6 +38,8 @@ def write_report(run: Path) -> Path:
 
     Raises RunError when the run is not finished or its tables are gone, StoreError when its cache is.
     """
+    if (run / CASES).is_file():
+        raise RunError(f"{run} is an evaluation; a report is made of a run, such as one of those that were evaluated")
     settings, result = read_settings(run), read_result(run)
     cache = Path(settings.data.cache)
     catalog = read_catalog(cache)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
 from sklearn.calibration import calibration_curve
+from torchmetrics.functional.classification import binary_calibration_error
 
 from ptxdist.config import ModelSettings, PipelineSettings, Settings, StageSettings
 from ptxdist.data import rle
@@ -129,7 +130,7 @@ def test_every_number_can_be_computed_again_from_the_table(evaluated: tuple[Path
     assert all(group.small for group in result.subgroups), "twenty cases are few"
 
 
-def test_calibration_is_scikit_learn_s(evaluated: tuple[Path, EvaluationResult]) -> None:
+def test_calibration_is_scikit_learn_s_and_torchmetrics(evaluated: tuple[Path, EvaluationResult]) -> None:
     folder, result = evaluated
     px, images = result.calibration
     rows = table(folder)
@@ -139,6 +140,8 @@ def test_calibration_is_scikit_learn_s(evaluated: tuple[Path, EvaluationResult])
     assert images.predicted == pytest.approx(predicted, abs=1e-5)
     gaps = np.abs(np.array(images.observed) - images.predicted)
     assert images.error == pytest.approx(np.average(gaps, weights=images.counts))
+    error = binary_calibration_error(torch.from_numpy(score), torch.from_numpy(positive).int(), n_bins=10)
+    assert images.error == pytest.approx(float(error), abs=1e-5)
     assert sum(images.counts) == len(rows)
     for part in (px, images):
         assert part.interval is not None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from ptxdist.cli import cli
+from ptxdist.data.store import shard_path, store_path
 from ptxdist.rundir import CASES, read_result, read_settings
 
 PIPELINE = """
@@ -66,6 +68,37 @@ def test_evaluations_that_would_be_lost_or_overwritten_are_refused(trained: tupl
     assert (first / "result.json").read_bytes() == before
     unfinished = call("evaluate", run)
     assert unfinished.exit_code == 8
+    report = call("report", run / "out-of-fold")
+    assert (report.exit_code, "is an evaluation; a report is made of a run" in report.stderr) == (8, True)
+
+
+def test_a_comparison_tells_runs_of_one_name_apart(trained: tuple[Path, Result], tmp_path: Path) -> None:
+    run, _ = trained
+    other = tmp_path / "other" / "fold-0"
+    shutil.copytree(run / "fold-0" / "evaluation", other / "evaluation")
+    names = [item["run"] for item in json.loads(call("compare", run / "fold-0", other, "--json").stdout)["runs"]]
+    assert names == ["run/fold-0", "other/fold-0"]
+    text, markdown = call("compare", run / "fold-0", other).stdout, call("compare", run / "fold-0", other, "--markdown")
+    for name in names:
+        assert name in text
+        assert f"\n| {name} | " in markdown.stdout
+
+
+def test_what_was_damaged_since_the_training_is_not_evaluated(
+    folds: Path, trained: tuple[Path, Result], tmp_path: Path
+) -> None:
+    cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
+    shutil.copytree(trained[0] / "fold-0", run)
+    settings = (run / "settings.json").read_text()
+    assert str(folds) in settings
+    (run / "settings.json").write_text(settings.replace(str(folds), str(cache)))
+    shard = shard_path(store_path(cache, 32), "image", 0)
+    content = bytearray(shard.read_bytes())
+    content[0] ^= 1
+    shard.write_bytes(content)
+    done = call("evaluate", run)
+    assert done.exit_code == 7
+    assert "has another checksum than when it was written (cases case-0); mend it with" in done.stderr
 
 
 def test_folds_of_a_single_run_are_refused_where_they_cannot_be(
