@@ -196,8 +196,8 @@ def evaluate_again(
     """Evaluate finished runs on this machine.
 
     A single run's own result is renewed, and returned too; the evaluation of several goes to `folder`, or with one run
-    stays with it. Errors as `evaluate`; RunError for an unfinished run or one of another cache, StoreError for a cache
-    that is damaged.
+    stays with it. Errors as `evaluate`; RunError for an unfinished run or one of another cache or split, StoreError for
+    a cache that is damaged.
     """
     members = [Member.of(run) for run in runs]
     cache = Path(members[0].settings.data.cache)
@@ -208,6 +208,9 @@ def evaluate_again(
         raise RunError("say with --out where the evaluation of several runs shall go")
     if folder is not None and (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    catalog = read_catalog(cache)
+    for member in members:
+        refuse_other_split(member.run, catalog, member.settings.pipeline.fold)
     refuse_damaged(cache, [members[0].stage.size_px])
     use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
     evaluation = evaluate(
@@ -229,6 +232,26 @@ def evaluate_again(
     )
     write_json(runs[0] / RESULT, result)
     return evaluation, result
+
+
+def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
+    """RunError when the cache has been split anew since the run: it would be scored on what it was trained on.
+
+    Cases that came or went since do no harm; one that the run held out and that trains now does. A run without an
+    evaluation yet is not judged.
+    """
+    path = run / EVALUATION / CASES
+    if not path.is_file():
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        held_out = [row["case_id"] for row in csv.DictReader(file)]
+    fold_of = {case.case_id: case.fold for case in catalog.labelled}
+    if moved := sum(fold_of.get(case_id, -1) not in (-1, fold) for case_id in held_out):
+        raise RunError(
+            f"the cache of {run} has been split anew since: {moved} of the {len(held_out)} images that it held out are "
+            "training images now, so others that it was trained on are held out. Run `ptxdist preprocess` as it was "
+            "before (the same --patients and --folds), or train again"
+        )
 
 
 def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from ptxdist.cli import cli
+from ptxdist.data.catalog import FILE_NAME, read_catalog, write_catalog
 from ptxdist.data.store import shard_path, store_path
 from ptxdist.rundir import CASES, read_result, read_settings
 
@@ -84,14 +86,39 @@ def test_a_comparison_tells_runs_of_one_name_apart(trained: tuple[Path, Result],
         assert f"\n| {name} | " in markdown.stdout
 
 
-def test_what_was_damaged_since_the_training_is_not_evaluated(
-    folds: Path, trained: tuple[Path, Result], tmp_path: Path
-) -> None:
+@pytest.fixture
+def moved(folds: Path, trained: tuple[Path, Result], tmp_path: Path) -> tuple[Path, Path]:
+    """A cache and a run of its fold 0, which a test may change."""
     cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
     shutil.copytree(trained[0] / "fold-0", run)
     settings = (run / "settings.json").read_text()
     assert str(folds) in settings
     (run / "settings.json").write_text(settings.replace(str(folds), str(cache)))
+    return cache, run
+
+
+def test_no_run_is_scored_on_what_it_was_trained_on(moved: tuple[Path, Path]) -> None:
+    """Two cases change sides, as with another patient map; one that cannot be read any more does no harm."""
+    cache, run = moved
+    catalog = read_catalog(cache)
+    with_one_less = tuple(
+        replace(case, split="rejected", fold=-1) if number == 0 else case for number, case in enumerate(catalog.cases)
+    )
+    assert catalog.cases[0].fold == 0
+    write_catalog(replace(catalog, cases=with_one_less), cache / FILE_NAME)
+    assert json.loads(call("evaluate", run, "--json").stdout)["scores"]["cases"] == 19
+    split_anew = tuple(replace(case, fold=1 - case.fold) if case.fold >= 0 else case for case in with_one_less)
+    write_catalog(replace(catalog, cases=(*split_anew[:6], *with_one_less[6:])), cache / FILE_NAME)
+    before = (run / "result.json").read_bytes()
+    for command in ("evaluate", "report"):
+        done = call(command, run)
+        assert done.exit_code == 8
+        assert "split anew since: 3 of the 19 images that it held out are training images now" in done.stderr
+    assert (run / "result.json").read_bytes() == before
+
+
+def test_what_was_damaged_since_the_training_is_not_evaluated(moved: tuple[Path, Path]) -> None:
+    cache, run = moved
     shard = shard_path(store_path(cache, 32), "image", 0)
     content = bytearray(shard.read_bytes())
     content[0] ^= 1
