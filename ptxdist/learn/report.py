@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ptxdist import __version__
-from ptxdist.data.catalog import Catalog, read_catalog
+from ptxdist.data.catalog import Catalog, hold_out, read_catalog
+from ptxdist.data.duplicates import read_pairs
 from ptxdist.data.store import Store, open_store, read_manifest
 from ptxdist.errors import RunError
 from ptxdist.learn import model_card, tables
@@ -45,7 +46,9 @@ def write_report(run: Path) -> Path:
     settings, result = read_settings(run), read_result(run)
     cache = Path(settings.data.cache)
     catalog = read_catalog(cache)
-    refuse_other_split(run, catalog, settings.pipeline.fold)
+    refuse_other_split(run, catalog, fold := settings.pipeline.fold)
+    if fold:
+        catalog = hold_out(catalog, fold, read_pairs(cache))
     store = _sharpest_store(cache, settings.pipeline.stages[-1].size_px)
     rows, evaluation = _read_table(run, CASES), result.evaluation
     predictions = {row["ImageId"]: row["EncodedPixels"] for row in _read_table(run, PREDICTIONS)}

@@ -31,6 +31,7 @@ from ptxdist.cli import cli
 from ptxdist.data import pixels, render, rle
 from ptxdist.data.anatomy import pose
 from ptxdist.data.catalog import read_catalog
+from ptxdist.data.duplicates import read_pairs
 from ptxdist.data.labels import read_labels
 from ptxdist.data.picture import draw_image
 from ptxdist.data.preprocess import PreprocessResult, preprocess
@@ -983,6 +984,7 @@ def test_copies_across_the_split_are_counted_and_listed(copied, tmp_path: Path) 
     with open(tmp_path / "cache" / "near_duplicates.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {frozenset((row["ImageId"], row["other ImageId"])) for row in rows} == pairs
+    assert set(map(frozenset, read_pairs(tmp_path / "cache"))) == pairs
     for row in rows:
         assert (row["split"], row["other split"]) == (side[row["ImageId"]], side[row["other ImageId"]])
         assert row["same group"] == "false"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,20 @@ def test_every_case_is_held_out_once(folds: Path, trained: tuple[Path, Result]) 
     first, second = (read_result(run / f"fold-{fold}").stages[0] for fold in (0, 1))
     assert first.fingerprint != second.fingerprint
     assert second.reused_from is None
+
+
+def test_the_report_of_a_fold_tells_who_trained_and_who_was_held_out(
+    folds: Path, trained: tuple[Path, Result], tmp_path: Path
+) -> None:
+    cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
+    shutil.copytree(trained[0] / "fold-1", run)
+    (run / "settings.json").write_text((run / "settings.json").read_text().replace(str(folds), str(cache)))
+    catalog = read_catalog(cache)
+    cases = tuple(replace(case, view="LL" if case.fold == 1 else "PA") for case in catalog.cases)
+    write_catalog(replace(catalog, cases=cases), cache / FILE_NAME)
+    assert call("report", run).exit_code == 0
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r">view LL</th><td>0 \(0\.0\s%\)</td><td>20 \(100\.0\s%\)</td>", page)
 
 
 def test_evaluations_that_would_be_lost_or_overwritten_are_refused(trained: tuple[Path, Result]) -> None:

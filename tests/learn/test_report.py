@@ -423,6 +423,45 @@ def test_outlines_can_be_switched_off_and_a_case_be_enlarged(chromium: Browser, 
     assert chromium.run(width) > 1.5 * before
 
 
+def test_everything_is_reached_and_used_with_the_keyboard(chromium: Browser, page: Path) -> None:
+    chromium.open(page.as_uri(), 1280)
+    chromium.press("Tab", 9)
+    skip = chromium.run("[document.activeElement.className, document.activeElement.getBoundingClientRect().top >= 0]")
+    assert skip == ["skip", True], "the first stop, in sight once it has the focus"
+    stops = "[...document.querySelectorAll('a, input, summary, [tabindex]')].filter(item => item.checkVisibility())"
+    wanted = chromium.run(f"({stops}).length")
+    assert wanted > 20
+    reached = 1
+    while chromium.run("document.activeElement !== document.body") and reached <= wanted:
+        assert chromium.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+        if chromium.run("document.activeElement.id") == "show-truth":
+            chromium.press(" ", 32, " ")
+        chromium.press("Tab", 9)
+        reached += chromium.run("document.activeElement !== document.body")
+    assert reached == wanted
+    assert chromium.run("getComputedStyle(document.querySelector('.picture .truth')).visibility") == "hidden"
+    chromium.run("document.querySelector('#case-1 .enlarge').focus()")
+    chromium.press("Enter", 13, "\r")
+    assert chromium.run("location.hash") == "#case-1"
+
+
+def test_it_prints_in_black_on_white_and_nothing_is_cut_off(chromium: Browser, page: Path, tmp_path: Path) -> None:
+    """As wide as A4 less its margins, whatever the screen likes."""
+    chromium.open(page.as_uri(), 688, dark=True)
+    try:
+        scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
+        chromium.call("Emulation.setEmulatedMedia", media="print", features=scheme)
+        assert chromium.run("document.documentElement.scrollWidth") <= 688
+        wide = "[...document.querySelectorAll('.wide')].filter(item => item.scrollWidth > item.clientWidth + 1).length"
+        assert chromium.run(wide) == 0
+        assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert chromium.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    finally:
+        chromium.call("Emulation.setEmulatedMedia", media="")
+    chromium.print_pdf(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
 @pytest.mark.parametrize(("width", "height"), [(360, 700), (700, 360)])
 def test_outlines_lie_on_an_enlarged_image_of_any_window(
     chromium: Browser, page: Path, width: int, height: int
