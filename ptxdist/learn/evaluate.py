@@ -127,6 +127,8 @@ def evaluate(
     folds = sorted({member.settings.pipeline.fold for member in members})
     held_out = {fold: split_indices(catalog.labelled, fold)[1] for fold in folds}
     total, done = sum(map(len, held_out.values())), 0
+    if not total:
+        raise RunError(f"{cache} has no labelled case in fold {folds[0]}, which {first.run} held out")
     thresholds = list(dict.fromkeys((stage.threshold, *FIXED_THRESHOLDS)))
     predictions: dict[int, str] = {}
 

@@ -216,6 +216,10 @@ def test_runs_that_do_not_go_together_are_refused(folds: Path, tmp_path: Path) -
     large = replace(small, stage=small.stage.model_copy(update={"size_px": 64}))
     with pytest.raises(RunError, match="64 px"):
         evaluate([small, large], folds, tmp_path / "x", device=CPU)
+    cache = Path(shutil.copytree(folds, tmp_path / "cache"))
+    write_catalog(replace(read_catalog(cache), folds=3), cache / FILE_NAME)
+    with pytest.raises(RunError, match="no labelled case in fold 2"):
+        evaluate([member(tmp_path, fold=2)], cache, tmp_path / "x", device=CPU)
     assert not (tmp_path / "x").exists()
 
 
