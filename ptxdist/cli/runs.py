@@ -254,14 +254,13 @@ def _inspect_cache(cache: Path, as_json: bool) -> None:
 
     catalog = read_catalog(cache)
     stores = [open_store(cache, size) for size in sorted(read_manifest(cache).sizes)]
-    sheet = draw_contact_sheet(cache)
     if as_json:
         rows = [{"size_px": item.size_px, "cases": item.cases, "fingerprint": item.fingerprint} for item in stores]
-        console.show_json({**catalog.summary(), "stores": rows, "contact_sheet": sheet})
+        console.show_json({**catalog.summary(), "stores": rows, "contact_sheet": draw_contact_sheet(cache)})
     else:
         console.show_catalog(catalog)
         console.show_pairs("stores", [(f"{s.size_px} px, {s.cases:,} cases", s.fingerprint) for s in stores])
-        console.out.print(f"contact sheet: {sheet}", soft_wrap=True)
+        console.out.print(f"contact sheet: {draw_contact_sheet(cache)}", soft_wrap=True)
 
 
 @click.command()

@@ -43,7 +43,7 @@ def show_catalog(catalog: Catalog) -> None:
             ("  with several masks", f"{counts.table_several_masks:,}"),
             ("  with overlapping masks, united", f"{counts.table_overlapping:,}"),
             ("  without a file", f"{counts.ids_without_file:,}"),
-            ("files: DICOM", f"{counts.files:,}"),
+            ("files: images", f"{counts.files:,}"),
             ("  rejected", f"{len(catalog.rejects):,}"),
             ("  copies of another one", f"{counts.duplicates:,}"),
             ("files: others, left alone", f"{counts.other_files:,}"),
@@ -74,8 +74,8 @@ def show_catalog(catalog: Catalog) -> None:
         say("warning: some validation images look like training images, see near_duplicates.csv in the cache")
     if leakage.grouped_by == "nothing":
         say(
-            "warning: PatientID groups nothing (a different one for every image), so a patient may be on both sides of "
-            "the split; give --patients map.csv if it is known who is who"
+            "warning: PatientID groups nothing (there is none, or one for every image), so a patient may be on both "
+            "sides of the split; give --patients map.csv if it is known who is who"
         )
 
 

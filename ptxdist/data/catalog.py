@@ -283,6 +283,21 @@ def leakage_of(cases: Iterable[Case], grouped_by: str) -> Leakage:
     return measure_leakage(groups, positive, [case.split == "val" for case in sides], grouped_by)
 
 
+def hold_out(catalog: Catalog, fold: int, pairs: Iterable[tuple[str, str]]) -> Catalog:
+    """The catalog as a run sees it that holds out another fold: sides, and what that split leaks.
+
+    `pairs` are the ids of near-duplicates.
+    """
+    side = {case.case_id: "val" if case.fold == fold else "train" for case in catalog.cases if case.fold >= 0}
+    cases = tuple(replace(case, split=side.get(case.case_id, case.split)) for case in catalog.cases)
+    shared = sum({side.get(a), side.get(b)} == {"train", "val"} for a, b in pairs)
+    leakage = leakage_of(cases, catalog.leakage.grouped_by)
+    former = catalog.leakage.near_duplicates
+    return replace(
+        catalog, cases=cases, leakage=replace(leakage, near_duplicates=former, near_duplicates_shared=shared)
+    )
+
+
 def _arrange(cases: Sequence[Case], former: Catalog | None) -> list[Case]:
     """Labelled cases in the order of their rows: as in the former catalog, new ones in free rows or at the end."""
     left = {case.case_id: case for case in cases}

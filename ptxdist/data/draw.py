@@ -69,11 +69,15 @@ def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
 
 
 def draw_contact_sheet(cache: Path) -> Path:
-    """Draw up to 24 cases of a cache with their masks outlined, half of them positive, and return the PNG's path."""
+    """Draw up to 24 cases of a cache with their masks outlined, and return the PNG's path.
+
+    Half of them are positive, more where there are not twelve negative ones.
+    """
     cases, sizes = read_catalog(cache).labelled, sorted(read_manifest(cache).sizes)
     store = open_store(cache, sizes[0] if sizes else 256)
-    positive = [index for index, case in enumerate(cases) if case.masks and case.split in ("train", "val")][:12]
-    negative = [index for index, case in enumerate(cases) if not case.masks and case.split in ("train", "val")]
+    used = [index for index, case in enumerate(cases) if case.split in ("train", "val")]
+    positive, negative = ([index for index in used if bool(cases[index].masks) == wanted] for wanted in (True, False))
+    positive = positive[: max(12, 24 - len(negative))]
     pictures = [outline(*store.sample(index), side_px=256) for index in (*positive, *negative[: 24 - len(positive)])]
     path = cache / "contact-sheet.png"
     save(grid(pictures), path)

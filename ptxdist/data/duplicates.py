@@ -1,7 +1,7 @@
 """Near-duplicates: images that are almost the same, found in the cache itself.
 
-Owns: the perceptual hash and the limits. Refuses: nothing. Called by: `preprocess`, for the leakage report: a copy of a
-training image among the held-out ones is a leak that no patient map shows.
+Owns: the perceptual hash, the limits, and the list of a cache. Refuses: nothing. Called by: `preprocess`, for the
+leakage report: a copy of a training image among the held-out ones is a leak that no patient map shows; `learn.report`.
 
 The hash is the usual pHash, longer: signs of the 16x16 lowest frequencies of the discrete cosine transform of the
 32x32 px image against their median, 256 bits. Chest radiographs look alike, so a pair of hashes within `MAX_BITS` is
@@ -12,12 +12,17 @@ are copies that were encoded, resized, windowed or brightened anew; cropped, tur
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
+
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from ptxdist.data.store import Samples
 
+FILE_NAME = "near_duplicates.csv"
+COLUMNS = ("ImageId", "other ImageId", "split", "other split", "same group")
 SIDE_PX, FREQUENCIES = 32, 16
 MAX_BITS = 40
 MIN_CORRELATION = 0.985
@@ -57,3 +62,12 @@ def near_duplicates(small: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
             if j > i and float(flat[start + i] @ flat[start + j]) >= MIN_CORRELATION:
                 pairs.append((start + int(i), start + int(j)))
     return pairs
+
+
+def read_pairs(cache: Path) -> list[tuple[str, str]]:
+    """Image ids of the pairs that a cache lists; none where there is no list."""
+    path = cache / FILE_NAME
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [(row[COLUMNS[0]], row[COLUMNS[1]]) for row in csv.DictReader(file)]

@@ -31,7 +31,8 @@ from ptxdist.data.catalog import (
     read_catalog,
     write_catalog,
 )
-from ptxdist.data.duplicates import SIDE_PX, near_duplicates, thumbnail
+from ptxdist.data.duplicates import COLUMNS, SIDE_PX, near_duplicates, thumbnail
+from ptxdist.data.duplicates import FILE_NAME as DUPLICATES
 from ptxdist.data.render import Shard, shard_fingerprint, write_shard
 from ptxdist.data.split import FOLDS
 from ptxdist.data.spread import Spread, processes
@@ -58,7 +59,6 @@ from ptxdist.errors import BusyError, CatalogError, StoreError
 MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
 MISSING = "missing.csv"
-DUPLICATES = "near_duplicates.csv"
 LOCK = ".lock"
 SALT = "salt"
 TABLES = (FILE_NAME, MISSING, REJECTS, DUPLICATES, SALT)
@@ -338,7 +338,7 @@ def _find_duplicates(cases: Sequence[Case], out: Path, size: int) -> tuple[int, 
         small[place] = thumbnail(block[offset])
     pairs = [(cases[rows[i]], cases[rows[j]]) for i, j in near_duplicates(small)]
     table = [(a.case_id, b.case_id, a.split, b.split, str(a.group == b.group).lower()) for a, b in pairs]
-    _write_table(out / DUPLICATES, ("ImageId", "other ImageId", "split", "other split", "same group"), table)
+    _write_table(out / DUPLICATES, COLUMNS, table)
     return sum(a.split != b.split for a, b in pairs), len(pairs)
 
 

@@ -49,7 +49,10 @@ def scan(
     """
     names, others = find_files(root, skip)
     if not names:
-        raise CatalogError(f"{root}: no DICOM files (*.dcm) and no PNG images in it or below it ({others} other files)")
+        raise CatalogError(
+            f"{root}: no DICOM files (*.dcm) and no PNG images in it or below it ({others} other files); links "
+            "to folders are not followed"
+        )
     starts = range(0, len(names), _FILES_A_TASK)
     tasks = [(root, start, names[start : start + _FILES_A_TASK], salt) for start in starts]
     found: dict[int, list[ScannedFile]] = {}
@@ -82,7 +85,9 @@ def digest_of(content: bytes) -> str:
 
 
 def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]:
-    """Paths of the candidates below a folder, sorted, and the number of other files; links to folders are not followed.
+    """Paths of the candidates below a folder, sorted, and the number of other files.
+
+    Links to folders are not followed, since they may lead round in circles; each counts as one of the other files.
 
     A candidate ends in .dcm, .dicom or .ima, or has no suffix (a UID's last number is none). Only where there is none
     of them, PNG files are candidates: the mirror of the challenge's images.
@@ -101,6 +106,7 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
     for folder, below, names in os.walk(top, onerror=unreadable):
         if passed_over:
             below[:] = [name for name in below if os.path.join(folder, name) not in passed_over]
+        others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
         here = folder[len(top) :].lstrip(os.sep)
         for name in names:
             suffix = os.path.splitext(name)[1].lower()

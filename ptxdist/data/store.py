@@ -44,7 +44,6 @@ GEOMETRY = (
     "the image is padded with 0 to a square of max(rows, columns), floor of half the difference at the top and left, "
     "then resized by area averaging (bilinear when it grows); mask likewise: the share of the px's area in it, of 255"
 )
-_INDEX_BYTES = SHARD_CASES // CHUNK_CASES * 16 + 4
 _NO_CHUNK = 2**64 - 1  # how the zarr sharding codec marks an inner chunk that is not there
 
 Samples = npt.NDArray[np.uint8]

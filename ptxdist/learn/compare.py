@@ -38,10 +38,10 @@ def compare(runs: Sequence[Path]) -> Comparison:
         if not np.array_equal(found[:, 2], counts[0][:, 2]):
             raise RunError(f"{run} and {runs[0]} were evaluated against different masks; evaluate both on one cache")
     compared = []
-    for run, table, found in zip(runs, tables, counts, strict=True):
+    for name, table, found in zip(_names(runs), tables, counts, strict=True):
         compared.append(
             Compared(
-                run=run.name,
+                run=name,
                 cases=len(table),
                 scores=scores(found),
                 intervals=score_intervals(found, groups),
@@ -50,6 +50,13 @@ def compare(runs: Sequence[Path]) -> Comparison:
             )
         )
     return Comparison(cases=len(common), runs=tuple(compared))
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells the runs apart: exp1/fold-0, exp2/fold-0."""
+    paths = [run.resolve().parts for run in runs]
+    length = next(n for n in range(1, max(map(len, paths)) + 1) if len({p[-n:] for p in paths}) == len(set(paths)))
+    return [Path(*path[-length:]).as_posix() for path in paths]
 
 
 def as_markdown(comparison: Comparison) -> str:

@@ -31,6 +31,7 @@ from ptxdist.data.labels import read_patients
 from ptxdist.data.preprocess import read_salt
 from ptxdist.data.split import split_indices
 from ptxdist.data.store import Store, open_store
+from ptxdist.data.verify import refuse_damaged
 from ptxdist.errors import RunError
 from ptxdist.learn.analysis import CASE_COLUMNS, FIXED_THRESHOLDS, Evaluated, conclude
 from ptxdist.learn.checkpoint import load_weights
@@ -126,6 +127,8 @@ def evaluate(
     folds = sorted({member.settings.pipeline.fold for member in members})
     held_out = {fold: split_indices(catalog.labelled, fold)[1] for fold in folds}
     total, done = sum(map(len, held_out.values())), 0
+    if not total:
+        raise RunError(f"{cache} has no labelled case in fold {folds[0]}, which {first.run} held out")
     thresholds = list(dict.fromkeys((stage.threshold, *FIXED_THRESHOLDS)))
     predictions: dict[int, str] = {}
 
@@ -195,9 +198,11 @@ def evaluate_again(
     """Evaluate finished runs on this machine.
 
     A single run's own result is renewed, and returned too; the evaluation of several goes to `folder`, or with one run
-    stays with it. Errors as `evaluate`, and RunError for an unfinished run or one of another cache.
+    stays with it. Errors as `evaluate`; RunError for an unfinished run or one of another cache or split, StoreError for
+    a cache that is damaged.
     """
     members = [Member.of(run) for run in runs]
+    cache = Path(members[0].settings.data.cache)
     caches = {Path(member.settings.data.cache).resolve() for member in members}
     if len(caches) > 1:
         raise RunError(f"the runs were trained on different caches ({', '.join(sorted(map(str, caches)))})")
@@ -205,10 +210,14 @@ def evaluate_again(
         raise RunError("say with --out where the evaluation of several runs shall go")
     if folder is not None and (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    catalog = read_catalog(cache)
+    for member in members:
+        refuse_other_split(member.run, catalog, member.settings.pipeline.fold)
+    refuse_damaged(cache, [members[0].stage.size_px])
     use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
     evaluation = evaluate(
         members,
-        Path(members[0].settings.data.cache),
+        cache,
         folder or runs[0] / EVALUATION,
         device=torch.device("cuda" if use_gpu else "cpu"),
         patients=patients,
@@ -225,6 +234,26 @@ def evaluate_again(
     )
     write_json(runs[0] / RESULT, result)
     return evaluation, result
+
+
+def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
+    """RunError when the cache has been split anew since the run: it would be scored on what it was trained on.
+
+    Cases that came or went since do no harm; one that the run held out and that trains now does. A run without an
+    evaluation yet is not judged.
+    """
+    path = run / EVALUATION / CASES
+    if not path.is_file():
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        held_out = [row["case_id"] for row in csv.DictReader(file)]
+    fold_of = {case.case_id: case.fold for case in catalog.labelled}
+    if moved := sum(fold_of.get(case_id, -1) not in (-1, fold) for case_id in held_out):
+        raise RunError(
+            f"the cache of {run} has been split anew since: {moved} of the {len(held_out)} images that it held out are "
+            "training images now, so others that it was trained on are held out. Run `ptxdist preprocess` as it was "
+            "before (the same --patients and --folds), or train again"
+        )
 
 
 def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:

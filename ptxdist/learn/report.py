@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ptxdist import __version__
-from ptxdist.data.catalog import Catalog, read_catalog
+from ptxdist.data.catalog import Catalog, hold_out, read_catalog
+from ptxdist.data.duplicates import read_pairs
 from ptxdist.data.store import Store, open_store, read_manifest
 from ptxdist.errors import RunError
 from ptxdist.learn import model_card, tables
+from ptxdist.learn.evaluate import refuse_other_split
 from ptxdist.learn.figures import PLATEAU, learning_curves, reliability, size_against_dice, tuned_surface
 from ptxdist.learn.gallery import CaseRow, draw_galleries
 from ptxdist.learn.page import Page, Pairs, Row, Table, render
@@ -36,11 +38,17 @@ from ptxdist.rundir import (
 def write_report(run: Path) -> Path:
     """Write RUN/report anew and return the path of its index.html.
 
-    Raises RunError when the run is not finished or its tables are gone, StoreError when its cache is.
+    Raises RunError when the run is not finished, its tables are gone or its cache was split anew, StoreError when its
+    cache is gone.
     """
+    if (run / CASES).is_file():
+        raise RunError(f"{run} is an evaluation; a report is made of a run, such as one of those that were evaluated")
     settings, result = read_settings(run), read_result(run)
     cache = Path(settings.data.cache)
     catalog = read_catalog(cache)
+    refuse_other_split(run, catalog, fold := settings.pipeline.fold)
+    if fold:
+        catalog = hold_out(catalog, fold, read_pairs(cache))
     store = _sharpest_store(cache, settings.pipeline.stages[-1].size_px)
     rows, evaluation = _read_table(run, CASES), result.evaluation
     predictions = {row["ImageId"]: row["EncodedPixels"] for row in _read_table(run, PREDICTIONS)}

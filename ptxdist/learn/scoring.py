@@ -127,8 +127,13 @@ def _drop_small(mask: Tensor, min_area_px: int) -> Tensor:
 
 def to_levels(probability: Tensor) -> Tensor:
     """Level of each probability, int32 0..LEVELS - 1 of the same shape: level k from k / LEVELS on, exactly."""
+    scaled = probability * LEVELS
+    levels = scaled.to(torch.int32).clamp_(0, LEVELS - 1)
+    # The product is rounded. What lies so close to an edge that this may matter, few px, is compared with it.
+    close = (scaled - scaled.round()).abs() < 4 * LEVELS * torch.finfo(probability.dtype).eps
     edges = torch.arange(1, LEVELS, dtype=torch.float64, device=probability.device) / LEVELS
-    return torch.bucketize(probability, edges.to(probability.dtype), right=True, out_int32=True)
+    levels[close] = torch.bucketize(probability[close], edges.to(probability.dtype), right=True, out_int32=True)
+    return levels
 
 
 def mask_at(probability: Tensor, point: OperatingPoint) -> Tensor:

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ptxdist.data.catalog import FILE_NAME, REMOVED, Catalog, build_catalog, read_catalog, write_catalog
+from ptxdist.data.catalog import FILE_NAME, REMOVED, Catalog, build_catalog, hold_out, read_catalog, write_catalog
 from ptxdist.data.scan import digest_of
 from ptxdist.errors import CatalogError, LabelError, SettingsError, StoreError
 
@@ -362,6 +362,30 @@ def test_damaged_or_newer_catalog_is_refused(small_catalog: Catalog, tmp_path: P
 def test_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"is not a ptxdist cache .* make one with `ptxdist preprocess`"):
         read_catalog(tmp_path)
+
+
+# --- another fold ----------------------------------------------------------------------------------------------------
+
+
+def test_another_fold_is_held_out_as_the_first_one_is(small_catalog: Catalog) -> None:
+    first, other = (hold_out(small_catalog, fold, ()) for fold in (0, 3))
+    assert first == small_catalog
+    assert {case.case_id for case in other.cases if case.split == "val"} == {
+        case.case_id for case in small_catalog.cases if case.fold == 3
+    }
+    assert [case.split for case in other.cases if case.masks is None] == ["unlabelled"]
+    assert (other.leakage.val_cases, other.leakage.shared_cases) == (other.sides()["val"]["cases"], 0)
+    assert other.sides()["val"]["cases"] + other.sides()["train"]["cases"] == 23
+
+
+def test_near_duplicates_are_counted_across_the_fold_that_is_held_out(small_catalog: Catalog) -> None:
+    [val, *_], [train, also, *_] = (
+        [case.case_id for case in small_catalog.labelled if (case.fold == 3) == held] for held in (True, False)
+    )
+    pairs = [(val, train), (train, also), (also, val), (val, "of a rejected file")]
+    listed = replace(small_catalog, leakage=replace(small_catalog.leakage, near_duplicates=4))
+    leakage = hold_out(listed, 3, pairs).leakage
+    assert (leakage.near_duplicates, leakage.near_duplicates_shared) == (4, 2)
 
 
 # --- the real data (numbers of data-facts) ---------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from ptxdist.cli import cli
 from ptxdist.data import pixels, render, rle
 from ptxdist.data.anatomy import pose
 from ptxdist.data.catalog import read_catalog
+from ptxdist.data.duplicates import read_pairs
 from ptxdist.data.labels import read_labels
 from ptxdist.data.picture import draw_image
 from ptxdist.data.preprocess import PreprocessResult, preprocess
@@ -913,6 +914,42 @@ def test_renewal_with_too_many_rejects_leaves_the_cache_to_be_trained_on(renewal
     assert open_store(renewal.cache, 32).cases == 300
 
 
+# --- what a person is told ------------------------------------------------------------------------------------------
+
+
+def test_command_tells_what_there_is_and_warns_where_patients_are_not_known(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    data, cache = small_dataset, tmp_path / "cache"
+    build = ["preprocess", "--dicom", data.dicom, "--labels", data.labels, "--out", cache, "--size", 32]
+
+    def call(*arguments: object) -> tuple[dict[str, str], str]:
+        done = CliRunner().invoke(cli, list(map(str, arguments)))
+        assert done.exit_code == 0, done.output
+        cells = [line.strip("│ ").split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+        return {name.strip(): value.strip() for name, value in cells}, done.stderr
+
+    shown, said = call(*build)
+    assert (shown["table: rows"], shown["table: images"]) == ("27", "25")
+    assert (shown["images: labelled"], shown["images: without a row, unlabelled"]) == ("23", "1")
+    assert shown["table: dialect of the masks"] == "relative-columns (not proven)"
+    assert "warning: PatientID groups nothing" in said
+    assert "warning: the masks are read as relative-columns: " in said
+    assert "1 shards written, 0 kept" in said
+    assert "nothing had to be done" in call(*build)[1]
+    known, said = call(*build, "--patients", data.patients)
+    assert known["groups by patient map"] == "12 (8 with a positive)"
+    assert "PatientID" not in said
+    found, _ = call("inspect", cache)
+    assert (
+        found.items() >= {name: known[name] for name in known if name.startswith(("table", "images", "split"))}.items()
+    )
+    assert found["32 px, 23 cases"] == read_manifest(cache).sizes[32].fingerprint
+    sheet = cv2.imread(str(cache / "contact-sheet.png"))
+    assert sheet is not None
+    assert sheet.shape == (4 * 256, 6 * 256, 3)
+    coloured = (sheet.astype(int).max(2) - sheet.min(2) > 60).reshape(4, 256, 6, 256).any((1, 3)).reshape(-1)
+    assert coloured.tolist() == [number < 8 for number in range(24)], "the masks of the eight positive ones, first"
+
+
 # --- near-duplicates ------------------------------------------------------------------------------------------------
 
 
@@ -947,6 +984,7 @@ def test_copies_across_the_split_are_counted_and_listed(copied, tmp_path: Path) 
     with open(tmp_path / "cache" / "near_duplicates.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert {frozenset((row["ImageId"], row["other ImageId"])) for row in rows} == pairs
+    assert set(map(frozenset, read_pairs(tmp_path / "cache"))) == pairs
     for row in rows:
         assert (row["split"], row["other split"]) == (side[row["ImageId"]], side[row["other ImageId"]])
         assert row["same group"] == "false"

@@ -11,9 +11,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+from pydicom import uid
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
 
 from ptxdist.data import render, rle
-from ptxdist.data.catalog import REMOVED, Catalog, build_catalog
+from ptxdist.data.catalog import REMOVED, Case, Catalog, build_catalog
 from ptxdist.data.render import Shard, differing_cases, fit_square, resize, shard_fingerprint, write_shard
 from ptxdist.data.scan import digest_of
 from ptxdist.data.store import ARRAYS, damaged_rows, map_shard, shard_path, staged, store_path
@@ -90,6 +93,36 @@ def test_fingerprint_depends_on_the_order_the_size_and_the_code(
     assert len(found) == 5
 
 
+def test_a_change_of_the_transform_has_a_number(file_of, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Whoever changes what comes out of a file raises TRANSFORM and puts the new sums here: old shards would be kept.
+
+    A plain image, a wide one that is signed, rescaled, windowed and inverted, and a high one through a look-up table.
+    """
+    plain = np.add.outer(np.arange(64) * 3, np.arange(64)).astype(np.uint8)
+    wide = np.add.outer(np.arange(96) * 9, np.arange(128) * 13).astype(np.int16) - 900
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [1024, 40, 12])
+    table.add_new("LUTData", "OW", (np.arange(1024) ** 2 // 256).astype("<u2").tobytes())
+    window = {"RescaleSlope": 2, "RescaleIntercept": -50, "WindowCenter": 300, "WindowWidth": 1500}
+    files = {
+        "1": (plain, file_of(plain, uid.ExplicitVRLittleEndian)),
+        "2": (wide, file_of(wide, uid.RLELossless, PhotometricInterpretation="MONOCHROME1", **window)),
+        "3": (wide, file_of(wide.T.astype(np.uint16) % 1000, uid.JPEG2000Lossless, VOILUTSequence=Sequence([table]))),
+    }
+    cases = []
+    for name, (pixels, content) in files.items():
+        (tmp_path / name).write_bytes(content)
+        rows, columns = pixels.shape if name != "3" else pixels.T.shape
+        masks = () if name == "1" else ("200 31 40 60", "250 20")
+        cases.append(Case(name, digest_of(content), "any", rows, columns, "", masks))
+    _, records = write_shard(Shard(0, cases, list(files), tmp_path), tmp_path / "out", (32,))
+    assert records[32].rejects == ()
+    found = (records[32].image_crc32c, records[32].mask_crc32c)
+    assert {render.TRANSFORM: found} == {
+        2: ("b2469381741df08c03fb73a9", "eeaede7c5a0ebad9d97c66e4"),
+    }
+
+
 # --- one shard ------------------------------------------------------------------------------------------------------
 
 
@@ -127,18 +160,19 @@ def test_a_shard_holds_the_samples_of_its_files_and_masks(shard: Shard, small_da
 
 
 def test_geometry_maps_a_mask_back_to_its_image(shard: Shard, small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """By the rule in the store's attribute: the square of the longer side, the image in its middle."""
+    """By the rule in the store's attribute, as the example in docs/cache.md has it."""
+    text = (Path(__file__).parents[2] / "docs" / "cache.md").read_text()
+    example = text.split("```python\n")[1].split("```")[0]
     write_shard(shard, tmp_path, (224,))
     masks = samples(tmp_path, 224, len(shard.cases), "mask")
     found = 0
     for mask, case in zip(masks, shard.cases, strict=True):
         if (case.rows, case.columns) != (160, 224) or not case.masks:
             continue
-        side = max(case.rows, case.columns)
-        top, left = (side - case.rows) // 2, (side - case.columns) // 2
-        back = mask[top : top + case.rows, left : left + case.columns]
-        assert np.array_equal(back, 255 * small_dataset.masks[case.case_id])
-        assert np.array_equal(back, 255 * rle.decode(case.masks, case.rows, case.columns))
+        names: dict[str, Any] = {"cv2": cv2, "mask": mask, "rows": case.rows, "columns": case.columns}
+        exec(example, names)  # what stands in the documentation is what is tested
+        assert np.array_equal(names["image_mask"], small_dataset.masks[case.case_id])
+        assert np.array_equal(names["image_mask"], rle.decode(case.masks, case.rows, case.columns))
         found += 1
     assert found >= 1
 

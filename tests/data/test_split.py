@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptxdist.data import rle
+from ptxdist.data.labels import read_labels, read_patients
 from ptxdist.data.split import AREA_STRATA_PX, assign_folds, measure_leakage
 
 Cases = tuple[list[str], list[str], list[int]]
@@ -132,3 +135,16 @@ def test_random_split_of_pairs_leaks_as_much_as_probability_says() -> None:
     assert leakage.random_shared == pytest.approx(0.9, abs=0.02)  # the other one of the pair trains
     assert leakage.random_shared_positive == 0
     assert np.isfinite(leakage.random_shared)
+
+
+def test_the_challenges_patients_are_kept_apart_where_a_random_split_mixes_most_of_them(real_data: Path) -> None:
+    """The numbers of the whole table: 12,047 images of 6,171 patients, the 2,669 positive ones of 802."""
+    masks = read_labels(real_data / "siim-real" / "train-rle.csv.gz")
+    patients = read_patients(real_data / "siim-real" / "nih_id.csv")
+    groups = [patients[case_id] for case_id in masks]
+    folds = assign_folds(list(masks), groups, [rle.area_px(texts, 1024, 1024) for texts in masks.values()])
+    leakage = measure_leakage(groups, list(map(bool, masks.values())), [fold == 0 for fold in folds], "patient map")
+    assert (leakage.groups, leakage.positive_groups) == (6_171, 802)
+    assert (leakage.shared_cases, leakage.shared_positive) == (0, 0)
+    assert (leakage.random_shared, leakage.random_shared_positive) == pytest.approx((0.63, 0.95), abs=0.015)
+    assert (leakage.val_cases, leakage.val_positive) == pytest.approx((1_205, 267), abs=8)

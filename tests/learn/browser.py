@@ -66,6 +66,12 @@ class Browser:
             raise RuntimeError(json.dumps(answer["exceptionDetails"]))
         return answer["result"].get("value")
 
+    def press(self, key: str, code: int, text: str = "") -> None:
+        """Press a key and let it go; `code` is its virtual key code, `text` what it types."""
+        for kind in ("keyDown", "keyUp"):
+            typed = {"text": text} if text and kind == "keyDown" else {}
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code, **typed)
+
     def screenshot(self, path: Path, **clip: float) -> None:
         """The whole page as PNG, or the part x, y, width, height of it."""
         if not clip:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.numpy import load_file
 from sklearn.calibration import calibration_curve
+from torchmetrics.functional.classification import binary_calibration_error
 
 from ptxdist.config import ModelSettings, PipelineSettings, Settings, StageSettings
 from ptxdist.data import rle
@@ -129,7 +130,7 @@ def test_every_number_can_be_computed_again_from_the_table(evaluated: tuple[Path
     assert all(group.small for group in result.subgroups), "twenty cases are few"
 
 
-def test_calibration_is_scikit_learn_s(evaluated: tuple[Path, EvaluationResult]) -> None:
+def test_calibration_is_scikit_learn_s_and_torchmetrics(evaluated: tuple[Path, EvaluationResult]) -> None:
     folder, result = evaluated
     px, images = result.calibration
     rows = table(folder)
@@ -139,6 +140,8 @@ def test_calibration_is_scikit_learn_s(evaluated: tuple[Path, EvaluationResult])
     assert images.predicted == pytest.approx(predicted, abs=1e-5)
     gaps = np.abs(np.array(images.observed) - images.predicted)
     assert images.error == pytest.approx(np.average(gaps, weights=images.counts))
+    error = binary_calibration_error(torch.from_numpy(score), torch.from_numpy(positive).int(), n_bins=10)
+    assert images.error == pytest.approx(float(error), abs=1e-5)
     assert sum(images.counts) == len(rows)
     for part in (px, images):
         assert part.interval is not None
@@ -213,6 +216,10 @@ def test_runs_that_do_not_go_together_are_refused(folds: Path, tmp_path: Path) -
     large = replace(small, stage=small.stage.model_copy(update={"size_px": 64}))
     with pytest.raises(RunError, match="64 px"):
         evaluate([small, large], folds, tmp_path / "x", device=CPU)
+    cache = Path(shutil.copytree(folds, tmp_path / "cache"))
+    write_catalog(replace(read_catalog(cache), folds=3), cache / FILE_NAME)
+    with pytest.raises(RunError, match="no labelled case in fold 2"):
+        evaluate([member(tmp_path, fold=2)], cache, tmp_path / "x", device=CPU)
     assert not (tmp_path / "x").exists()
 
 

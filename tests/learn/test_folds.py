@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from ptxdist.cli import cli
+from ptxdist.data.catalog import FILE_NAME, read_catalog, write_catalog
+from ptxdist.data.store import shard_path, store_path
 from ptxdist.rundir import CASES, read_result, read_settings
 
 PIPELINE = """
@@ -56,6 +61,20 @@ def test_every_case_is_held_out_once(folds: Path, trained: tuple[Path, Result]) 
     assert second.reused_from is None
 
 
+def test_the_report_of_a_fold_tells_who_trained_and_who_was_held_out(
+    folds: Path, trained: tuple[Path, Result], tmp_path: Path
+) -> None:
+    cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
+    shutil.copytree(trained[0] / "fold-1", run)
+    (run / "settings.json").write_text((run / "settings.json").read_text().replace(str(folds), str(cache)))
+    catalog = read_catalog(cache)
+    cases = tuple(replace(case, view="LL" if case.fold == 1 else "PA") for case in catalog.cases)
+    write_catalog(replace(catalog, cases=cases), cache / FILE_NAME)
+    assert call("report", run).exit_code == 0
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert re.search(r">view LL</th><td>0 \(0\.0\s%\)</td><td>20 \(100\.0\s%\)</td>", page)
+
+
 def test_evaluations_that_would_be_lost_or_overwritten_are_refused(trained: tuple[Path, Result]) -> None:
     run, _ = trained
     first, second = run / "fold-0", run / "fold-1"
@@ -66,6 +85,62 @@ def test_evaluations_that_would_be_lost_or_overwritten_are_refused(trained: tupl
     assert (first / "result.json").read_bytes() == before
     unfinished = call("evaluate", run)
     assert unfinished.exit_code == 8
+    report = call("report", run / "out-of-fold")
+    assert (report.exit_code, "is an evaluation; a report is made of a run" in report.stderr) == (8, True)
+
+
+def test_a_comparison_tells_runs_of_one_name_apart(trained: tuple[Path, Result], tmp_path: Path) -> None:
+    run, _ = trained
+    other = tmp_path / "other" / "fold-0"
+    shutil.copytree(run / "fold-0" / "evaluation", other / "evaluation")
+    names = [item["run"] for item in json.loads(call("compare", run / "fold-0", other, "--json").stdout)["runs"]]
+    assert names == ["run/fold-0", "other/fold-0"]
+    text, markdown = call("compare", run / "fold-0", other).stdout, call("compare", run / "fold-0", other, "--markdown")
+    for name in names:
+        assert name in text
+        assert f"\n| {name} | " in markdown.stdout
+
+
+@pytest.fixture
+def moved(folds: Path, trained: tuple[Path, Result], tmp_path: Path) -> tuple[Path, Path]:
+    """A cache and a run of its fold 0, which a test may change."""
+    cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
+    shutil.copytree(trained[0] / "fold-0", run)
+    settings = (run / "settings.json").read_text()
+    assert str(folds) in settings
+    (run / "settings.json").write_text(settings.replace(str(folds), str(cache)))
+    return cache, run
+
+
+def test_no_run_is_scored_on_what_it_was_trained_on(moved: tuple[Path, Path]) -> None:
+    """Two cases change sides, as with another patient map; one that cannot be read any more does no harm."""
+    cache, run = moved
+    catalog = read_catalog(cache)
+    with_one_less = tuple(
+        replace(case, split="rejected", fold=-1) if number == 0 else case for number, case in enumerate(catalog.cases)
+    )
+    assert catalog.cases[0].fold == 0
+    write_catalog(replace(catalog, cases=with_one_less), cache / FILE_NAME)
+    assert json.loads(call("evaluate", run, "--json").stdout)["scores"]["cases"] == 19
+    split_anew = tuple(replace(case, fold=1 - case.fold) if case.fold >= 0 else case for case in with_one_less)
+    write_catalog(replace(catalog, cases=(*split_anew[:6], *with_one_less[6:])), cache / FILE_NAME)
+    before = (run / "result.json").read_bytes()
+    for command in ("evaluate", "report"):
+        done = call(command, run)
+        assert done.exit_code == 8
+        assert "split anew since: 3 of the 19 images that it held out are training images now" in done.stderr
+    assert (run / "result.json").read_bytes() == before
+
+
+def test_what_was_damaged_since_the_training_is_not_evaluated(moved: tuple[Path, Path]) -> None:
+    cache, run = moved
+    shard = shard_path(store_path(cache, 32), "image", 0)
+    content = bytearray(shard.read_bytes())
+    content[0] ^= 1
+    shard.write_bytes(content)
+    done = call("evaluate", run)
+    assert done.exit_code == 7
+    assert "has another checksum than when it was written (cases case-0); mend it with" in done.stderr
 
 
 def test_folds_of_a_single_run_are_refused_where_they_cannot_be(

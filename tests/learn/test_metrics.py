@@ -5,7 +5,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from monai.metrics import compute_dice, compute_iou
 from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
+from torchmetrics.functional.classification import (
+    binary_auroc,
+    binary_f1_score,
+    binary_jaccard_index,
+    binary_recall,
+    binary_specificity,
+)
 
 from ptxdist.learn.metrics import auroc, count, image_dice, scores
 from ptxdist.rundir import Scores
@@ -157,3 +165,29 @@ def test_dice_and_iou_are_scikit_learn_s() -> None:
         assert image_dice(counts)[index] == pytest.approx(expected)
     assert scores(counts).pooled_dice == pytest.approx(f1_score(truth.ravel(), prediction.ravel()))
     assert scores(counts).pooled_iou == pytest.approx(jaccard_score(truth.ravel(), prediction.ravel()))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_scores_of_masks_are_those_of_monai_and_torchmetrics(seed: int) -> None:
+    """Twelve masks, among them equal, empty and full ones; each empty beside another empty and beside a full one."""
+    random = np.random.default_rng(seed)
+    prediction, truth = random.random((2, 12, 16, 16)) < random.random((2, 12, 1, 1))
+    prediction[:2], truth[1:3] = False, False
+    prediction[3], truth[4], prediction[5:7], truth[6:8] = truth[3], prediction[4], True, True
+    pair = torch.from_numpy(prediction), torch.from_numpy(truth)
+    counts = count(*pair).numpy()
+    found, wanted = scores(counts), truth.any((1, 2))
+    both = [mask[:, None].float() for mask in pair]
+    assert image_dice(counts) == pytest.approx(compute_dice(*both, ignore_empty=False).flatten().numpy())
+    assert found.positive_dice == pytest.approx(float(compute_dice(*both).flatten()[torch.from_numpy(wanted)].mean()))
+    whole = [mask.reshape(1, 1, -1, 1) for mask in both]
+    assert found.pooled_dice == pytest.approx(float(compute_dice(*whole)))
+    assert found.pooled_iou == pytest.approx(float(compute_iou(*whole)))
+    flat = [mask.flatten().int() for mask in pair]
+    assert found.pooled_dice == pytest.approx(float(binary_f1_score(*flat)))
+    assert found.pooled_iou == pytest.approx(float(binary_jaccard_index(*flat)))
+    any_px = [mask.flatten(1).any(1).int() for mask in pair]
+    assert found.sensitivity == pytest.approx(float(binary_recall(*any_px)))
+    assert found.specificity == pytest.approx(float(binary_specificity(*any_px)))
+    score = torch.from_numpy(random.integers(0, 5, 12) / 5)
+    assert auroc(score.numpy(), wanted)[0] == pytest.approx(float(binary_auroc(score, any_px[1])))

@@ -41,6 +41,17 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return probability, truth
 
 
+def test_levels_begin_exactly_where_a_threshold_compares() -> None:
+    edges = torch.arange(1, LEVELS, dtype=torch.float64).div(LEVELS).float()
+    around = [edges, torch.nextafter(edges, torch.zeros(1)), torch.nextafter(edges, torch.ones(1)), edges + 1e-6]
+    values = torch.cat(
+        [*around, torch.tensor([0.0, 1.0]), torch.rand(20_000, generator=torch.Generator().manual_seed(0))]
+    )
+    reached = (values[:, None] >= edges).sum(1)
+    assert to_levels(values).tolist() == reached.tolist()
+    assert to_levels(values.reshape(2, 1, -1)[:, 0]).shape == (2, len(values) // 2)
+
+
 @pytest.mark.parametrize("kind", ["pair", "triplet"])
 def test_scores_of_the_search_are_those_of_the_masks(images: tuple[torch.Tensor, torch.Tensor], kind: str) -> None:
     probability, truth = images

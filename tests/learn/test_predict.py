@@ -23,9 +23,12 @@ from ptxdist.data import rle
 from ptxdist.data.spread import processes
 from ptxdist.errors import BusyError, CatalogError, RunError
 from ptxdist.learn import predict as command
+from ptxdist.learn.evaluate import evaluate_again
 from ptxdist.learn.predict import Finding, predict_files
+from ptxdist.learn.report import write_report
 from ptxdist.rundir import OperatingPoint
 
+SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest
 ALWAYS = OperatingPoint(top=0.0, min_area_px=0, bottom=0.0)
 SIZES = {"1.2.1": (96, 128), "1.2.2": (160, 96), "1.2.3": (128, 128), "1.2.4": (120, 130), "1.2.5": (64, 96)}
 
@@ -278,3 +281,15 @@ def test_the_command_prints_what_it_did(finished_run: Path, images: Path, tmp_pa
     assert printed["operating_point"] == {"top": 0.2, "min_area_px": 7, "bottom": 0.2}
     wrong = CliRunner().invoke(cli, [*map(str, words), "--write", "pictures"])
     assert wrong.exit_code == 2
+
+
+def test_nothing_that_a_run_leaves_names_a_patient(finished_run: Path, tmp_path: Path) -> None:
+    """The DICOM files of its cache hold these names, in their headers, their folders and the patient map."""
+    copy = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    evaluate_again([copy])
+    write_report(copy)
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert {"index.html", "cases.csv", "predictions.csv", "settings.json", "metrics.jsonl"} <= {f.name for f in files}
+    for path in files:
+        content = str(path.relative_to(copy)).encode() + path.read_bytes()
+        assert not [secret for secret in SECRETS if secret.encode() in content], path

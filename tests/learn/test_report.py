@@ -15,13 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser, browser
+from safetensors.numpy import load_file
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_auc_score
 
 from ptxdist.cluster.coordinator import plan_run, run_pipeline
 from ptxdist.config import load_settings
+from ptxdist.data.catalog import Case
 from ptxdist.errors import RunError
+from ptxdist.learn.analysis import FIXED_THRESHOLDS, Evaluated, conclude
 from ptxdist.learn.metrics import scores
 from ptxdist.learn.report import write_report
-from ptxdist.rundir import CASES, EVALUATION, RESULT, Scores, read_result, write_json
+from ptxdist.learn.scoring import CaseCounts
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, Scores, read_result, write_json
 
 PURPOSE = "look at <script>alert('purpose')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "input"}
@@ -199,6 +205,81 @@ def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, ro
         assert f"truth {int(row['truth_px']):,} px, prediction {int(row['predicted_px']):,} px" in case.text
 
 
+def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, page: Path, tmp_path: Path) -> None:
+    """Every number, interval and chart of it: from cases.csv, and what is of px from histograms.safetensors."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    evaluation = read_result(run).evaluation
+    assert not evaluation.scores.equals_all_empty
+    thresholds = list(dict.fromkeys((evaluation.threshold, *FIXED_THRESHOLDS)))
+    with open(run / EVALUATION / CASES, newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows])
+
+    def counts(start: str) -> np.ndarray:
+        names = (f"{start}intersection_px", f"{start}predicted_px", "truth_px")
+        return np.stack([column(name) for name in names], axis=1).astype(np.int64)
+
+    cases = [
+        Case(
+            *(row["case_id"], "", "", int(row["rows"]), int(row["columns"]), row["group"]),
+            ("",) * int(row["masks"]), int(row["truth_px"]), row["view"], row["sex"],
+            int(row["age"]) if row["age"] else None, int(row["fold"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    again = CaseCounts(
+        loss=np.zeros(len(rows)),
+        score=column("score"),
+        at_stage=np.zeros((len(rows), 3), np.int64),
+        at_full=np.stack([counts(""), *(counts(f"at_{threshold}_") for threshold in thresholds[1:])]),
+        histograms=load_file(run / EVALUATION / HISTOGRAMS)["histograms"],
+        brightness=column("brightness"),
+    )
+    assert evaluation.shared_patients is not None
+    evaluated = Evaluated(
+        cases,
+        again,
+        [row["group"] for row in rows],
+        [bool(int(row["patient_in_training"])) for row in rows],
+        evaluation.shared_patients.known_from,
+    )
+    found, _ = conclude(
+        evaluated,
+        thresholds,
+        min_area_px=evaluation.min_area_px,
+        flip_averaging=evaluation.flip_averaging,
+        runs=evaluation.runs,
+    )
+    (copy / EVALUATION / RESULT).unlink()
+    write_json(copy / RESULT, read_result(run).model_copy(update={"evaluation": found}))
+    assert write_report(copy).read_bytes() == page.read_bytes()
+
+
+def test_headline_numbers_are_those_of_other_libraries(run: Path, root: Element) -> None:
+    """From cases.csv, without a line of ours."""
+    with open(run / EVALUATION / CASES, newline="") as file:
+        rows = list(csv.DictReader(file))
+    overlap, predicted, truth, score = (
+        np.array([float(row[name]) for row in rows])
+        for name in ("intersection_px", "predicted_px", "truth_px", "score")
+    )
+    positive, total = truth > 0, predicted + truth
+    dice = [2 * float(a) / float(b) if b else 1.0 for a, b in zip(overlap, total, strict=True)]
+    observed, expected = calibration_curve(positive, score, n_bins=10)
+    number = np.histogram(score, np.linspace(0, 1, 11))[0]
+    wanted = (
+        *(np.mean(dice), np.mean(np.array(dice)[positive]), 2 * overlap.sum() / total.sum()),
+        *(overlap.sum() / (total.sum() - overlap.sum()), np.mean(predicted[positive] > 0)),
+        *(np.mean(predicted[~positive] == 0), roc_auc_score(positive, score)),
+        np.average(np.abs(observed - expected), weights=number[number > 0]),
+    )
+    tiles = [item for item in root.all("li") if item.attributes.get("class") == "tile"]
+    assert [next(part for part in tile.all("div")).text for tile in tiles] == [f"{value:.4f}" for value in wanted]
+    assert f"predicting nothing: {np.mean(~positive):.4f}" in tiles[0].text
+
+
 def test_texts_are_escaped(page: Path, root: Element) -> None:
     text = page.read_text(encoding="utf-8")
     assert not list(root.all("script"))
@@ -326,6 +407,47 @@ def test_outlines_can_be_switched_off_and_a_case_be_enlarged(chromium: Browser, 
     chromium.run("document.querySelector('#case-1 .enlarge').click()")
     chromium.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
     assert chromium.run(width) > 1.5 * before
+
+
+def test_everything_is_reached_and_used_with_the_keyboard(chromium: Browser, page: Path) -> None:
+    chromium.open(page.as_uri(), 1280)
+    chromium.press("Tab", 9)
+    skip = chromium.run("[document.activeElement.className, document.activeElement.getBoundingClientRect().top >= 0]")
+    assert skip == ["skip", True], "the first stop, in sight once it has the focus"
+    stops = (
+        "[...document.querySelectorAll('a, input, summary, [tabindex=\"0\"]')].filter(item => item.checkVisibility())"
+    )
+    wanted = chromium.run(f"({stops}).length")
+    assert wanted > 20
+    reached = 1
+    while chromium.run("document.activeElement !== document.body") and reached <= wanted:
+        assert chromium.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+        if chromium.run("document.activeElement.id") == "show-truth":
+            chromium.press(" ", 32, " ")
+        chromium.press("Tab", 9)
+        reached += chromium.run("document.activeElement !== document.body")
+    assert reached == wanted
+    assert chromium.run("getComputedStyle(document.querySelector('.picture .truth')).visibility") == "hidden"
+    chromium.run("document.querySelector('#case-1 .enlarge').focus()")
+    chromium.press("Enter", 13, "\r")
+    assert chromium.run("location.hash") == "#case-1"
+
+
+def test_it_prints_in_black_on_white_and_nothing_is_cut_off(chromium: Browser, page: Path, tmp_path: Path) -> None:
+    """As wide as A4 less its margins, whatever the screen likes."""
+    chromium.open(page.as_uri(), 688, dark=True)
+    try:
+        scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
+        chromium.call("Emulation.setEmulatedMedia", media="print", features=scheme)
+        assert chromium.run("document.documentElement.scrollWidth") <= 688
+        wide = "[...document.querySelectorAll('.wide')].filter(item => item.scrollWidth > item.clientWidth + 1).length"
+        assert chromium.run(wide) == 0
+        assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert chromium.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    finally:
+        chromium.call("Emulation.setEmulatedMedia", media="")
+    chromium.print_pdf(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize(("width", "height"), [(360, 700), (700, 360)])
