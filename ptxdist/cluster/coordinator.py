@@ -84,6 +84,7 @@ def only_training(run: Path) -> Iterator[None]:
 
     The lock is the kernel's: it goes with the process, however that ends. A file system without locks has none.
     """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -103,7 +104,8 @@ def only_training(run: Path) -> Iterator[None]:
             if not (run / SETTINGS).is_file():  # refused before it became a run
                 with suppress(OSError):
                     (run / LOCK).unlink()
-                    run.rmdir()
+                    for folder in made:
+                        folder.rmdir()
     finally:
         os.close(lock)
 

@@ -41,6 +41,7 @@ def train_stage(task: dict[str, Any]) -> None:
     def on_epoch(metrics: EpochMetrics) -> None:
         if context.get_world_rank() == 0:
             inbox.put.remote(metrics.model_dump(mode="json"))
+            leaving()  # says so, where an epoch is too short for a checkpoint inside it
         ray.train.report({"epoch": metrics.epoch, "val_loss": metrics.val_loss, **dice_scores(metrics)})
 
     def leaving() -> bool:

@@ -34,10 +34,10 @@ def test_a_second_training_is_refused_until_the_first_one_has_ended_however_it_d
 
 
 def test_what_is_refused_leaves_no_folder_and_a_run_keeps_its_own(tmp_path: Path) -> None:
-    new, run = tmp_path / "new", tmp_path / "run"
+    new, run = tmp_path / "runs" / "new", tmp_path / "run"
     with pytest.raises(RunError, match="refused"), only_training(new):
         raise RunError("refused")
-    assert not new.exists()
+    assert list(tmp_path.iterdir()) == []
     with only_training(run):
         (run / SETTINGS).write_text("{}")
     assert (run / SETTINGS).is_file()
