@@ -61,7 +61,7 @@ class Training:
         """All it has said so far."""
         return self.log.read_text()
 
-    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 120) -> float:
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 400) -> float:
         """Seconds until something is true; an error when the run ends before."""
         started = time.monotonic()
         while not ready():
@@ -70,7 +70,7 @@ class Training:
             time.sleep(0.05)
         return time.monotonic() - started
 
-    def finish(self, timeout_s: float = 200) -> float:
+    def finish(self, timeout_s: float = 400) -> float:
         """Seconds until it has ended well."""
         started = time.monotonic()
         assert self.process.wait(timeout=timeout_s) == 0, self.words

@@ -31,6 +31,7 @@ from ptxdist.learn.augment import Augmentation
 from ptxdist.learn.averaging import WeightAverage, reestimate_batch_norm
 from ptxdist.learn.checkpoint import (
     TrainingState,
+    await_checkpoint,
     checkpoints,
     load_checkpoint,
     match_device,
@@ -39,7 +40,7 @@ from ptxdist.learn.checkpoint import (
     snapshot,
 )
 from ptxdist.learn.dataset import Batch, Indices, Share, batches, epoch_order, training_shares
-from ptxdist.learn.distributed import barrier, rank, world_size
+from ptxdist.learn.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.learn.metrics import scores
 from ptxdist.learn.resident import hold
 from ptxdist.learn.schedule import learning_rate, positive_share
@@ -160,8 +161,11 @@ class _Trainer:
         self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
 
     def resume(self, on_message: Callable[[str], None]) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
-        state = load_checkpoint(self.folder, on_message if rank() == 0 else lambda message: None)
+        """Take up the newest whole checkpoint, if there is one; rank 0 says which, so that all take the same."""
+        state = load_checkpoint(self.folder, on_message) if rank() == 0 else None
+        name = gather_texts(state.name if state else "")[0]
+        if name and rank() != 0:
+            state = await_checkpoint(self.folder / name)
         if state is None:
             return
         self.model.load_state_dict(state.model)
@@ -274,7 +278,9 @@ class _Trainer:
         )
         val_loss = float(counts.loss.mean())
         if not math.isfinite(val_loss):
-            raise TrainingError(f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}")
+            raise TrainingError(
+                f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}; {self._last_good()}"
+            )
         return EpochMetrics(
             stage=self.number,
             epoch=epoch,
