@@ -51,6 +51,17 @@ def test_the_live_table_shows_epochs_from_before_an_interruption_and_the_time_le
     assert "stage 1 (64 px), epoch 4 of 4: train" in shown
 
 
+def test_an_epoch_that_predicts_nothing_says_so_in_the_table_and_in_the_log() -> None:
+    item = epoch(1)
+    empty = item.at_full.model_copy(update={"sensitivity": 0.0, "specificity": 1.0, "kaggle_dice": 0.6667})
+    item = item.model_copy(update={"at_full": empty})
+    assert "Dice 0.6667 Kaggle (as predicting nothing), 0.2000 positives only" in console.epoch_line(item, 5)
+    assert "Dice 0.7000 Kaggle (predicting nothing 0.6667)" in console.epoch_line(epoch(1), 5)
+    terminal = Console(file=io.StringIO(), width=120)
+    terminal.print(console.epoch_table([item, epoch(2)], "stage 1"))
+    assert terminal.file.getvalue().count("(nothing)") == 1  # type: ignore[attr-defined]
+
+
 def test_a_job_s_log_is_the_live_table_on_a_terminal_and_plain_lines_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,9 +135,10 @@ def epoch_line(item: EpochMetrics, epochs: int) -> str:
     loss = "" if item.train_loss is None else f"train loss {item.train_loss:.4f}, "
     rate = "" if item.images_per_second is None else f", {item.images_per_second:,.1f} images/s"
     name = "averaged weights" if item.averaged else f"epoch {item.epoch}/{epochs}"
+    nothing = "as predicting nothing" if scores.equals_all_empty else f"predicting nothing {scores.all_empty_dice:.4f}"
     return (
         f"stage {item.stage} {name}: {loss}val loss {item.val_loss:.4f}, Dice {scores.kaggle_dice:.4f} Kaggle "
-        f"(predicting nothing {scores.all_empty_dice:.4f}), {number(scores.positive_dice)} positives only, "
+        f"({nothing}), {number(scores.positive_dice)} positives only, "
         f"{scores.pooled_dice:.4f} pooled, lr {item.learning_rate:.2e}{rate}"
     )
 
