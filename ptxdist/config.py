@@ -64,6 +64,9 @@ class TrainSettings(Section):
         "auto", description="the whole data set in the memory of each GPU; auto: where it fits easily"
     )
     checkpoint_every_s: float = Field(300.0, ge=0, description="seconds between checkpoints inside an epoch; 0: none")
+    checkpoint_every_images: int = Field(
+        0, ge=0, description="images between checkpoints inside an epoch, up to the next ten steps; 0: none"
+    )
     max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
     worker_timeout_s: float = Field(60.0, gt=0, description="a worker that does not answer for this long is replaced")
     resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between looks for new nodes")

@@ -6,6 +6,7 @@
         metrics.jsonl           one line an epoch, all stages, from the first epoch on
         result.json             PipelineResult: one StageResult a stage, and the evaluation
         ray.log                 what Ray printed
+        lock                    held by the one training of the run, empty
         tensorboard/            event files, a folder a stage
         mlflow.json             which MLflow run it is, with train.mlflow
         stages/1-256px/
@@ -27,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 RAY_LOG = "ray.log"
+LOCK = "lock"
 TENSORBOARD = "tensorboard"
 MLFLOW = "mlflow.json"
 BEST_WEIGHTS = "best.safetensors"
@@ -279,15 +282,30 @@ def stage_folder(run: Path, stage: int, size_px: int) -> Path:
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Record) -> None:
-    """Write JSON in one step: the file is there whole, or the former one stays."""
+    """Write JSON in one step: the file is there whole, or the former one stays; RunError when it cannot be written."""
     plain = content.model_dump(mode="json") if isinstance(content, Record) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(json.dumps(plain, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(json.dumps(plain, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}; what was saved before is kept") from error
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file in one step: `target` is there whole, or as it was; RunError when it cannot be written."""
+    temporary = target.with_name(target.name + ".tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{target} cannot be written: {error.strerror}; what was saved before is kept") from error
 
 
 def read_settings(run: Path) -> Settings:
@@ -318,7 +336,7 @@ def start_run(run: Path, settings: Settings) -> None:
                 f"{run} was started with other settings ({'; '.join(changed)}); "
                 f"give another folder with --run, or remove this one"
             )
-    elif run.is_dir() and any(run.iterdir()):
+    elif run.is_dir() and any(path.name != LOCK for path in run.iterdir()):
         raise RunError(f"{run} holds other files and is not a run; give another folder with --run")
     write_json(run / SETTINGS, snapshot(settings))
 

@@ -137,6 +137,19 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
+def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
+    from ptxdist.cluster.coordinator import plan_run, run_pipeline
+    from ptxdist.config import load_settings
+
+    run = tmp_path_factory.mktemp("learn") / "run"
+    few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
+    settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
+    run_pipeline(plan_run(settings, run), with_ray=False)
+    return run
+
+
+@pytest.fixture(scope="session")
 def many_dataset(tmp_path_factory: pytest.TempPathFactory, write_dicom: WriteDicom) -> Dataset:
     """300 files of 64 px, every third one positive: three shards. Nothing may write to it."""
     folder = tmp_path_factory.mktemp("many")

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from ptxdist import console
+from ptxdist.console.relay import RELAY
 from ptxdist.rundir import EpochMetrics, Scores, StageHistory
 
 
@@ -48,3 +49,60 @@ def test_the_live_table_shows_epochs_from_before_an_interruption_and_the_time_le
     assert [name for name in ("lr", "train loss", "val loss", "Kaggle Dice", "images/s") if name not in shown] == []
     assert shown.count("1.00e-03") == 3
     assert "stage 1 (64 px), epoch 4 of 4: train" in shown
+
+
+def test_an_epoch_that_predicts_nothing_says_so_in_the_table_and_in_the_log() -> None:
+    item = epoch(1)
+    empty = item.at_full.model_copy(update={"sensitivity": 0.0, "specificity": 1.0, "kaggle_dice": 0.6667})
+    item = item.model_copy(update={"at_full": empty})
+    assert "Dice 0.6667 Kaggle (as predicting nothing), 0.2000 positives only" in console.epoch_line(item, 5)
+    assert "Dice 0.7000 Kaggle (predicting nothing 0.6667)" in console.epoch_line(epoch(1), 5)
+    terminal = Console(file=io.StringIO(), width=120)
+    terminal.print(console.epoch_table([item, epoch(2)], "stage 1"))
+    assert terminal.file.getvalue().count("(nothing)") == 1  # type: ignore[attr-defined]
+
+
+def test_a_job_s_log_is_the_live_table_on_a_terminal_and_plain_lines_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(RELAY, "1")
+    with console.TrainingDisplay([64, 96], [4, 1], "Ray starts") as display:
+        display.show("a worker was lost")
+        display.show(StageHistory(stage=1, epochs=(epoch(1),)))
+        display.show(epoch(2))
+        for done in (1, 9):
+            display.show((1, "train", 3, done, 9))
+    log = capsys.readouterr().err + "report: runs/one\n"
+
+    def show(joblog: console.JobLog) -> None:
+        for start in range(0, len(log), 7):  # as it comes, cut anywhere
+            joblog.show(log[start : start + 7])
+
+    with console.JobLog() as joblog:
+        show(joblog)
+    plain = capsys.readouterr().out.splitlines()
+    assert plain[:2] == ["Ray starts", "a worker was lost"]
+    assert plain[2].startswith("stage 1 epoch 2/4: train loss 1.2500")
+    assert plain[3:] == ["stage 1 (64 px), epoch 3 of 4: train: 9 of 9", "report: runs/one"]
+
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
+    for module in (console.terminal, console.training, console.joblog):
+        monkeypatch.setattr(module, "err", terminal)
+    tables: list[str] = []
+    with console.JobLog() as joblog:
+        end = joblog._end
+
+        def look_and_end() -> None:
+            if joblog._display:
+                with terminal.capture() as capture:
+                    terminal.print(joblog._display._render())
+                tables.append(capture.get())
+            end()
+
+        monkeypatch.setattr(joblog, "_end", look_and_end)
+        show(joblog)
+    (shown,) = tables
+    assert shown.count("1.00e-03") == 2, "two epochs"
+    assert "stage 1 (64 px), epoch 3 of 4: train" in shown
+    assert "a worker was lost" in terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert capsys.readouterr().out == "report: runs/one\n"

@@ -111,35 +111,38 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
 
 def _train(settings: Settings, run: Path, *, with_ray: bool) -> tuple[PipelineResult, Path]:
     from ptxdist import console
-    from ptxdist.cluster.coordinator import plan_run, run_pipeline
+    from ptxdist.cluster.coordinator import only_training, plan_run, run_pipeline
     from ptxdist.learn.report import write_report
     from ptxdist.rundir import RAY_LOG
 
+    first = with_ray or os.environ.get("RANK", "0") == "0"
     if not with_ray:
         from ptxdist.cluster.here import refuse_other_workers
 
         refuse_other_workers(settings)
-        if os.environ.get("RANK", "0") != "0":
-            console.out.quiet = console.err.quiet = True  # rank 0 speaks for all
-    with console.progress() as update:
-        plan = plan_run(settings, run, on_progress=lambda step, *counts: update(f"check of {step}", *counts))
+        if not first:
+            console.out.quiet = console.err.quiet = True  # rank 0 speaks and writes for all
     stages = settings.pipeline.stages
-    try:
-        with (
-            console.TrainingDisplay(
-                [stage.size_px for stage in stages],
-                [stage.epochs for stage in stages],
-                "Ray starts" if with_ray else "training starts",
-            ) as display,
-            console.divert(run / RAY_LOG) if with_ray else nullcontext(),
-        ):
-            result = run_pipeline(plan, with_ray=with_ray, on_event=display.show)
-    except PtxdistError as error:
-        if not with_ray:
-            raise
-        raise type(error)(f"{error} (Ray's own words are in {run / RAY_LOG})") from error
-
-    return result, write_report(run)
+    with only_training(run) if first else nullcontext():
+        with console.progress() as update:
+            plan = plan_run(
+                settings, run, writes=first, on_progress=lambda step, *counts: update(f"check of {step}", *counts)
+            )
+        try:
+            with (
+                console.TrainingDisplay(
+                    [stage.size_px for stage in stages],
+                    [stage.epochs for stage in stages],
+                    "Ray starts" if with_ray else "training starts",
+                ) as display,
+                console.divert(run / RAY_LOG) if with_ray else nullcontext(),
+            ):
+                result = run_pipeline(plan, with_ray=with_ray, on_event=display.show)
+        except PtxdistError as error:
+            if not with_ray:
+                raise
+            raise type(error)(f"{error} (Ray's own words are in {run / RAY_LOG})") from error
+        return result, write_report(run)
 
 
 @click.command()

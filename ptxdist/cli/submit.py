@@ -43,6 +43,7 @@ def submit(
         raise click.UsageError("give either a command after --, or one of --status, --logs and --stop with a job")
     from ptxdist import console
     from ptxdist.cluster import submit as jobs
+    from ptxdist.console.relay import RELAY
 
     if status_of:
         console.show_json(jobs.status(status_of, address=address))
@@ -56,17 +57,22 @@ def submit(
         job.append(job_id)
         console.say(f"job {job_id}: ptxdist {shlex.join(absolute)}")
 
-    def show(text: str) -> None:
-        click.echo(text, nl=False)
-
     try:
-        if logs_of:
-            code = jobs.follow(logs_of, address=address, on_log=show)
-        else:
-            group = context.find_root().command
-            assert isinstance(group, click.Group)
-            absolute = absolute_paths(group.commands, command)
-            code = jobs.submit(absolute, address=address, on_log=show, on_submitted=submitted, following=follow)
+        with console.JobLog() as log:
+            if logs_of:
+                code = jobs.follow(logs_of, address=address, on_log=log.show)
+            else:
+                group = context.find_root().command
+                assert isinstance(group, click.Group)
+                absolute = absolute_paths(group.commands, command)
+                code = jobs.submit(
+                    absolute,
+                    address=address,
+                    on_log=log.show,
+                    on_submitted=submitted,
+                    following=follow,
+                    environment={RELAY: "1"} if console.err.is_terminal else {},
+                )
     except KeyboardInterrupt:
         if job:
             console.say(

@@ -1,18 +1,23 @@
 """A run, stage by stage: chains checkpoints, collects results, goes on where an interrupted run stood.
 
 Owns: the order of the stages, which finished stage is used again, the run's results. Refuses: caches that lack a size,
-run folders of other settings. Called by: `cli`. Who does the work is an engine's: `engine` with Ray, `here` without.
+run folders of other settings, two trainings of one run at once. Called by: `cli`. Who does the work is an engine's:
+`engine` with Ray, `here` without.
 
-Two steps: `plan_run` checks everything that can be wrong before anything starts, `run_pipeline` does the work.
+Two steps inside `only_training`: `plan_run` checks everything that can be wrong before anything starts, `run_pipeline`
+does the work.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import logging
 import os
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,18 +31,21 @@ from ptxdist.data.catalog import read_catalog
 from ptxdist.data.split import split_indices
 from ptxdist.data.store import open_store
 from ptxdist.data.verify import refuse_damaged
-from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError, StoreError
+from ptxdist.errors import BusyError, CheckpointError, PtxdistError, RunError, SettingsError, StoreError
 from ptxdist.rundir import (
     BEST_WEIGHTS,
     CHECKPOINTS,
     ENVIRONMENT,
+    LOCK,
     RESULT,
+    SETTINGS,
     EpochMetrics,
     EvaluationResult,
     PipelineResult,
     StageHistory,
     StageResult,
     Step,
+    copy_file,
     file_sha256,
     read_stage_result,
     stage_folder,
@@ -70,12 +78,49 @@ class Plan:
     fingerprints: tuple[str, ...]
 
 
+@contextmanager
+def only_training(run: Path) -> Iterator[None]:
+    """The only training of a run, whose folder is made; BusyError when there is another one, on any machine.
+
+    The lock is the kernel's: it goes with the process, however that ends. A file system without locks has none.
+    """
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise RunError(f"{run} cannot be made: {error.strerror}; give another folder with --run") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(f"another `ptxdist train` works on {run}; wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise RunError(f"{run} cannot be locked: {error.strerror}; give another folder with --run") from error
+        try:
+            yield
+        finally:
+            if not (run / SETTINGS).is_file():  # refused before it became a run
+                with suppress(OSError):
+                    (run / LOCK).unlink()
+                    for folder in made:
+                        folder.rmdir()
+    finally:
+        os.close(lock)
+
+
 def plan_run(
-    settings: Settings, run: Path, *, on_progress: Callable[[str, int, int], None] = lambda step, done, total: None
+    settings: Settings,
+    run: Path,
+    *,
+    writes: bool = True,
+    on_progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Plan:
     """Check cache (every byte of it), split, weights file and run folder, and make the folder; nothing heavy starts.
 
-    Raises StoreError, CheckpointError or RunError with what to do.
+    Of torchrun's processes only one `writes` into the folder. Raises StoreError, CheckpointError or RunError with what
+    to do.
     """
     refuse_missing_mlflow(settings)
     cache = Path(settings.data.cache).absolute()
@@ -105,8 +150,9 @@ def plan_run(
         fingerprints.append(fingerprint(TRAINING, store.fingerprint, stage, model, seed, fold, parent))
     refuse_damaged(cache, sorted({stage.size_px for stage in settings.pipeline.stages}), on_progress=on_progress)
     settings = settings.model_copy(update={"data": DataSettings(cache=str(cache))})
-    start_run(run, settings)
-    refuse_unfit(run)
+    if writes:
+        start_run(run, settings)
+        refuse_unfit(run)
     return Plan(settings, run.absolute(), cache, tuple(fingerprints))
 
 
@@ -129,7 +175,10 @@ def run_pipeline(
     def tell(event: Event) -> None:
         if tracker:
             tracker.show(event)
-        on_event(event)
+        try:
+            on_event(event)
+        except Exception:  # what is shown must not end what is trained
+            logging.getLogger(__name__).exception("an event could not be shown")
 
     with tracker or nullcontext(), _engine(plan, with_ray, tell) as engine:
         if rank() == 0:
@@ -178,10 +227,8 @@ def _finished_stage(plan: Plan, number: int, on_event: Callable[[Event], None]) 
         except PtxdistError as error:
             on_event(f"{path.parent} is not used again: {error}")
             continue
-        folder.mkdir(parents=True, exist_ok=True)
         weights = folder / BEST_WEIGHTS
-        shutil.copyfile(source / other.weights, weights.with_suffix(".tmp"))
-        weights.with_suffix(".tmp").replace(weights)
+        copy_file(source / other.weights, weights)
         history = tuple(item.model_copy(update={"stage": number}) for item in other.history)
         mine = other.model_copy(
             update={

@@ -6,11 +6,12 @@ not fit (ClusterError). Called by: `coordinator`. `here` is the same without Ray
 
 from __future__ import annotations
 
+import errno
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,18 @@ from ptxdist.rundir import (
 )
 
 _POLL_S = 0.2
+_log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Any], None]
 Task = dict[str, Any]
 
 
-class _WorkerError(Exception):
-    """Workers died or hung, which another start may mend; the message says how."""
+class _LostError(Exception):
+    """Workers died, hung or were cut off, which another start may mend; `announced` when their node was taken away."""
+
+    def __init__(self, message: str, *, announced: bool = False) -> None:
+        super().__init__(message)
+        self.announced = announced
 
 
 @contextmanager
@@ -83,23 +89,31 @@ class RayEngine:
         return read_evaluation(folder)
 
     def _work(self, work: Callable[[Task], None], task: Task, folder: Path, what: str, again: str) -> None:
-        """Have workers do `work`, starting them again when they are lost; a refusal of ours is final at once."""
-        limit = self.settings.train.max_worker_failures
-        for failures in range(1, limit + 2):
+        """Have workers do `work`, starting them again when they are lost; what they raise themselves is final."""
+        limit, failures = self.settings.train.max_worker_failures, 0
+        while True:
             try:
                 return self._work_once(work, task, folder, what)
-            except _WorkerError as error:
+            except _LostError as error:
+                if error.announced:  # what a cloud takes back is nobody's failure
+                    self.on_event(f"{error}; {what} {again} with new workers")
+                    continue
+                failures += 1
                 if failures > limit:
                     raise TrainingError(f"{what} stopped: {error}") from error
                 self.on_event(f"{error}; {what} {again} with new workers ({failures} of {limit})")
-        raise AssertionError
 
     def _work_once(self, work: Callable[[Task], None], task: Task, folder: Path, what: str) -> None:
         """One TorchTrainer over the workers."""
         import ray
-        from ray.train import RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
-        from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+        from ray.train.v2.api.exceptions import (
+            ControllerError,
+            PreemptionError,
+            TrainingFailedError,
+            WorkerGroupError,
+        )
 
         train, use_gpu = self.settings.train, self.use_gpu
         room = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
@@ -121,16 +135,17 @@ class RayEngine:
                 run_config=RunConfig(
                     name=f"{folder.name}-{time.time_ns()}",
                     storage_path=str(folder / "ray"),
+                    failure_config=FailureConfig(max_preemption_failures=0),  # said here, not repeated in silence
                 ),
             )
             try:
                 trainer.fit()
+            except PreemptionError as error:
+                raise _LostError("a node was taken away, as announced", announced=True) from error
             except WorkerGroupError as error:
+                _log.error("%s", error)  # with the workers' tracebacks
                 causes = [_cause(failure) for _, failure in sorted(error.worker_failures.items())]
-                for cause in causes:
-                    if isinstance(cause, PtxdistError):
-                        raise cause from error
-                raise _WorkerError(f"a worker failed with {_brief(causes[0])}") from error
+                raise _verdict(causes, what) from error
             except (ControllerError, TrainingFailedError) as error:
                 cause = getattr(error, "controller_failure", error)
                 raise TrainingError(f"{what} stopped: {_brief(cause)}") from error
@@ -139,9 +154,39 @@ class RayEngine:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception that user code raised, out of Ray's wrappings."""
-    inner = getattr(error, "cause", None)
+    """The exception that user code raised, or the loss of its process, out of Ray's wrappings."""
+    inner = getattr(error, "cause", None) or getattr(error, "health_check_failure", None)
     return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
+
+
+def _verdict(causes: Sequence[BaseException], what: str) -> Exception:
+    """What to raise when workers have failed: _LostError, which is tried again, or what is final.
+
+    A refusal of ours is final. So is what Python code raises by itself (a missing key, no memory on the GPU), which
+    would come again, unless a process was lost too: ranks that are cut off from another one fail in many ways. Errors
+    of torch.distributed and of CUDA are RuntimeErrors, those of networks and storage OSErrors; both may pass, a full
+    disk does not.
+    """
+    import torch
+    from ray.exceptions import RayError
+    from ray.train.v2._internal.exceptions import RayTrainError
+
+    refusals = [cause for cause in causes if isinstance(cause, PtxdistError)]
+    if refusals:
+        return refusals[0]
+    lost = [cause for cause in causes if isinstance(cause, (RayError, RayTrainError))]
+    passing = [
+        cause
+        for cause in causes
+        if (isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError))
+        or (isinstance(cause, OSError) and cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+    ]
+    if lost or len(passing) == len(causes):
+        announced = any(getattr(cause, "preempted", False) for cause in lost)
+        return _LostError(f"a worker failed with {_brief((lost or passing)[0])}", announced=announced)
+    cause = next(cause for cause in causes if cause not in passing)
+    advice = "; use a smaller train.micro_batch" if isinstance(cause, torch.OutOfMemoryError) else ""
+    return TrainingError(f"{what} stopped: a worker failed with {_brief(cause)}{advice}")
 
 
 def _brief(error: BaseException) -> str:
@@ -165,8 +210,8 @@ def _listen(on_event: OnEvent) -> Iterator[Any]:
         try:
             for event in ray.get(inbox.take.remote()):
                 on_event(_record(event) if isinstance(event, dict) else event)
-        except Exception:  # what is shown must not end what is trained
-            logging.getLogger(__name__).exception("an event could not be shown")
+        except Exception:  # what is heard of the training must not end it
+            _log.exception("the workers' events could not be taken")
 
     def poll() -> None:
         while not ended.wait(_POLL_S):

@@ -7,7 +7,6 @@ nothing of its own. Called by: `worker` on Ray's workers, `here` without Ray.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from ptxdist.rundir import (
     StageHistory,
     StageResult,
     Step,
+    copy_file,
     stage_folder,
     write_json,
 )
@@ -55,11 +55,13 @@ def run_stage(
     on_step: OnStep,
     on_message: Callable[[str], None],
     on_start: Callable[[StageHistory], None],
+    leaving: Callable[[], bool] = lambda: False,
 ) -> None:
     """Train one stage as one rank; rank 0 writes what `loop.fit` leaves and, last, the StageResult.
 
     `task` holds `settings` (a snapshot), `cache` and `run` (absolute paths), `number`, `fingerprint` and `parent` (a
     StageResult as JSON, or None). All ranks call `on_epoch`, only rank 0 the others; `ranks_here` share this machine.
+    `leaving` is as for `loop.fit`.
     """
     started = time.perf_counter()
     settings, number, run = restore(task["settings"]), int(task["number"]), Path(task["run"])
@@ -88,11 +90,12 @@ def run_stage(
         on_step=on_step if is_first else (lambda step, epoch, done, total: None),
         on_message=on_message if is_first else (lambda message: None),
         on_start=on_start if is_first else (lambda history: None),
+        leaving=leaving,
     )
     if is_first:
         weights = folder / BEST_WEIGHTS
         # A copy: killed before the result is written, a resumed stage still finds what its checkpoint names.
-        shutil.copyfile(result.weights, weights)
+        copy_file(result.weights, weights)
         write_json(
             folder / RESULT,
             StageResult(

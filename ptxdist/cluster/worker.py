@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.execution.context import get_train_context
 
 from ptxdist.cluster.stage import Throttled, run_evaluation, run_stage
 from ptxdist.rundir import EpochMetrics
@@ -35,12 +36,23 @@ class Inbox:
 
 def train_stage(task: dict[str, Any]) -> None:
     """On a Ray Train worker: train one stage as one rank. `task` is that of `run_stage`, and the `inbox`."""
-    context, inbox = ray.train.get_context(), task["inbox"]
+    context, inbox, warned = ray.train.get_context(), task["inbox"], False
 
     def on_epoch(metrics: EpochMetrics) -> None:
         if context.get_world_rank() == 0:
             inbox.put.remote(metrics.model_dump(mode="json"))
+            leaving()  # says so, where an epoch is too short for a checkpoint inside it
         ray.train.report({"epoch": metrics.epoch, "val_loss": metrics.val_loss, **dice_scores(metrics)})
+
+    def leaving() -> bool:
+        """Whether a node of this training was announced to go. (Ray's public question makes all ranks wait.)"""
+        nonlocal warned
+        if get_train_context().preemption_context.preemption_info is None:
+            return False
+        if not warned:
+            warned = True
+            inbox.put.remote("a node will be taken away: until then training goes on, and checkpoints are written")
+        return True
 
     run_stage(
         task,
@@ -50,6 +62,7 @@ def train_stage(task: dict[str, Any]) -> None:
         on_step=Throttled(inbox.put.remote, int(task["number"])),
         on_message=lambda message: inbox.put.remote(message),
         on_start=lambda history: inbox.put.remote(history.model_dump(mode="json")),
+        leaving=leaving,
     )
 
 

@@ -4,6 +4,7 @@ Owns: rich. Refuses: nothing. Called by: `cli`. Results go to stdout, everything
 piped. Where stderr is not a terminal, progress becomes a line now and then, so that a log file stays readable.
 """
 
+from ptxdist.console.joblog import JobLog
 from ptxdist.console.results import show_comparison, show_result
 from ptxdist.console.tables import (
     show_catalog,
@@ -15,6 +16,7 @@ from ptxdist.console.terminal import divert, err, fail, out, progress, say, show
 from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
 
 __all__ = [
+    "JobLog",
     "TrainingDisplay",
     "divert",
     "epoch_line",

@@ -77,8 +77,8 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield log_progress()
 
 
-def log_progress() -> Callable[[str, int, int], None]:
-    """A callable (what, done, total) that says a line every ten seconds, and one at the end."""
+def log_progress(tell: Callable[[str], None] = say) -> Callable[[str, int, int], None]:
+    """A callable (what, done, total) that tells a line every ten seconds, and one at the end."""
     started: dict[str, float] = {}
     spoken: dict[str, float] = {}
 
@@ -92,7 +92,7 @@ def log_progress() -> Callable[[str, int, int], None]:
         rate = done / (now - first) if now - first > 0.5 else 0.0  # the first call starts the clock
         speed = f", {rate:,.1f}/s" if rate else ""
         left = f", {(total - done) / rate:,.0f} s left" if rate and not finished else ""
-        say(f"{what}: {done:,} of {total:,}{speed}{left}")
+        tell(f"{what}: {done:,} of {total:,}{speed}{left}")
 
     return update
 

@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from ptxdist.console.relay import MARK, encode, relays
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
 from ptxdist.learn.remaining import TimeLeft, in_words
@@ -22,20 +23,21 @@ _EPOCHS_SHOWN = 12
 
 
 class TrainingDisplay:
-    """A live table of epochs over a progress bar; in a log file, a line an epoch.
+    """A live table of epochs over a progress bar; in a log file, a line an epoch, in a job's log with its event.
 
     `show` takes the coordinator's events: texts, epochs, finished stages, and (stage, step, epoch, done, total).
     """
 
     def __init__(self, sizes_px: Sequence[int], epochs: Sequence[int], start: str = "Ray starts") -> None:
         self._sizes, self._epochs = sizes_px, epochs
+        self._relays, self._event = relays(), ""
         self._rows: list[EpochMetrics] = []
         self._left = TimeLeft(sizes_px, epochs)
         self._start = start
         self._bars = bars()
         self._task = self._bars.add_task(start, total=None)
         self._key: tuple[Any, ...] = ()
-        self._log = log_progress()
+        self._log = log_progress(self._say)
         self._live = Live(
             get_renderable=self._render, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
         )
@@ -44,7 +46,8 @@ class TrainingDisplay:
         if err.is_terminal:
             self._live.start()
         else:
-            say(self._start)
+            self._event = encode({"sizes_px": list(self._sizes), "epochs": list(self._epochs), "start": self._start})
+            self._say(self._start)
         return self
 
     def __exit__(
@@ -52,33 +55,44 @@ class TrainingDisplay:
     ) -> None:
         if err.is_terminal:
             self._live.stop()
+        elif self._relays:
+            self._event = encode(None)
+            self._say("")
 
     def show(self, event: Any) -> None:
         """Show one event of the coordinator."""
+        self._event = encode(event)
         if isinstance(event, str):
-            say(event)
+            self._say(event)
         elif isinstance(event, EpochMetrics):
             self._rows.append(event)
             self._left.add(event)
             if not err.is_terminal:
-                say(epoch_line(event, self._epochs[event.stage - 1]) + self._time_left(event.stage, ", "))
+                self._say(epoch_line(event, self._epochs[event.stage - 1]) + self._time_left(event.stage, ", "))
         elif isinstance(event, StageHistory):
             self._rows = [row for row in self._rows if row.stage != event.stage] + list(event.epochs)
             self._left.start(event.stage, event.epochs)
+            if self._relays:
+                self._say("")
         elif isinstance(event, StageResult):
             self._finish_stage(event)
         else:
             self._show_step(*event)
+
+    def _say(self, text: str) -> None:
+        """A line; in a job that is followed, with the event that it stands for, once."""
+        say(f"{text}{MARK}{self._event}" if self._relays and not err.is_terminal else text)
+        self._event = ""
 
     def _finish_stage(self, stage: StageResult) -> None:
         if err.is_terminal:
             err.print(epoch_table(stage.history, f"stage {stage.stage}, {stage.size_px} px"))
         best = f"best epoch {stage.best.epoch}{' (averaged weights)' if stage.best.averaged else ''}"
         source = f"taken from run {stage.reused_from}" if stage.reused_from else f"{stage.seconds:,.0f} s"
-        say(f"stage {stage.stage} of {len(self._sizes)} is finished: {best}, {source}")
+        self._say(f"stage {stage.stage} of {len(self._sizes)} is finished: {best}, {source}")
         self._rows = [row for row in self._rows if row.stage != stage.stage]
         if stage.best.at_full.equals_all_empty:
-            say(
+            self._say(
                 f"warning: stage {stage.stage} predicts nothing at all; its Kaggle Dice "
                 f"{stage.best.at_full.kaggle_dice:.4f} is the share of images without a pneumothorax"
             )
@@ -121,9 +135,10 @@ def epoch_line(item: EpochMetrics, epochs: int) -> str:
     loss = "" if item.train_loss is None else f"train loss {item.train_loss:.4f}, "
     rate = "" if item.images_per_second is None else f", {item.images_per_second:,.1f} images/s"
     name = "averaged weights" if item.averaged else f"epoch {item.epoch}/{epochs}"
+    nothing = "as predicting nothing" if scores.equals_all_empty else f"predicting nothing {scores.all_empty_dice:.4f}"
     return (
         f"stage {item.stage} {name}: {loss}val loss {item.val_loss:.4f}, Dice {scores.kaggle_dice:.4f} Kaggle "
-        f"(predicting nothing {scores.all_empty_dice:.4f}), {number(scores.positive_dice)} positives only, "
+        f"({nothing}), {number(scores.positive_dice)} positives only, "
         f"{scores.pooled_dice:.4f} pooled, lr {item.learning_rate:.2e}{rate}"
     )
 

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -79,8 +80,14 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 class TrainingState:
     """Everything a stage needs to go on after `epoch` finished epochs and `step` optimiser steps of the next one.
 
-    `progress` is plain JSON: the history and what else `loop` wants to remember.
+    `progress` is plain JSON: the history and what else `loop` wants to remember. No generator's state is in it: order
+    and augmentation are drawn from (seed, epoch, case), and learning rates follow from the history.
     """
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's folder."""
+        return f"epoch-{self.epoch:04d}-step-{self.step:06d}"
 
     epoch: int
     step: int
@@ -118,7 +125,7 @@ def snapshot(state: TrainingState, former: TrainingState | None = None) -> Train
 
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> None:
     """Write a checkpoint in one step, then remove all but the `keep` newest. A failure leaves those there were."""
-    final = folder / f"epoch-{state.epoch:04d}-step-{state.step:06d}"
+    final = folder / state.name
     draft = final.with_name(final.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -165,6 +172,23 @@ def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda mes
         except (CheckpointError, OSError, ValueError, KeyError) as error:
             on_damaged(f"checkpoint {path.name} is damaged ({error}); going back to the one before it")
     return None
+
+
+def await_checkpoint(path: Path, patience_s: float = 90.0) -> TrainingState:
+    """The checkpoint at this place, which another node has written or read: a network file system may show it late.
+
+    Raises CheckpointError when it is not there, whole, in time.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        try:
+            return _load(path)
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
+            if time.monotonic() > end:
+                raise CheckpointError(
+                    f"{path} cannot be read here, and rank 0 goes on from it ({error}); is the run on shared storage?"
+                ) from error
+        time.sleep(0.5)
 
 
 def _load(path: Path) -> TrainingState:

@@ -31,6 +31,7 @@ from ptxdist.learn.augment import Augmentation
 from ptxdist.learn.averaging import WeightAverage, reestimate_batch_norm
 from ptxdist.learn.checkpoint import (
     TrainingState,
+    await_checkpoint,
     checkpoints,
     load_checkpoint,
     match_device,
@@ -39,7 +40,7 @@ from ptxdist.learn.checkpoint import (
     snapshot,
 )
 from ptxdist.learn.dataset import Batch, Indices, Share, batches, epoch_order, training_shares
-from ptxdist.learn.distributed import barrier, rank, world_size
+from ptxdist.learn.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.learn.metrics import scores
 from ptxdist.learn.resident import hold
 from ptxdist.learn.schedule import learning_rate, positive_share
@@ -48,6 +49,7 @@ from ptxdist.learn.step import FiniteCheck, Stepper, choose_precision
 from ptxdist.rundir import EpochMetrics, StageHistory
 
 _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written
+_LEAVING_S = 1.0  # seconds between checkpoints on a machine that is about to go
 
 OnStep = Callable[[str, int, int, int], None]
 
@@ -86,15 +88,17 @@ def fit(
     on_step: OnStep = lambda step, epoch, done, total: None,
     on_message: Callable[[str], None] = lambda message: None,
     on_start: Callable[[StageHistory], None] = lambda history: None,
+    leaving: Callable[[], bool] = lambda: False,
 ) -> FitResult:
     """Train `model` on one stage and keep its best weights below `folder`, going on from a checkpoint if there is one.
 
     `number` is the stage's place in the pipeline, from 1. `on_start` hears, once, which epochs were finished before;
-    `on_step` hears ("train" or "validate", epoch, images done, images) of this rank's view of the global work. Raises
-    TrainingError when a loss or gradient is not finite, naming the step and cases; CheckpointError when weights cannot
-    be written or read.
+    `on_step` hears ("train" or "validate", epoch, images done, images) of this rank's view of the global work. Rank 0
+    asks `leaving` whether its machine, or another rank's, is about to go: then it writes checkpoints all the time.
+    Raises TrainingError when a loss or gradient is not finite, naming the step and cases; CheckpointError when weights
+    cannot be written or read.
     """
-    trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_step)
+    trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_step, leaving)
     with trainer.writer:  # whatever ends the stage, what is being written is written first
         trainer.resume(on_message)
         on_start(StageHistory(stage=number, epochs=tuple(trainer.history)))
@@ -127,6 +131,7 @@ class _Trainer:
     device: torch.device
     folder: Path
     on_step: OnStep
+    leaving: Callable[[], bool]
 
     def __post_init__(self) -> None:
         self.data = replace(self.data, store=hold(self.data.store, self.device, self.train.data_on_device))
@@ -156,8 +161,11 @@ class _Trainer:
         self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
 
     def resume(self, on_message: Callable[[str], None]) -> None:
-        """Take up the newest whole checkpoint, if there is one."""
-        state = load_checkpoint(self.folder, on_message if rank() == 0 else lambda message: None)
+        """Take up the newest whole checkpoint, if there is one; rank 0 says which, so that all take the same."""
+        state = load_checkpoint(self.folder, on_message) if rank() == 0 else None
+        name = gather_texts(state.name if state else "")[0]
+        if name and rank() != 0:
+            state = await_checkpoint(self.folder / name)
         if state is None:
             return
         self.model.load_state_dict(state.model)
@@ -221,7 +229,7 @@ class _Trainer:
         """Optimiser steps from the present position to the end of the epoch."""
         total, place, started = len(self.data.train), self.position, time.perf_counter()
         shares = self._shares(epoch)
-        done = sum(share.global_size for share in shares[: place.step])
+        done = saved = sum(share.global_size for share in shares[: place.step])
         check = FiniteCheck(self.number, lambda indices: [self.names[index] for index in indices])
         seconds = place.seconds
         for step, batch in enumerate(self._batches(shares[place.step :], epoch), start=place.step + 1):
@@ -232,10 +240,21 @@ class _Trainer:
                 # The sums grow by the same pieces whether or not the epoch is interrupted at one of these places.
                 place.loss_sum += check.sum_losses(epoch, self._last_good)
                 place.step, place.seconds = step, seconds + time.perf_counter() - started
-                every = self.train.checkpoint_every_s
-                if step < len(shares) and every and time.monotonic() - self.saved_at >= every:
+                if step < len(shares) and self._is_due(done - saved):
                     self._save()
+                    saved = done
             self.on_step("train", epoch, done, total)
+
+    def _is_due(self, images: int) -> bool:
+        """Whether rank 0 shall write a checkpoint, so many images after the last one; the others write none."""
+        if rank() != 0:
+            return False
+        seconds = time.monotonic() - self.saved_at
+        return (
+            0 < self.train.checkpoint_every_s <= seconds
+            or 0 < self.train.checkpoint_every_images <= images
+            or (seconds >= _LEAVING_S and self.leaving())
+        )
 
     def _last_good(self) -> str:
         self._wait()
@@ -259,7 +278,9 @@ class _Trainer:
         )
         val_loss = float(counts.loss.mean())
         if not math.isfinite(val_loss):
-            raise TrainingError(f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}")
+            raise TrainingError(
+                f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}; {self._last_good()}"
+            )
         return EpochMetrics(
             stage=self.number,
             epoch=epoch,

@@ -24,7 +24,7 @@ import torch
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "cluster"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from faults import Training, cluster, drain_node, kill_node, train_workers
 
 from ptxdist.rundir import read_result
@@ -98,7 +98,9 @@ def measure(name: str, cache: Path, folder: Path) -> dict[str, object]:
     """Train with one fault; seconds, words, and the weights' checksums."""
     fault, nodes, words = FAULTS[name]
     run = folder / name.replace(" ", "-") / "run"
-    with cluster(nodes) as made, Training(made.address, cache, run, *WORDS, *words) as training:
+    run.parent.mkdir(parents=True)
+    command = ["train", "--data", cache, "--run", run, "--json", *WORDS, *words]
+    with cluster(nodes) as made, Training(made.address, command, log=run.with_suffix(".log")) as training:
         started = time.monotonic()
         training.wait_for(lambda: training.words.count("epoch 2/6") > 0, 300)
         seen = training.words.count("\n")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,28 @@ def test_a_wrong_cache_other_versions_and_too_little_room_are_red(
     versions = doctor._versions("there", other, found["versions"])
     assert (versions.state, "torch 1.0" in versions.found, "pip install" in versions.advice) == ("wrong", True, True)
     assert [doctor._disk("runs", "here", size).state for size in (2**20, 2**30, 2**40)] == ["wrong", "warning", "ok"]
+
+
+def test_a_gpu_that_torch_cannot_use_and_a_clock_that_is_off_are_red(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = doctor._gpus("there", {"names": ["H200", "H200"], "driver": "550.1", "torch": 0})
+    assert (blind.state, "torch can use 0" in blind.found, "CUDA" in blind.advice) == ("wrong", True, True)
+    assert doctor._gpus("there", {"names": [], "driver": "", "torch": 0}).state == "ok"
+    right = time.time
+    assert [item.state for item in doctor._clocks(doctor._Here())] == ["ok"]
+    monkeypatch.setattr(node, "clock", lambda: right() - 60)
+    (late,) = doctor._clocks(doctor._Here())
+    assert (late.state, late.advice) == ("wrong", "let NTP set it")
+    assert float(late.found.split()[0]) == pytest.approx(60, abs=5)
+
+
+def test_a_node_that_does_not_answer_is_red() -> None:
+    class Silent(doctor._Here):
+        def ask_each(self, function, arguments):  # type: ignore[no-untyped-def]
+            return {name: ClusterError("the node died") for name in arguments}
+
+    (finding,) = doctor._examine(Silent(), None, None, False)
+    assert (finding.check, finding.state, finding.advice) == ("node", "wrong", "look at it, or remove it")
+    assert [item.state for item in doctor._storage(Silent(), Path("/"))] == ["wrong"]
 
 
 def test_a_truncated_shard_is_found_by_the_quick_check_and_another_byte_by_the_full_one(

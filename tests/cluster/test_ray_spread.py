@@ -21,6 +21,8 @@ from ptxdist.cluster.spread import ray_tasks
 from ptxdist.data.preprocess import preprocess
 from ptxdist.data.verify import verify, verify_source
 from ptxdist.errors import ClusterError, StoreError
+from ptxdist.learn import predict
+from ptxdist.learn.predictor import Predictor
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,19 @@ def test_a_cache_made_by_tasks_on_two_nodes_has_the_same_bytes(cluster: Cluster,
     assert verify(there) == []
     with ray_tasks(cluster.address) as spread:
         assert verify_source(there, data.dicom, spread=spread) == []
+
+
+def test_predictions_made_by_tasks_on_two_nodes_have_the_same_bytes(
+    cluster: Cluster, finished_run: Path, small_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(predict, "_FILES_A_TASK", 3)
+    files = sorted(small_dataset.dicom.rglob("*.dcm"))[:6]
+    predictor, here, there = Predictor.load(finished_run, device="cpu"), tmp_path / "here", tmp_path / "there"
+    predict.predict_files(files, here, predictor, [finished_run], device="cpu")
+    with ray_tasks(cluster.address) as spread:
+        result = predict.predict_files(files, there, predictor, [finished_run], device="cpu", spread=spread, workers=2)
+    assert result.predicted == 6
+    assert digests(here) == digests(there)
 
 
 def test_tasks_are_spread_over_the_nodes_and_all_come_back(cluster: Cluster) -> None:

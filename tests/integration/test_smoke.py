@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults import Training, cluster, kill_node, train_workers
 
-from ptxdist.cluster.coordinator import plan_run, run_pipeline
+from ptxdist.cluster.coordinator import only_training, plan_run, run_pipeline
 from ptxdist.config import load_settings
 from ptxdist.data import rle
 from ptxdist.learn.metrics import count, scores
@@ -39,7 +40,7 @@ def ptxdist(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> s
 
 def train_words(work: Path, run: Path, workers: int = 2) -> list[str | Path | int]:
     """The smoke pipeline in thirteen steps an epoch, with a checkpoint after the tenth."""
-    settings = ["stages.*.batch_size=2", "train.checkpoint_every_s=0.001"]
+    settings = ["stages.*.batch_size=2", "train.checkpoint_every_images=20"]
     words = ["train", "--pipeline", "smoke", "--workers", workers, "--data", work / "cache", "--run", run]
     return [*words, *(word for setting in settings for word in ("--set", setting))]
 
@@ -137,6 +138,12 @@ def test_the_same_command_again_trains_nothing(work: Path, trained: Trained) -> 
     assert "positives" in done.stdout
 
 
+def test_a_second_training_of_the_same_run_is_refused(work: Path, trained: Trained) -> None:
+    run, _ = trained
+    with only_training(run):
+        assert f"another `ptxdist train` works on {run}" in ptxdist(*train_words(work, run), code=12).stderr
+
+
 def test_other_settings_on_the_same_run_are_refused(work: Path, trained: Trained) -> None:
     run, _ = trained
     done = ptxdist(*train_words(work, run), "--set", "stages.2.epochs=2", code=8)
@@ -214,6 +221,7 @@ def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path) -> 
     whole = run_pipeline(
         plan_run(load_settings(str(pipeline), options={"data.cache": str(work / "cache")}), work / "whole" / "three"),
         with_ray=False,
+        on_event=cannot_show,
     )
     run, log = work / "stopped" / "three", work / "stopped.log"
     command = [sys.executable, "-m", "ptxdist", "train", "--without-ray", "--pipeline", str(pipeline)]
@@ -247,6 +255,43 @@ def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path) -> 
     assert "stage 1 goes on after epoch 1 of 3" in log.read_text()
     assert read_result(run).stages[0].weights_sha256 == whole.stages[0].weights_sha256
     assert read_result(run).evaluation.scores == whole.evaluation.scores
+
+
+def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(work: Path, trained: Trained) -> None:
+    """On a cluster of a head and two nodes: a worker hangs in the first stage, a node dies in the second one.
+
+    Then a run that may go on with one worker begins on the one node that is left, and another node joins.
+    """
+    run, words = work / "cluster" / "smoke", train_words(work, work / "cluster" / "smoke")
+    words += ["--set", "train.worker_timeout_s=8", "--set", "train.max_worker_failures=4"]
+    with cluster(2) as nodes:
+        with Training(nodes.address, words, log=work / "cluster.log") as training:
+            training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
+            os.kill(train_workers(nodes.list_all_nodes()[-1])[0], signal.SIGSTOP)
+            training.wait_for((stage_folder(run, 2, 96) / "checkpoints" / INSIDE).exists)
+            kill_node(nodes.list_all_nodes()[-1])
+            nodes.add_node(num_cpus=1)
+            training.finish()
+        for stage in (1, 2):
+            assert f"stage {stage} goes on after epoch 0 of 1 and 10 steps of the next" in training.words
+        assert "a worker failed with WorkerHealthCheckTimeoutError" in training.words
+        for before, after in zip(read_result(trained[0]).stages, read_result(run).stages, strict=True):
+            assert before.weights_sha256 == after.weights_sha256
+
+        kill_node(nodes.list_all_nodes()[-1])
+        run = work / "grown" / "smoke"
+        words = [*train_words(work, run), "--set", "train.min_workers=1", "--set", "train.resize_every_s=1"]
+        with Training(nodes.address, words, log=work / "grown.log") as training:
+            training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
+            nodes.add_node(num_cpus=1)
+            training.finish()
+        assert "the cluster has room for 1 of 2 workers, 1 are needed" in training.words
+        assert read_result(run).stages[-1].workers == 2
+
+
+def cannot_show(event: object) -> None:
+    """What a terminal that is gone does to the display; training goes on."""
+    raise BrokenPipeError
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:

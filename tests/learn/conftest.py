@@ -11,11 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptxdist.cluster.coordinator import plan_run, run_pipeline
-from ptxdist.config import load_settings
 from ptxdist.data import rle
 from ptxdist.data.catalog import FILE_NAME, Case, Catalog, Reconciliation, Reject, read_catalog, write_catalog
-from ptxdist.data.preprocess import PreprocessResult
 from ptxdist.data.split import Leakage
 from ptxdist.data.store import (
     ARRAYS,
@@ -127,16 +124,6 @@ def described_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     write_catalog(described, folder / FILE_NAME)
     return folder
-
-
-@pytest.fixture(scope="session")
-def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
-    run = tmp_path_factory.mktemp("learn") / "run"
-    few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
-    settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
-    run_pipeline(plan_run(settings, run), with_ray=False)
-    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from ptxdist.errors import CheckpointError
 from ptxdist.learn.checkpoint import (
     TrainingState,
+    await_checkpoint,
     load_checkpoint,
     load_weights,
     save_checkpoint,
@@ -71,6 +73,17 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, part: str,
     assert loaded.epoch == 1
     assert len(told) == 1
     assert "epoch-0002-step-000000 is damaged" in told[0]
+
+
+def test_a_checkpoint_that_another_node_wrote_may_be_seen_late_or_not_at_all(tmp_path: Path) -> None:
+    _, state = trained(2)
+    writer = threading.Timer(0.3, save_checkpoint, (tmp_path / "shared", state), {"keep": 2})
+    writer.start()
+    loaded = await_checkpoint(tmp_path / "shared" / state.name)
+    writer.join()
+    assert torch.equal(loaded.average["weight"], state.average["weight"])
+    with pytest.raises(CheckpointError, match=r"cannot be read here, and rank 0 goes on from it.*shared storage"):
+        await_checkpoint(tmp_path / "elsewhere" / state.name, patience_s=0)
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from ptxdist.config import ModelSettings, StageSettings, TrainSettings
 from ptxdist.data.catalog import read_catalog
 from ptxdist.data.store import open_store
 from ptxdist.errors import CheckpointError, TrainingError
+from ptxdist.learn import loop
 from ptxdist.learn.checkpoint import checkpoints, load_weights
 from ptxdist.learn.loop import FitResult, StageData, fit
 from ptxdist.learn.unet import build_unet
@@ -74,24 +75,32 @@ def test_four_images_are_learnt_by_heart(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("every_s", "batch", "where"),
-    [(0.0, 4, "epoch 2 of 4"), (1e-9, 2, "epoch 2 of 4 and 10 steps of the next")],
-    ids=["between epochs", "inside one"],
+    ("settings", "leaves", "where"),
+    [
+        ({}, False, "epoch 2 of 4"),
+        ({"checkpoint_every_images": 15}, False, "epoch 2 of 4 and 10 steps of the next"),
+        ({"checkpoint_every_s": 1e-9}, False, "epoch 2 of 4 and 10 steps of the next"),
+        ({}, True, "epoch 2 of 4 and 10 steps of the next"),
+    ],
+    ids=["between epochs", "by images", "by time", "on a machine that is about to go"],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     cache: Path,
     long_cache: Path,
     small_net: Callable[[], nn.Module],
     tmp_path: Path,
-    every_s: float,
-    batch: int,
+    monkeypatch: pytest.MonkeyPatch,
+    settings: dict[str, float],
+    leaves: bool,
     where: str,
 ) -> None:
     """Inside an epoch with a small network: there are many checkpoints, and one of the U-Net is 400 MB."""
-    cache, settings = long_cache if every_s else cache, TrainSettings(checkpoint_every_s=every_s)
-    model = {"make_model": small_net} if every_s else {}
+    inside = bool(settings) or leaves
+    cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
+    model = {"make_model": small_net} if inside else {}
+    monkeypatch.setattr(loop, "_LEAVING_S", 0.0)
     stage = StageSettings(
-        size_px=32, epochs=4, batch_size=batch, swa_epochs=2, best_by="loss", positive_share=(0.7, 0.3)
+        size_px=32, epochs=4, batch_size=2 if inside else 4, swa_epochs=2, best_by="loss", positive_share=(0.7, 0.3)
     )
     whole = train(cache, tmp_path / "whole", stage, **model)
 
@@ -104,7 +113,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
     heard: list[str] = []
     with pytest.raises(StoppedError):
-        train(cache, tmp_path / "broken", stage, settings, on_step=stop_in_epoch_three, **model)
+        train(cache, tmp_path / "broken", stage, settings, on_step=stop_in_epoch_three, leaving=lambda: leaves, **model)
     resumed = train(cache, tmp_path / "broken", stage, settings, seed=3, on_message=heard.append, **model)
     assert heard == [f"stage 1 goes on after {where}"]
     assert len(whole.history) == len(resumed.history) == 5
@@ -194,28 +203,43 @@ def test_accumulated_passes_make_the_step_of_the_whole_batch(cache: Path, tmp_pa
         assert end.val_loss == pytest.approx(ends[0].val_loss, rel=1e-3)
 
 
-def test_a_full_disk_loses_nothing_that_was_saved(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second checkpoint meets a disk that takes no more; with room again the run ends as if nothing had been."""
-    stage = StageSettings(size_px=32, epochs=2, batch_size=4, best_by="loss")
-    whole = train(cache, tmp_path / "whole", stage)
-    fsync, room = os.fsync, True
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB, which only root can make; `test_smoke` limits the size of files instead."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
-    def full(descriptor: int) -> None:
-        if not room:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
+
+def test_a_full_disk_loses_nothing_that_was_saved(
+    cache: Path, small_net: Callable[[], nn.Module], tmp_path: Path, small_disk: Path
+) -> None:
+    """The second checkpoint meets a full disk; with room again the run ends as if nothing had been."""
+    stage = StageSettings(size_px=32, epochs=3, batch_size=4, best_by="loss")
+    whole = train(cache, tmp_path / "whole", stage, make_model=small_net)
+    run, ballast = small_disk / "run", small_disk / "ballast"
 
     def fill_up(metrics: EpochMetrics) -> None:
-        nonlocal room
         deadline = time.monotonic() + 30
-        while not list((tmp_path / "full").glob("epoch-0001-step-000000")) and time.monotonic() < deadline:
+        while not list(run.glob("epoch-0001-step-000000")) and time.monotonic() < deadline:
             time.sleep(0.01)  # the first checkpoint is being written
-        room = False
+        with suppress(OSError), open(ballast, "ab", buffering=0) as file:
+            while file.write(bytes(512)):
+                pass
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="No space left on device; what was saved before is kept"):
-        train(cache, tmp_path / "full", stage, on_epoch=fill_up)
-    assert [path.name for path in checkpoints(tmp_path / "full")] == ["epoch-0001-step-000000"]
-    assert not list((tmp_path / "full").glob("*.tmp"))
-    room = True
-    assert train(cache, tmp_path / "full", stage).sha256 == whole.sha256
+    with pytest.raises(CheckpointError, match=r"No space left on device.*what was saved before is kept"):
+        train(cache, run, stage, make_model=small_net, on_epoch=fill_up)
+    assert [path.name for path in checkpoints(run)] == ["epoch-0001-step-000000"]
+    assert not list(run.glob("*.tmp"))
+    ballast.unlink()
+    heard: list[str] = []
+    assert train(cache, run, stage, make_model=small_net, on_message=heard.append).sha256 == whole.sha256
+    assert heard == ["stage 1 goes on after epoch 1 of 3"]

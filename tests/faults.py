@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,11 @@ def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
 
 
 class Training:
-    """`ptxdist train` as a process of its own on a cluster; its words are in `log`."""
+    """`ptxdist train …` as a process of its own on a cluster; its words are in `log`."""
 
-    def __init__(self, address: str, cache: Path, run: Path, *words: object) -> None:
-        self.run, self.log = run, run.parent / f"{run.name}.log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        self.command = [sys.executable, "-m", "ptxdist", "train", "--data", str(cache), "--run", str(run), "--json"]
-        self.command += map(str, words)
+    def __init__(self, address: str, words: Sequence[object], *, log: Path) -> None:
+        self.log = log
+        self.command = [sys.executable, "-m", "ptxdist", *map(str, words)]
         self.environment = {**os.environ, "RAY_ADDRESS": address}
         self.start()
 
@@ -63,7 +61,7 @@ class Training:
         """All it has said so far."""
         return self.log.read_text()
 
-    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 120) -> float:
+    def wait_for(self, ready: Callable[[], bool], timeout_s: float = 400) -> float:
         """Seconds until something is true; an error when the run ends before."""
         started = time.monotonic()
         while not ready():
@@ -72,11 +70,7 @@ class Training:
             time.sleep(0.05)
         return time.monotonic() - started
 
-    def checkpoints(self) -> int:
-        """Checkpoints that are there now."""
-        return len(list(self.run.glob("stages/*/checkpoints/epoch-????-step-??????")))
-
-    def finish(self, timeout_s: float = 200) -> float:
+    def finish(self, timeout_s: float = 400) -> float:
         """Seconds until it has ended well."""
         started = time.monotonic()
         assert self.process.wait(timeout=timeout_s) == 0, self.words

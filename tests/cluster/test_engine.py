@@ -1,0 +1,85 @@
+"""What is done when workers fail: who is lost is replaced, what would come again ends the work at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.exceptions import ActorDiedError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
+from ptxdist.config import load_settings
+from ptxdist.errors import PtxdistError, TrainingError
+
+DEAD = WorkerHealthCheckFailedError("rank 1", ActorDiedError())
+HUNG = WorkerHealthCheckTimeoutError("rank 1")
+CUT_OFF = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [[DEAD], [HUNG], [CUT_OFF], [CUT_OFF, DEAD], [KeyError("x"), DEAD], [OSError(errno.ESTALE, "Stale file handle")],
+     [torch.distributed.DistBackendError("NCCL")]],
+    ids=str,
+)  # fmt: skip
+def test_lost_workers_are_started_again(failures: list[Exception]) -> None:
+    verdict = _verdict([_cause(failure) for failure in failures], "stage 1")
+    assert isinstance(verdict, _LostError)
+    assert not verdict.announced
+
+
+@pytest.mark.parametrize(
+    ("failures", "words"),
+    [
+        ([TrainingError("loss of nan in step 3"), CUT_OFF], "^loss of nan in step 3$"),
+        ([TrainingError("loss of nan in step 3"), DEAD], "^loss of nan in step 3$"),
+        ([KeyError("lr"), CUT_OFF], "^stage 1 stopped: a worker failed with KeyError: 'lr'$"),
+        ([ValueError("one\ntwo")], "ValueError: two"),
+        ([torch.OutOfMemoryError("CUDA out of memory")], r"smaller train\.micro_batch"),
+        ([OSError(errno.ENOSPC, "No space left on device")], "No space left on device"),
+    ],
+    ids=str,
+)
+def test_what_would_come_again_is_final(failures: list[Exception], words: str) -> None:
+    verdict = _verdict(failures, "stage 1")
+    assert isinstance(verdict, PtxdistError)
+    with pytest.raises(TrainingError, match=words):
+        raise verdict
+
+
+def test_a_node_that_was_taken_away_with_notice_is_nobodys_failure() -> None:
+    gone = ActorDiedError()
+    gone._preempted = True
+    verdict = _verdict([_cause(WorkerHealthCheckFailedError("rank 0", gone)), CUT_OFF], "stage 1")
+    assert isinstance(verdict, _LostError)
+    assert verdict.announced
+
+
+@pytest.mark.slow
+def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"):
+        monkeypatch.setenv(name, os.environ.get(name, "0.1" if "INTERVAL" in name else "60"))
+    tries, heard = tmp_path / "tries", list[Any]()
+
+    def mistaken(task: dict[str, Any]) -> None:  # inside, so that Ray sends it along
+        with open(tries, "a") as file:
+            file.write("x")
+        task["settings"]["absent"]
+
+    settings = load_settings("smoke", options={"train.workers": 1, "train.device": "cpu"})
+    with (
+        ray_engine(settings, tmp_path / "run", tmp_path, heard.append) as engine,
+        pytest.raises(TrainingError, match="stage 1 stopped: a worker failed with KeyError: 'absent'"),
+    ):
+        engine._work(mistaken, {"settings": {}}, tmp_path / "run" / "stage", "stage 1", "goes on")
+    assert tries.read_text() == "x"
+    assert heard == []
+    assert 'task["settings"]["absent"]' in caplog.text, "the traceback, which RUN/ray.log gets"
