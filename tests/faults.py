@@ -77,6 +77,12 @@ class Training:
         return time.monotonic() - started
 
 
+def living_nodes(cluster: Cluster) -> list[Any]:
+    """The nodes of a cluster but its head, those that were killed left out; the last one to have come is last."""
+    living = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.poll() is None]
+    return sorted(living, key=lambda node: node.all_processes["raylet"][0].process.pid)
+
+
 def train_workers(node: Any) -> list[int]:
     """Process ids of Ray Train's workers on one node of the cluster."""
     import psutil
@@ -102,6 +108,7 @@ def kill_node(node: Any) -> None:
     for process in processes:
         with suppress(psutil.Error):
             process.kill()
+    node.all_processes["raylet"][0].process.wait()
 
 
 def drain_node(address: str, node: Any, deadline_s: int) -> None:

@@ -42,8 +42,8 @@ class Finding:
 class _Nodes:
     """Machines to ask; each answers for itself. `ask` gives the answers by name, an exception for a lost one."""
 
-    def __init__(self, actors: Mapping[str, Any]) -> None:
-        self.actors = actors
+    def __init__(self, actors: Mapping[str, Any], ids: Mapping[str, str] | None = None) -> None:
+        self.actors, self._ids = actors, ids or {}
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         return self.ask_each(function, dict.fromkeys(self.actors, arguments))
@@ -60,6 +60,13 @@ class _Nodes:
             except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
                 answers[name] = ClusterError(" ".join(str(error).split())[:400] or type(error).__name__)
         return answers
+
+    def gone(self) -> set[str]:
+        """Those that Ray has found dead by now: it notices a death after seconds, when a node is asked in vain."""
+        import ray
+
+        living = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if self._ids else set()
+        return {name for name, node_id in self._ids.items() if node_id not in living}
 
 
 class _Here(_Nodes):
@@ -90,16 +97,17 @@ def ray_nodes() -> Iterator[_Nodes]:
 
     ray.cloudpickle.register_pickle_by_value(node_module)  # so that a node without ptxdist can say so
     actor = ray.remote(num_cpus=0, max_restarts=0)(Node)
-    actors, seen = {}, dict[str, int]()
+    actors, ids, seen = {}, dict[str, str](), dict[str, int]()
     for node in ray.nodes():
         if node["Alive"]:
             name = str(node["NodeManagerAddress"])
             seen[name] = seen.get(name, 0) + 1  # several nodes on one machine
             name = name if seen[name] == 1 else f"{name} ({seen[name]})"
+            ids[name] = node["NodeID"]
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             actors[name] = actor.options(scheduling_strategy=there).remote()
     try:
-        yield _Nodes(actors)
+        yield _Nodes(actors, ids)
     finally:
         ray.cloudpickle.unregister_pickle_by_value(node_module)
         for one in actors.values():
@@ -130,7 +138,8 @@ def diagnose(
 def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = None) -> None:
     """ClusterError when a training into `run` would surely fail: the quick part of `diagnose`.
 
-    With `nodes`, also when they do not share the storage or run another ptxdist.
+    With `nodes`, also when they do not share the storage or run another ptxdist. One that has just died is no reason:
+    the others train, or wait for another one.
     """
     folder = _existing(run)
     findings = _storage(nodes or _Here(), folder)
@@ -139,8 +148,9 @@ def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = No
     free = node_module._free(str(folder))
     if free is not None and free < _CHECKPOINT // 4:
         findings.append(_disk("runs", HERE, free))
+    gone = nodes.gone() if nodes else set[str]()
     for item in findings:
-        if item.state == "wrong":
+        if item.state == "wrong" and item.where not in gone:
             raise ClusterError(
                 f"{item.check} of {item.where}: {item.found}; {item.advice} (`ptxdist doctor` looks at everything)"
             )

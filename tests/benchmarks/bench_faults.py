@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from faults import Training, cluster, drain_node, kill_node, train_workers
+from faults import Training, cluster, drain_node, kill_node, living_nodes, train_workers
 
 from ptxdist.rundir import read_result
 
@@ -41,28 +41,28 @@ def nothing(nodes: Cluster, training: Training) -> None:
 
 def worker_dies(nodes: Cluster, training: Training) -> None:
     """SIGKILL to a worker."""
-    os.kill(train_workers(nodes.list_all_nodes()[-1])[0], signal.SIGKILL)
+    os.kill(train_workers(living_nodes(nodes)[-1])[0], signal.SIGKILL)
 
 
 def worker_hangs(nodes: Cluster, training: Training) -> None:
     """SIGSTOP to a worker."""
-    os.kill(train_workers(nodes.list_all_nodes()[-1])[0], signal.SIGSTOP)
+    os.kill(train_workers(living_nodes(nodes)[-1])[0], signal.SIGSTOP)
 
 
 def node_dies(nodes: Cluster, training: Training) -> None:
     """SIGKILL to all of a node; another one takes its place at once, as an autoscaler would have it."""
-    kill_node(nodes.list_all_nodes()[-1])
+    kill_node(living_nodes(nodes)[-1])
     nodes.add_node(num_cpus=1)
 
 
 def node_dies_for_good(nodes: Cluster, training: Training) -> None:
     """SIGKILL to all of a node, and none comes."""
-    kill_node(nodes.list_all_nodes()[-1])
+    kill_node(living_nodes(nodes)[-1])
 
 
 def node_is_preempted(nodes: Cluster, training: Training) -> None:
     """A node is announced to go in 10 s, goes, and another one comes."""
-    node = nodes.list_all_nodes()[-1]
+    node = living_nodes(nodes)[-1]
     drain_node(nodes.address, node, 10)
     nodes.add_node(num_cpus=1)
     time.sleep(10)

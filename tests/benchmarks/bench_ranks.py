@@ -6,7 +6,7 @@ W logical workers are W gloo processes with one thread each. They share cores an
 speed but their laws are looked at:
 
 exchanged      bytes over the loopback interface of one all-reduce of B bytes, counted by the kernel, by the model's
-               volume 2 (W - 1) B of a ring. Other traffic on the interface only adds.
+               volume 2 (W - 1) B of a ring; other traffic adds, a rank that begins before the count is read takes away
 all-reduce     ms; one machine carries the traffic of all ranks, so it grows as W - 1 where a cluster's stays the same
 collective     ms of a small all-reduce, as synchronised batch norm makes 92 of a step
 step           ms of steps whose computing is a sleep of `IMAGE_S` an image, for a batch that W does not divide, by the

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults import Training, cluster, kill_node, train_workers
+from faults import Training, cluster, kill_node, living_nodes, train_workers
+from ray.cluster_utils import Cluster
 
 from ptxdist.cluster.coordinator import only_training, plan_run, run_pipeline
 from ptxdist.config import load_settings
@@ -267,9 +268,9 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(wo
     with cluster(2) as nodes:
         with Training(nodes.address, words, log=work / "cluster.log") as training:
             training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
-            os.kill(train_workers(nodes.list_all_nodes()[-1])[0], signal.SIGSTOP)
+            os.kill(train_workers(living_nodes(nodes)[-1])[0], signal.SIGSTOP)
             training.wait_for((stage_folder(run, 2, 96) / "checkpoints" / INSIDE).exists)
-            kill_node(nodes.list_all_nodes()[-1])
+            kill_node(living_nodes(nodes)[-1])
             nodes.add_node(num_cpus=1)
             training.finish()
         for stage in (1, 2):
@@ -278,15 +279,20 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(wo
         for before, after in zip(read_result(trained[0]).stages, read_result(run).stages, strict=True):
             assert before.weights_sha256 == after.weights_sha256
 
-        kill_node(nodes.list_all_nodes()[-1])
+        kill_node(living_nodes(nodes)[-1])
         run = work / "grown" / "smoke"
         words = [*train_words(work, run), "--set", "train.min_workers=1", "--set", "train.resize_every_s=1"]
         with Training(nodes.address, words, log=work / "grown.log") as training:
             training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
+            assert len(workers_on(nodes)) == 1
             nodes.add_node(num_cpus=1)
-            training.finish()
+            training.wait_for(lambda: len(workers_on(nodes)) == 2)
         assert "the cluster has room for 1 of 2 workers, 1 are needed" in training.words
-        assert read_result(run).stages[-1].workers == 2
+
+
+def workers_on(nodes: Cluster) -> list[int]:
+    """Process ids of the workers on all nodes of a cluster."""
+    return [pid for node in living_nodes(nodes) for pid in train_workers(node)]
 
 
 def cannot_show(event: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from ptxdist.config import ModelSettings, PipelineSettings, Settings, StageSettings
 from ptxdist.data import rle
 from ptxdist.data.catalog import FILE_NAME, read_catalog, write_catalog
+from ptxdist.data.preprocess import preprocess
 from ptxdist.errors import RunError
 from ptxdist.learn.analysis import CASE_COLUMNS, FIXED_THRESHOLDS
 from ptxdist.learn.checkpoint import save_weights
@@ -247,6 +249,37 @@ def test_patients_in_training_are_told_apart_by_a_map(
     assert sides == {case.case_id: str(int(number < 4)) for number, case in enumerate(held)}
     assert result.shared == scores(counts_of(table(mapped)[:4]))
     assert "taught-" not in (mapped / CASES).read_text(), "only hashes of patients are written"
+
+
+def test_leakage_of_real_patients_is_what_the_map_says(real_data: Path, tmp_path: Path) -> None:
+    """A cache made without the map, as everybody's is; half of the images of patients who have three or more here."""
+    siim = real_data / "siim-real"
+    with open(siim / "nih_id.csv", newline="") as file:
+        patient = {row["Kaggle_ID"]: row["NIH_ID"][:8] for row in csv.DictReader(file)}
+    files = sorted((siim / "dicom-images").rglob("*.dcm"))
+    images = Counter(patient.get(path.stem) for path in files)
+    (tmp_path / "dicom").mkdir()
+    many = [path for path in files if path.stem in patient and images[patient[path.stem]] > 2]
+    single = [path for path in files if path.stem in patient and images[patient[path.stem]] == 1]
+    for path in (*many[:60], *single[:60]):
+        (tmp_path / "dicom" / path.name).symlink_to(path)
+    cache = tmp_path / "cache"
+    catalog = preprocess(tmp_path / "dicom", siim / "train-rle.csv.gz", cache, sizes_px=(32,)).catalog
+    assert catalog.leakage.grouped_by == "nothing"
+    out = tmp_path / "evaluation"
+    found = evaluate([member(tmp_path)], cache, out, device=CPU, patients=siim / "nih_id.csv").shared_patients
+    taught = {patient[case.case_id] for case in catalog.labelled if case.fold != 0}
+    held_out = [case for case in catalog.labelled if case.fold == 0]
+    shared = {case.case_id for case in held_out if patient[case.case_id] in taught}
+    assert 0 < len(shared) < len(held_out)
+    assert {row["case_id"] for row in table(out) if row["patient_in_training"] == "1"} == shared
+    assert found is not None
+    assert found.shared is not None
+    assert found.apart is not None
+    assert (found.known_from, found.shared.cases) == ("patient map", len(shared))
+    assert found.apart.cases == len(held_out) - len(shared)
+    assert found.shared.positives == sum(bool(case.masks) for case in held_out if case.case_id in shared)
+    assert not [name for name in set(patient.values()) if f",{name}," in (out / CASES).read_text()]
 
 
 def test_where_nobody_knows_the_patients_nothing_is_said_of_them(folds: Path, tmp_path: Path) -> None:
