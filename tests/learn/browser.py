@@ -85,7 +85,8 @@ class Browser:
         self.call("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
-        self.run("Promise.all([...document.images].map(image => image.decode())).then(() => true)")
+        images = "[...document.images].filter(image => image.src)"
+        self.run(f"Promise.all({images}.map(image => image.decode())).then(() => true)")
 
     def run(self, script: str) -> Any:
         """Value of a JavaScript expression in the page, awaited; RuntimeError when it throws."""

@@ -13,10 +13,10 @@ const number = value => value.toLocaleString("en");
 async function send(file) {
   if (sending) return;
   problem("");
-  if (!file.size) return problem("This file is empty (0 bytes).");
-  if (file.size > maxBytes) return problem(`This file has more than the ${number(maxBytes)} bytes that are accepted.`);
-  work("The model is looking at the radiograph …");
   try {
+    if (!file.size) throw new Error("This file is empty (0 bytes).");
+    if (file.size > maxBytes) throw new Error(`This file has more than the ${number(maxBytes)} bytes that are accepted.`);
+    work("The model is looking at the radiograph …");
     const headers = {"Content-Type": "application/dicom"};
     const response = await fetch("/api/maps", {method: "POST", headers, body: file}).catch(() => null);
     if (!response) throw new Error("The server does not answer. Is `ptxdist serve` still running, and the file still there?");
@@ -24,10 +24,10 @@ async function send(file) {
     await show(await response.formData());
   } catch (error) {
     problem(error.message);
-  } finally {
-    work("");
-    $("file").value = "";  // so that the same file can be chosen again
   }
+  work("");
+  $("file").value = "";  // so that the same file can be chosen again
+  $(shown ? "result" : "file").focus();
 }
 
 function work(words) {
@@ -73,10 +73,10 @@ async function show(parts) {
   $("smallest-words").textContent = `no mask under ${number(point.min_area_px)} px`;
   $("result").hidden = false;
   draw();
-  $("result").focus();
 }
 
-const rule = point => `px from ${point.bottom}` + (point.min_area_px ? `, if ${number(point.min_area_px)} px reach ${point.top}` : "");
+const short = value => String(Number(value.toFixed(4)));
+const rule = point => `px from ${short(point.bottom)}` + (point.min_area_px ? `, if ${number(point.min_area_px)} px reach ${short(point.top)}` : "");
 
 // Off the operating point one threshold decides both, as with `ptxdist predict --threshold`.
 function chosen() {
