@@ -35,17 +35,17 @@ def serve(
     from ptxdist.learn.predictor import Predictor
 
     with server.listen(host, port) as listening:
+        if not server.is_loopback(listening):
+            console.say(
+                f"warning: everybody who reaches {host} can use this model; there is no password, and radiographs "
+                "travel unencrypted. Put a proxy with both before it, or leave --host out and use `ssh -L`"
+            )
         predictor = Predictor.load(model, *others, device=device)  # type: ignore[arg-type]
         url = server.url_of(listening)
         if as_json:
             console.show_json({"url": url, "models": [card.name for card in predictor.cards]})
         else:
             console.say(f"the viewer is at {url} (Ctrl-C ends it); research use only, not a medical device")
-        if not server.is_loopback(listening):
-            console.say(
-                f"warning: everybody who reaches {host} can use this model; there is no password, and radiographs "
-                "travel unencrypted. Put a proxy with both before it, or leave --host out and use `ssh -L`"
-            )
         if open_page and click.launch(url) != 0:
             console.say("no browser could be opened; open the address yourself")
         server.serve(predictor, listening, host, lambda where: console.say(f"a defect of ptxdist: {where}"))

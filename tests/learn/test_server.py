@@ -27,7 +27,8 @@ from serving import DICOM, ask, error_of, make_predictor, parts_of, serving
 from ptxdist import Predictor
 from ptxdist.cli import cli
 from ptxdist.data import rle
-from ptxdist.errors import AddressError
+from ptxdist.errors import AddressError, RunError
+from ptxdist.learn import server
 from ptxdist.learn.scoring import mask_at
 from ptxdist.learn.server import Limits
 from ptxdist.learn.viewer import levels_of, thresholds_at
@@ -300,6 +301,17 @@ def test_a_port_in_use_and_a_foreign_address_are_refused_before_the_model_is_loa
     done = CliRunner().invoke(cli, ["serve", "nowhere", "--host", "192.0.2.1", "--port", "0"])
     assert done.exit_code == AddressError.exit_code
     assert "--host" in done.stderr
+
+
+def test_a_warning_says_who_can_reach_it() -> None:
+    for host, reached in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
+        done = CliRunner().invoke(cli, ["serve", "nowhere", "--host", host, "--port", "0"])
+        assert done.exit_code == RunError.exit_code
+        assert ("no password" in done.stderr) == reached
+        with server.listen(host, 0) as listening:
+            assert server.is_loopback(listening) != reached
+            name = urlsplit(server.url_of(listening)).hostname
+            assert name == (socket.gethostname().lower() if reached else "127.0.0.1")
 
 
 def _object(stream: io.TextIOBase | object) -> str:
