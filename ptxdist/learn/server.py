@@ -43,7 +43,6 @@ try:
 except ModuleNotFoundError:
     raise SettingsError("the viewer needs FastAPI and uvicorn: pip install 'ptxdist[serve]'") from None
 
-HOST, PORT = "127.0.0.1", 8600
 TYPES = ("application/dicom", "application/octet-stream")  # no form of another page can send these
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
@@ -110,7 +109,7 @@ def make_app(
             return JSONResponse({"error": "This file could not be predicted because of a defect of ptxdist."}, 500)
 
     async def answer(request: Request, maps: bool) -> Response:
-        if request.headers.get("content-type", "") not in TYPES:
+        if request.headers.get("content-type", "").partition(";")[0].strip() not in TYPES:
             raise HTTPException(415, f"Send the bytes of one DICOM file as the body, with Content-Type: {TYPES[0]}.")
         with gate.enter(request.client.host if request.client else ""):
             content = await _read_body(request, limits)
