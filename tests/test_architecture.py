@@ -23,7 +23,7 @@ ORDER = {
         {"rle", "tags", "codestream", "anatomy", "split", "spread"},
         {"pixels", "png", "reading", "picture", "store"},
         {"dicom", "dialect", "duplicates"},
-        {"labels", "scan", "spacing", "segmentation"},
+        {"labels", "scan", "spacing", "segmentation", "chest"},
         {"catalog", "phantom", "inputs"},
         {"render", "draw"},
         {"preprocess"},
@@ -39,7 +39,8 @@ ORDER = {
         {"evaluate"},
         {"bundle", "report"},
         {"predictor"},
-        {"predict", "export"},
+        {"predict", "export", "viewer"},
+        {"server"},
     ),
     "cluster": (
         {"stage", "environment", "tracking", "connection", "node"},
@@ -48,7 +49,7 @@ ORDER = {
         {"coordinator"},
         {"submit"},
     ),
-    "cli": ({"options"}, {"data", "submit", "doctor", "predict"}, {"runs"}, {""}),  # "" is the package itself
+    "cli": ({"options"}, {"data", "submit", "doctor", "predict", "serve"}, {"runs"}, {""}),  # "" is the package itself
 }
 
 LIBRARIES = {
@@ -68,6 +69,9 @@ LIBRARIES = {
         "stringzilla",
         "jinja2",
         "markupsafe",
+        "fastapi",
+        "starlette",  # what FastAPI stands on
+        "uvicorn",
     },
     # requests, packaging and grpc are what Ray itself stands on
     "cluster": {"torch", "ray", "requests", "packaging", "grpc", "tensorboardX", "mlflow"},

@@ -110,6 +110,7 @@ def test_train_alone_is_the_full_recipe_and_dry_run_prints_it() -> None:
         (["evaluate", "nowhere"], 8, ["nowhere", "ptxdist train"]),
         (["report", "nowhere"], 8, ["nowhere"]),
         (["inspect", "nowhere"], 8, ["nowhere"]),
+        (["serve", "nowhere", "--port", 0], 8, ["nowhere", "ptxdist train"]),
         (["preprocess", "--dicom", "nowhere", "--labels", "nothing.csv", "--out", "c"], 4, ["nothing.csv"]),
         (["phantom", "p", "--cases", -1], 3, ["cases"]),
         (["submit", "--address", "http://127.0.0.1:8265", "--", "fly"], 3, ["fly", "train"]),

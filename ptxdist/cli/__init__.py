@@ -17,6 +17,7 @@ from ptxdist.cli.data import phantom, preprocess, verify
 from ptxdist.cli.doctor import doctor
 from ptxdist.cli.predict import predict
 from ptxdist.cli.runs import compare, demo, evaluate, inspect, report, train
+from ptxdist.cli.serve import serve
 from ptxdist.cli.submit import submit
 from ptxdist.errors import PtxdistError
 
@@ -43,7 +44,21 @@ def cli() -> None:
     """Pneumothorax segmentation, from DICOM files to numbers one can trust."""
 
 
-for _command in (compare, demo, doctor, evaluate, inspect, phantom, predict, preprocess, report, submit, train, verify):
+for _command in (
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    inspect,
+    phantom,
+    predict,
+    preprocess,
+    report,
+    serve,
+    submit,
+    train,
+    verify,
+):
     cli.add_command(_command)
 
 

@@ -15,6 +15,34 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TIMEOUT_S = 60
+# Words of a page whose contrast with their ground is less than 4.5 to 1 (WCAG AA), with their contrast.
+CONTRAST = """
+(() => {
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const parts = text => text.match(/[\\d.]+/g).map(Number);
+  const ground = node => {
+    for (; node; node = node.parentElement) {
+      const colour = parts(getComputedStyle(node).backgroundColor);
+      if (colour.length < 4 || colour[3] > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const faint = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || node.closest('style')) continue;
+    const style = getComputedStyle(node);
+    const ink = parts(node.closest('svg') ? style.fill : style.color);
+    const [a, b] = [light(ink), light(ground(node))].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) faint.push([walker.currentNode.data.trim().slice(0, 40), ratio]);
+  }
+  return faint;
+})()
+"""
 
 
 class Browser:
@@ -57,7 +85,8 @@ class Browser:
         self.call("Page.navigate", url=url)
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._next())
-        self.run("Promise.all([...document.images].map(image => image.decode())).then(() => true)")
+        images = "[...document.images].filter(image => image.src)"
+        self.run(f"Promise.all({images}.map(image => image.decode())).then(() => true)")
 
     def run(self, script: str) -> Any:
         """Value of a JavaScript expression in the page, awaited; RuntimeError when it throws."""
@@ -85,6 +114,22 @@ class Browser:
         paper = {"paperWidth": 8.27, "paperHeight": 11.69}
         data = self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True, **paper)["data"]
         path.write_bytes(base64.b64decode(data))
+
+    def wait(self, condition: str) -> None:
+        """Wait until a JavaScript expression holds in the page; RuntimeError after a while."""
+        self.run(f"new Promise(done => {{ (function look() {{ {condition} ? done() : setTimeout(look, 20); }})(); }})")
+
+    def choose(self, selector: str, path: Path) -> None:
+        """Choose a file in an input of this kind."""
+        root = self.call("DOM.getDocument")["root"]["nodeId"]
+        node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
+        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+
+    def drop(self, path: Path, x: int, y: int) -> None:
+        """Drag a file there, in CSS px, and let it go."""
+        data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def requests(self) -> list[str]:
         """URLs of all that the page asked for since it was opened."""
@@ -115,11 +160,11 @@ class Browser:
 
 @contextmanager
 def browser(profile: Path) -> Iterator[Browser]:
-    """A browser with a fresh profile in this folder, and no way out; it ends with the block."""
+    """A browser with a fresh profile in this folder, and no way but to 127.0.0.1; it ends with the block."""
     to_browser, from_browser = os.pipe(), os.pipe()
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-first-run", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--no-first-run", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
         f"--user-data-dir={profile}", "--remote-debugging-pipe",
     ]  # fmt: skip
     # The browser reads commands from descriptor 3 and writes to 4.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Browser, browser
+from browser import CHROMIUM, CONTRAST, Browser, browser
 from safetensors.numpy import load_file
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
@@ -464,32 +464,3 @@ def test_outlines_lie_on_an_enlarged_image_of_any_window(
     assert image[2] == pytest.approx(image[3], abs=0.5), "a square, as the radiograph"
     assert image[0] >= 0
     assert image[0] + image[2] <= width
-
-
-CONTRAST = """
-(() => {
-  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
-    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const parts = text => text.match(/[\\d.]+/g).map(Number);
-  const ground = node => {
-    for (; node; node = node.parentElement) {
-      const colour = parts(getComputedStyle(node).backgroundColor);
-      if (colour.length < 4 || colour[3] > 0) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const faint = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || node.closest('style')) continue;
-    const style = getComputedStyle(node);
-    const ink = parts(node.closest('svg') ? style.fill : style.color);
-    const [a, b] = [light(ink), light(ground(node))].sort((x, y) => y - x);
-    const ratio = (a + 0.05) / (b + 0.05);
-    if (ratio < 4.5) faint.push([walker.currentNode.data.trim().slice(0, 40), ratio]);
-  }
-  return faint;
-})()
-"""
