@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ptxdist.cli.data import phantom, preprocess
-from ptxdist.cli.options import FILE, FOLDER, json_option
+from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
 from ptxdist.config import DEFAULT_PIPELINE
 from ptxdist.errors import PtxdistError, RunError, SettingsError
 
@@ -28,7 +28,7 @@ DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
 @click.option("--workers", type=click.IntRange(1), help="Ray Train workers (DDP ranks).  [default: configs]")
 @click.option("--pipeline", default=DEFAULT_PIPELINE, show_default=True, help="A name from pipelines/, or a TOML file.")
 @click.option("--site", help="A name from configs/ (local, gpu), or a TOML file, on top of the defaults.")
-@click.option("--data", type=FOLDER, help="The cache.  [default: configs]")
+@click.option("--data", type=PLACE, help="The cache, a folder or s3://….  [default: configs]")
 @click.option("--run", type=FOLDER, help="The run folder.  [default: runs/PIPELINE]")
 @click.option("--encoder-weights", help="imagenet, none, or a file.  [default: the pipeline's]")
 @click.option("--fold", help="The fold to hold out, or all: one run each, pooled at the end.  [default: 0]")
@@ -40,7 +40,7 @@ def train(
     workers: int | None,
     pipeline: str,
     site: str | None,
-    data: Path | None,
+    data: Path | str | None,
     run: Path | None,
     encoder_weights: str | None,
     fold: str | None,
@@ -86,6 +86,7 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
     """Train RUN/fold-0, RUN/fold-1, …, each with its own fold held out, and pool what they say of it."""
     from ptxdist import console
     from ptxdist.data.catalog import read_catalog
+    from ptxdist.data.staging import local_cache
     from ptxdist.learn.evaluate import evaluate_again
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -93,7 +94,7 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
             "--fold all under torchrun is not possible, since its processes end with the first fold; "
             "give --fold 0, --fold 1, … one after the other, or let Ray start the workers"
         )
-    folds = read_catalog(Path(settings.data.cache)).folds
+    folds = read_catalog(local_cache(settings.data.cache, (), data=settings.data)).folds
     runs = [run / f"fold-{fold}" for fold in range(folds)]
     for fold, path in enumerate(runs):
         console.say(f"fold {fold} of 0 to {folds - 1} is held out")
@@ -208,15 +209,17 @@ def report(run: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("path", type=FOLDER)
+@click.argument("path", type=PLACE)
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path | str, as_json: bool) -> None:
     """Show what a cache or a run holds; for a cache, also draw a contact sheet with the masks outlined.
 
     Example: ptxdist inspect cache
     """
+    from ptxdist.data.staging import local_cache
     from ptxdist.rundir import SETTINGS
 
+    path = local_cache(path)
     if not path.is_dir():
         raise RunError(f"no folder {path}; give a cache or a run")
     if (path / SETTINGS).is_file():

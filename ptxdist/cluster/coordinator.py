@@ -9,6 +9,7 @@ Two steps: `plan_run` checks everything that can be wrong before anything starts
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -21,9 +22,11 @@ from typing import Any, Protocol
 from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.cluster.environment import environment
 from ptxdist.cluster.tracking import Tracker, refuse_missing_mlflow
-from ptxdist.config import DataSettings, Settings, fingerprint, snapshot
+from ptxdist.config import Settings, fingerprint, snapshot
 from ptxdist.data.catalog import read_catalog
+from ptxdist.data.remote import is_remote
 from ptxdist.data.split import split_indices
+from ptxdist.data.staging import local_cache
 from ptxdist.data.store import open_store
 from ptxdist.data.verify import refuse_damaged
 from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError, StoreError
@@ -62,11 +65,14 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can start: its settings, absolute folders, and the fingerprint of each stage."""
+    """A run that can start: its settings, its absolute folder, and the fingerprint of each stage.
+
+    `token` is that under which a copy of the cache has been checked.
+    """
 
     settings: Settings
     run: Path
-    cache: Path
+    token: str
     fingerprints: tuple[str, ...]
 
 
@@ -78,7 +84,11 @@ def plan_run(
     Raises StoreError, CheckpointError or RunError with what to do.
     """
     refuse_missing_mlflow(settings)
-    cache = Path(settings.data.cache).absolute()
+    place, token = settings.data.cache, secrets.token_hex(8)
+    sizes = {stage.size_px for stage in settings.pipeline.stages}
+    if not is_remote(place):
+        place = str(Path(place).absolute())
+    cache = local_cache(place, sizes, data=settings.data, token=token, on_progress=on_progress)
     catalog = read_catalog(cache)
     fold = settings.pipeline.fold
     if fold >= catalog.folds:
@@ -103,11 +113,12 @@ def plan_run(
         parent = fingerprints[-1] if fingerprints else None
         seed = settings.pipeline.seed
         fingerprints.append(fingerprint(TRAINING, store.fingerprint, stage, model, seed, fold, parent))
-    refuse_damaged(cache, sorted({stage.size_px for stage in settings.pipeline.stages}), on_progress=on_progress)
-    settings = settings.model_copy(update={"data": DataSettings(cache=str(cache))})
+    if not is_remote(place):  # the copy of a remote one has just been compared
+        refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": place})})
     start_run(run, settings)
     refuse_unfit(run)
-    return Plan(settings, run.absolute(), cache, tuple(fingerprints))
+    return Plan(settings, run.absolute(), token, tuple(fingerprints))
 
 
 def run_pipeline(
@@ -206,7 +217,7 @@ def _task(plan: Plan, number: int, former: list[StageResult]) -> dict[str, Any]:
     """What a rank has to know to train a stage, as it crosses Ray's border."""
     return {
         "settings": snapshot(plan.settings),
-        "cache": str(plan.cache),
+        "token": plan.token,
         "run": str(plan.run),
         "number": number,
         "fingerprint": plan.fingerprints[number - 1],
@@ -218,7 +229,7 @@ def _engine(plan: Plan, with_ray: bool, on_event: Callable[[Event], None]) -> Ab
     if with_ray:
         from ptxdist.cluster.engine import ray_engine
 
-        return ray_engine(plan.settings, plan.run, plan.cache, on_event)
+        return ray_engine(plan.settings, plan.run, on_event)
     from ptxdist.cluster.here import engine_here
 
     return engine_here(plan.settings, on_event)

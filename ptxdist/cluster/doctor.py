@@ -107,7 +107,7 @@ def ray_nodes() -> Iterator[_Nodes]:
 
 
 def diagnose(
-    address: str | None, *, cache: Path | None = None, run: Path | None = None, full: bool = False
+    address: str | None, *, cache: Path | str | None = None, run: Path | None = None, full: bool = False
 ) -> list[Finding]:
     """Look at every node of the cluster at `address` (as for `connection.connection`), or at this machine.
 
@@ -127,7 +127,7 @@ def diagnose(
         return findings + _collective(nodes)
 
 
-def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = None) -> None:
+def refuse_unfit(run: Path, cache: Path | str | None = None, nodes: _Nodes | None = None) -> None:
     """ClusterError when a training into `run` would surely fail: the quick part of `diagnose`.
 
     With `nodes`, also when they do not share the storage or run another ptxdist.
@@ -154,9 +154,9 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _examine(nodes: _Nodes, cache: Path | None, folder: Path | None, full: bool) -> list[Finding]:
+def _examine(nodes: _Nodes, cache: Path | str | None, folder: Path | None, full: bool) -> list[Finding]:
     mine = node_module.examine(None, None)
-    words = (str(cache.absolute()) if cache else None, str(folder) if folder else None, full)
+    words = (str(cache.absolute()) if isinstance(cache, Path) else cache, str(folder) if folder else None, full)
     findings, digests = [], dict[str, str]()
     for where, found in nodes.ask(node_module.examine, *words).items():
         if isinstance(found, ClusterError):
@@ -212,7 +212,7 @@ def _disk(name: str, where: str, free: int | None) -> Finding:
 
 def _cache(where: str, found: Mapping[str, str], full: bool) -> Finding:
     if not found["digest"]:
-        advice = "give the folder that `ptxdist preprocess` wrote, on storage that this node reaches"
+        advice = "give the cache that `ptxdist preprocess` wrote, on storage that this node reaches"
         return Finding("cache", where, "wrong", found["wrong"], advice)
     if found["wrong"]:
         return Finding("cache", where, "wrong", found["wrong"], "run `ptxdist verify` on it")

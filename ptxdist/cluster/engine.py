@@ -42,12 +42,12 @@ class _WorkerError(Exception):
 
 
 @contextmanager
-def ray_engine(settings: Settings, run: Path, cache: Path, on_event: OnEvent) -> Iterator[RayEngine]:
+def ray_engine(settings: Settings, run: Path, on_event: OnEvent) -> Iterator[RayEngine]:
     """The engine, while Ray runs: in a Ray job its cluster, whose nodes are looked at first, else one of its own."""
     with ray_for_training(settings.train) as use_gpu:
         if on_cluster():
             with ray_nodes() as nodes:
-                refuse_unfit(run, cache, nodes)
+                refuse_unfit(run, settings.data.cache, nodes)
         yield RayEngine(settings, run, use_gpu, on_event)
 
 

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from ptxdist.config import restore
+from ptxdist.config import Settings, restore
 from ptxdist.data.catalog import Catalog, read_catalog
 from ptxdist.data.split import split_indices
+from ptxdist.data.staging import local_cache
 from ptxdist.data.store import open_store
 from ptxdist.learn.checkpoint import load_weights
 from ptxdist.learn.distributed import rank, world_size
@@ -58,8 +59,9 @@ def run_stage(
 ) -> None:
     """Train one stage as one rank; rank 0 writes what `loop.fit` leaves and, last, the StageResult.
 
-    `task` holds `settings` (a snapshot), `cache` and `run` (absolute paths), `number`, `fingerprint` and `parent` (a
-    StageResult as JSON, or None). All ranks call `on_epoch`, only rank 0 the others; `ranks_here` share this machine.
+    `task` holds `settings` (a snapshot, with the cache's place), `token` (under which a copy of the cache has been
+    checked), `run` (an absolute path), `number`, `fingerprint` and `parent` (a StageResult as JSON, or None). All ranks
+    call `on_epoch`, only rank 0 the others; `ranks_here` share this machine.
     """
     started = time.perf_counter()
     settings, number, run = restore(task["settings"]), int(task["number"]), Path(task["run"])
@@ -69,6 +71,7 @@ def run_stage(
     torch.manual_seed(settings.pipeline.seed)
     is_first = rank() == 0
 
+    cache = _cache_of(settings, task, stage.size_px)
     parent = StageResult.model_validate(task["parent"]) if task["parent"] else None
     # A later stage's weights are replaced at once: no need to read pre-trained ones again.
     model_settings = settings.pipeline.model
@@ -77,7 +80,7 @@ def run_stage(
         load_weights(model, run / parent.weights, parent.weights_sha256)
     result = fit(
         model,
-        stage_data(read_catalog(Path(task["cache"])), Path(task["cache"]), stage.size_px, settings.pipeline.fold),
+        stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold),
         stage,
         settings.train,
         number=number,
@@ -116,18 +119,24 @@ def run_evaluation(
     """Evaluate the last stage as one rank; `task` as for `run_stage`, with its StageResult as JSON in `result`."""
     share_cores(device, ranks_here)
     run, on_step = Path(task["run"]), Throttled(tell, 0)
+    settings, result = restore(task["settings"]), StageResult.model_validate(task["result"])
 
     def on_cases(done: int, total: int) -> None:
         if rank() == 0:
             on_step("evaluate", 0, done, total)
 
     return evaluate(
-        [Member(run, restore(task["settings"]), StageResult.model_validate(task["result"]))],
-        Path(task["cache"]),
+        [Member(run, settings, result)],
+        _cache_of(settings, task, result.size_px),
         run / EVALUATION,
         device=device,
         on_cases=on_cases,
     )
+
+
+def _cache_of(settings: Settings, task: dict[str, Any], size_px: int) -> Path:
+    """The cache on this node, which for one in an object store the first rank here copies while the others wait."""
+    return local_cache(settings.data.cache, [size_px], data=settings.data, token=task["token"])
 
 
 def share_cores(device: torch.device, ranks_here: int) -> None:

@@ -29,7 +29,9 @@ from ptxdist.data.catalog import Catalog, read_catalog
 from ptxdist.data.dicom import hash_text
 from ptxdist.data.labels import read_patients
 from ptxdist.data.preprocess import read_salt
+from ptxdist.data.remote import is_remote
 from ptxdist.data.split import split_indices
+from ptxdist.data.staging import local_cache
 from ptxdist.data.store import Store, open_store
 from ptxdist.errors import RunError
 from ptxdist.learn.analysis import CASE_COLUMNS, FIXED_THRESHOLDS, Evaluated, conclude
@@ -198,9 +200,10 @@ def evaluate_again(
     stays with it. Errors as `evaluate`, and RunError for an unfinished run or one of another cache.
     """
     members = [Member.of(run) for run in runs]
-    caches = {Path(member.settings.data.cache).resolve() for member in members}
+    places = [member.settings.data.cache for member in members]
+    caches = {place if is_remote(place) else str(Path(place).resolve()) for place in places}
     if len(caches) > 1:
-        raise RunError(f"the runs were trained on different caches ({', '.join(sorted(map(str, caches)))})")
+        raise RunError(f"the runs were trained on different caches ({', '.join(sorted(caches))})")
     if folder is None and len(runs) > 1:
         raise RunError("say with --out where the evaluation of several runs shall go")
     if folder is not None and (folder / SETTINGS).is_file():
@@ -208,7 +211,7 @@ def evaluate_again(
     use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
     evaluation = evaluate(
         members,
-        Path(members[0].settings.data.cache),
+        local_cache(places[0], {member.stage.size_px for member in members}, data=members[0].settings.data),
         folder or runs[0] / EVALUATION,
         device=torch.device("cuda" if use_gpu else "cpu"),
         patients=patients,
