@@ -29,6 +29,7 @@ ORDER = {
         {"preprocess"},
         {"verify"},
         {"staging"},
+        {"mirror"},
     ),
     "learn": (
         {"augment", "distributed", "unet", "schedule", "remaining", "charts", "gallery", "model_card"},

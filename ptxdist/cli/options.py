@@ -27,7 +27,7 @@ class Place(click.Path):
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
-PLACE = Place(file_okay=False, path_type=Path)
+PLACE = Place(path_type=Path)
 CORES = "Processes.  [default: one per core]"
 ADDRESS = "A Ray cluster to do the work, on storage that its nodes share.  [default: this machine]"
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -24,6 +24,7 @@ from ptxdist.cluster.environment import environment
 from ptxdist.cluster.tracking import Tracker, refuse_missing_mlflow
 from ptxdist.config import Settings, fingerprint, snapshot
 from ptxdist.data.catalog import read_catalog
+from ptxdist.data.mirror import Mirror, stage_part
 from ptxdist.data.remote import is_remote
 from ptxdist.data.split import split_indices
 from ptxdist.data.staging import local_cache
@@ -67,17 +68,26 @@ class Engine(Protocol):
 class Plan:
     """A run that can start: its settings, its absolute folder, and the fingerprint of each stage.
 
-    `token` is that under which a copy of the cache has been checked.
+    `mirror` sends what is written there, if the run is in an object store; `token` is that under which a copy of the
+    cache has been checked.
     """
 
     settings: Settings
-    run: Path
+    mirror: Mirror
     token: str
     fingerprints: tuple[str, ...]
 
+    @property
+    def run(self) -> Path:
+        """The folder of the run on this node."""
+        return self.mirror.folder
+
 
 def plan_run(
-    settings: Settings, run: Path, *, on_progress: Callable[[str, int, int], None] = lambda step, done, total: None
+    settings: Settings,
+    run: Path | Mirror,
+    *,
+    on_progress: Callable[[str, int, int], None] = lambda step, done, total: None,
 ) -> Plan:
     """Check cache (every byte of it), split, weights file and run folder, and make the folder; nothing heavy starts.
 
@@ -116,9 +126,10 @@ def plan_run(
     if not is_remote(place):  # the copy of a remote one has just been compared
         refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": place})})
-    start_run(run, settings)
-    refuse_unfit(run)
-    return Plan(settings, run.absolute(), token, tuple(fingerprints))
+    mirror = run if isinstance(run, Mirror) else Mirror(run)
+    start_run(mirror.folder, settings)
+    refuse_unfit(mirror.folder)
+    return Plan(settings, mirror, token, tuple(fingerprints))
 
 
 def run_pipeline(
@@ -151,6 +162,7 @@ def run_pipeline(
             results.append(result)
             if rank() == 0:
                 shutil.rmtree(plan.run / Path(result.weights).parent / CHECKPOINTS, ignore_errors=True)
+                plan.mirror.push(stage_part(number, result.size_px))
                 tell(result)
         last = results[-1].model_dump(mode="json")
         evaluation = engine.evaluate({**_task(plan, len(results), results), "result": last})
@@ -218,7 +230,7 @@ def _task(plan: Plan, number: int, former: list[StageResult]) -> dict[str, Any]:
     return {
         "settings": snapshot(plan.settings),
         "token": plan.token,
-        "run": str(plan.run),
+        "run": plan.mirror.remote.url if plan.mirror.remote else str(plan.run),
         "number": number,
         "fingerprint": plan.fingerprints[number - 1],
         "parent": former[-1].model_dump(mode="json") if former else None,
@@ -229,7 +241,7 @@ def _engine(plan: Plan, with_ray: bool, on_event: Callable[[Event], None]) -> Ab
     if with_ray:
         from ptxdist.cluster.engine import ray_engine
 
-        return ray_engine(plan.settings, plan.run, on_event)
+        return ray_engine(plan.settings, plan.mirror, on_event)
     from ptxdist.cluster.here import engine_here
 
-    return engine_here(plan.settings, on_event)
+    return engine_here(plan.settings, plan.run, on_event)

@@ -196,6 +196,24 @@ def _remote_cache(cache: str, full: bool) -> dict[str, Any]:
     return {"digest": digest, "wrong": ""}
 
 
+def try_store(url: str) -> str:
+    """Write a small object, read it and remove it; "" or what went wrong."""
+    try:
+        from ptxdist.data.remote import Remote
+        from ptxdist.errors import PtxdistError
+    except ImportError:
+        return "ptxdist is not installed"
+    name, text = f".ptxdist-doctor-{os.urandom(8).hex()}", b"doctor"
+    try:
+        remote = Remote(url)
+        remote.write(name, text)
+        found = remote.read(name)
+        remote.delete([name])
+    except PtxdistError as error:
+        return str(error)
+    return "" if found == text else "does not see what it has written there"
+
+
 def _read(path: Path) -> str | None:
     try:
         return path.read_text()

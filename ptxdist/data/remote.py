@@ -100,27 +100,39 @@ class Remote:
                 raise ConflictError(name)
         return written
 
-    def list(self) -> dict[str, int]:
-        """Bytes of every object below the folder, by name."""
+    def list(self) -> dict[str, tuple[int, str]]:
+        """Bytes and version of every object below the folder, by name."""
 
-        def names() -> dict[str, int]:
-            return {item["path"]: item["size"] for block in self._store.list() for item in block}
+        def names() -> dict[str, tuple[int, str]]:
+            blocks = self._store.list()
+            return {item["path"]: (item["size"], str(item["e_tag"])) for block in blocks for item in block}
 
         return self._insist("", names)
 
-    def send(self, files: Mapping[str, Path], on_sent: OnCount = lambda done, total: None) -> None:
+    def send(self, files: Mapping[str, Path]) -> None:
         """Write files, several at a time; each is there whole or as it was before."""
-        for _ in self.sending(files, on_sent):
+        for _ in self.sending(files):
             pass
 
-    def sending(self, files: Mapping[str, Path], on_sent: OnCount = lambda done, total: None) -> Iterable[str]:
-        """As `send`; yields the name of each file that has been written."""
+    def sending(
+        self, files: Mapping[str, Path], on_sent: OnCount = lambda done, total: None
+    ) -> Iterable[tuple[str, str]]:
+        """As `send`; yields name and version of each that has been written. Files gone meanwhile are left out."""
 
-        def put(name: str) -> str:
-            self._insist(name, lambda: self._store.put(name, files[name], chunk_size=_PART_BYTES, max_concurrency=2))
-            return name
+        def put(name: str) -> tuple[str, str]:
+            try:
+                file = open(files[name], "rb")  # noqa: SIM115  closed below
+            except FileNotFoundError:
+                return name, ""
 
-        return _each(put, files, on_sent)
+            def whole() -> str:
+                file.seek(0)
+                return str(self._store.put(name, file, chunk_size=_PART_BYTES, max_concurrency=2)["e_tag"])
+
+            with file:
+                return name, self._insist(name, whole)
+
+        return (result for result in _each(put, files, on_sent) if result[1])
 
     def fetch(self, names: Iterable[str], folder: Path, on_fetched: OnCount = lambda done, total: None) -> None:
         """Read objects into files of the same names below `folder`, several at a time; those not there are left out.

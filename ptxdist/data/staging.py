@@ -84,8 +84,8 @@ def local_cache(
             raise StoreError(
                 f"{remote.url} has no finished store of {size} px; make it with `ptxdist preprocess … --size {size}`"
             )
-    folder = use(f"cache-{_key(remote.url)}-{hashlib.sha256(content).hexdigest()[:12]}", data)
-    with _alone(folder):
+    folder = use(f"cache-{key_of(remote.url)}-{hashlib.sha256(content).hexdigest()[:12]}", data)
+    with alone(folder):
         folder.mkdir(exist_ok=True)
         _write(folder / MANIFEST, content)
         if not token or not _was_checked(folder, token, sizes):
@@ -145,13 +145,13 @@ def working_cache(place: str | Path, on_progress: Progress = lambda step, done, 
         yield Path(place)
         return
     remote = Remote(str(place))
-    folder = use(f"work-{_key(remote.url)}")
-    with _alone(folder), Lease(remote) as lease:
+    folder = use(f"work-{key_of(remote.url)}")
+    with alone(folder), Lease(remote) as lease:
         content, version = remote.read_version(MANIFEST)
         if content is not None and not _is_known(folder, content):
             shutil.rmtree(folder, ignore_errors=True)
             names = remote.list()
-            _make_room(folder, sum(names.values()))
+            _make_room(folder, sum(size for size, _ in names.values()))
             remote.fetch(names.keys() - {LEASE}, folder, lambda done, total: on_progress("copies", done, total))
             _note(folder, content)
         yield folder
@@ -167,11 +167,12 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
         raise _overtaken(remote)
     theirs = parse_manifest(content, remote.url) if content is not None else Manifest()
     shards = _shards(mine)
-    changed = {
-        name: place
-        for name, place in shards.items()
-        if _record(theirs, *place) != _record(mine, *place) or listed.get(name) != (folder / name).stat().st_size
-    }
+
+    def is_there(name: str) -> bool:
+        place, there = shards[name], listed.get(name, (-1, ""))
+        return _record(theirs, *place) == _record(mine, *place) and there[0] == (folder / name).stat().st_size
+
+    changed = {name: place for name, place in shards.items() if not is_there(name)}
     small = [name for name, sum_ in mine.files.items() if theirs.files.get(name) != sum_ or name not in listed]
     final = (folder / MANIFEST).read_bytes()
     if not changed and not small and content == final:
@@ -197,7 +198,7 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
     tell(manifest_text(theirs).encode())
     told, left = time.monotonic(), Counter(changed.values())
     files = {name: folder / name for name in changed}
-    for name in remote.sending(files, lambda done, total: on_progress("shards sent", done, total)):
+    for name, _ in remote.sending(files, lambda done, total: on_progress("shards sent", done, total)):
         size, number = changed[name]
         left[size, number] -= 1
         if not left[size, number]:  # so that a run after a kill sends the rest only
@@ -265,7 +266,7 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """The only process of this node that fills a folder; others wait."""
     with open(_beside(folder, "lock"), "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -300,5 +301,6 @@ def _write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def _key(url: str) -> str:
+def key_of(url: str) -> str:
+    """What stands for an address in the name of a folder."""
     return hashlib.sha256(url.encode()).hexdigest()[:12]
