@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Mirror:
         self.folder = self.base / self.remote.url.rpartition("/")[2]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
+        self.check: Callable[[], None] = lambda: None  # raises BusyError when another has taken over
 
     def pull(self, *parts: str) -> None:
         """Make the folder, in these parts, what is in the store."""
@@ -65,6 +66,8 @@ class Mirror:
                 mine = {name: found for name, found in listed.items() if self._is_in(name, part)}
                 for name in there.keys() - mine.keys():
                     (self.folder / name).unlink()
+                    with suppress(OSError):  # of a checkpoint nothing shall be left
+                        (self.folder / name).parent.rmdir()
                 self.remote.fetch(
                     [name for name, (_, version) in mine.items() if known.get(name) != [*there.get(name, ()), version]],
                     self.folder,
@@ -77,6 +80,7 @@ class Mirror:
         if self.remote is None:
             return
         with self._lock:
+            self.check()
             for part in parts:
                 known, there = self._known(part), self._local(part)
                 new = [name for name, found in there.items() if known.get(name, [])[:2] != found]
@@ -100,7 +104,8 @@ class Mirror:
 
         def send() -> None:
             while not ended.wait(_EVERY_S):
-                with suppress(StorageError):  # the work goes on; what is not sent now is sent later
+                # The work goes on; what is not sent now is sent later, and what went wrong is told then.
+                with suppress(StorageError, BusyError, OSError):
                     self.push(part)
 
         thread = threading.Thread(target=send, name="ptxdist-mirror", daemon=True)
@@ -109,7 +114,7 @@ class Mirror:
             yield
         except BaseException:
             ended.set()
-            with suppress(StorageError):
+            with suppress(StorageError, BusyError, OSError):
                 self.push(part)
             raise
         finally:
@@ -127,12 +132,12 @@ class Mirror:
     def _local(self, part: str) -> dict[str, list[int | str]]:
         """Size and time of change of each file of a part that is to be sent, by name."""
         found: dict[str, list[int | str]] = {}
-        for path in self.folder.rglob("*"):
-            name = path.relative_to(self.folder).as_posix()
-            is_draft = any(word.endswith((".tmp", ".part")) or word in ("ray", RAY_LOG) for word in name.split("/"))
-            if self._is_in(name, part) and not is_draft:
-                with suppress(FileNotFoundError):  # removed since it was listed
-                    if path.is_file():
+        for folder, _, names in os.walk(self.folder):  # which bears with what is removed meanwhile
+            for path in (Path(folder, name) for name in names):
+                name = path.relative_to(self.folder).as_posix()
+                is_draft = any(word.endswith((".tmp", ".part")) or word in ("ray", RAY_LOG) for word in name.split("/"))
+                if self._is_in(name, part) and not is_draft:
+                    with suppress(FileNotFoundError):
                         status = os.stat(path)
                         found[name] = [status.st_size, status.st_mtime_ns]
         return found
@@ -172,13 +177,13 @@ def working_run(place: str | Path, sizes_px: Sequence[int], data: DataSettings |
         return
     parts = [*(stage_part(number, size) for number, size in enumerate(sizes_px, start=1)), EVALUATION_PART, REST]
     with _only_driver(mirror.base), Lease(mirror.remote, mirror.token()) as lease:
+        mirror.check = lease.check
         if lease.former == lease.token:
             mirror.push(*parts)  # what an interrupted run has left here
         else:
             mirror.pull(*parts)
         with mirror.sending(REST):
             yield mirror
-            lease.check()
 
 
 def local_run(place: str | Path) -> Path:

@@ -123,6 +123,29 @@ def test_a_second_training_of_a_run_is_refused(
             pass
 
 
+def test_who_was_taken_over_sends_no_more(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptxdist.data.lease._LEASE_S", 0.4)
+
+    def train() -> None:
+        with working_run(url, [64]) as here:
+            Remote(url).write(LEASE, b'{"token": "another", "count": 1, "released": false}')
+            (here.folder / "settings.json").write_text("{}")
+            time.sleep(1)
+            here.push(REST)
+
+    with pytest.raises(BusyError):
+        train()
+    assert b"another" in (Remote(url).read(LEASE) or b"")
+
+
+def test_a_mirror_leaves_no_empty_checkpoint_behind(s3: Proxy, url: str) -> None:
+    here, part = Mirror(url), stage_part(1, 64)
+    (here.folder / part / "checkpoints/epoch-0001-step-000000").mkdir(parents=True)
+    (here.folder / part / "checkpoints/epoch-0001-step-000000/state.json").write_text("never sent")
+    here.pull(part)
+    assert not (here.folder / part / "checkpoints/epoch-0001-step-000000").exists()
+
+
 def test_what_is_no_run_is_told(s3: Proxy, url: str) -> None:
     with pytest.raises(RunError, match=f"{url} is not a run"):
         local_run(url)
@@ -207,7 +230,7 @@ def in_turn(*commands: list[object]) -> list[tuple[int, str]]:
     script = (
         "import json, sys; from click.testing import CliRunner; from ptxdist.cli import cli\n"
         "done = [CliRunner().invoke(cli, words) for words in json.loads(sys.argv[1])]\n"
-        "print(json.dumps([(one.exit_code, one.stdout + repr(one.exception or '')) for one in done]))"
+        "print(json.dumps([(one.exit_code, one.output + repr(one.exception or '')) for one in done]))"
     )
     words = json.dumps([[str(word) for word in command] for command in commands])
     done = subprocess.run(
@@ -231,32 +254,28 @@ def test_a_killed_run_goes_on_on_another_machine_with_the_same_weights(
     assert "result.json" not in Remote(url).list()
     Remote(url).write(LEASE, (Remote(url).read(LEASE) or b"").replace(b"false", b"true"))  # as if 30 s had gone by
     monkeypatch.setenv("PTXDIST_STAGING", str(tmp_path / "another machine"))
-    assert "goes on after epoch" in finished(*words, "--without-ray")
-    unbroken = tmp_path / "unbroken"
-    finished(*words, "--without-ray", "--run", unbroken)
-    copy = local_run(url)
-    assert weights_of(copy) == weights_of(unbroken)
-    assert read_result(copy).evaluation.scores == read_result(unbroken).evaluation.scores
-    listed = set(Remote(url).list())
-    assert listed >= {"settings.json", "environment.json", "metrics.jsonl", "result.json", "report/index.html", LEASE}
-    assert listed >= {"evaluation/result.json", "evaluation/cases.csv", "stages/1-64px/result.json"}
-    assert not [name for name in listed if "/checkpoints/" in name or name.endswith(".tmp")]
-    assert len(read_metrics(copy)) == 6
-    # Whoever has neither cache nor run reads them.
-    monkeypatch.setenv("PTXDIST_STAGING", str(tmp_path / "a third"))
-    image = tmp_path / "images" / "a.png"
+    unbroken, image = tmp_path / "unbroken", tmp_path / "images" / "a.png"
     image.parent.mkdir()
     cv2.imwrite(str(image), np.full((64, 64), 90, np.uint8))
-    reading: list[list[object]] = [
+    done = in_turn(
+        [*words, "--without-ray"],
+        [*words, "--without-ray", "--run", unbroken],
         ["inspect", url, "--json"],
         ["report", url, "--json"],
         ["compare", url, unbroken, "--json"],
         ["evaluate", url, "--out", tmp_path / "again", "--json"],
         ["predict", url, image, "--out", tmp_path / "predictions", "--json"],
-    ]
-    *read, (code, output) = in_turn(*reading, ["evaluate", url])
-    assert [code for code, _ in read] == [0] * len(reading), read
-    assert code == RunError.exit_code, output
+        ["evaluate", url],
+    )
+    assert [code for code, _ in done] == [*[0] * (len(done) - 1), RunError.exit_code], done
+    assert "goes on after epoch" in done[0][1]
+    copy, listed = local_run(url), set(Remote(url).list())
+    assert weights_of(copy) == weights_of(unbroken)
+    assert read_result(copy).evaluation.scores == read_result(unbroken).evaluation.scores
+    assert listed >= {"settings.json", "environment.json", "metrics.jsonl", "result.json", "report/index.html", LEASE}
+    assert listed >= {"evaluation/result.json", "evaluation/cases.csv", "stages/1-64px/result.json"}
+    assert not [name for name in listed if "/checkpoints/" in name or name.endswith(".tmp")]
+    assert len(read_metrics(copy)) == 6
 
 
 @pytest.mark.slow

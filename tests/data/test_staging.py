@@ -336,6 +336,23 @@ def test_doctor_reads_a_cache_in_a_store(s3: Proxy, url: str, three_shards: Path
     assert found == {"digest": hashlib.sha256((three_shards / MANIFEST).read_bytes()).hexdigest(), "wrong": ""}
 
 
+def test_doctor_writes_where_a_run_will_be(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ptxdist.cluster.node import try_store
+
+    assert try_store(url) == ""
+    assert Remote(url).list() == {}
+    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "0.5")
+    s3.fail("403", 10_000)
+    assert "access is refused" in try_store(url)
+
+
+def test_submit_leaves_addresses_as_they_are() -> None:
+    from ptxdist.cli.submit import absolute_paths
+
+    words = ["train", "--data", "s3://bucket/cache", "--run=s3://bucket/runs/a", "--pipeline", "smoke"]
+    assert absolute_paths(cli.commands, words) == words  # type: ignore[attr-defined]
+
+
 def test_waiting_threads_share_one_copy(s3: Proxy, url: str, three_shards: Path) -> None:
     send(three_shards, url)
     found: list[Path] = []
