@@ -135,7 +135,10 @@ class Mirror:
         for folder, _, names in os.walk(self.folder):  # which bears with what is removed meanwhile
             for path in (Path(folder, name) for name in names):
                 name = path.relative_to(self.folder).as_posix()
-                is_draft = any(word.endswith((".tmp", ".part")) or word in ("ray", RAY_LOG) for word in name.split("/"))
+                drafts = (".tmp", ".part", RAY_LOG)
+                is_draft = any(
+                    word.startswith(".") or word.endswith(drafts) or word == "ray" for word in name.split("/")
+                )
                 if self._is_in(name, part) and not is_draft:
                     with suppress(FileNotFoundError):
                         status = os.stat(path)
