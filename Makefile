@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: install
 	$(BIN)/ptxdist demo
 
-test: install
+test: install .venv-s3/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile
 
 lint: install
@@ -25,5 +25,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# The S3 server of the tests, in an environment of its own: it wants an older python-dateutil than constraints.txt has.
+.venv-s3/.installed: Makefile
+	$(PYTHON) -m venv .venv-s3
+	.venv-s3/bin/pip install --quiet 'moto[server]==5.2.1'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-s3 build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -41,7 +41,11 @@ class Section(BaseModel):
 class DataSettings(Section):
     """Where the training data is."""
 
-    cache: str = Field("cache", min_length=1, description="folder that `ptxdist preprocess` wrote")
+    cache: str = Field("cache", min_length=1, description="folder that `ptxdist preprocess` wrote, or s3://…")
+    staging: str | None = Field(
+        None, min_length=1, description="local folder for copies of s3://…; not set: PTXDIST_STAGING"
+    )
+    staging_gb: float = Field(200.0, gt=0, description="copies nobody uses go, the oldest first, when there are more")
 
 
 class TrainSettings(Section):

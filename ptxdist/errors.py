@@ -11,6 +11,7 @@
     ├── TrainingError      10   training stopped: a worker failed, the loss is not finite
     ├── ClusterError       11   a Ray cluster that cannot be reached or is not fit, a job that was refused
     ├── BusyError          12   another ptxdist process works on the same folder
+    ├── StorageError       13   an object store that cannot be reached, refuses, or stays broken
     └── AddressError       14   an address or a port that cannot be listened on
 
 Owns: the error classes and their exit codes. Refuses: nothing. Called by: every module; `cli` catches
@@ -86,6 +87,12 @@ class BusyError(PtxdistError):
     """Another ptxdist process is writing to the same folder."""
 
     exit_code = 12
+
+
+class StorageError(PtxdistError):
+    """An object store cannot be reached, refuses what is asked of it, or does not recover in time."""
+
+    exit_code = 13
 
 
 class AddressError(PtxdistError):

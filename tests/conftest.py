@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
+import object_store
 import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -180,3 +182,26 @@ def _write_csv(path: Path, header: tuple[str, ...], rows: list[tuple[str, str]])
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return path
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[int]:
+    """Port of an S3 server on loopback."""
+    with object_store.running_server() as port:
+        yield port
+
+
+@pytest.fixture
+def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[object_store.Proxy]:
+    """The way to the server, which can be made to fail; environment and staging folder are set for it."""
+    proxy = object_store.Proxy(s3_server)
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", object_store.KEY)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", object_store.SECRET)
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("PTXDIST_STAGING", str(tmp_path / "staging"))
+    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "20")
+    yield proxy
+    proxy.stop()

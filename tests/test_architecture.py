@@ -20,14 +20,16 @@ NOT_ALLOWED = {("console", "cluster")}  # console stands beside cli, but only cl
 # and by the absence of cycles alone.
 ORDER = {
     "data": (
-        {"rle", "tags", "codestream", "anatomy", "split", "spread"},
-        {"pixels", "png", "reading", "picture", "store"},
+        {"rle", "tags", "codestream", "anatomy", "split", "spread", "remote"},
+        {"pixels", "png", "reading", "picture", "store", "lease"},
         {"dicom", "dialect", "duplicates"},
         {"labels", "scan", "spacing", "segmentation", "chest"},
         {"catalog", "phantom", "inputs"},
         {"render", "draw"},
         {"preprocess"},
         {"verify"},
+        {"staging"},
+        {"mirror"},
     ),
     "learn": (
         {"augment", "distributed", "unet", "schedule", "remaining", "charts", "gallery", "model_card"},
@@ -57,7 +59,7 @@ LIBRARIES = {
     "errors": set(),
     "config": {"pydantic"},
     "rundir": {"pydantic"},
-    "data": {"numpy", "cv2", "PIL", "pydicom", "simplejpeg", "zarr", "google_crc32c", "highdicom"},
+    "data": {"numpy", "cv2", "PIL", "pydicom", "simplejpeg", "zarr", "google_crc32c", "highdicom", "obstore"},
     "learn": {
         "numpy",
         "cv2",

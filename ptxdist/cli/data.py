@@ -11,8 +11,8 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, json_option, spread_over
-from ptxdist.errors import StoreError
+from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, PLACE, json_option, spread_over
+from ptxdist.errors import SettingsError, StoreError
 
 
 @click.command()
@@ -52,7 +52,7 @@ def phantom(
 @click.command()
 @click.option("--dicom", type=FOLDER, required=True, help="Folder with DICOM files, nested as they are; or PNG images.")
 @click.option("--labels", type=FILE, required=True, help="CSV: ImageId, EncodedPixels; or a folder of mask PNGs.")
-@click.option("--out", type=FOLDER, required=True, help="The cache to make or to renew.")
+@click.option("--out", type=PLACE, required=True, help="The cache to make or to renew; a folder, or s3://….")
 @click.option("--patients", type=FILE, help="CSV: image id, patient; keeps patients on one side of the split.")
 @click.option("--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True)
 @click.option("--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Fold 0 is held out.")
@@ -63,7 +63,7 @@ def phantom(
 def preprocess(
     dicom: Path,
     labels: Path,
-    out: Path,
+    out: Path | str,
     patients: Path | None,
     sizes: tuple[int, ...],
     folds: int,
@@ -80,12 +80,15 @@ def preprocess(
     """
     from ptxdist import console
     from ptxdist.data.preprocess import preprocess as build
+    from ptxdist.data.staging import working_cache
 
-    with console.progress() as update:
+    if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
+        raise SettingsError("--address with --out s3://… needs PTXDIST_STAGING, a folder that all nodes share")
+    with console.progress() as update, working_cache(out, update) as folder:
         result = build(
             dicom,
             labels,
-            out,
+            folder,
             patients=patients,
             sizes_px=sizes,
             folds=folds,
@@ -100,7 +103,7 @@ def preprocess(
         console.show_catalog(result.catalog)
         if rejects := result.catalog.rejects:
             console.say(
-                f"{len(rejects)} files could not be used, see {out / 'rejects.csv'}; "
+                f"{len(rejects)} files could not be used, see {folder / 'rejects.csv'}; "
                 f"the first one: {rejects[0].path} {rejects[0].reason}"
             )
         if result.dealt_anew:
@@ -113,14 +116,18 @@ def preprocess(
 
 
 @click.command()
-@click.argument("cache", type=FOLDER)
+@click.argument("cache", type=PLACE)
 @click.option("--source", type=FOLDER, help="The image files: are they still what the cache shows?")
 @click.option("--repair", is_flag=True, help="Make anew what is broken, from --source.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @click.option("--address", help=ADDRESS)
 @json_option
-def verify(cache: Path, source: Path | None, repair: bool, workers: int, address: str | None, as_json: bool) -> None:
+def verify(
+    cache: Path | str, source: Path | None, repair: bool, workers: int, address: str | None, as_json: bool
+) -> None:
     """Check every byte of a cache against its checksums, and with --source against the image files.
+
+    A cache in an object store is copied first; what is wrong there is mended by `preprocess`.
 
     Ends with exit code 7 when something is wrong and was not mended.
 
@@ -128,8 +135,12 @@ def verify(cache: Path, source: Path | None, repair: bool, workers: int, address
     """
     from ptxdist import console
     from ptxdist.data import verify as checks
+    from ptxdist.data.staging import local_cache
 
+    if repair and "://" in str(cache):
+        raise SettingsError(f"--repair mends folders; `ptxdist preprocess --out {cache}` mends what is there")
     with console.progress() as update, spread_over(workers, address) as spread:
+        cache = local_cache(cache, on_progress=update)
         if repair:
             damages = checks.repair(cache, source, spread=spread, on_progress=update)
         else:

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FOLDER, json_option
+from ptxdist.cli.options import PLACE, json_option
 from ptxdist.errors import ClusterError
 
 
 @click.command()
 @click.option("--address", help="A Ray cluster (HEAD:6379), every node of it.  [default: this machine]")
-@click.option("--data", type=FOLDER, help="A cache that every node must be able to read.")
-@click.option("--run", type=FOLDER, help="A run folder, there or not, that every node must be able to write to.")
+@click.option("--data", type=PLACE, help="A cache, a folder or s3://…, that every node must be able to read.")
+@click.option(
+    "--run", type=PLACE, help="A run, a folder or s3://…, there or not, that every node must be able to write to."
+)
 @click.option("--full", is_flag=True, help="Read every byte of the cache, on every node.")
 @json_option
-def doctor(address: str | None, data: Path | None, run: Path | None, full: bool, as_json: bool) -> None:
+def doctor(address: str | None, data: Path | str | None, run: Path | str | None, full: bool, as_json: bool) -> None:
     """Look before a run whether it would work: on every node versions, GPUs, networks, storage, disks, cache, clock.
 
     Ends with exit code 11 if anything is wrong; warnings do not count.

@@ -16,8 +16,18 @@ if TYPE_CHECKING:
 
     from ptxdist.data.spread import Spread
 
+
+class Place(click.Path):
+    """A folder, or the address of one in an object store, which stays a text: `Path` would take a slash from it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click does; an address as it is."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
+PLACE = Place(path_type=Path)
 CORES = "Processes.  [default: one per core]"
 ADDRESS = "A Ray cluster to do the work, on storage that its nodes share.  [default: this machine]"
 Command = TypeVar("Command", bound=Callable[..., Any])

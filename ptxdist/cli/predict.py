@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, FILE, FOLDER, json_option, spread_over
+from ptxdist.cli.options import ADDRESS, FILE, FOLDER, PLACE, json_option, spread_over
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -21,10 +21,10 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=PLACE)
 @click.argument("paths", metavar="PATH...", type=FILE, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the results; the same again goes on there.")
-@click.option("--with", "others", type=FILE, multiple=True, help="A further model; probabilities are averaged.")
+@click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Probability of a mask's px.  [default: the model's]")
 @click.option("--min-area", type=click.IntRange(0), help="Px below which a mask is emptied.  [default: the model's]")
 @click.option("--write", callback=_names, default="masks,overlays", show_default=True, help="Also possible: seg.")
@@ -33,10 +33,10 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.option("--address", help=ADDRESS)
 @json_option
 def predict(
-    model: Path,
+    model: Path | str,
     paths: tuple[Path, ...],
     out: Path,
-    others: tuple[Path, ...],
+    others: tuple[Path | str, ...],
     threshold: float | None,
     min_area: int | None,
     write: tuple[str, ...],
@@ -55,12 +55,13 @@ def predict(
     from dataclasses import asdict
 
     from ptxdist import console
+    from ptxdist.data.mirror import local_run
     from ptxdist.data.spread import here
     from ptxdist.learn.predict import predict_files
     from ptxdist.learn.predictor import Predictor
     from ptxdist.rundir import OperatingPoint
 
-    models = (model, *others)
+    models = [local_run(place) for place in (model, *others)]
     predictor = Predictor.load(*models, device=device)  # type: ignore[arg-type]
     point = predictor.operating_point
     predictor.operating_point = OperatingPoint(

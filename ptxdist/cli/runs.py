@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ptxdist.cli.data import phantom, preprocess
-from ptxdist.cli.options import FILE, FOLDER, json_option
+from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
 from ptxdist.config import DEFAULT_PIPELINE
 from ptxdist.errors import PtxdistError, RunError, SettingsError
 
@@ -28,8 +28,8 @@ DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
 @click.option("--workers", type=click.IntRange(1), help="Ray Train workers (DDP ranks).  [default: configs]")
 @click.option("--pipeline", default=DEFAULT_PIPELINE, show_default=True, help="A name from pipelines/, or a TOML file.")
 @click.option("--site", help="A name from configs/ (local, gpu), or a TOML file, on top of the defaults.")
-@click.option("--data", type=FOLDER, help="The cache.  [default: configs]")
-@click.option("--run", type=FOLDER, help="The run folder.  [default: runs/PIPELINE]")
+@click.option("--data", type=PLACE, help="The cache, a folder or s3://….  [default: configs]")
+@click.option("--run", type=PLACE, help="The run, a folder or s3://….  [default: runs/PIPELINE]")
 @click.option("--encoder-weights", help="imagenet, none, or a file.  [default: the pipeline's]")
 @click.option("--fold", help="The fold to hold out, or all: one run each, pooled at the end.  [default: 0]")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: stages.1.epochs=5")
@@ -40,8 +40,8 @@ def train(
     workers: int | None,
     pipeline: str,
     site: str | None,
-    data: Path | None,
-    run: Path | None,
+    data: Path | str | None,
+    run: Path | str | None,
     encoder_weights: str | None,
     fold: str | None,
     assignments: tuple[str, ...],
@@ -72,6 +72,8 @@ def train(
         return
     run = run or Path("runs") / settings.pipeline.name
     if fold == "all":
+        if isinstance(run, str):
+            raise SettingsError(f"--fold all writes to a folder, not to {run}; give --fold 0, --fold 1, … a run each")
         _train_folds(settings, run, with_ray=not without_ray, as_json=as_json)
         return
     result, page = _train(settings, run, with_ray=not without_ray)
@@ -86,6 +88,7 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
     """Train RUN/fold-0, RUN/fold-1, …, each with its own fold held out, and pool what they say of it."""
     from ptxdist import console
     from ptxdist.data.catalog import read_catalog
+    from ptxdist.data.staging import local_cache
     from ptxdist.learn.evaluate import evaluate_again
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -93,7 +96,7 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
             "--fold all under torchrun is not possible, since its processes end with the first fold; "
             "give --fold 0, --fold 1, … one after the other, or let Ray start the workers"
         )
-    folds = read_catalog(Path(settings.data.cache)).folds
+    folds = read_catalog(local_cache(settings.data.cache, (), data=settings.data)).folds
     runs = [run / f"fold-{fold}" for fold in range(folds)]
     for fold, path in enumerate(runs):
         console.say(f"fold {fold} of 0 to {folds - 1} is held out")
@@ -109,9 +112,10 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
         console.out.print(f"out-of-fold evaluation: {out}", soft_wrap=True)
 
 
-def _train(settings: Settings, run: Path, *, with_ray: bool) -> tuple[PipelineResult, Path]:
+def _train(settings: Settings, run: Path | str, *, with_ray: bool) -> tuple[PipelineResult, Path]:
     from ptxdist import console
     from ptxdist.cluster.coordinator import only_training, plan_run, run_pipeline
+    from ptxdist.data.mirror import working_run
     from ptxdist.learn.report import write_report
     from ptxdist.rundir import RAY_LOG
 
@@ -122,12 +126,18 @@ def _train(settings: Settings, run: Path, *, with_ray: bool) -> tuple[PipelineRe
         refuse_other_workers(settings)
         if not first:
             console.out.quiet = console.err.quiet = True  # rank 0 speaks and writes for all
+        if isinstance(run, str) and settings.train.workers > 1:
+            raise SettingsError(f"{run} is written by one process or with Ray; leave out --without-ray")
     stages = settings.pipeline.stages
-    with only_training(run) if first else nullcontext():
+    with (
+        working_run(run, [stage.size_px for stage in stages], settings.data) as mirror,
+        only_training(mirror.folder) if first else nullcontext(),
+    ):
         with console.progress() as update:
             plan = plan_run(
-                settings, run, writes=first, on_progress=lambda step, *counts: update(f"check of {step}", *counts)
+                settings, mirror, writes=first, on_progress=lambda step, *counts: update(f"check of {step}", *counts)
             )
+        log = mirror.folder / RAY_LOG
         try:
             with (
                 console.TrainingDisplay(
@@ -135,22 +145,22 @@ def _train(settings: Settings, run: Path, *, with_ray: bool) -> tuple[PipelineRe
                     [stage.epochs for stage in stages],
                     "Ray starts" if with_ray else "training starts",
                 ) as display,
-                console.divert(run / RAY_LOG) if with_ray else nullcontext(),
+                console.divert(log) if with_ray else nullcontext(),
             ):
                 result = run_pipeline(plan, with_ray=with_ray, on_event=display.show)
         except PtxdistError as error:
             if not with_ray:
                 raise
-            raise type(error)(f"{error} (Ray's own words are in {run / RAY_LOG})") from error
-        return result, write_report(run)
+            raise type(error)(f"{error} (Ray's own words are in {log})") from error
+        return result, write_report(mirror.folder if isinstance(run, str) else run)
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.argument("runs", type=PLACE, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, help="Folder for the evaluation.  [default: inside the run]")
 @click.option("--patients", type=FILE, help="CSV of image id and patient, where the cache was made without one.")
 @json_option
-def evaluate(runs: tuple[Path, ...], out: Path | None, patients: Path | None, as_json: bool) -> None:
+def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | None, as_json: bool) -> None:
     """Evaluate finished runs on the cases they have held out, on this machine.
 
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled.
@@ -158,11 +168,17 @@ def evaluate(runs: tuple[Path, ...], out: Path | None, patients: Path | None, as
     Example: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
     """
     from ptxdist import console
+    from ptxdist.data.mirror import local_run
     from ptxdist.learn.evaluate import evaluate_again
 
+    if out is None and isinstance(runs[0], str):
+        raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
     with console.progress() as update:
         evaluation, result = evaluate_again(
-            runs, folder=out, patients=patients, on_cases=lambda done, total: update("images", done, total)
+            [local_run(run) for run in runs],
+            folder=out,
+            patients=patients,
+            on_cases=lambda done, total: update("images", done, total),
         )
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
@@ -171,19 +187,20 @@ def evaluate(runs: tuple[Path, ...], out: Path | None, patients: Path | None, as
 
 
 @click.command()
-@click.argument("runs", type=FOLDER, nargs=-1, required=True)
+@click.argument("runs", type=PLACE, nargs=-1, required=True)
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_option
-def compare(runs: tuple[Path, ...], markdown: bool, as_json: bool) -> None:
+def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None:
     """Compare evaluated runs with the first of them, on the cases that all have evaluated.
 
     Example: ptxdist compare runs/exp1 runs/exp2 runs/exp4
     """
     from ptxdist import console
+    from ptxdist.data.mirror import local_run
     from ptxdist.learn.compare import as_markdown
     from ptxdist.learn.compare import compare as compare_runs
 
-    comparison = compare_runs(runs)
+    comparison = compare_runs([local_run(run) for run in runs])
     if as_json:
         console.show_json(comparison.model_dump(mode="json"))
     elif markdown:
@@ -193,17 +210,18 @@ def compare(runs: tuple[Path, ...], markdown: bool, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("run", type=FOLDER)
+@click.argument("run", type=PLACE)
 @json_option
-def report(run: Path, as_json: bool) -> None:
+def report(run: Path | str, as_json: bool) -> None:
     """Write the report of a finished run: one HTML page, and overlay pictures.
 
     Example: ptxdist report runs/exp4
     """
     from ptxdist import console
+    from ptxdist.data.mirror import local_run
     from ptxdist.learn.report import write_report
 
-    page = write_report(run)
+    page = write_report(local_run(run))
     if as_json:
         console.show_json({"report": str(page)})
     else:
@@ -211,15 +229,19 @@ def report(run: Path, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("path", type=FOLDER)
+@click.argument("path", type=PLACE)
 @json_option
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path | str, as_json: bool) -> None:
     """Show what a cache or a run holds; for a cache, also draw a contact sheet with the masks outlined.
 
     Example: ptxdist inspect cache
     """
+    from ptxdist.data.mirror import is_run, local_run
+    from ptxdist.data.staging import local_cache
     from ptxdist.rundir import SETTINGS
 
+    if isinstance(path, str):
+        path = local_run(path) if is_run(path) else local_cache(path)
     if not path.is_dir():
         raise RunError(f"no folder {path}; give a cache or a run")
     if (path / SETTINGS).is_file():

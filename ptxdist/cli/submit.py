@@ -97,6 +97,7 @@ def absolute_paths(commands: Mapping[str, click.Command], command: Sequence[str]
     context = target.make_context(name, list(arguments), resilient_parsing=False)
     given = [context.params[p.name] for p in target.params if p.name and isinstance(p.type, click.Path)]
     paths = {str(path) for value in given if value for path in (value if isinstance(value, tuple) else (value,))}
+    paths = {path for path in paths if "://" not in path}
 
     def absolute(word: str) -> str:
         option, separator, value = word.partition("=")
@@ -113,7 +114,8 @@ def absolute_paths(commands: Mapping[str, click.Command], command: Sequence[str]
         params = context.params
         settings = load_settings(params["pipeline"], site=params["site"], assignments=params["assignments"])
         if params["data"] is None:
-            arguments += ["--data", os.path.abspath(settings.data.cache)]
+            cache = settings.data.cache
+            arguments += ["--data", cache if "://" in cache else os.path.abspath(cache)]
         if params["run"] is None:
             arguments += ["--run", os.path.abspath(Path("runs") / settings.pipeline.name)]
     return [name, *arguments]

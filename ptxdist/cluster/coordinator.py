@@ -14,6 +14,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,9 +27,12 @@ from typing import Any, Protocol
 from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.cluster.environment import environment
 from ptxdist.cluster.tracking import Tracker, refuse_missing_mlflow
-from ptxdist.config import DataSettings, Settings, fingerprint, snapshot
+from ptxdist.config import Settings, fingerprint, snapshot
 from ptxdist.data.catalog import read_catalog
+from ptxdist.data.mirror import Mirror, stage_part
+from ptxdist.data.remote import is_remote
 from ptxdist.data.split import split_indices
+from ptxdist.data.staging import local_cache
 from ptxdist.data.store import open_store
 from ptxdist.data.verify import refuse_damaged
 from ptxdist.errors import BusyError, CheckpointError, PtxdistError, RunError, SettingsError, StoreError
@@ -70,12 +74,21 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can start: its settings, absolute folders, and the fingerprint of each stage."""
+    """A run that can start: its settings, its absolute folder, and the fingerprint of each stage.
+
+    `mirror` sends what is written there, if the run is in an object store; `token` is that under which a copy of the
+    cache has been checked.
+    """
 
     settings: Settings
-    run: Path
-    cache: Path
+    mirror: Mirror
+    token: str
     fingerprints: tuple[str, ...]
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run on this node."""
+        return self.mirror.folder
 
 
 @contextmanager
@@ -112,7 +125,7 @@ def only_training(run: Path) -> Iterator[None]:
 
 def plan_run(
     settings: Settings,
-    run: Path,
+    run: Path | Mirror,
     *,
     writes: bool = True,
     on_progress: Callable[[str, int, int], None] = lambda step, done, total: None,
@@ -123,7 +136,11 @@ def plan_run(
     to do.
     """
     refuse_missing_mlflow(settings)
-    cache = Path(settings.data.cache).absolute()
+    place, token = settings.data.cache, secrets.token_hex(8)
+    sizes = {stage.size_px for stage in settings.pipeline.stages}
+    if not is_remote(place):
+        place = str(Path(place).absolute())
+    cache = local_cache(place, sizes, data=settings.data, token=token, on_progress=on_progress)
     catalog = read_catalog(cache)
     fold = settings.pipeline.fold
     if fold >= catalog.folds:
@@ -148,12 +165,14 @@ def plan_run(
         parent = fingerprints[-1] if fingerprints else None
         seed = settings.pipeline.seed
         fingerprints.append(fingerprint(TRAINING, store.fingerprint, stage, model, seed, fold, parent))
-    refuse_damaged(cache, sorted({stage.size_px for stage in settings.pipeline.stages}), on_progress=on_progress)
-    settings = settings.model_copy(update={"data": DataSettings(cache=str(cache))})
+    if not is_remote(place):  # the copy of a remote one has just been compared
+        refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": place})})
+    mirror = run if isinstance(run, Mirror) else Mirror(run)
     if writes:
-        start_run(run, settings)
-        refuse_unfit(run)
-    return Plan(settings, run.absolute(), cache, tuple(fingerprints))
+        start_run(mirror.folder, settings)
+        refuse_unfit(mirror.folder)
+    return Plan(settings, mirror, token, tuple(fingerprints))
 
 
 def run_pipeline(
@@ -189,6 +208,7 @@ def run_pipeline(
             results.append(result)
             if rank() == 0:
                 shutil.rmtree(plan.run / Path(result.weights).parent / CHECKPOINTS, ignore_errors=True)
+                plan.mirror.push(stage_part(number, result.size_px))
                 tell(result)
         last = results[-1].model_dump(mode="json")
         evaluation = engine.evaluate({**_task(plan, len(results), results), "result": last})
@@ -253,8 +273,8 @@ def _task(plan: Plan, number: int, former: list[StageResult]) -> dict[str, Any]:
     """What a rank has to know to train a stage, as it crosses Ray's border."""
     return {
         "settings": snapshot(plan.settings),
-        "cache": str(plan.cache),
-        "run": str(plan.run),
+        "token": plan.token,
+        "run": plan.mirror.remote.url if plan.mirror.remote else str(plan.run),
         "number": number,
         "fingerprint": plan.fingerprints[number - 1],
         "parent": former[-1].model_dump(mode="json") if former else None,
@@ -265,7 +285,7 @@ def _engine(plan: Plan, with_ray: bool, on_event: Callable[[Event], None]) -> Ab
     if with_ray:
         from ptxdist.cluster.engine import ray_engine
 
-        return ray_engine(plan.settings, plan.run, plan.cache, on_event)
+        return ray_engine(plan.settings, plan.mirror, on_event)
     from ptxdist.cluster.here import engine_here
 
-    return engine_here(plan.settings, on_event)
+    return engine_here(plan.settings, plan.run, on_event)

@@ -115,7 +115,7 @@ def ray_nodes() -> Iterator[_Nodes]:
 
 
 def diagnose(
-    address: str | None, *, cache: Path | None = None, run: Path | None = None, full: bool = False
+    address: str | None, *, cache: Path | str | None = None, run: Path | str | None = None, full: bool = False
 ) -> list[Finding]:
     """Look at every node of the cluster at `address` (as for `connection.connection`), or at this machine.
 
@@ -135,7 +135,7 @@ def diagnose(
         return findings + _collective(nodes)
 
 
-def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = None) -> None:
+def refuse_unfit(run: Path | str, cache: Path | str | None = None, nodes: _Nodes | None = None) -> None:
     """ClusterError when a training into `run` would surely fail: the quick part of `diagnose`.
 
     With `nodes`, also when they do not share the storage or run another ptxdist. One that has just died is no reason:
@@ -145,7 +145,7 @@ def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = No
     findings = _storage(nodes or _Here(), folder)
     if nodes:
         findings += [item for item in _examine(nodes, cache, folder, False) if item.check in ("versions", "cache")]
-    free = node_module._free(str(folder))
+    free = None if isinstance(folder, str) else node_module._free(str(folder))
     if free is not None and free < _CHECKPOINT // 4:
         findings.append(_disk("runs", HERE, free))
     gone = nodes.gone() if nodes else set[str]()
@@ -156,17 +156,23 @@ def refuse_unfit(run: Path, cache: Path | None = None, nodes: _Nodes | None = No
             )
 
 
-def _existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
+def _existing(folder: Path | str) -> Path | str:
+    """The folder, or the nearest one above it that is there; an address as it is."""
+    if isinstance(folder, str):
+        return folder
     folder = folder.absolute()
     while not folder.is_dir() and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
-def _examine(nodes: _Nodes, cache: Path | None, folder: Path | None, full: bool) -> list[Finding]:
+def _examine(nodes: _Nodes, cache: Path | str | None, folder: Path | str | None, full: bool) -> list[Finding]:
     mine = node_module.examine(None, None)
-    words = (str(cache.absolute()) if cache else None, str(folder) if folder else None, full)
+    words = (
+        str(cache.absolute()) if isinstance(cache, Path) else cache,
+        str(folder) if isinstance(folder, Path) else None,
+        full,
+    )
     findings, digests = [], dict[str, str]()
     for where, found in nodes.ask(node_module.examine, *words).items():
         if isinstance(found, ClusterError):
@@ -222,7 +228,7 @@ def _disk(name: str, where: str, free: int | None) -> Finding:
 
 def _cache(where: str, found: Mapping[str, str], full: bool) -> Finding:
     if not found["digest"]:
-        advice = "give the folder that `ptxdist preprocess` wrote, on storage that this node reaches"
+        advice = "give the cache that `ptxdist preprocess` wrote, on storage that this node reaches"
         return Finding("cache", where, "wrong", found["wrong"], advice)
     if found["wrong"]:
         return Finding("cache", where, "wrong", found["wrong"], "run `ptxdist verify` on it")
@@ -244,8 +250,15 @@ def _clocks(nodes: _Nodes) -> list[Finding]:
     return findings
 
 
-def _storage(nodes: _Nodes, folder: Path) -> list[Finding]:
-    """Every node writes a file of its own and reads those of all others."""
+def _storage(nodes: _Nodes, folder: Path | str) -> list[Finding]:
+    """Every node writes a file of its own and reads those of all others; or an object into a store."""
+    if isinstance(folder, str):
+        advice = "give this node credentials that may write there, and a way to the store"
+        return [
+            Finding("storage", where, "wrong" if answer else "ok", str(answer) or "written and read",
+                    advice if answer else "")
+            for where, answer in nodes.ask(node_module.try_store, folder).items()
+        ]  # fmt: skip
     draw = secrets.token_hex(8)
     tokens = {
         name: (f".ptxdist-doctor-{draw}-{number}", secrets.token_hex(8)) for number, name in enumerate(nodes.actors)

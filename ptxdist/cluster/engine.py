@@ -20,6 +20,7 @@ from typing import Any
 from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import ray_nodes, refuse_unfit
 from ptxdist.config import Settings
+from ptxdist.data.mirror import EVALUATION_PART, Mirror, stage_part
 from ptxdist.errors import PtxdistError, TrainingError
 from ptxdist.rundir import (
     EVALUATION,
@@ -48,13 +49,14 @@ class _LostError(Exception):
 
 
 @contextmanager
-def ray_engine(settings: Settings, run: Path, cache: Path, on_event: OnEvent) -> Iterator[RayEngine]:
+def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[RayEngine]:
     """The engine, while Ray runs: in a Ray job its cluster, whose nodes are looked at first, else one of its own."""
     with ray_for_training(settings.train) as use_gpu:
         if on_cluster():
             with ray_nodes() as nodes:
-                refuse_unfit(run, cache, nodes)
-        yield RayEngine(settings, run, use_gpu, on_event)
+                place = mirror.remote.url if mirror.remote else mirror.folder
+                refuse_unfit(place, settings.data.cache, nodes)
+        yield RayEngine(settings, mirror, use_gpu, on_event)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class RayEngine:
     """Does the work of a run with Ray Train's workers; `task` is as `stage.run_stage` takes it."""
 
     settings: Settings
-    run: Path
+    mirror: Mirror
     use_gpu: bool
     on_event: OnEvent
 
@@ -71,8 +73,10 @@ class RayEngine:
         from ptxdist.cluster.worker import train_stage
 
         number = int(task["number"])
-        folder = stage_folder(self.run, number, self.settings.pipeline.stages[number - 1].size_px)
+        size_px = self.settings.pipeline.stages[number - 1].size_px
+        folder = stage_folder(self.mirror.folder, number, size_px)
         self._work(train_stage, task, folder, f"stage {number}", "goes on from its last checkpoint")
+        self.mirror.pull(stage_part(number, size_px))  # rank 0 may have been on another node
         result = read_stage_result(folder)
         if result is None:
             raise TrainingError(
@@ -84,8 +88,9 @@ class RayEngine:
         """Evaluate the last stage; the result is what rank 0 wrote into the run."""
         from ptxdist.cluster.worker import evaluate_run
 
-        folder = self.run / EVALUATION
+        folder = self.mirror.folder / EVALUATION
         self._work(evaluate_run, task, folder, "the evaluation", "starts again")
+        self.mirror.pull(EVALUATION_PART)
         return read_evaluation(folder)
 
     def _work(self, work: Callable[[Task], None], task: Task, folder: Path, what: str, again: str) -> None:
@@ -106,6 +111,7 @@ class RayEngine:
     def _work_once(self, work: Callable[[Task], None], task: Task, folder: Path, what: str) -> None:
         """One TorchTrainer over the workers."""
         import ray
+        from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.exceptions import (
@@ -149,6 +155,8 @@ class RayEngine:
             except (ControllerError, TrainingFailedError) as error:
                 cause = getattr(error, "controller_failure", error)
                 raise TrainingError(f"{what} stopped: {_brief(cause)}") from error
+            except RayError as error:  # what watches over the workers was killed, as where memory runs out
+                raise _LostError(f"the workers were lost: {_brief(error)}") from error
             finally:
                 shutil.rmtree(folder / "ray", ignore_errors=True)
 

@@ -55,10 +55,10 @@ def process_group(settings: Settings) -> Iterator[torch.device]:
 
 
 @contextmanager
-def engine_here(settings: Settings, on_event: Callable[[Any], None]) -> Iterator[EngineHere]:
+def engine_here(settings: Settings, run: Path, on_event: Callable[[Any], None]) -> Iterator[EngineHere]:
     """The engine, while its process group stands."""
     with process_group(settings) as device:
-        yield EngineHere(device, on_event)
+        yield EngineHere(device, run, on_event)
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class EngineHere:
     """Does the work of a run as this process's rank; `task` is as `stage.run_stage` takes it."""
 
     device: torch.device
+    run: Path
     on_event: Callable[[Any], None]
 
     def train(self, task: dict[str, Any]) -> StageResult:
@@ -87,7 +88,7 @@ class EngineHere:
         )
         barrier()  # the result is written
         stage = restore(task["settings"]).pipeline.stages[number - 1]
-        result = read_stage_result(stage_folder(Path(task["run"]), number, stage.size_px))
+        result = read_stage_result(stage_folder(self.run, number, stage.size_px))
         assert result is not None
         return result
 

@@ -41,7 +41,7 @@ def examine(cache: str | None, folder: str | None, full: bool = False) -> dict[s
     if folder is not None:
         found["disks"]["runs"] = _free(folder)
     if cache is not None:
-        found["cache"] = _cache(Path(cache), full)
+        found["cache"] = _remote_cache(cache, full) if "://" in cache else _cache(Path(cache), full)
     return found
 
 
@@ -178,6 +178,40 @@ def _cache(cache: Path, full: bool) -> dict[str, Any]:
     except PtxdistError as error:
         return {"digest": digest, "wrong": str(error)}
     return {"digest": digest, "wrong": ""}
+
+
+def _remote_cache(cache: str, full: bool) -> dict[str, Any]:
+    """The same of a cache in an object store; if `full`, it is copied to this machine and compared."""
+    try:
+        from ptxdist.data.staging import local_cache, remote_digest
+        from ptxdist.errors import PtxdistError
+    except ImportError:
+        return {"digest": "", "wrong": "ptxdist is not installed"}
+    try:
+        digest = remote_digest(cache)
+        if full:
+            local_cache(cache)
+    except PtxdistError as error:
+        return {"digest": "", "wrong": str(error)}
+    return {"digest": digest, "wrong": ""}
+
+
+def try_store(url: str) -> str:
+    """Write a small object, read it and remove it; "" or what went wrong."""
+    try:
+        from ptxdist.data.remote import Remote
+        from ptxdist.errors import PtxdistError
+    except ImportError:
+        return "ptxdist is not installed"
+    name, text = f".ptxdist-doctor-{os.urandom(8).hex()}", b"doctor"
+    try:
+        remote = Remote(url)
+        remote.write(name, text)
+        found = remote.read(name)
+        remote.delete([name])
+    except PtxdistError as error:
+        return str(error)
+    return "" if found == text else "does not see what it has written there"
 
 
 def _read(path: Path) -> str | None:

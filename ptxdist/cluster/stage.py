@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ptxdist.config import restore
+from ptxdist.config import Settings, restore
 from ptxdist.data.catalog import Catalog, read_catalog
+from ptxdist.data.mirror import EVALUATION_PART, Mirror, stage_part
 from ptxdist.data.split import split_indices
+from ptxdist.data.staging import local_cache
 from ptxdist.data.store import open_store
 from ptxdist.learn.checkpoint import load_weights
 from ptxdist.learn.distributed import rank, world_size
@@ -59,58 +62,59 @@ def run_stage(
 ) -> None:
     """Train one stage as one rank; rank 0 writes what `loop.fit` leaves and, last, the StageResult.
 
-    `task` holds `settings` (a snapshot), `cache` and `run` (absolute paths), `number`, `fingerprint` and `parent` (a
-    StageResult as JSON, or None). All ranks call `on_epoch`, only rank 0 the others; `ranks_here` share this machine.
-    `leaving` is as for `loop.fit`.
+    `task` holds `settings` (a snapshot, with the cache's place), `token` (under which a copy of the cache has been
+    checked), `run` (an absolute path, or s3://…), `number`, `fingerprint` and `parent` (a StageResult as JSON, or
+    None). All ranks call `on_epoch`, only rank 0 the others; `ranks_here` share this machine. `leaving` is as for
+    `loop.fit`.
     """
-    started = time.perf_counter()
-    settings, number, run = restore(task["settings"]), int(task["number"]), Path(task["run"])
+    settings, number = restore(task["settings"]), int(task["number"])
     stage = settings.pipeline.stages[number - 1]
-    folder = stage_folder(run, number, stage.size_px)
     share_cores(device, ranks_here)
     torch.manual_seed(settings.pipeline.seed)
     is_first = rank() == 0
-
-    parent = StageResult.model_validate(task["parent"]) if task["parent"] else None
-    # A later stage's weights are replaced at once: no need to read pre-trained ones again.
-    model_settings = settings.pipeline.model
-    model = build_unet(model_settings.model_copy(update={"encoder_weights": "none"}) if parent else model_settings)
-    if parent:
-        load_weights(model, run / parent.weights, parent.weights_sha256)
-    result = fit(
-        model,
-        stage_data(read_catalog(Path(task["cache"])), Path(task["cache"]), stage.size_px, settings.pipeline.fold),
-        stage,
-        settings.train,
-        number=number,
-        seed=settings.pipeline.seed,
-        device=device,
-        folder=folder / CHECKPOINTS,
-        on_epoch=on_epoch,
-        on_step=on_step if is_first else (lambda step, epoch, done, total: None),
-        on_message=on_message if is_first else (lambda message: None),
-        on_start=on_start if is_first else (lambda history: None),
-        leaving=leaving,
-    )
-    if is_first:
-        weights = folder / BEST_WEIGHTS
-        # A copy: killed before the result is written, a resumed stage still finds what its checkpoint names.
-        copy_file(result.weights, weights)
-        write_json(
-            folder / RESULT,
-            StageResult(
-                stage=number,
-                size_px=stage.size_px,
-                fingerprint=task["fingerprint"],
-                epochs=stage.epochs,
-                workers=world_size(),
-                seconds=time.perf_counter() - started,
-                best=result.best,
-                history=result.history,
-                weights=weights.relative_to(run).as_posix(),
-                weights_sha256=result.sha256,
-            ),
+    with _run_of(settings, task, stage_part(number, stage.size_px)) as run:
+        started, folder = time.perf_counter(), stage_folder(run, number, stage.size_px)
+        cache = _cache_of(settings, task, stage.size_px)
+        parent = StageResult.model_validate(task["parent"]) if task["parent"] else None
+        # A later stage's weights are replaced at once: no need to read pre-trained ones again.
+        model_settings = settings.pipeline.model
+        model = build_unet(model_settings.model_copy(update={"encoder_weights": "none"}) if parent else model_settings)
+        if parent:
+            load_weights(model, run / parent.weights, parent.weights_sha256)
+        result = fit(
+            model,
+            stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold),
+            stage,
+            settings.train,
+            number=number,
+            seed=settings.pipeline.seed,
+            device=device,
+            folder=folder / CHECKPOINTS,
+            on_epoch=on_epoch,
+            on_step=on_step if is_first else (lambda step, epoch, done, total: None),
+            on_message=on_message if is_first else (lambda message: None),
+            on_start=on_start if is_first else (lambda history: None),
+            leaving=leaving,
         )
+        if is_first:
+            weights = folder / BEST_WEIGHTS
+            # A copy: killed before the result is written, a resumed stage still finds what its checkpoint names.
+            copy_file(result.weights, weights)
+            write_json(
+                folder / RESULT,
+                StageResult(
+                    stage=number,
+                    size_px=stage.size_px,
+                    fingerprint=task["fingerprint"],
+                    epochs=stage.epochs,
+                    workers=world_size(),
+                    seconds=time.perf_counter() - started,
+                    best=result.best,
+                    history=result.history,
+                    weights=weights.relative_to(run).as_posix(),
+                    weights_sha256=result.sha256,
+                ),
+            )
 
 
 def run_evaluation(
@@ -118,19 +122,35 @@ def run_evaluation(
 ) -> EvaluationResult:
     """Evaluate the last stage as one rank; `task` as for `run_stage`, with its StageResult as JSON in `result`."""
     share_cores(device, ranks_here)
-    run, on_step = Path(task["run"]), Throttled(tell, 0)
+    on_step = Throttled(tell, 0)
+    settings, result = restore(task["settings"]), StageResult.model_validate(task["result"])
 
     def on_cases(done: int, total: int) -> None:
         if rank() == 0:
             on_step("evaluate", 0, done, total)
 
-    return evaluate(
-        [Member(run, restore(task["settings"]), StageResult.model_validate(task["result"]))],
-        Path(task["cache"]),
-        run / EVALUATION,
-        device=device,
-        on_cases=on_cases,
-    )
+    with _run_of(settings, task, EVALUATION_PART) as run:
+        return evaluate(
+            [Member(run, settings, result)],
+            _cache_of(settings, task, result.size_px),
+            run / EVALUATION,
+            device=device,
+            on_cases=on_cases,
+        )
+
+
+@contextmanager
+def _run_of(settings: Settings, task: dict[str, Any], part: str) -> Iterator[Path]:
+    """The run on this node; of one in an object store a copy of its stages, and rank 0 sends what it writes."""
+    mirror = Mirror(task["run"], data=settings.data)
+    mirror.pull(*(stage_part(number, stage.size_px) for number, stage in enumerate(settings.pipeline.stages, start=1)))
+    with mirror.sending(part) if rank() == 0 else nullcontext():
+        yield mirror.folder
+
+
+def _cache_of(settings: Settings, task: dict[str, Any], size_px: int) -> Path:
+    """The cache on this node, which for one in an object store the first rank here copies while the others wait."""
+    return local_cache(settings.data.cache, [size_px], data=settings.data, token=task["token"])
 
 
 def share_cores(device: torch.device, ranks_here: int) -> None:

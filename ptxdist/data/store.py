@@ -235,10 +235,13 @@ def read_manifest(cache: Path) -> Manifest:
     Raises StoreError for a damaged one, and for one of a newer schema.
     """
     path = cache / MANIFEST
-    if not path.is_file():
-        return Manifest()
+    return parse_manifest(path.read_bytes(), path) if path.is_file() else Manifest()
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """Content of a manifest, as `read_manifest`; `path` is named in errors."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
         if content["schema"] > SCHEMA:
             raise StoreError(f"{path} has schema {content['schema']}, this ptxdist knows {SCHEMA}: update ptxdist")
         if content["schema"] < SCHEMA:
@@ -260,14 +263,19 @@ def _store_record(entry: dict[str, Any]) -> StoreRecord:
     return StoreRecord(**{**entry, **records})
 
 
-def write_manifest(cache: Path, manifest: Manifest) -> None:
-    """Write the manifest in one step."""
+def manifest_text(manifest: Manifest) -> str:
+    """A manifest as it stands in its file."""
     sizes = {str(size): asdict(manifest.sizes[size]) for size in sorted(manifest.sizes)}
     content = {"schema": SCHEMA, "sizes": sizes, "files": dict(sorted(manifest.files.items()))}
     content = json.loads(json.dumps(content))  # tuples become lists, as they will be when it is read
+    return json.dumps({**content, "sha256": _content_sum(content)}, indent=1)
+
+
+def write_manifest(cache: Path, manifest: Manifest) -> None:
+    """Write the manifest in one step."""
     temporary = cache / (MANIFEST + ".tmp")
     with open(temporary, "w") as file:
-        json.dump({**content, "sha256": _content_sum(content)}, file, indent=1)
+        file.write(manifest_text(manifest))
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(cache / MANIFEST)

@@ -29,7 +29,9 @@ from ptxdist.data.catalog import Catalog, read_catalog
 from ptxdist.data.dicom import hash_text
 from ptxdist.data.labels import read_patients
 from ptxdist.data.preprocess import read_salt
+from ptxdist.data.remote import is_remote
 from ptxdist.data.split import split_indices
+from ptxdist.data.staging import local_cache
 from ptxdist.data.store import Store, open_store
 from ptxdist.data.verify import refuse_damaged
 from ptxdist.errors import RunError
@@ -202,18 +204,21 @@ def evaluate_again(
     a cache that is damaged.
     """
     members = [Member.of(run) for run in runs]
-    cache = Path(members[0].settings.data.cache)
-    caches = {Path(member.settings.data.cache).resolve() for member in members}
+    places = [member.settings.data.cache for member in members]
+    caches = {place if is_remote(place) else str(Path(place).resolve()) for place in places}
     if len(caches) > 1:
-        raise RunError(f"the runs were trained on different caches ({', '.join(sorted(map(str, caches)))})")
+        raise RunError(f"the runs were trained on different caches ({', '.join(sorted(caches))})")
     if folder is None and len(runs) > 1:
         raise RunError("say with --out where the evaluation of several runs shall go")
     if folder is not None and (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    sizes = sorted({member.stage.size_px for member in members})
+    cache = local_cache(places[0], sizes, data=members[0].settings.data)
     catalog = read_catalog(cache)
     for member in members:
         refuse_other_split(member.run, catalog, member.settings.pipeline.fold)
-    refuse_damaged(cache, [members[0].stage.size_px])
+    if not is_remote(places[0]):  # the copy of a remote one has just been compared
+        refuse_damaged(cache, sizes)
     use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
     evaluation = evaluate(
         members,

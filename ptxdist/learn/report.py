@@ -15,7 +15,8 @@ from typing import Any
 from ptxdist import __version__
 from ptxdist.data.catalog import Catalog, hold_out, read_catalog
 from ptxdist.data.duplicates import read_pairs
-from ptxdist.data.store import Store, open_store, read_manifest
+from ptxdist.data.staging import local_cache
+from ptxdist.data.store import Store, open_store, read_manifest, store_path
 from ptxdist.errors import RunError
 from ptxdist.learn import model_card, tables
 from ptxdist.learn.evaluate import refuse_other_split
@@ -44,7 +45,7 @@ def write_report(run: Path) -> Path:
     if (run / CASES).is_file():
         raise RunError(f"{run} is an evaluation; a report is made of a run, such as one of those that were evaluated")
     settings, result = read_settings(run), read_result(run)
-    cache = Path(settings.data.cache)
+    cache = local_cache(settings.data.cache, [settings.pipeline.stages[-1].size_px], data=settings.data)
     catalog = read_catalog(cache)
     refuse_other_split(run, catalog, fold := settings.pipeline.fold)
     if fold:
@@ -95,7 +96,8 @@ def write_report(run: Path) -> Path:
 
 def _sharpest_store(cache: Path, size_px: int) -> Store:
     """The largest finished store of a cache, for pictures; the last stage's own where there is no other."""
-    whole = [size for size, record in read_manifest(cache).sizes.items() if record.complete]
+    there = {size: record for size, record in read_manifest(cache).sizes.items() if store_path(cache, size).is_dir()}
+    whole = [size for size, record in there.items() if record.complete]
     return open_store(cache, max([size_px, *whole]))
 
 

@@ -14,6 +14,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
 from ptxdist.config import load_settings
+from ptxdist.data.mirror import Mirror
 from ptxdist.errors import PtxdistError, TrainingError
 
 DEAD = WorkerHealthCheckFailedError("rank 1", ActorDiedError())
@@ -76,7 +77,7 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
 
     settings = load_settings("smoke", options={"train.workers": 1, "train.device": "cpu"})
     with (
-        ray_engine(settings, tmp_path / "run", tmp_path, heard.append) as engine,
+        ray_engine(settings, Mirror(tmp_path / "run"), heard.append) as engine,
         pytest.raises(TrainingError, match="stage 1 stopped: a worker failed with KeyError: 'absent'"),
     ):
         engine._work(mistaken, {"settings": {}}, tmp_path / "run" / "stage", "stage 1", "goes on")
