@@ -30,10 +30,17 @@ SEED = 3
 
 # Six training cases in batches of five: the last global batch has one case, so some ranks get none of it. With one case
 # in a pass, three ranks make the passes of one process with three: the second one has an idle rank.
+# All in float64: Adam turns rounding in vanishing gradients into whole steps, and hides so what is wrong. And with the
+# number format named: `auto` is bf16 on some CPUs.
 RUNS: dict[str, tuple[int, dict[str, Any], TrainSettings, TrainSettings]] = {
-    "two, Dice of the batch": (2, {"dice": "batch"}, TrainSettings(), TrainSettings()),
-    "three, accumulating": (3, {}, TrainSettings(micro_batch=1), TrainSettings(micro_batch=3)),
-    "four": (4, {}, TrainSettings(), TrainSettings()),
+    "two, Dice of the batch": (2, {"dice": "batch"}, TrainSettings(precision="fp32"), TrainSettings(precision="fp32")),
+    "three, accumulating": (
+        3,
+        {},
+        TrainSettings(precision="fp32", micro_batch=1),
+        TrainSettings(precision="fp32", micro_batch=3),
+    ),
+    "four": (4, {}, TrainSettings(precision="fp32"), TrainSettings(precision="fp32")),
 }
 
 
@@ -41,13 +48,15 @@ def stage_of(**changes: Any) -> StageSettings:
     return StageSettings(size_px=64, epochs=2, batch_size=5, learning_rate=1e-4, best_by="loss", **changes)
 
 
-def train(cache: Path, folder: Path, stage: StageSettings, settings: TrainSettings, **hooks: Any) -> torch.nn.Module:
+def train(
+    cache: Path, folder: Path, stage: StageSettings, settings: TrainSettings, *, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     torch.manual_seed(SEED)
-    model = build_unet(ModelSettings(encoder_weights="none"))
+    model = build_unet(ModelSettings(encoder_weights="none")).to(dtype)
     cases = read_catalog(cache).labelled
     sides = [np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val")]
     data = StageData(open_store(cache, stage.size_px), cases, *sides)
-    result = fit(model, data, stage, settings, number=1, seed=SEED, device=CPU, folder=folder, **hooks)
+    result = fit(model, data, stage, settings, number=1, seed=SEED, device=CPU, folder=folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         lines = [item.model_dump(mode="json") for item in result.history]
         (folder / "history.json").write_text(json.dumps(lines))
@@ -88,7 +97,7 @@ def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
             torch.save(statistics(cache, ranks, rank), folder / f"statistics-{ranks}-{rank}.pt")
             torch.save(statistics(cache, ranks, rank, synchronised=False), folder / f"apart-{ranks}-{rank}.pt")
             for name, (_, changes, settings, _) in runs.items():
-                model = train(cache, folder / name, stage_of(**changes), settings)
+                model = train(cache, folder / name, stage_of(**changes), settings, dtype=torch.float64)
                 torch.save(model.state_dict(), folder / f"{name}-{rank}.pt")
             dist.destroy_process_group()
 
@@ -131,7 +140,7 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
     ranks, changes, _, alone = RUNS[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(cache, tmp_path, stage_of(**changes), alone)
+    train(cache, tmp_path, stage_of(**changes), alone, dtype=torch.float64)
     torch.set_num_threads(threads)
     one_by_one, many = (
         [EpochMetrics.model_validate(item) for item in json.loads((folder / "history.json").read_text())]
@@ -139,8 +148,8 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
     )
     for one, other in zip(one_by_one, many, strict=True):
         if one.train_loss is not None:
-            assert other.train_loss == pytest.approx(one.train_loss, rel=2e-3)
-        assert other.val_loss == pytest.approx(one.val_loss, rel=2e-3)
+            assert other.train_loss == pytest.approx(one.train_loss, rel=1e-4)
+        assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
         assert other.at_full.cases == one.at_full.cases == 4
     torch.manual_seed(SEED)
     start = build_unet(ModelSettings(encoder_weights="none")).state_dict()
@@ -148,8 +157,7 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
     kernels = [key for key in start if key.endswith("weight")]
     moved = sum(float((ends[0][key] - start[key]).square().sum()) for key in kernels) ** 0.5
     apart = sum(float((ends[0][key] - ends[1][key]).square().sum()) for key in kernels) ** 0.5
-    # Adam turns rounding in all but vanishing gradients into whole steps, so the weights agree less than the losses.
-    assert apart < 0.5 * moved
+    assert apart < 0.02 * moved
     states = [torch.load(together / f"{name}-{rank}.pt") for rank in range(ranks)]
     for key, value in states[0].items():
         assert all(state[key].equal(value) for state in states), f"{key} differs between ranks"
@@ -167,7 +175,7 @@ def test_the_average_is_equal_and_its_statistics_are_as_set(cache: Path, tmp_pat
     stage = StageSettings(
         size_px=32, epochs=3, batch_size=4, schedule="constant", swa_epochs=2, swa_update_batch_norm=update
     )
-    model = train(cache, tmp_path, stage, TrainSettings(keep_checkpoints=3))
+    model = train(cache, tmp_path, stage, TrainSettings(precision="fp32", keep_checkpoints=3))
     second, third = (weights(tmp_path / f"epoch-{number:04d}-step-000000") for number in (2, 3))
     parameters = dict(model.named_parameters())
     for name, value in parameters.items():
