@@ -27,10 +27,11 @@ from ptxdist.rundir import EpochMetrics
 
 CPU = torch.device("cpu")
 SEED = 3
-EXACT = TrainSettings(precision="fp32")  # where there is bf16, it would round more than the ranks do
+EXACT = TrainSettings(precision="fp32")  # `auto` is bf16 on some CPUs
 
 # Six training cases in batches of five: the last global batch has one case, so some ranks get none of it. With one case
 # in a pass, three ranks make the passes of one process with three: the second one has an idle rank.
+# All in float64: Adam turns rounding in vanishing gradients into whole steps, and hides so what is wrong.
 RUNS: dict[str, tuple[int, dict[str, Any], TrainSettings, TrainSettings]] = {
     "two, Dice of the batch": (2, {"dice": "batch"}, EXACT, EXACT),
     "three, accumulating": (3, {}, *(EXACT.model_copy(update={"micro_batch": cases}) for cases in (1, 3))),
@@ -42,13 +43,15 @@ def stage_of(**changes: Any) -> StageSettings:
     return StageSettings(size_px=64, epochs=2, batch_size=5, learning_rate=1e-4, best_by="loss", **changes)
 
 
-def train(cache: Path, folder: Path, stage: StageSettings, settings: TrainSettings, **hooks: Any) -> torch.nn.Module:
+def train(
+    cache: Path, folder: Path, stage: StageSettings, settings: TrainSettings, *, dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     torch.manual_seed(SEED)
-    model = build_unet(ModelSettings(encoder_weights="none"))
+    model = build_unet(ModelSettings(encoder_weights="none")).to(dtype)
     cases = read_catalog(cache).labelled
     sides = [np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val")]
     data = StageData(open_store(cache, stage.size_px), cases, *sides)
-    result = fit(model, data, stage, settings, number=1, seed=SEED, device=CPU, folder=folder, **hooks)
+    result = fit(model, data, stage, settings, number=1, seed=SEED, device=CPU, folder=folder)
     if not dist.is_initialized() or dist.get_rank() == 0:
         lines = [item.model_dump(mode="json") for item in result.history]
         (folder / "history.json").write_text(json.dumps(lines))
@@ -89,7 +92,7 @@ def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
             torch.save(statistics(cache, ranks, rank), folder / f"statistics-{ranks}-{rank}.pt")
             torch.save(statistics(cache, ranks, rank, synchronised=False), folder / f"apart-{ranks}-{rank}.pt")
             for name, (_, changes, settings, _) in runs.items():
-                model = train(cache, folder / name, stage_of(**changes), settings)
+                model = train(cache, folder / name, stage_of(**changes), settings, dtype=torch.float64)
                 torch.save(model.state_dict(), folder / f"{name}-{rank}.pt")
             dist.destroy_process_group()
 
@@ -132,7 +135,7 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
     ranks, changes, _, alone = RUNS[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(cache, tmp_path, stage_of(**changes), alone)
+    train(cache, tmp_path, stage_of(**changes), alone, dtype=torch.float64)
     torch.set_num_threads(threads)
     one_by_one, many = (
         [EpochMetrics.model_validate(item) for item in json.loads((folder / "history.json").read_text())]
@@ -140,8 +143,8 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
     )
     for one, other in zip(one_by_one, many, strict=True):
         if one.train_loss is not None:
-            assert other.train_loss == pytest.approx(one.train_loss, rel=2e-3)
-        assert other.val_loss == pytest.approx(one.val_loss, rel=2e-3)
+            assert other.train_loss == pytest.approx(one.train_loss, rel=1e-4)
+        assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
         assert other.at_full.cases == one.at_full.cases == 4
     torch.manual_seed(SEED)
     start = build_unet(ModelSettings(encoder_weights="none")).state_dict()
@@ -149,8 +152,7 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
     kernels = [key for key in start if key.endswith("weight")]
     moved = sum(float((ends[0][key] - start[key]).square().sum()) for key in kernels) ** 0.5
     apart = sum(float((ends[0][key] - ends[1][key]).square().sum()) for key in kernels) ** 0.5
-    # Adam turns rounding in all but vanishing gradients into whole steps, so the weights agree less than the losses.
-    assert apart < 0.5 * moved
+    assert apart < 0.02 * moved
     states = [torch.load(together / f"{name}-{rank}.pt") for rank in range(ranks)]
     for key, value in states[0].items():
         assert all(state[key].equal(value) for state in states), f"{key} differs between ranks"
