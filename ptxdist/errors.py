@@ -10,7 +10,8 @@
     ├── CheckpointError     9   a checkpoint or a weights file that cannot be used
     ├── TrainingError      10   training stopped: a worker failed, the loss is not finite
     ├── ClusterError       11   a Ray cluster that cannot be reached or is not fit, a job that was refused
-    └── BusyError          12   another ptxdist process works on the same folder
+    ├── BusyError          12   another ptxdist process works on the same folder
+    └── ExportError        13   an exported network that does not compute what its checkpoint does
 
 Owns: the error classes and their exit codes. Refuses: nothing. Called by: every module; `cli` catches
 `PtxdistError` once and prints its message. A message says what was found, what was expected, where, and what to do.
@@ -85,3 +86,9 @@ class BusyError(PtxdistError):
     """Another ptxdist process is writing to the same folder."""
 
     exit_code = 12
+
+
+class ExportError(PtxdistError):
+    """An exported network does not compute what its checkpoint does; nothing was written."""
+
+    exit_code = 13

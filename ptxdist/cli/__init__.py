@@ -15,6 +15,7 @@ import click
 from ptxdist import __version__
 from ptxdist.cli.data import phantom, preprocess, verify
 from ptxdist.cli.doctor import doctor
+from ptxdist.cli.export import export
 from ptxdist.cli.predict import predict
 from ptxdist.cli.runs import compare, demo, evaluate, inspect, report, train
 from ptxdist.cli.submit import submit
@@ -43,7 +44,21 @@ def cli() -> None:
     """Pneumothorax segmentation, from DICOM files to numbers one can trust."""
 
 
-for _command in (compare, demo, doctor, evaluate, inspect, phantom, predict, preprocess, report, submit, train, verify):
+for _command in (
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    phantom,
+    predict,
+    preprocess,
+    report,
+    submit,
+    train,
+    verify,
+):
     cli.add_command(_command)
 
 
