@@ -27,17 +27,17 @@ def export(model: Path, out: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ptxdist import console
-    from ptxdist.learn.export import LIMIT, export_model
+    from ptxdist.learn.export import export_model
 
     with console.progress() as update:
         result = export_model(model, out, on_progress=update)
     if as_json:
-        console.show_json({**asdict(result), "limit": LIMIT})
+        console.show_json(asdict(result))
         return
     pairs = [("size", f"{result.size_bytes / 2**20:.1f} MiB"), ("sha256", result.sha256)]
     if result.difference is not None:
         pairs += [
-            ("largest difference from the checkpoint", f"{result.difference:.2g} (allowed: {LIMIT:g})"),
+            ("largest difference from the checkpoint", f"{result.difference:.2g} (allowed: {result.limit:.2g})"),
             ("compared on", f"{result.images} {result.images_from}"),
         ]
     console.show_pairs(str(out), pairs)
