@@ -154,7 +154,9 @@ def load(content: bytes, suffix: str) -> Run:
     if suffix == ONNX:
         import onnxruntime
 
-        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        how = onnxruntime.SessionOptions()
+        how.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(content, how, providers=["CPUExecutionProvider"])
         return lambda image: np.asarray(session.run([OUTPUT], {INPUT: image})[0])
     network = torch.export.load(io.BytesIO(content)).module()
 
@@ -166,20 +168,19 @@ def load(content: bytes, suffix: str) -> Run:
 
 
 class _Exported(nn.Module):
-    """The graph that is written; batch norms are part of the convolutions before them."""
+    """The graph that is written: image and mirror image in one pass, batch norms as part of the convolutions."""
 
     def __init__(self, network: nn.Module, flip_averaging: bool) -> None:
         super().__init__()
         self._network, self._flip_averaging = _folded(network), flip_averaging
 
     def forward(self, image: Tensor) -> Tensor:
+        both = torch.cat((image, image.flip(-1))) if self._flip_averaging else image
+        probability: Tensor = self._network(both).sigmoid()
         if not self._flip_averaging:
-            return self._probability(image)
-        return (self._probability(image) + self._probability(image.flip(-1)).flip(-1)) / 2
-
-    def _probability(self, image: Tensor) -> Tensor:
-        probability: Tensor = self._network(image).sigmoid()
-        return probability
+            return probability
+        count = image.shape[0]
+        return (probability[:count] + probability[count:].flip(-1)) / 2
 
 
 def _folded(network: nn.Module) -> nn.Module:

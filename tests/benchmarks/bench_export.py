@@ -2,24 +2,26 @@
 
     python tests/benchmarks/bench_export.py [--sizes 256,512] [--rounds 5] [--save NAME]
 
-Random weights and images, flip averaging (two passes an image) in all of them, fp32. `checkpoint` is what `predict`
-runs: PyTorch in channels_last. `ONNX Runtime` and `pt2` run what `ptxdist export` writes. All take as many threads as
-they do by themselves. Ways take turns; the first round is dropped.
+Random weights and images, flip averaging in all of them. `checkpoint` is PyTorch in channels_last as `predict` runs
+it: in bf16 on a CPU that multiplies it, where the run's precision is `auto`, else in fp32. `ONNX Runtime` and `pt2` run
+what `ptxdist export` writes, in fp32. All take as many threads as PyTorch (OMP_NUM_THREADS). Wall time, and CPU time
+of all threads, which other work disturbs less. Ways take turns; the first round is dropped.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from bench_predict import make_predictor
-from measuring import header, in_turn, publish, table
+from measuring import header, publish, spread, table
 
-from ptxdist.learn.export import ONNX, PT2, Run, encode, largest_difference, load
+from ptxdist.learn.export import ONNX, PT2, Run, encode, load
 from ptxdist.learn.predictor import Predictor
+from ptxdist.learn.step import choose_precision
 
 BATCHES = (1, 4)
 
@@ -33,27 +35,21 @@ def main() -> None:
     options = parser.parse_args()
     report = header(
         "An exported network against its checkpoint", ("torch", "onnx", "onnxruntime"),
-        precision="fp32", flip_averaging=True, rounds=options.rounds, threads=torch.get_num_threads(),
+        flip_averaging=True, rounds=options.rounds, threads=torch.get_num_threads(),
     )  # fmt: skip
     texts = []
     for size in map(int, options.sizes.split(",")):
         predictor = make_predictor(size, precision="fp32")
-        exported = {
-            name: load(encode(predictor.models[0], predictor.cards[0], suffix), suffix)
-            for name, suffix in (("ONNX Runtime", ONNX), ("pt2", PT2))
-        }
+        ways = {"checkpoint, fp32": checkpoint(predictor)}
+        if choose_precision("auto", predictor.device) == torch.bfloat16:
+            ways["checkpoint, bf16"] = checkpoint(make_predictor(size, precision="bf16"))
+        for name, suffix in (("ONNX Runtime", ONNX), ("pt2", PT2)):
+            ways[name] = load(encode(predictor.models[0], predictor.cards[0], suffix), suffix)
         images = np.random.default_rng(0).integers(0, 256, (max(BATCHES), 1, size, size), dtype=np.uint8)
-        ways: dict[str, Callable[[], float]] = {}
-        for batch in BATCHES:
-            image = images[:batch]
-            ways[f"batch of {batch}: checkpoint"] = timed(checkpoint(predictor), image)
-            for name, run in exported.items():
-                ways[f"batch of {batch}: {name}"] = timed(run, image)
-        rows = in_turn(ways, options.rounds)
-        differences = {name: largest_difference(predictor, run, list(images[:, 0])) for name, run in exported.items()}
-        report[f"ms_an_image_{size}"], report[f"difference_{size}"] = rows, differences
-        words = ", ".join(f"{name} {value:.1e}" for name, value in differences.items())
-        texts.append(f"{table(f'ms an image, {size} px', rows, digits=1)}\n\nLargest difference: {words}.")
+        calls = {f"{batch} at once: {name}": (run, images[:batch]) for batch in BATCHES for name, run in ways.items()}
+        for clock, rows in measure(calls, options.rounds).items():
+            report[f"{clock}_ms_an_image_{size}"] = rows
+            texts.append(table(f"{size} px, {clock} ms an image", rows, digits=1))
     publish(report, "\n\n".join(texts), options.save)
 
 
@@ -67,15 +63,18 @@ def checkpoint(predictor: Predictor) -> Run:
     return run
 
 
-def timed(run: Run, image: np.ndarray) -> Callable[[], float]:
-    """A call that says how many ms an image it has taken."""
-
-    def call() -> float:
-        started = time.perf_counter()
-        run(image)
-        return 1000 * (time.perf_counter() - started) / len(image)
-
-    return call
+def measure(calls: Mapping[str, tuple[Run, np.ndarray]], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Spread of the ms an image of each call, by clock; a first round is dropped."""
+    clocks = {"wall": time.perf_counter, "CPU": time.process_time}
+    found: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in calls} for clock in clocks}
+    for number in range(rounds + 1):
+        for name, (run, image) in calls.items():
+            started = {clock: read() for clock, read in clocks.items()}
+            run(image)
+            for clock, read in clocks.items():
+                if number:
+                    found[clock][name].append(1000 * (read() - started[clock]) / len(image))
+    return {clock: {name: spread(values) for name, values in rows.items()} for clock, rows in found.items()}
 
 
 if __name__ == "__main__":
