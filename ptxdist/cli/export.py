@@ -34,11 +34,12 @@ def export(model: Path, out: Path, as_json: bool) -> None:
     if as_json:
         console.show_json(asdict(result))
         return
-    pairs = [("size", f"{result.size_bytes / 2**20:.1f} MiB"), ("sha256", result.sha256)]
+    pairs = [("size", f"{result.size_bytes / 2**20:.1f} MiB")]
     if result.difference is not None:
         pairs += [
             ("largest difference from the checkpoint", f"{result.difference:.2g} (allowed: {result.limit:.2g})"),
             ("compared on", f"{result.images} {result.images_from}"),
         ]
     console.show_pairs(str(out), pairs)
+    console.out.print(f"sha256 {result.sha256}", soft_wrap=True)
     console.say("research use only; not a medical device")

@@ -16,6 +16,7 @@ of the checkpoint in fp32 whoever runs them. uint8 only: an image scaled to 0..1
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import io
 import json
@@ -38,9 +39,9 @@ from ptxdist.data.pixels import Pixels
 from ptxdist.data.render import resize
 from ptxdist.data.store import open_store
 from ptxdist.errors import CheckpointError, ExportError, PtxdistError, RunError, SettingsError
-from ptxdist.learn.bundle import SUFFIX, ModelCard, load_model, write_bundle
+from ptxdist.learn.bundle import SUFFIX, ModelCard, load_model, write_bundle, write_whole
 from ptxdist.learn.predictor import Predictor
-from ptxdist.rundir import file_sha256, read_settings
+from ptxdist.rundir import read_settings
 
 ONNX, PT2 = ".onnx", ".pt2"
 ABOUT = "ptxdist.json"
@@ -95,11 +96,12 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
     if not difference <= limit:  # not a number is refused too
         raise ExportError(
             f"{out} would give other probabilities than the checkpoint: they differ by {difference:.2g}, and "
-            f"{limit:.2g} is allowed ({sum(_BATCHES)} {origin}); nothing was written. Try the versions of torch, onnx "
+            f"{limit:.2g} is allowed ({len(images)} {origin}); nothing was written. Try the versions of torch, onnx "
             "and onnxruntime in constraints.txt, or the other format"
         )
-    _write(out, content)
-    return ExportResult(out, file_sha256(out), len(content), difference, limit, sum(_BATCHES), origin)
+    write_whole(out, content)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return ExportResult(out, sha256, len(content), difference, limit, len(images), origin)
 
 
 def require_onnx() -> None:
@@ -258,8 +260,8 @@ def _images(model: Path, size_px: int) -> tuple[list[Pixels], str]:
         else:
             held_out = [row for row, case in enumerate(cases[: store.cases]) if case.split == "val"]
             held_out.sort(key=lambda row: not cases[row].masks)
-            half = held_out[: wanted // 2]
-            rows = half + held_out[::-1][: wanted - len(half)]  # positive ones first, negative ones last
+            half = wanted // 2
+            rows = held_out[:half] + held_out[half:][::-1][:half]  # positive ones first, negative ones last
             if rows:
                 return [np.array(store.sample(row)[0]) for row in rows], "held-out images of the run's cache"
     return [resize(image, size_px) for image in _phantoms(wanted)], "phantoms, as the run's cache is not there"
@@ -280,18 +282,3 @@ def _refuse_unwritable(out: Path) -> None:
         raise CheckpointError(f"{out} cannot be written: a folder has this name")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise CheckpointError(f"{out} cannot be written: {folder} is no folder that may be written to")
-
-
-def _write(out: Path, content: bytes) -> None:
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ of all threads, which other work disturbs less. Ways take turns; the first round
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections.abc import Mapping
 
@@ -35,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     report = header(
         "An exported network against its checkpoint", ("torch", "onnx", "onnxruntime"),
-        flip_averaging=True, rounds=options.rounds, threads=torch.get_num_threads(),
+        flip_averaging=True, rounds=options.rounds, threads=torch.get_num_threads(), load=round(os.getloadavg()[0]),
     )  # fmt: skip
     texts = []
     for size in map(int, options.sizes.split(",")):
