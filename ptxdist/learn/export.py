@@ -48,6 +48,7 @@ ABOUT = "ptxdist.json"
 INPUT, OUTPUT = "image", "probability"
 LIMIT = 1e-4  # of a probability; operating points are searched in steps of 0.005
 _PLAIN_LOGITS = 100  # up to which `LIMIT` holds; beyond it rounding shows, and the limit grows with the logits
+_MOST_ROUNDING = 100  # times `LIMIT`, and no more, whatever the logits
 _BATCHES = (1, 3, 4)  # sizes that parity is checked with: the smallest, an odd one, the one that was traced
 _OPSET = 18  # what torch translates to; ONNX Runtime has it since 1.14
 
@@ -245,7 +246,7 @@ def allowed_difference(predictor: Predictor, images: Sequence[Pixels]) -> float:
     """
     logits = [predictor.models[0](torch.from_numpy(image[None, None].copy())) for image in images]
     largest = max(float(part.abs().amax()) for part in logits)
-    return LIMIT * max(1.0, largest / _PLAIN_LOGITS)
+    return LIMIT * min(max(1.0, largest / _PLAIN_LOGITS), _MOST_ROUNDING)
 
 
 def _images(model: Path, size_px: int) -> tuple[list[Pixels], str]:
