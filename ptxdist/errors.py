@@ -12,7 +12,8 @@
     ├── ClusterError       11   a Ray cluster that cannot be reached or is not fit, a job that was refused
     ├── BusyError          12   another ptxdist process works on the same folder
     ├── StorageError       13   an object store that cannot be reached, refuses, or stays broken
-    └── AddressError       14   an address or a port that cannot be listened on
+    ├── AddressError       14   an address or a port that cannot be listened on
+    └── ExportError        15   an exported network that does not compute what its checkpoint does
 
 Owns: the error classes and their exit codes. Refuses: nothing. Called by: every module; `cli` catches
 `PtxdistError` once and prints its message. A message says what was found, what was expected, where, and what to do.
@@ -99,3 +100,9 @@ class AddressError(PtxdistError):
     """A server cannot listen where it was told to."""
 
     exit_code = 14
+
+
+class ExportError(PtxdistError):
+    """An exported network does not compute what its checkpoint does; nothing was written."""
+
+    exit_code = 15

@@ -15,6 +15,7 @@ import click
 from ptxdist import __version__
 from ptxdist.cli.data import phantom, preprocess, verify
 from ptxdist.cli.doctor import doctor
+from ptxdist.cli.export import export
 from ptxdist.cli.predict import predict
 from ptxdist.cli.runs import compare, demo, evaluate, inspect, report, train
 from ptxdist.cli.serve import serve
@@ -49,6 +50,7 @@ for _command in (
     demo,
     doctor,
     evaluate,
+    export,
     inspect,
     phantom,
     predict,

@@ -15,6 +15,7 @@ damage and careless changes; against a forger only the sha256 of the whole file 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -130,24 +131,29 @@ def write_bundle(run: Path, out: Path) -> str:
     weights, readme = path.read_bytes(), _readme(card).encode()
     plain = card.model_dump(mode="json")
     plain["sha256"] = {README: _sha256(readme), WEIGHTS: _sha256(weights), CARD: fingerprint(plain)}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in ((CARD, json.dumps(plain, indent=2).encode()), (README, readme), (WEIGHTS, weights)):
+            archive.writestr(zipfile.ZipInfo(name, _WHEN), content)
+    write_whole(out, file.getvalue())
+    return _sha256(file.getvalue())
+
+
+def write_whole(out: Path, content: bytes) -> None:
+    """Write a file in one step: it is there whole, or the former one stays; CheckpointError when it cannot be."""
     temporary = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, content in (
-                    (CARD, json.dumps(plain, indent=2).encode()),
-                    (README, readme),
-                    (WEIGHTS, weights),
-                ):
-                    archive.writestr(zipfile.ZipInfo(name, _WHEN), content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(out)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{out} cannot be written: {error.strerror}") from error
-    return file_sha256(out)
+    finally:
+        if temporary.is_file():  # where its folder is none, asking for it to go raises once more
+            temporary.unlink()
 
 
 def read_bundle(path: Path) -> tuple[ModelCard, bytes]:

@@ -149,7 +149,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction]:
-        maps = {size: self._probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
+        maps = {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
         share = {size: sum(card.size_px == size for card in self.cards) / len(self.cards) for size in self._sizes}
         for row, item in enumerate(items):
             rows, columns = item.pixels.shape
@@ -160,8 +160,8 @@ class Predictor:
             mask = mask_at(torch.from_numpy(whole), self.operating_point).numpy()
             yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content)
 
-    def _probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> Tensor:
-        """Mean probabilities (n, size, size) of the models of one size."""
+    def probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> Tensor:
+        """Mean probabilities (n, size, size) of the models of one size; a pass sees `fewest` images at least."""
         stacked = torch.zeros(max(len(squares), fewest), 1, size, size, dtype=torch.uint8)
         stacked[: len(squares), 0] = torch.from_numpy(np.stack(squares))
         image = stacked.to(self.device)

@@ -34,12 +34,12 @@ from ptxdist.learn.unet import build_unet
 from ptxdist.rundir import EvaluationResult, OperatingPoint
 
 
-def make_predictor(size_px: int) -> Predictor:
+def make_predictor(size_px: int, precision: str = "auto") -> Predictor:
     """A predictor with random weights, of which only the fields that predicting reads are filled in."""
     pipeline = load_settings("smoke").pipeline
     point = OperatingPoint(top=0.5, min_area_px=0, bottom=0.5)
     card = ModelCard.model_construct(
-        name="bench", size_px=size_px, preprocessing=TRANSFORM, precision="auto", flip_averaging=True,
+        name="bench", size_px=size_px, preprocessing=TRANSFORM, precision=precision, flip_averaging=True,
         operating_point=point, operating_point_from="", pipeline=pipeline, fingerprint="", weights_sha256="0" * 64,
         evaluation=EvaluationResult.model_construct(),
     )  # fmt: skip
@@ -63,7 +63,7 @@ def main() -> None:
 
         def network(batch: int, count: int) -> None:
             for start in range(0, count, batch):
-                predictor._probabilities(list(squares[start : start + batch, 0].numpy()), options.size, fewest=1)
+                predictor.probabilities(list(squares[start : start + batch, 0].numpy()), options.size, fewest=1)
 
         def command() -> None:
             shutil.rmtree(out, ignore_errors=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from ptxdist.config import fingerprint
@@ -78,3 +82,58 @@ def test_what_is_no_bundle_is_refused(bundle: Path, finished_run: Path, tmp_path
             load_model(path)
     with pytest.raises(RunError, match="no model at"):
         load_model(tmp_path / "nowhere")
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.write_text, (self.path, "code was run")
+
+
+def forged(bundle: Path, out: Path, weights: bytes) -> Path:
+    """A copy with other weights whose checksums are all right, as somebody makes who means harm."""
+    with zipfile.ZipFile(bundle) as archive:
+        card = json.loads(archive.read(CARD))
+    card["weights_sha256"] = card["sha256"][WEIGHTS] = hashlib.sha256(weights).hexdigest()
+    card["sha256"][CARD] = fingerprint({key: value for key, value in card.items() if key != "sha256"})
+    return altered(bundle, out, card=json.dumps(card).encode(), weights=weights)
+
+
+def test_loading_runs_no_code(bundle: Path, tmp_path: Path) -> None:
+    trace, file = tmp_path / "trace", io.BytesIO()
+    torch.save(Bomb(trace), file)
+    for content in (pickle.dumps(Bomb(trace)), file.getvalue()):
+        with pytest.raises(CheckpointError, match="weights are damaged"):
+            load_model(forged(bundle, tmp_path / "forged", content))
+        assert not trace.exists()
+    pickle.loads(pickle.dumps(Bomb(trace)))
+    assert trace.exists(), "it is dangerous where it is unpickled"
+
+
+def test_forged_weights_have_to_fit_the_model(bundle: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        state = safetensors.torch.load(archive.read(WEIGHTS))
+    assert load_model(forged(bundle, tmp_path / "same", safetensors.torch.save(state)))[0].size_px == 96
+    for changed, words in (
+        ({key: value for key, value in state.items() if key != "head.bias"}, "head.bias is missing"),
+        (state | {"extra": torch.zeros(1)}, "extra is not known"),
+        (state | {"head.bias": torch.zeros(2)}, "head.bias has shape"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            load_model(forged(bundle, tmp_path / "forged", safetensors.torch.save(changed)))
+
+
+def test_a_bundle_that_would_inflate_or_holds_more_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for compressed, more in ((README, {}), ("", {"../../outside.py": b"import os"})):
+        with zipfile.ZipFile(tmp_path / "more", "w") as archive:
+            for name, value in (members | more).items():
+                archive.writestr(name, value, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED)
+        with pytest.raises(CheckpointError, match="it should hold"):
+            load_model(tmp_path / "more")
+    assert {path.name for path in tmp_path.iterdir()} == {"more"}

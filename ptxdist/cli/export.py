@@ -1,0 +1,45 @@
+"""The command export: parse, call, print.
+
+Owns: its options. Refuses: command lines that do not parse. Called by: click.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.options import FILE, json_option
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.option("--out", type=FILE, required=True, help="The file; .onnx, .pt2 or .ptxdist says what it becomes.")
+@json_option
+def export(model: Path, out: Path, as_json: bool) -> None:
+    """Write MODEL, a finished run or a bundle, as one file for others.
+
+    .onnx and .pt2 (torch.export) need no ptxdist: image in, probabilities out, what to do before and after in their
+    metadata; they are compared with the checkpoint first. .ptxdist is a bundle, for `ptxdist predict`.
+
+    Example: ptxdist export runs/exp4 --out model.onnx
+    """
+    from dataclasses import asdict
+
+    from ptxdist import console
+    from ptxdist.learn.export import export_model
+
+    with console.progress() as update:
+        result = export_model(model, out, on_progress=update)
+    if as_json:
+        console.show_json(asdict(result))
+        return
+    pairs = [("size", f"{result.size_bytes / 2**20:.1f} MiB")]
+    if result.difference is not None:
+        pairs += [
+            ("largest difference from the checkpoint", f"{result.difference:.2g} (allowed: {result.limit:.2g})"),
+            ("compared on", f"{result.images} {result.images_from}"),
+        ]
+    console.show_pairs(str(out), pairs)
+    console.out.print(f"sha256 {result.sha256}", soft_wrap=True)
+    console.say("research use only; not a medical device")
