@@ -55,8 +55,8 @@ ORDER = {
         {"options"},
         {"data", "submit", "doctor", "predict", "export", "serve"},
         {"runs"},
-        {""},
-    ),  # "" is the package
+        {""},  # the package itself
+    ),
 }
 
 LIBRARIES = {

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, json_option
+from ptxdist.cli.options import FILE, PLACE, json_option
 
 
 @click.command()
-@click.argument("model", type=FILE)
+@click.argument("model", type=PLACE)
 @click.option("--out", type=FILE, required=True, help="The file; .onnx, .pt2 or .ptxdist says what it becomes.")
 @json_option
-def export(model: Path, out: Path, as_json: bool) -> None:
+def export(model: Path | str, out: Path, as_json: bool) -> None:
     """Write MODEL, a finished run or a bundle, as one file for others.
 
     .onnx and .pt2 (torch.export) need no ptxdist: image in, probabilities out, what to do before and after in their
@@ -27,10 +27,11 @@ def export(model: Path, out: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ptxdist import console
+    from ptxdist.data.mirror import local_run
     from ptxdist.learn.export import export_model
 
     with console.progress() as update:
-        result = export_model(model, out, on_progress=update)
+        result = export_model(local_run(model), out, on_progress=update)
     if as_json:
         console.show_json(asdict(result))
         return

@@ -9,19 +9,25 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, json_option
+from ptxdist.cli.options import PLACE, json_option
 
 
 @click.command()
-@click.argument("model", type=FILE)
-@click.option("--with", "others", type=FILE, multiple=True, help="A further model; probabilities are averaged.")
+@click.argument("model", type=PLACE)
+@click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others let others in.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8600, show_default=True, help="0: any free one.")
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @json_option
 def serve(
-    model: Path, others: tuple[Path, ...], host: str, port: int, open_page: bool, device: str, as_json: bool
+    model: Path | str,
+    others: tuple[Path | str, ...],
+    host: str,
+    port: int,
+    open_page: bool,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Open a local web page on which MODEL looks at radiographs, one DICOM file at a time.
 
@@ -31,6 +37,7 @@ def serve(
     Example: ptxdist serve runs/exp4 --open
     """
     from ptxdist import console
+    from ptxdist.data.mirror import local_run
     from ptxdist.learn import server
     from ptxdist.learn.predictor import Predictor
 
@@ -40,7 +47,7 @@ def serve(
                 f"warning: everybody who reaches {host} can use this model; there is no password, and radiographs "
                 "travel unencrypted. Put a proxy with both before it, or leave --host out and use `ssh -L`"
             )
-        predictor = Predictor.load(model, *others, device=device)  # type: ignore[arg-type]
+        predictor = Predictor.load(*map(local_run, (model, *others)), device=device)  # type: ignore[arg-type]
         url = server.url_of(listening)
         if as_json:
             console.show_json({"url": url, "models": [card.name for card in predictor.cards]})
