@@ -158,7 +158,24 @@ class RayEngine:
             except RayError as error:  # what watches over the workers was killed, as where memory runs out
                 raise _LostError(f"the workers were lost: {_brief(error)}") from error
             finally:
+                _free_room()
                 shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _free_room() -> None:
+    """Remove the placement groups of this job, and with them the actors inside, when no trainer of it runs any more.
+
+    A trainer whose workers were killed for want of memory may leave its own, and the next one would wait for that room
+    for ever.
+    """
+    import ray
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    job = ray.get_runtime_context().get_job_id()  # the last part of the ids of what it made
+    for name, entry in placement_group_table().items():
+        if name.endswith(job) and entry["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _cause(error: BaseException) -> BaseException:

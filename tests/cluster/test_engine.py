@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -76,11 +78,15 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
         task["settings"]["absent"]
 
     settings = load_settings("smoke", options={"train.workers": 1, "train.device": "cpu"})
-    with (
-        ray_engine(settings, Mirror(tmp_path / "run"), heard.append) as engine,
-        pytest.raises(TrainingError, match="stage 1 stopped: a worker failed with KeyError: 'absent'"),
-    ):
-        engine._work(mistaken, {"settings": {}}, tmp_path / "run" / "stage", "stage 1", "goes on")
+    with ray_engine(settings, Mirror(tmp_path / "run"), heard.append) as engine:
+        left = ray.util.placement_group([{"CPU": 0.5}])  # as a trainer leaves it that could not end in order
+        assert left.wait(30)
+        with pytest.raises(TrainingError, match="stage 1 stopped: a worker failed with KeyError: 'absent'"):
+            engine._work(mistaken, {"settings": {}}, tmp_path / "run" / "stage", "stage 1", "goes on")
+        end = time.monotonic() + 30
+        while (room := ray.available_resources().get("CPU")) != ray.cluster_resources()["CPU"]:
+            assert time.monotonic() < end, f"of the CPUs {room} are free"
+            time.sleep(0.1)
     assert tries.read_text() == "x"
     assert heard == []
     assert 'task["settings"]["absent"]' in caplog.text, "the traceback, which RUN/ray.log gets"
