@@ -218,7 +218,7 @@ def test_only_code_and_settings_travel_and_too_much_is_refused(tmp_path: Path, m
     (tmp_path / "job").mkdir()
     submit_module._pack(tmp_path / "job")
     files = [path for path in (tmp_path / "job").rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".py", ".toml", ".typed", ".html", ".css"}
+    assert {path.suffix for path in files} == {".py", ".toml", ".typed", ".html", ".css", ".js", ".svg"}
     assert {path.name for path in (tmp_path / "job").iterdir()} == {
         "ptxdist", "configs", "pipelines", submit_module._CHECK_FILE,
     }  # fmt: skip
