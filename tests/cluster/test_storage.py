@@ -91,7 +91,7 @@ def test_while_the_store_is_gone_work_goes_on_and_is_sent_afterwards(
     s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mirror, "_EVERY_S", 0.05)
-    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "0.3")
+    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "2")
     here = Mirror(url)
     with here.sending(REST):
         s3.fail("500", 10_000)

@@ -314,7 +314,7 @@ def test_a_copy_that_does_not_fit_the_disk_is_refused_before_it_begins(
 
 
 def test_nothing_that_is_printed_holds_a_credential(s3: Proxy, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "0.5")
+    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "3")
     for kind in ("403", "500"):
         s3.fail(kind, 10_000)
         done = run("verify", url)
@@ -341,7 +341,7 @@ def test_doctor_writes_where_a_run_will_be(s3: Proxy, url: str, monkeypatch: pyt
 
     assert try_store(url) == ""
     assert Remote(url).list() == {}
-    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "0.5")
+    monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "10")
     s3.fail("403", 10_000)
     assert "access is refused" in try_store(url)
 
