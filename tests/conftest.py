@@ -19,7 +19,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from ptxdist.data import rle
+from ptxdist.data import rle, staging
 from ptxdist.data.preprocess import PreprocessResult, preprocess
 
 Image = npt.NDArray[np.generic]
@@ -205,3 +205,6 @@ def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "20")
     yield proxy
     proxy.stop()
+    for lock in staging._held.values():  # what a test has used is not in use for the next one
+        lock.close()
+    staging._held.clear()

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from object_store import BUCKET, SECRET, Proxy
 
-from ptxdist.data import mirror, staging
+from ptxdist.data import mirror
 from ptxdist.data.lease import LEASE
 from ptxdist.data.mirror import REST, Mirror, local_run, stage_part, working_run
 from ptxdist.data.remote import Remote
@@ -31,14 +30,6 @@ from ptxdist.rundir import read_metrics, read_result
 @pytest.fixture
 def url() -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}/runs/exp"
-
-
-@pytest.fixture(autouse=True)
-def _let_go() -> Iterator[None]:
-    yield
-    for lock in staging._held.values():
-        lock.close()
-    staging._held.clear()
 
 
 def weights_of(folder: Path) -> list[str]:

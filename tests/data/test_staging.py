@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,15 +32,6 @@ from ptxdist.errors import BusyError, StorageError, StoreError
 @pytest.fixture
 def url() -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}/cache"
-
-
-@pytest.fixture(autouse=True)
-def _let_go() -> Iterator[None]:
-    """What a test has used is not in use for the next one."""
-    yield
-    for lock in staging._held.values():
-        lock.close()
-    staging._held.clear()
 
 
 @pytest.fixture(scope="module")
