@@ -172,10 +172,13 @@ def _free_room() -> None:
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
-    job = ray.get_runtime_context().get_job_id()  # the last part of the ids of what it made
-    for name, entry in placement_group_table().items():
-        if name.endswith(job) and entry["state"] != "REMOVED":
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    try:
+        job = ray.get_runtime_context().get_job_id()  # the last part of the ids of what it made
+        for name, entry in placement_group_table().items():
+            if name.endswith(job) and entry["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+    except Exception:  # as when the head is gone; what ended the trainer is what has to be told
+        _log.exception("the room of a trainer that has ended could not be freed")
 
 
 def _cause(error: BaseException) -> BaseException:
