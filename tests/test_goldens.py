@@ -1,0 +1,90 @@
+"""What users and their files depend on is as it was in 0.1.0; caches and runs of that version are used as they are.
+
+`tests/goldens/facts.py` made the files compared here, with the code of 0.1.0 and through the command line only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from goldens import facts
+
+GOLDEN = json.loads(facts.GOLDEN.read_text())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Cache and run, made by the present code."""
+    folder = tmp_path_factory.mktemp("goldens")
+    facts.make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(data: Path) -> dict[str, Any]:
+    return facts.files_of(data)
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder with `cache` and `run` as 0.1.0 wrote them, and in it the process, as its settings name `cache`."""
+    with tarfile.open(facts.ARCHIVE) as archive:
+        archive.extractall(tmp_path, filter="data")
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", GOLDEN["command_line"])
+def test_commands_options_and_defaults(name: str) -> None:
+    assert facts.command_line()[name] == GOLDEN["command_line"][name]
+
+
+def test_no_command_is_new_or_gone() -> None:
+    assert facts.command_line().keys() == GOLDEN["command_line"].keys()
+
+
+@pytest.mark.parametrize("name", ["settings", "manifest", "fingerprints", "run", "cache", "tensorboard"])
+def test_what_is_written(files: dict[str, Any], name: str) -> None:
+    assert files[name] == GOLDEN["files"][name]
+
+
+def test_training_at_a_fixed_seed(files: dict[str, Any]) -> None:
+    """Equal to the bit on the kind of machine where it was recorded, close on another."""
+    found, recorded = files["training"], GOLDEN["files"]["training"]
+    if found["machine"] == recorded["machine"]:
+        assert found == recorded
+    for loss, before in zip(found["losses"], recorded["losses"], strict=True):
+        assert loss == [value and pytest.approx(value, rel=0.02) for value in before]
+
+
+def test_keys_of_every_json(data: Path) -> None:
+    assert facts.printed_keys(data) == GOLDEN["json"]
+
+
+def test_a_run_of_the_former_version_gives_the_same_bundle(old: Path) -> None:
+    assert facts.bundle_sha256(old / "run", old / "golden.ptxdist") == GOLDEN["bundle_sha256"]
+
+
+def test_a_cache_and_a_run_of_the_former_version_are_used_as_they_are(old: Path) -> None:
+    assert "whole" in facts.run("verify", "cache", "--workers", 1)
+    before = json.loads((old / "run/evaluation/result.json").read_text())["scores"]
+    weights = {path: path.stat().st_mtime_ns for path in (old / "run").rglob("best.safetensors")}
+    again = json.loads(facts.run(*facts.train_words(old), "--json"))
+    assert {path: path.stat().st_mtime_ns for path in weights} == weights, "no finished stage is trained again"
+    assert [stage["reused_from"] for stage in again["stages"]] == [None, None]
+    assert again["evaluation"]["scores"] == pytest.approx(before)
+    assert Path(json.loads(facts.run("report", old / "run", "--json"))["report"]).is_file()
+    assert facts.run("compare", old / "run", old / "run", "--markdown").count("| run |") == 2
+
+
+def test_a_run_beside_one_of_the_former_version_uses_its_stages(old: Path) -> None:
+    words = [old / "beside" if word == old / "run" else word for word in facts.train_words(old)]
+    again = json.loads(facts.run(*words, "--json"))
+    assert [stage["reused_from"] for stage in again["stages"]] == ["run", "run"]
