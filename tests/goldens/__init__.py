@@ -1,0 +1,1 @@
+"""Golden files, and the program that made them."""

@@ -143,7 +143,12 @@ def tensorboard(run_folder: Path) -> dict[str, list[str]]:
 
 def machine() -> dict[str, str]:
     """What the last bits of a training depend on."""
-    return {"cpu": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine(), "torch": version("torch"), "numpy": version("numpy")}
+    return {
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "torch": version("torch"),
+        "numpy": version("numpy"),
+    }
 
 
 def files_of(folder: Path) -> dict[str, Any]:
