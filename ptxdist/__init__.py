@@ -6,7 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptxdist.learn.predictor import Prediction, Predictor
+    from ptxdist.predict.predictor import Prediction, Predictor
 
 __all__ = ["Prediction", "Predictor", "__version__"]
 __version__ = "0.1.0"
@@ -15,6 +15,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name not in ("Prediction", "Predictor"):
         raise AttributeError(f"module 'ptxdist' has no attribute {name!r}")
-    from ptxdist.learn import predictor
+    from ptxdist.predict import predictor
 
     return getattr(predictor, name)

@@ -19,8 +19,11 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
-from ptxdist.data import rle, staging
-from ptxdist.data.preprocess import PreprocessResult, preprocess
+from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.labels import rle
+from ptxdist.storage import caches
+
+pytest_plugins = ("dicom_files", "tiny_caches")  # fixtures of several folders, in files of their own
 
 Image = npt.NDArray[np.generic]
 WriteDicom = Callable[..., Path]
@@ -141,8 +144,8 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
-    from ptxdist.cluster.coordinator import plan_run, run_pipeline
     from ptxdist.config import load_settings
+    from ptxdist.run.pipeline import plan_run, run_pipeline
 
     run = tmp_path_factory.mktemp("learn") / "run"
     few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
@@ -205,6 +208,6 @@ def s3(s3_server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "20")
     yield proxy
     proxy.stop()
-    for lock in staging._held.values():  # what a test has used is not in use for the next one
+    for lock in caches._held.values():  # what a test has used is not in use for the next one
         lock.close()
-    staging._held.clear()
+    caches._held.clear()

@@ -31,7 +31,7 @@ def phantom(
     Example: ptxdist phantom phantoms --cases 300 --seed 0
     """
     from ptxdist import console
-    from ptxdist.data.phantom import write_phantoms
+    from ptxdist.phantoms.dataset import write_phantoms
 
     with console.progress() as update:
         result = write_phantoms(
@@ -79,8 +79,8 @@ def preprocess(
     Example: ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv --out cache
     """
     from ptxdist import console
-    from ptxdist.data.preprocess import preprocess as build
-    from ptxdist.data.staging import working_cache
+    from ptxdist.cache.preprocess import preprocess as build
+    from ptxdist.storage.caches import working_cache
 
     if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
         raise SettingsError("--address with --out s3://… needs PTXDIST_STAGING, a folder that all nodes share")
@@ -134,8 +134,8 @@ def verify(
     Example: ptxdist verify cache --source dicom-images-train --repair
     """
     from ptxdist import console
-    from ptxdist.data import verify as checks
-    from ptxdist.data.staging import local_cache
+    from ptxdist.cache import verify as checks
+    from ptxdist.storage.caches import local_cache
 
     if repair and "://" in str(cache):
         raise SettingsError(f"--repair mends folders; `ptxdist preprocess --out {cache}` mends what is there")

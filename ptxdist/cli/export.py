@@ -27,8 +27,8 @@ def export(model: Path | str, out: Path, as_json: bool) -> None:
     from dataclasses import asdict
 
     from ptxdist import console
-    from ptxdist.data.mirror import local_run
-    from ptxdist.learn.export import export_model
+    from ptxdist.predict.export import export_model
+    from ptxdist.storage.runs import local_run
 
     with console.progress() as update:
         result = export_model(local_run(model), out, on_progress=update)

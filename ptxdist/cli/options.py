@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from ptxdist.data.spread import Spread
+    from ptxdist.executor import Spread
 
 
 class Place(click.Path):
@@ -41,9 +41,9 @@ def json_option(command: Command) -> Command:
 def spread_over(workers: int, address: str | None) -> AbstractContextManager[Spread]:
     """Processes on this machine, or with an address the nodes of a Ray cluster."""
     if address is None:
-        from ptxdist.data.spread import processes
+        from ptxdist.executor import processes
 
         return processes(workers)
-    from ptxdist.cluster.spread import ray_tasks
+    from ptxdist.cluster.executor import ray_tasks
 
     return ray_tasks(address)

@@ -55,11 +55,11 @@ def predict(
     from dataclasses import asdict
 
     from ptxdist import console
-    from ptxdist.data.mirror import local_run
-    from ptxdist.data.spread import here
-    from ptxdist.learn.predict import predict_files
-    from ptxdist.learn.predictor import Predictor
+    from ptxdist.executor import here
+    from ptxdist.predict.folder import predict_files
+    from ptxdist.predict.predictor import Predictor
     from ptxdist.rundir import OperatingPoint
+    from ptxdist.storage.runs import local_run
 
     models = [local_run(place) for place in (model, *others)]
     predictor = Predictor.load(*models, device=device)  # type: ignore[arg-type]

@@ -87,9 +87,9 @@ def train(
 def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool) -> None:
     """Train RUN/fold-0, RUN/fold-1, …, each with its own fold held out, and pool what they say of it."""
     from ptxdist import console
-    from ptxdist.data.catalog import read_catalog
-    from ptxdist.data.staging import local_cache
-    from ptxdist.learn.evaluate import evaluate_again
+    from ptxdist.cache.catalog import read_catalog
+    from ptxdist.storage.caches import local_cache
+    from ptxdist.train.evaluate import evaluate_again
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SettingsError(
@@ -114,14 +114,14 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
 
 def _train(settings: Settings, run: Path | str, *, with_ray: bool) -> tuple[PipelineResult, Path]:
     from ptxdist import console
-    from ptxdist.cluster.coordinator import only_training, plan_run, run_pipeline
-    from ptxdist.data.mirror import working_run
-    from ptxdist.learn.report import write_report
+    from ptxdist.report.report import write_report
+    from ptxdist.run.pipeline import only_training, plan_run, run_pipeline
     from ptxdist.rundir import RAY_LOG
+    from ptxdist.storage.runs import working_run
 
     first = with_ray or os.environ.get("RANK", "0") == "0"
     if not with_ray:
-        from ptxdist.cluster.here import refuse_other_workers
+        from ptxdist.run.local import refuse_other_workers
 
         refuse_other_workers(settings)
         if not first:
@@ -168,8 +168,8 @@ def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | No
     Example: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
     """
     from ptxdist import console
-    from ptxdist.data.mirror import local_run
-    from ptxdist.learn.evaluate import evaluate_again
+    from ptxdist.storage.runs import local_run
+    from ptxdist.train.evaluate import evaluate_again
 
     if out is None and isinstance(runs[0], str):
         raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
@@ -196,9 +196,9 @@ def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None
     Example: ptxdist compare runs/exp1 runs/exp2 runs/exp4
     """
     from ptxdist import console
-    from ptxdist.data.mirror import local_run
-    from ptxdist.learn.compare import as_markdown
-    from ptxdist.learn.compare import compare as compare_runs
+    from ptxdist.scores.compare import as_markdown
+    from ptxdist.scores.compare import compare as compare_runs
+    from ptxdist.storage.runs import local_run
 
     comparison = compare_runs([local_run(run) for run in runs])
     if as_json:
@@ -218,8 +218,8 @@ def report(run: Path | str, as_json: bool) -> None:
     Example: ptxdist report runs/exp4
     """
     from ptxdist import console
-    from ptxdist.data.mirror import local_run
-    from ptxdist.learn.report import write_report
+    from ptxdist.report.report import write_report
+    from ptxdist.storage.runs import local_run
 
     page = write_report(local_run(run))
     if as_json:
@@ -236,9 +236,9 @@ def inspect(path: Path | str, as_json: bool) -> None:
 
     Example: ptxdist inspect cache
     """
-    from ptxdist.data.mirror import is_run, local_run
-    from ptxdist.data.staging import local_cache
     from ptxdist.rundir import SETTINGS
+    from ptxdist.storage.caches import local_cache
+    from ptxdist.storage.runs import is_run, local_run
 
     if isinstance(path, str):
         path = local_run(path) if is_run(path) else local_cache(path)
@@ -273,9 +273,9 @@ def _inspect_run(run: Path, as_json: bool) -> None:
 
 def _inspect_cache(cache: Path, as_json: bool) -> None:
     from ptxdist import console
-    from ptxdist.data.catalog import read_catalog
-    from ptxdist.data.draw import draw_contact_sheet
-    from ptxdist.data.store import open_store, read_manifest
+    from ptxdist.cache.catalog import read_catalog
+    from ptxdist.cache.outlines import draw_contact_sheet
+    from ptxdist.cache.store import open_store, read_manifest
 
     catalog = read_catalog(cache)
     stores = [open_store(cache, size) for size in sorted(read_manifest(cache).sizes)]

@@ -37,9 +37,9 @@ def serve(
     Example: ptxdist serve runs/exp4 --open
     """
     from ptxdist import console
-    from ptxdist.data.mirror import local_run
-    from ptxdist.learn import server
-    from ptxdist.learn.predictor import Predictor
+    from ptxdist.predict import server
+    from ptxdist.predict.predictor import Predictor
+    from ptxdist.storage.runs import local_run
 
     with server.listen(host, port) as listening:
         if not server.is_loopback(listening):

@@ -1,1 +1,1 @@
-"""The same learning over many processes and machines: ray; only `cli` imports it."""
+"""Runs and tasks over the processes and machines of a Ray cluster; only `cli` imports it."""

@@ -1,7 +1,7 @@
 """The way to Ray: a cluster that runs already, or one of our own on this machine that nobody else can reach.
 
 Owns: addresses, the cluster's token, how long is waited. Refuses: clusters that cannot be reached and more workers than
-there is room for (ClusterError). Called by: `coordinator`, `spread`, `doctor`.
+there is room for (ClusterError). Called by: `run.pipeline`, `executor`, `doctor`.
 
 Ray on this machine listens on the loopback interface only and has no dashboard. The token of a cluster comes from the
 environment or from Ray's own file and is never printed.

@@ -1,7 +1,7 @@
 """Would a run work here? Every node is asked what it is and has, and what nodes do together is tried on a small scale.
 
 Owns: what counts as right, and what to do where it is not. Refuses: runs that would surely fail (`refuse_unfit`,
-ClusterError). Called by: `cli` for `doctor`, and by `coordinator` before a training (the quick part).
+ClusterError). Called by: `cli` for `doctor`, and by `run.pipeline` before a training (the quick part).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ptxdist.cluster import node as node_module
+from ptxdist.cluster import probe
 from ptxdist.cluster.connection import connection
 from ptxdist.errors import ClusterError
 
@@ -95,7 +95,7 @@ def ray_nodes() -> Iterator[_Nodes]:
         def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
             return function(*arguments)
 
-    ray.cloudpickle.register_pickle_by_value(node_module)  # so that a node without ptxdist can say so
+    ray.cloudpickle.register_pickle_by_value(probe)  # so that a node without ptxdist can say so
     actor = ray.remote(num_cpus=0, max_restarts=0)(Node)
     actors, ids, seen = {}, dict[str, str](), dict[str, int]()
     for node in ray.nodes():
@@ -109,7 +109,7 @@ def ray_nodes() -> Iterator[_Nodes]:
     try:
         yield _Nodes(actors, ids)
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(node_module)
+        ray.cloudpickle.unregister_pickle_by_value(probe)
         for one in actors.values():
             ray.kill(one)
 
@@ -145,7 +145,7 @@ def refuse_unfit(run: Path | str, cache: Path | str | None = None, nodes: _Nodes
     findings = _storage(nodes or _Here(), folder)
     if nodes:
         findings += [item for item in _examine(nodes, cache, folder, False) if item.check in ("versions", "cache")]
-    free = None if isinstance(folder, str) else node_module._free(str(folder))
+    free = None if isinstance(folder, str) else probe._free(str(folder))
     if free is not None and free < _CHECKPOINT // 4:
         findings.append(_disk("runs", HERE, free))
     gone = nodes.gone() if nodes else set[str]()
@@ -167,14 +167,14 @@ def _existing(folder: Path | str) -> Path | str:
 
 
 def _examine(nodes: _Nodes, cache: Path | str | None, folder: Path | str | None, full: bool) -> list[Finding]:
-    mine = node_module.examine(None, None)
+    mine = probe.examine(None, None)
     words = (
         str(cache.absolute()) if isinstance(cache, Path) else cache,
         str(folder) if isinstance(folder, Path) else None,
         full,
     )
     findings, digests = [], dict[str, str]()
-    for where, found in nodes.ask(node_module.examine, *words).items():
+    for where, found in nodes.ask(probe.examine, *words).items():
         if isinstance(found, ClusterError):
             findings.append(Finding("node", where, "wrong", f"does not answer: {found}", "look at it, or remove it"))
             continue
@@ -239,7 +239,7 @@ def _clocks(nodes: _Nodes) -> list[Finding]:
     findings = []
     for where in nodes.actors:
         before = time.time()
-        answer = nodes.ask_each(node_module.clock, {where: ()})[where]
+        answer = nodes.ask_each(probe.clock, {where: ()})[where]
         after = time.time()
         if isinstance(answer, float):
             skew = max(0.0, before - answer, answer - after)  # what the way there and back does not explain
@@ -257,7 +257,7 @@ def _storage(nodes: _Nodes, folder: Path | str) -> list[Finding]:
         return [
             Finding("storage", where, "wrong" if answer else "ok", str(answer) or "written and read",
                     advice if answer else "")
-            for where, answer in nodes.ask(node_module.try_store, folder).items()
+            for where, answer in nodes.ask(probe.try_store, folder).items()
         ]  # fmt: skip
     draw = secrets.token_hex(8)
     tokens = {
@@ -267,10 +267,10 @@ def _storage(nodes: _Nodes, folder: Path | str) -> list[Finding]:
     advice = f"mount the same storage at {folder} on all nodes, for this user to write to, or give another --run"
     try:
         written = nodes.ask_each(
-            node_module.write_token, {name: (place, file, text) for name, (file, text) in tokens.items()}
+            probe.write_token, {name: (place, file, text) for name, (file, text) in tokens.items()}
         )
         there = {file: text for name, (file, text) in tokens.items() if written[name] == ""}
-        seen = nodes.ask(node_module.read_tokens, place, there)
+        seen = nodes.ask(probe.read_tokens, place, there)
     finally:
         for file, _ in tokens.values():
             with suppress(OSError):
@@ -295,32 +295,32 @@ def _remove(paths: Sequence[str]) -> None:
 def _collective(nodes: _Nodes) -> list[Finding]:
     """An all-reduce over gloo among all nodes, and over NCCL among those with a GPU."""
     names = list(nodes.actors)
-    host = nodes.ask_each(node_module.free_port, {names[0]: ()})[names[0]]
+    host = nodes.ask_each(probe.free_port, {names[0]: ()})[names[0]]
     if isinstance(host, ClusterError):
         return []
     words = {name: ("gloo", *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _told("gloo", nodes.ask_each(node_module.all_reduce, words)) + _nccl(nodes)
+    return _told("gloo", nodes.ask_each(probe.all_reduce, words)) + _nccl(nodes)
 
 
 def _nccl(nodes: _Nodes) -> list[Finding]:
-    found = nodes.ask(node_module._gpus)
+    found = nodes.ask(probe._gpus)
     names = [name for name, gpus in found.items() if isinstance(gpus, dict) and gpus["torch"]]
     if not names:
         return []
-    host = nodes.ask_each(node_module.free_port, {names[0]: ()})[names[0]]
+    host = nodes.ask_each(probe.free_port, {names[0]: ()})[names[0]]
     words = {name: ("nccl", *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _told("NCCL", nodes.ask_each(node_module.all_reduce, words))
+    return _told("NCCL", nodes.ask_each(probe.all_reduce, words))
 
 
 def _collective_here() -> list[Finding]:
     """The same between two processes of this machine."""
-    _, port = node_module.free_port()
+    _, port = probe.free_port()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        answers = pool.starmap(node_module.all_reduce, [("gloo", "127.0.0.1", port, rank, 2) for rank in range(2)])
+        answers = pool.starmap(probe.all_reduce, [("gloo", "127.0.0.1", port, rank, 2) for rank in range(2)])
     findings = _told("gloo", {HERE: next((text for text in answers if text), "")})
-    if node_module._gpus()["torch"]:
-        _, port = node_module.free_port()
-        findings += _told("NCCL", {HERE: node_module.all_reduce("nccl", "127.0.0.1", port, 0, 1)})
+    if probe._gpus()["torch"]:
+        _, port = probe.free_port()
+        findings += _told("NCCL", {HERE: probe.all_reduce("nccl", "127.0.0.1", port, 0, 1)})
     return findings
 
 

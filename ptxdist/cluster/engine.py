@@ -1,7 +1,7 @@
 """Ray as the engine of a run: one TorchTrainer for each stage and for the evaluation, on this machine or on a cluster.
 
 Owns: the workers and what is done when they are lost, and the way of their events. Refuses: clusters whose nodes are
-not fit (ClusterError). Called by: `coordinator`. `here` is the same without Ray.
+not fit (ClusterError). Called by: `run.pipeline`. `run.local` is the same without Ray.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import ray_nodes, refuse_unfit
 from ptxdist.config import Settings
-from ptxdist.data.mirror import EVALUATION_PART, Mirror, stage_part
 from ptxdist.errors import PtxdistError, TrainingError
 from ptxdist.rundir import (
     EVALUATION,
@@ -32,6 +31,7 @@ from ptxdist.rundir import (
     read_stage_result,
     stage_folder,
 )
+from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 
 _POLL_S = 0.2
 _log = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 """What runs on Ray's workers: a stage's rank, the evaluation, and the inbox through which they tell of themselves.
 
 Owns: what comes back over Ray's border: progress tuples, epochs and histories as JSON, messages. Refuses: nothing of
-its own. Called by: `coordinator`, through Ray.
+its own. Called by: `run.pipeline`, through Ray.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import ray.train
 import ray.train.torch
 from ray.train.v2._internal.execution.context import get_train_context
 
-from ptxdist.cluster.stage import Throttled, run_evaluation, run_stage
+from ptxdist.run.stage import Throttled, run_evaluation, run_stage
 from ptxdist.rundir import EpochMetrics
 
 

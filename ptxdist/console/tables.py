@@ -15,8 +15,8 @@ from rich.text import Text
 from ptxdist.console.terminal import out, say
 
 if TYPE_CHECKING:
-    from ptxdist.data.catalog import Catalog
-    from ptxdist.data.verify import Damage
+    from ptxdist.cache.catalog import Catalog
+    from ptxdist.cache.verify import Damage
 _DAMAGES_SHOWN = 20
 
 

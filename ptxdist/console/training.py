@@ -13,10 +13,10 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.relay import MARK, encode, relays
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
-from ptxdist.learn.remaining import TimeLeft, in_words
 from ptxdist.rundir import EpochMetrics, StageHistory, StageResult
 
 _EPOCHS_SHOWN = 12

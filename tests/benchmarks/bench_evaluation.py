@@ -30,16 +30,12 @@ from bench_reading import make_store
 from measuring import header, in_turn, publish, table
 from torch import Tensor, nn
 
+from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reconciliation, write_catalog
+from ptxdist.cache.split import Leakage
+from ptxdist.cache.store import Manifest, StoreRecord, write_manifest
 from ptxdist.config import DataSettings, ModelSettings, PipelineSettings, Settings, StageSettings, snapshot
-from ptxdist.data import rle
-from ptxdist.data.catalog import FILE_NAME, Case, Catalog, Reconciliation, write_catalog
-from ptxdist.data.split import Leakage
-from ptxdist.data.store import Manifest, StoreRecord, write_manifest
-from ptxdist.learn.analysis import CASE_COLUMNS, Evaluated, conclude
-from ptxdist.learn.operating import tune
-from ptxdist.learn.report import write_report
-from ptxdist.learn.scoring import LEVELS, CaseCounts, score_cases
-from ptxdist.learn.unet import build_unet
+from ptxdist.labels import rle
+from ptxdist.report.report import write_report
 from ptxdist.rundir import (
     CASES,
     EVALUATION,
@@ -51,6 +47,10 @@ from ptxdist.rundir import (
     StageResult,
     write_json,
 )
+from ptxdist.scores.analysis import CASE_COLUMNS, Evaluated, conclude
+from ptxdist.scores.operating import tune
+from ptxdist.train.scoring import LEVELS, CaseCounts, score_cases
+from ptxdist.train.unet import build_unet
 
 CPU, SIDE_PX, BLOCK = torch.device("cpu"), 1024, 8
 MEMORY_AT = (256, 512)  # images

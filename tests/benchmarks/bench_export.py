@@ -20,9 +20,9 @@ import torch
 from bench_predict import make_predictor
 from measuring import header, publish, spread, table
 
-from ptxdist.learn.export import ONNX, PT2, Run, encode, load
-from ptxdist.learn.predictor import Predictor
-from ptxdist.learn.step import choose_precision
+from ptxdist.predict.export import ONNX, PT2, Run, encode, load
+from ptxdist.predict.predictor import Predictor
+from ptxdist.train.step import choose_precision
 
 BATCHES = (1, 4)
 

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import torch
 
+from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import load_settings
-from ptxdist.data.phantom import write_phantoms
-from ptxdist.data.render import TRANSFORM
-from ptxdist.learn.bundle import ModelCard
-from ptxdist.learn.predict import predict_files
-from ptxdist.learn.predictor import BATCH, Predictor
-from ptxdist.learn.unet import build_unet
+from ptxdist.phantoms.dataset import write_phantoms
+from ptxdist.predict.bundle import ModelCard
+from ptxdist.predict.folder import predict_files
+from ptxdist.predict.predictor import BATCH, Predictor
 from ptxdist.rundir import EvaluationResult, OperatingPoint
+from ptxdist.train.unet import build_unet
 
 
 def make_predictor(size_px: int, precision: str = "auto") -> Predictor:

@@ -207,7 +207,7 @@ def xrayvision(job: Job) -> Work:
 
 
 def ours(job: Job, workers: int) -> Work:
-    from ptxdist.data.preprocess import preprocess
+    from ptxdist.cache.preprocess import preprocess
 
     def work() -> tuple[int, str]:
         result = preprocess(job.dicom, job.labels, job.out, sizes_px=SIZES_PX, workers=workers)
@@ -495,7 +495,7 @@ def describe_machine() -> dict[str, Any]:
 
 def draw(folder: Path, files: int) -> tuple[Path, Path]:
     """Phantoms: their folder of DICOM files and their table."""
-    from ptxdist.data.phantom import write_phantoms
+    from ptxdist.phantoms.dataset import write_phantoms
 
     written = write_phantoms(folder, cases=files)
     return written.dicom, written.labels

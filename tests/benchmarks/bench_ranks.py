@@ -90,7 +90,7 @@ def on_rank(rank: int, ranks: int, megabytes: int, rounds: int, folder: Path) ->
 
 def order_s(cases: int) -> float:
     """Seconds a case to order an epoch and divide it, as the middle of eight ranks does."""
-    from ptxdist.learn.dataset import epoch_order, training_shares
+    from ptxdist.train.dataset import epoch_order, training_shares
 
     indices = np.arange(cases)
     started = time.perf_counter()
@@ -100,8 +100,8 @@ def order_s(cases: int) -> float:
 
 def catalog_s(cases: int, folder: Path) -> float:
     """Seconds a case to read a catalog."""
-    from ptxdist.data.catalog import FILE_NAME, Case, Catalog, Reconciliation, read_catalog, write_catalog
-    from ptxdist.data.split import Leakage
+    from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reconciliation, read_catalog, write_catalog
+    from ptxdist.cache.split import Leakage
 
     mask = " ".join(f"{gap} {length}" for gap, length in zip(range(900, 1040), range(20, 160), strict=True))
     many = tuple(
@@ -121,7 +121,7 @@ def catalog_s(cases: int, folder: Path) -> float:
 
 def test_the_model_counts_what_the_network_has() -> None:
     from ptxdist.config import ModelSettings
-    from ptxdist.learn.unet import build_unet
+    from ptxdist.train.unet import build_unet
 
     with torch.device("meta"):
         model = build_unet(ModelSettings(encoder_weights="none"))

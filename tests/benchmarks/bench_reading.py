@@ -43,7 +43,7 @@ import zarr
 from measuring import header, in_turn, per_second, publish, table
 from torch.utils.data import DataLoader, Dataset
 
-from ptxdist.data.store import (
+from ptxdist.cache.store import (
     ARRAYS,
     SHARD_CASES,
     ShardWriter,
@@ -55,8 +55,8 @@ from ptxdist.data.store import (
     store_path,
     write_metadata,
 )
-from ptxdist.learn.augment import RECIPES, Augmentation
-from ptxdist.learn.dataset import batches, epoch_order, training_shares
+from ptxdist.train.augment import RECIPES, Augmentation
+from ptxdist.train.dataset import batches, epoch_order, training_shares
 
 BATCH = {256: 40, 512: 14}
 CASES = {256: 1024, 512: 512}

@@ -42,15 +42,15 @@ def train(task: dict[str, Any], on_epoch: Callable[[Any], None]) -> None:
     """One rank: fit, and what rank 0 has seen of it as JSON."""
     import numpy as np
 
+    from ptxdist.cache.catalog import Case
+    from ptxdist.cache.store import ARRAYS, SHARD_CASES, Store, map_shard, shard_path
     from ptxdist.config import ModelSettings, StageSettings, TrainSettings
-    from ptxdist.data.catalog import Case
-    from ptxdist.data.store import ARRAYS, SHARD_CASES, Store, map_shard, shard_path
-    from ptxdist.learn import loop
-    from ptxdist.learn.dataset import Batch
-    from ptxdist.learn.distributed import rank, world_size
-    from ptxdist.learn.loop import StageData
-    from ptxdist.learn.step import Stepper
-    from ptxdist.learn.unet import build_unet
+    from ptxdist.train import loop
+    from ptxdist.train.dataset import Batch
+    from ptxdist.train.distributed import rank, world_size
+    from ptxdist.train.loop import StageData
+    from ptxdist.train.step import Stepper
+    from ptxdist.train.unet import build_unet
 
     entered = time.time()
     torch.set_num_threads(1)

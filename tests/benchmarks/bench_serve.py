@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 from bench_predict import make_predictor
 from measuring import header, in_turn, publish, table
 
-from ptxdist.data.phantom import write_phantoms
-from ptxdist.learn import server
+from ptxdist.phantoms.dataset import write_phantoms
+from ptxdist.predict import server
 
 
 def main() -> None:

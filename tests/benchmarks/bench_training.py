@@ -43,13 +43,13 @@ from measuring import header, in_turn, publish, table
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ptxdist.cache.catalog import Case
+from ptxdist.cache.store import ARRAYS, Store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
-from ptxdist.data.catalog import Case
-from ptxdist.data.store import ARRAYS, Store
-from ptxdist.learn.dataset import Batch
-from ptxdist.learn.loop import StageData, fit
-from ptxdist.learn.step import Stepper, choose_precision
-from ptxdist.learn.unet import build_unet
+from ptxdist.train.dataset import Batch
+from ptxdist.train.loop import StageData, fit
+from ptxdist.train.step import Stepper, choose_precision
+from ptxdist.train.unet import build_unet
 
 GFLOP = {256: 46.6, 512: 186.3}  # an image, forward and backward, of the network of the default settings
 TRAIN_IMAGES = 10_842

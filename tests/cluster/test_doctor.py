@@ -15,9 +15,9 @@ import pytest
 from faults import cluster as local_cluster
 from ray.cluster_utils import Cluster
 
-from ptxdist.cluster import doctor, node
+from ptxdist.cache.preprocess import PreprocessResult
+from ptxdist.cluster import doctor, probe
 from ptxdist.cluster.doctor import Finding, diagnose, refuse_unfit
-from ptxdist.data.preprocess import PreprocessResult
 from ptxdist.errors import ClusterError
 
 pytestmark = pytest.mark.slow
@@ -45,18 +45,18 @@ def test_every_node_of_a_sound_cluster_is_green(
 
 
 def test_a_node_that_does_not_see_the_others_files_is_told(tmp_path: Path) -> None:
-    assert node.write_token(str(tmp_path), "one", "first") == ""
-    assert node.read_tokens(str(tmp_path), {"one": "first"}) == ""
-    assert "1 of 2 nodes" in node.read_tokens(str(tmp_path), {"one": "first", "two": "second"}, patience_s=0.1)
-    assert "cannot write there" in node.write_token(str(tmp_path / "nowhere"), "one", "first")
+    assert probe.write_token(str(tmp_path), "one", "first") == ""
+    assert probe.read_tokens(str(tmp_path), {"one": "first"}) == ""
+    assert "1 of 2 nodes" in probe.read_tokens(str(tmp_path), {"one": "first", "two": "second"}, patience_s=0.1)
+    assert "cannot write there" in probe.write_token(str(tmp_path / "nowhere"), "one", "first")
 
 
 def test_a_wrong_cache_other_versions_and_too_little_room_are_red(
     small_cache: tuple[Path, PreprocessResult], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = node.examine(str(tmp_path), str(tmp_path))
+    found = probe.examine(str(tmp_path), str(tmp_path))
     assert doctor._cache("here", found["cache"], False).state == "wrong"
-    assert node.examine(str(small_cache[0]), None)["cache"]["wrong"] == ""
+    assert probe.examine(str(small_cache[0]), None)["cache"]["wrong"] == ""
     other = {**found["versions"], "torch": "1.0"}
     versions = doctor._versions("there", other, found["versions"])
     assert (versions.state, "torch 1.0" in versions.found, "pip install" in versions.advice) == ("wrong", True, True)
@@ -69,7 +69,7 @@ def test_a_gpu_that_torch_cannot_use_and_a_clock_that_is_off_are_red(monkeypatch
     assert doctor._gpus("there", {"names": [], "driver": "", "torch": 0}).state == "ok"
     right = time.time
     assert [item.state for item in doctor._clocks(doctor._Here())] == ["ok"]
-    monkeypatch.setattr(node, "clock", lambda: right() - 60)
+    monkeypatch.setattr(probe, "clock", lambda: right() - 60)
     (late,) = doctor._clocks(doctor._Here())
     assert (late.state, late.advice) == ("wrong", "let NTP set it")
     assert float(late.found.split()[0]) == pytest.approx(60, abs=5)
@@ -94,23 +94,23 @@ def test_a_truncated_shard_is_found_by_the_quick_check_and_another_byte_by_the_f
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
-    assert node.examine(str(cache), None)["cache"]["wrong"] == ""
-    assert "checksum" in node.examine(str(cache), None, True)["cache"]["wrong"]
+    assert probe.examine(str(cache), None)["cache"]["wrong"] == ""
+    assert "checksum" in probe.examine(str(cache), None, True)["cache"]["wrong"]
     shard.write_bytes(content[:-100])
-    assert node.examine(str(cache), None)["cache"]["wrong"]
+    assert probe.examine(str(cache), None)["cache"]["wrong"]
 
 
 def test_ranks_that_do_not_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "_COLLECTIVE_S", 1)
-    _, port = node.free_port()
-    assert "Error" in node.all_reduce("gloo", "127.0.0.1", port, 1, 2)
+    monkeypatch.setattr(probe, "_COLLECTIVE_S", 1)
+    _, port = probe.free_port()
+    assert "Error" in probe.all_reduce("gloo", "127.0.0.1", port, 1, 2)
 
 
 def test_training_is_refused_before_it_starts_where_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_unfit(tmp_path / "runs" / "one")
-    monkeypatch.setattr(node, "_free", lambda folder: 10 * 2**20)
+    monkeypatch.setattr(probe, "_free", lambda folder: 10 * 2**20)
     with pytest.raises(ClusterError, match=r"disk of runs .*free some space"):
         refuse_unfit(tmp_path / "runs" / "one")
 

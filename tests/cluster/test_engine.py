@@ -16,8 +16,8 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
 from ptxdist.config import load_settings
-from ptxdist.data.mirror import Mirror
 from ptxdist.errors import PtxdistError, TrainingError
+from ptxdist.storage.runs import Mirror
 
 DEAD = WorkerHealthCheckFailedError("rank 1", ActorDiedError())
 HUNG = WorkerHealthCheckTimeoutError("rank 1")

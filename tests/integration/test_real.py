@@ -13,7 +13,7 @@ from pathlib import Path
 import cv2
 import pytest
 
-from ptxdist.data.catalog import read_catalog
+from ptxdist.cache.catalog import read_catalog
 from ptxdist.rundir import read_result
 
 pytestmark = pytest.mark.slow

@@ -18,11 +18,11 @@ import pytest
 from faults import Training, cluster, kill_node, living_nodes, train_workers
 from ray.cluster_utils import Cluster
 
-from ptxdist.cluster.coordinator import only_training, plan_run, run_pipeline
 from ptxdist.config import load_settings
-from ptxdist.data import rle
-from ptxdist.learn.metrics import count, scores
+from ptxdist.labels import rle
+from ptxdist.run.pipeline import only_training, plan_run, run_pipeline
 from ptxdist.rundir import read_metrics, read_result, read_settings, read_stage_result, stage_folder
+from ptxdist.scores.metrics import count, scores
 
 pytestmark = pytest.mark.slow
 

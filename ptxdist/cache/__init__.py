@@ -1,0 +1,1 @@
+"""From files and tables to verified stores: one catalog, one zarr store a size."""

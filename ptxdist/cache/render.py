@@ -1,0 +1,135 @@
+"""Cases -> samples: the transform from a Radiograph and its masks to what a store holds, a shard at a time.
+
+Owns: the transform and its number. Refuses: nothing; a file that cannot be used becomes a row of zeros with a reason.
+Called by: `preprocess` and `verify`, in any process.
+
+The transform: the image is padded to a square with black, centred, then resized by area averaging (bilinear when it has
+to grow); the mask, as 0 and 255, goes the same way, which leaves each px the share of its area inside the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ptxdist.cache.catalog import Case
+from ptxdist.cache.scan import digest_of
+from ptxdist.cache.store import ARRAYS, ShardRecord, ShardWriter, crc32c, shard_path, store_path
+from ptxdist.config import fingerprint
+from ptxdist.dicom.pixels import Pixels
+from ptxdist.dicom.radiograph import read_bytes, read_radiograph
+from ptxdist.errors import DicomError
+from ptxdist.labels import rle
+
+TRANSFORM = 2  # counts changes of the transform: a new number rewrites every shard
+
+
+class PassingError(DicomError):
+    """A file that could be read when the catalog was built, and may be the next time."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One task: the cases of a shard with their files below `root` ("" for a removed case, whose row is zeros)."""
+
+    number: int
+    cases: Sequence[Case]
+    paths: Sequence[str]
+    root: Path
+
+
+def fit_square(pixels: Pixels) -> Pixels:
+    """Pad uint8 (height, width) with 0 to a square, the image in its middle; a square comes back as it is."""
+    height, width = pixels.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    if height == width:
+        return pixels
+    return np.pad(pixels, ((top, side - height - top), (left, side - width - left)))
+
+
+def resize(square: Pixels, size_px: int) -> Pixels:
+    """Resize a square uint8 image by area averaging, or bilinearly when it has to grow."""
+    shrinks = size_px <= len(square)
+    resized = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return np.asarray(resized, dtype=np.uint8)
+
+
+def shard_fingerprint(cases: Sequence[Case], size_px: int) -> str:
+    """What decides a shard's bytes: the code of the transform, the files, their decoders, and the masks."""
+    sources = [[case.case_id, case.digest, case.decoder, case.masks] for case in cases]
+    return fingerprint(TRANSFORM, size_px, f"cv2 {cv2.__version__}", sources)
+
+
+def write_shard(shard: Shard, out: Path, sizes_px: Sequence[int]) -> tuple[int, dict[int, ShardRecord]]:
+    """One task of `preprocess`: decode each file once and write the shard at each size."""
+    rejects: list[tuple[str, DicomError]] = []
+    with ExitStack() as files:
+        writers = {
+            (size, array): files.enter_context(
+                ShardWriter(shard_path(store_path(out, size), array, shard.number), len(shard.cases), size)
+            )
+            for size in sizes_px
+            for array in ARRAYS
+        }
+        for row, size, array, sample in _samples(shard, sizes_px, rejects):
+            writers[size, array].put(row, sample)
+    lasting = not any(isinstance(error, PassingError) for _, error in rejects)
+    records = {}
+    for size in sizes_px:
+        source = shard_fingerprint(shard.cases, size) if lasting else ""  # "": the next run makes the shard anew
+        image, mask = (writers[size, array].crc32c for array in ARRAYS)
+        records[size] = ShardRecord(source, image, mask, tuple((case_id, str(error)) for case_id, error in rejects))
+    return shard.number, records
+
+
+def differing_cases(shard: Shard, records: dict[int, ShardRecord]) -> tuple[int, dict[str, str]]:
+    """One task of `verify --source`: reason for each case whose file would not give the samples of the records."""
+    rejects: list[tuple[str, DicomError]] = []
+    found = {}
+    made = {(row, size, array): crc32c(sample) for row, size, array, sample in _samples(shard, tuple(records), rejects)}
+    reasons = {case_id: str(error) for case_id, error in rejects}
+    for row, case in enumerate(shard.cases):
+        for size, record in records.items():
+            empty = crc32c(np.zeros((size, size), np.uint8))
+            for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
+                if sums[8 * row : 8 * row + 8] != made.get((row, size, array), empty):
+                    found[case.case_id] = reasons.get(case.case_id, f"its file gives another {array} of {size} px")
+    return shard.number, found
+
+
+def _samples(
+    shard: Shard, sizes_px: Sequence[int], rejects: list[tuple[str, DicomError]]
+) -> Iterator[tuple[int, int, str, Pixels]]:
+    """(row, size, array, sample) of every case that can be read, empty masks left out; the others go to `rejects`."""
+    cv2.setNumThreads(1)  # processes share the cores; one image is too small to be shared out
+    for row, (case, path) in enumerate(zip(shard.cases, shard.paths, strict=True)):
+        if not case.digest:
+            continue
+        try:
+            image = _read_image(case, shard.root / path)
+        except DicomError as error:
+            rejects.append((case.case_id, error))
+            continue
+        for size in sizes_px:
+            yield row, size, "image", resize(image, size)
+        if case.masks:
+            # Runs go down columns: decoding and resizing the transposed mask keeps memory access in order.
+            mask = fit_square(rle.decode_columns(case.masks, case.rows, case.columns, value=255))
+            for size in sizes_px:
+                yield row, size, "mask", resize(mask, size).T
+
+
+def _read_image(case: Case, path: Path) -> Pixels:
+    try:
+        content = read_bytes(path)
+    except DicomError as error:
+        raise PassingError(str(error)) from error
+    if digest_of(content) != case.digest:
+        raise PassingError("was changed while it was being read; run the command again")
+    return fit_square(read_radiograph(content, name=path.name).pixels)

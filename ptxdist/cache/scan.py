@@ -1,0 +1,121 @@
+"""A folder of image files -> what their headers say, in parallel.
+
+Owns: which files are candidates. Refuses: folders without a candidate, or that cannot be read (CatalogError). Called
+by: `catalog` and `verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptxdist.dicom.radiograph import Header, read_bytes, read_header
+from ptxdist.errors import CatalogError, DicomError
+from ptxdist.executor import Spread, here
+
+DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
+_FILES_A_TASK = 64
+
+
+@dataclass(frozen=True)
+class ScannedFile:
+    """One candidate: its path below the folder, a hash of its bytes, and its header, or the reason for its refusal.
+
+    `header` is None for a refused file; `reason` says why. The path is for the run alone: folders may be named after
+    patients, so it is written nowhere but in rejects.csv.
+    """
+
+    path: str
+    digest: str
+    header: Header | None
+    reason: str = ""
+
+
+def scan(
+    root: Path,
+    *,
+    salt: bytes = b"",
+    skip: Collection[Path] = (),
+    spread: Spread = here,
+    on_file: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[list[ScannedFile], int]:
+    """Every candidate below `root` in the order of the paths, and the number of other files.
+
+    `skip` are folders to pass over. Headers are read at every run: it takes a fraction of hashing the file, and finds
+    out when this version would decode it with another decoder. Raises CatalogError when there is no candidate.
+    """
+    names, others = find_files(root, skip)
+    if not names:
+        raise CatalogError(
+            f"{root}: no DICOM files (*.dcm) and no PNG images in it or below it ({others} other files); links "
+            "to folders are not followed"
+        )
+    starts = range(0, len(names), _FILES_A_TASK)
+    tasks = [(root, start, names[start : start + _FILES_A_TASK], salt) for start in starts]
+    found: dict[int, list[ScannedFile]] = {}
+    done = 0
+    for start, files in spread(_scan_files, tasks, light=True):
+        found[start] = files
+        done += len(files)
+        on_file(done, len(names))
+    return [file for start in starts for file in found[start]], others
+
+
+def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tuple[int, list[ScannedFile]]:
+    """One task: `start` comes back with the results, which arrive in any order."""
+    files = []
+    for name in names:
+        digest, header, reason = "", None, ""
+        try:
+            content = read_bytes(root / name)
+            digest = digest_of(content)
+            header = read_header(content, salt, name)
+        except DicomError as error:
+            reason = str(error)
+        files.append(ScannedFile(name, digest, header, reason))
+    return start, files
+
+
+def digest_of(content: bytes) -> str:
+    """What tells one content of a file from another: the first half of its sha256, in hex."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]:
+    """Paths of the candidates below a folder, sorted, and the number of other files.
+
+    Links to folders are not followed, since they may lead round in circles; each counts as one of the other files.
+
+    A candidate ends in .dcm, .dicom or .ima, or has no suffix (a UID's last number is none). Only where there is none
+    of them, PNG files are candidates: the mirror of the challenge's images.
+    """
+    if not root.is_dir():
+        raise CatalogError(f"{root}: no such folder; give the folder that holds the DICOM files")
+    dicom: list[str] = []
+    png: list[str] = []
+    others = 0
+
+    def unreadable(error: OSError) -> None:  # left to itself, os.walk passes over what it may not read
+        raise CatalogError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
+
+    top = os.path.realpath(root)
+    passed_over = {os.path.realpath(path) for path in skip}
+    for folder, below, names in os.walk(top, onerror=unreadable):
+        if passed_over:
+            below[:] = [name for name in below if os.path.join(folder, name) not in passed_over]
+        others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
+        here = folder[len(top) :].lstrip(os.sep)
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if name.startswith("."):
+                others += 1
+            elif suffix in DICOM_SUFFIXES or suffix[1:].isdigit():
+                dicom.append(os.path.join(here, name))
+            elif suffix == ".png":
+                png.append(os.path.join(here, name))
+            else:
+                others += 1
+    return (sorted(dicom), others + len(png)) if dicom else (sorted(png), others)

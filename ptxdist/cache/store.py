@@ -1,0 +1,382 @@
+"""The zarr store of one size: written sample by sample, opened by any zarr user, memory-mapped by ours.
+
+    CACHE/256.zarr/                 zarr v3 group; attributes: schema, size_px, geometry
+        image/, mask/               uint8 (case, y, x), shards of 128 cases, inner chunks of 16, uncompressed
+        case_id, split, fold, has_mask, area_px, rows, columns     one value a case
+    CACHE/manifest.json             per size and shard: fingerprint, crc32c of each sample, rejected cases; the sha256
+                                    of every other file, and its own
+
+`mask` is the share of a pixel's area that lies in the mask, 0..255. An image or mask shard is a plain run of samples
+followed by the zarr index (offset and length of each inner chunk, then a crc32c), so that a file can be mapped and
+sliced like an array: many times faster than fancy indexing through zarr (`tests/benchmarks`). Empty masks are not
+written: they are holes in the file, which read as zeros.
+
+Owns: the schema, names and bytes of stores and the manifest. Refuses: stores that are unfinished, damaged, or of an
+unknown schema. Called by: `preprocess` (writes), `verify`, `train.dataset`, `report.report` and `cli` (read).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.errors import StoreError
+
+SCHEMA = 2
+SHARD_CASES = 128
+CHUNK_CASES = 16
+ARRAYS = ("image", "mask")
+MANIFEST = "manifest.json"
+GEOMETRY = (
+    "the image is padded with 0 to a square of max(rows, columns), floor of half the difference at the top and left, "
+    "then resized by area averaging (bilinear when it grows); mask likewise: the share of the px's area in it, of 255"
+)
+_NO_CHUNK = 2**64 - 1  # how the zarr sharding codec marks an inner chunk that is not there
+
+Samples = npt.NDArray[np.uint8]
+
+
+def store_path(cache: Path, size_px: int) -> Path:
+    """Folder of the store of one size."""
+    return cache / f"{size_px}.zarr"
+
+
+def shard_path(store: Path, array: str, shard: int) -> Path:
+    """File of one shard of `image` or `mask`."""
+    return store / array / "c" / str(shard) / "0" / "0"
+
+
+def shard_count(cases: int) -> int:
+    """Number of shards that hold so many cases."""
+    return -(-cases // SHARD_CASES)
+
+
+def shard_cases(cases: int, shard: int) -> int:
+    """Number of cases in one shard of a store of so many."""
+    return min(SHARD_CASES, cases - shard * SHARD_CASES)
+
+
+def crc32c(sample: Samples) -> str:
+    """Checksum of one sample, eight hex digits."""
+    return f"{google_crc32c.value(np.ascontiguousarray(sample)):08x}"
+
+
+def unfinished(path: Path) -> Path:
+    """Where a shard is being written; after a kill, a part of one."""
+    return path.with_name(path.name + ".tmp")
+
+
+def staged(path: Path) -> Path:
+    """Where a shard waits, whole, until all that are to be renewed are written: the former store stays readable."""
+    return path.with_name(path.name + ".new")
+
+
+class ShardWriter:
+    """One shard file in the making: a context that leaves a whole staged file, or none.
+
+    Rows that are never put, and all-zero ones, are holes. On leaving, the file is flushed to disk and renamed.
+    """
+
+    def __init__(self, path: Path, cases: int, size_px: int) -> None:
+        self._path = staged(path)
+        self._temporary = unfinished(path)
+        self._bytes, self._cases = size_px * size_px, cases
+        self._sums = [crc32c(np.zeros((size_px, size_px), np.uint8))] * cases
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115  closed in __exit__
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def put(self, row: int, sample: Samples) -> None:
+        """Write one sample, uint8 (size, size); rows come in any order."""
+        if sample.any():
+            content = np.ascontiguousarray(sample)
+            self._write(content.data.cast("B"), row * self._bytes)
+            self._sums[row] = crc32c(content)
+
+    @property
+    def crc32c(self) -> str:
+        """The checksums of all samples, one after the other."""
+        return "".join(self._sums)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with ExitStack() as undo:
+            undo.callback(self._temporary.unlink, missing_ok=True)
+            with self._file:
+                if kind is not None:
+                    return
+                data, index = shard_layout(self._cases, self._bytes)
+                self._write(memoryview(index), data)
+                os.fsync(self._file.fileno())
+            self._temporary.replace(self._path)
+            undo.pop_all()
+
+    def _write(self, part: memoryview, offset: int) -> None:
+        while part:
+            written = os.pwrite(self._file.fileno(), part, offset)
+            part, offset = part[written:], offset + written
+
+
+def shard_layout(cases: int, sample_bytes: int) -> tuple[int, bytes]:
+    """Bytes of samples in a shard of so many cases, and the zarr index that follows them."""
+    chunks, chunk_bytes = -(-cases // CHUNK_CASES), CHUNK_CASES * sample_bytes
+    index = np.full((SHARD_CASES // CHUNK_CASES, 2), _NO_CHUNK, dtype="<u8")
+    index[:chunks, 0] = np.arange(chunks, dtype=np.uint64) * chunk_bytes
+    index[:chunks, 1] = chunk_bytes
+    content = index.tobytes()
+    return chunks * chunk_bytes, content + int(google_crc32c.value(content)).to_bytes(4, "little")
+
+
+def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
+    """Write the zarr metadata and the coordinate arrays, each (case,), around the shard files.
+
+    Everything is made in a folder beside the store and moved in file by file, metadata of the group last. Returns the
+    sha256 of each file by its path below the store.
+    """
+    import zarr  # takes longer to import than all else here, and the workers that write shards do without it
+
+    cases = len(coordinates["case_id"])
+    draft = store.with_name(store.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr: consolidated metadata and strings are not in the v3 core yet
+        group = zarr.create_group(draft, attributes={"schema": SCHEMA, "size_px": size_px, "geometry": GEOMETRY})
+        for name in ARRAYS:
+            group.create_array(
+                name,
+                shape=(cases, size_px, size_px),
+                shards=(SHARD_CASES, size_px, size_px),
+                chunks=(CHUNK_CASES, size_px, size_px),
+                dtype="uint8",
+                compressors=None,
+                fill_value=0,
+                dimension_names=("case", "y", "x"),
+                attributes={
+                    "long_name": "radiograph" if name == "image" else "share of the px's area in the mask, of 255",
+                    "coordinates": " ".join(coordinates),  # CF: what xarray shows beside the array
+                },
+            )
+        for name, values in coordinates.items():
+            text = values.dtype.kind == "U"
+            array = group.create_array(
+                name,
+                shape=(cases,),
+                chunks=(max(1, cases),),
+                dtype=str if text else values.dtype,
+                dimension_names=("case",),
+                # zarr leaves out a chunk of only zeros, and the chunk of a former run would stay in its place
+                config={"write_empty_chunks": True},
+            )
+            array[:] = values.astype(object) if text else values
+        zarr.consolidate_metadata(group.store)
+    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+    files.sort(key=lambda path: path == Path("zarr.json"))
+    sums = {path.as_posix(): sha256_of(draft / path) for path in files}
+    for path in files:
+        target = store / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (draft / path).replace(target)
+    shutil.rmtree(draft)
+    for name in ARRAYS:  # shards of cases that are no longer there
+        for folder in (store / name / "c").iterdir():
+            if folder.name.isdigit() and int(folder.name) >= shard_count(cases):
+                shutil.rmtree(folder)
+    return sums
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of one shard: its source, its samples' checksums, and cases that could not be read."""
+
+    fingerprint: str
+    image_crc32c: str
+    mask_crc32c: str
+    rejects: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class StoreRecord:
+    """What the manifest says of the store of one size, and of what a run that is not finished has staged for it."""
+
+    complete: bool = False
+    cases: int = 0
+    fingerprint: str = ""
+    shards: tuple[ShardRecord, ...] = ()
+    staged: tuple[ShardRecord | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of manifest.json: a record per size, and the sha256 of the files that are no shards, by path."""
+
+    sizes: dict[int, StoreRecord] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def read_manifest(cache: Path) -> Manifest:
+    """The manifest of a cache; an empty one when there is none, or one of a former schema.
+
+    Raises StoreError for a damaged one, and for one of a newer schema.
+    """
+    path = cache / MANIFEST
+    return parse_manifest(path.read_bytes(), path) if path.is_file() else Manifest()
+
+
+def parse_manifest(text: bytes, path: Path | str) -> Manifest:
+    """Content of a manifest, as `read_manifest`; `path` is named in errors."""
+    try:
+        content = json.loads(text)
+        if content["schema"] > SCHEMA:
+            raise StoreError(f"{path} has schema {content['schema']}, this ptxdist knows {SCHEMA}: update ptxdist")
+        if content["schema"] < SCHEMA:
+            return Manifest()
+        if content.pop("sha256") != _content_sum(content):
+            raise ValueError("its checksum differs")
+        return Manifest({int(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged ({error}); remove it and run `ptxdist preprocess` again") from error
+
+
+def _store_record(entry: dict[str, Any]) -> StoreRecord:
+    records = {
+        name: tuple(
+            shard and ShardRecord(**{**shard, "rejects": tuple(map(tuple, shard["rejects"]))}) for shard in entry[name]
+        )
+        for name in ("shards", "staged")
+    }
+    return StoreRecord(**{**entry, **records})
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """A manifest as it stands in its file."""
+    sizes = {str(size): asdict(manifest.sizes[size]) for size in sorted(manifest.sizes)}
+    content = {"schema": SCHEMA, "sizes": sizes, "files": dict(sorted(manifest.files.items()))}
+    content = json.loads(json.dumps(content))  # tuples become lists, as they will be when it is read
+    return json.dumps({**content, "sha256": _content_sum(content)}, indent=1)
+
+
+def write_manifest(cache: Path, manifest: Manifest) -> None:
+    """Write the manifest in one step."""
+    temporary = cache / (MANIFEST + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(manifest_text(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(cache / MANIFEST)
+
+
+def _content_sum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a small file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """An open store: shard files mapped read-only, gathered like one array."""
+
+    path: Path
+    size_px: int
+    cases: int
+    fingerprint: str
+    images: tuple[Samples, ...]
+    masks: tuple[Samples, ...]
+
+    def gather(self, indices: Sequence[int] | npt.NDArray[np.int64], image: Samples, mask: Samples) -> None:
+        """Copy samples into `image` and `mask`, uint8 (>= len(indices), size, size), row by row."""
+        for row, index in enumerate(indices):
+            shard, offset = divmod(int(index), SHARD_CASES)
+            image[row] = self.images[shard][offset]
+            mask[row] = self.masks[shard][offset]
+
+    def sample(self, index: int) -> tuple[Samples, Samples]:
+        """Views of one image and one mask, uint8 (size, size), straight from the mapped file."""
+        shard, offset = divmod(index, SHARD_CASES)
+        return self.images[shard][offset], self.masks[shard][offset]
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """One coordinate array, (case,): case_id, split, fold, has_mask, area_px, rows or columns."""
+        import zarr
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.asarray(zarr.open_group(self.path, mode="r")[name][:])
+
+
+def open_store(cache: Path, size_px: int) -> Store:
+    """Open and map the store of one size; checks completeness, schema, file sizes and shard indexes.
+
+    Raises StoreError naming what is missing or damaged, and the command that mends it. The samples' own checksums are
+    compared by `verify`.
+    """
+    manifest = read_manifest(cache)
+    if size_px not in manifest.sizes:
+        sizes = ", ".join(map(str, manifest.sizes)) or "none"
+        raise StoreError(
+            f"{cache} has no store of {size_px} px (it has: {sizes}); "
+            f"make it with `ptxdist preprocess … --size {size_px}`"
+        )
+    entry, path = manifest.sizes[size_px], store_path(cache, size_px)
+    if not entry.complete:
+        raise StoreError(f"{path} is not finished; run `ptxdist preprocess` again, it goes on where it stopped")
+    images, masks = (
+        tuple(
+            map_shard(shard_path(path, name, shard), shard_cases(entry.cases, shard), size_px)[0]
+            for shard in range(shard_count(entry.cases))
+        )
+        for name in ARRAYS
+    )
+    return Store(path, size_px, entry.cases, entry.fingerprint, images, masks)
+
+
+def map_shard(path: Path, cases: int, size_px: int) -> tuple[Samples, Samples]:
+    """Samples (cases, size, size) of one shard file, and what fills up its last chunk.
+
+    Raises StoreError when the file is missing, has another length or another index than it must have.
+    """
+    data, index = shard_layout(cases, size_px * size_px)
+    again = "run `ptxdist preprocess` again to rewrite it"
+    try:
+        if path.stat().st_size != data + len(index):
+            raise StoreError(f"{path} is damaged; {again}")
+        content = np.memmap(path, dtype=np.uint8, mode="r")
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise StoreError(f"{path} {what}; {again}") from error
+    if content[data:].tobytes() != index:
+        raise StoreError(f"{path} is damaged; {again}")
+    samples = np.asarray(content[:data]).reshape(-1, size_px, size_px)
+    return samples[:cases], samples[cases:]
+
+
+def damaged_rows(path: Path, size_px: int, sums: str) -> dict[int, str]:
+    """Reason for each row of a shard file whose bytes do not have the checksums `sums`; row -1 is the whole file."""
+    expected = [sums[start : start + 8] for start in range(0, len(sums), 8)]
+    try:
+        samples, filling = map_shard(path, len(expected), size_px)
+    except StoreError as error:
+        return {-1: str(error).removeprefix(f"{path} ").split(";")[0]}
+    found = {-1: "holds something past its last case"} if filling.any() else {}
+    for row, (sample, right) in enumerate(zip(samples, expected, strict=True)):
+        if crc32c(sample) != right:
+            found[row] = "has another checksum than when it was written"
+    return found

@@ -1,0 +1,229 @@
+"""Is a cache still what was written, and what its files would give again?
+
+Owns: the comparison of a cache with its manifest and with its source, and its mending. Refuses: to mend what it cannot
+make out (StoreError with the command that can). Called by: `cli`, and by `run.pipeline` before a training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptxdist.cache.catalog import Case, read_catalog
+from ptxdist.cache.preprocess import coordinates, exclusive, shards
+from ptxdist.cache.render import Shard, differing_cases, write_shard
+from ptxdist.cache.scan import scan
+from ptxdist.cache.store import (
+    ARRAYS,
+    MANIFEST,
+    Manifest,
+    ShardRecord,
+    damaged_rows,
+    read_manifest,
+    sha256_of,
+    shard_path,
+    staged,
+    store_path,
+    write_manifest,
+    write_metadata,
+)
+from ptxdist.errors import StoreError
+from ptxdist.executor import Spread, here
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong: a file below the cache, what is wrong with it, and the cases concerned."""
+
+    path: str
+    reason: str
+    cases: tuple[str, ...] = ()
+
+
+def verify(
+    cache: Path, *, sizes_px: Sequence[int] | None = None, on_progress: Progress = lambda step, done, total: None
+) -> list[Damage]:
+    """Compare every byte of a cache with the checksums in its manifest (of the given sizes, or all).
+
+    An empty list means that all is as it was written. Raises StoreError when there is no finished store to compare, or
+    when the manifest itself is damaged.
+    """
+    manifest = _finished(cache, sizes_px)
+    sizes = manifest.sizes if sizes_px is None else sizes_px
+    damages = [
+        Damage(name, reason)
+        for name, sum_ in manifest.files.items()
+        if not name.partition("/")[0].endswith(".zarr") or int(name.split(".")[0]) in sizes
+        if (reason := _damage_of(cache / name, sum_))
+    ]
+    with suppress(StoreError):
+        damages += _compare(cache, manifest, sizes, shards(read_catalog(cache).labelled), on_progress)
+    return damages
+
+
+def _damage_of(path: Path, sum_: str) -> str:
+    """What is wrong with a small file that must have this sha256; "" for nothing."""
+    try:
+        return "" if sha256_of(path) == sum_ else "has another checksum than when it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _compare(
+    cache: Path, manifest: Manifest, sizes: Iterable[int], blocks: Sequence[Sequence[Case]], on_progress: Progress
+) -> list[Damage]:
+    damages = []
+    for size in sizes:
+        entry = manifest.sizes[size]
+        for number, record in enumerate(entry.shards):
+            block = blocks[number] if number < len(blocks) else ()  # a catalog of something else is found above
+            for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
+                path = shard_path(store_path(cache, size), array, number)
+                found = damaged_rows(path, size, sums)
+                if found:
+                    rows = [row for row in found if row >= 0] or range(len(block))
+                    names = tuple(block[row].case_id for row in rows if row < len(block))
+                    damages.append(Damage(path.relative_to(cache).as_posix(), next(iter(found.values())), names))
+            on_progress(f"{size} px", number + 1, len(blocks))
+    return damages
+
+
+def verify_source(
+    cache: Path, images: Path, *, spread: Spread = here, on_progress: Progress = lambda step, done, total: None
+) -> list[Damage]:
+    """Decode every file again and compare what comes out with the manifest: does the cache still show these files?
+
+    Files are found by their content, wherever below `images` they are now.
+    """
+    manifest, blocks = _finished(cache), shards(read_catalog(cache).labelled)
+    paths = _find(images, blocks, spread, on_progress)
+    tasks = [
+        (
+            Shard(number, block, [paths.get(case.digest, "") for case in block], images),
+            {size: entry.shards[number] for size, entry in manifest.sizes.items()},
+        )
+        for number, block in enumerate(blocks)
+    ]
+    digest_of = {case.case_id: case.digest for block in blocks for case in block}
+    damages, done = {}, 0
+    for number, found in spread(differing_cases, tasks):
+        damages[number] = [
+            Damage("", reason if digest_of[name] in paths else "its file is gone or was changed", (name,))
+            for name, reason in found.items()
+        ]
+        done += len(blocks[number])
+        on_progress("source", done, sum(map(len, blocks)))
+    return [damage for number in sorted(damages) for damage in damages[number]]
+
+
+def repair(
+    cache: Path,
+    images: Path | None,
+    *,
+    spread: Spread = here,
+    on_progress: Progress = lambda step, done, total: None,
+) -> list[Damage]:
+    """Mend what `verify` finds, from the catalog and the image files; returns what was wrong.
+
+    Raises StoreError when the catalog or the manifest is damaged, when `images` is needed and not given, or when the
+    files there no longer give the same samples: then `ptxdist preprocess` has to make the cache anew.
+    """
+    _finished(cache)  # before a lock is put into a folder that is no cache
+    try:
+        with exclusive(cache):
+            return _repair(cache, images, spread, on_progress)
+    except OSError as error:
+        raise StoreError(f"{cache}: writing stopped: {error.strerror}; the same command goes on from there") from error
+
+
+def _repair(cache: Path, images: Path | None, spread: Spread, on_progress: Progress) -> list[Damage]:
+    damages, manifest = verify(cache, on_progress=on_progress), _finished(cache)
+    names = {damage.path for damage in damages}
+    if lost := sorted(name for name in names if "/" not in name):
+        raise StoreError(f"{cache / lost[0]} cannot be mended from the rest; run `ptxdist preprocess` again")
+    blocks = shards(read_catalog(cache).labelled)
+    broken: dict[int, dict[int, ShardRecord]] = {}
+    for size, entry in manifest.sizes.items():
+        for number, record in enumerate(entry.shards):
+            if any(shard_path(store_path(Path(), size), array, number).as_posix() in names for array in ARRAYS):
+                broken.setdefault(number, {})[size] = record
+    if broken and images is None:
+        raise StoreError(f"{len(broken)} shards are damaged; give the image files with --source to make them anew")
+    if broken and images is not None:
+        paths = _find(images, [blocks[number] for number in broken], spread, on_progress)
+        tasks = [
+            (
+                Shard(number, blocks[number], [paths.get(case.digest, "") for case in blocks[number]], images),
+                cache,
+                tuple(sizes),
+            )
+            for number, sizes in broken.items()
+        ]
+        for number, made in spread(write_shard, tasks):
+            _replace_shard(cache, number, broken[number], made)
+    for size in manifest.sizes:
+        store = store_path(cache, size)
+        if any(name.startswith(f"{store.name}/") and name in manifest.files for name in names):
+            write_metadata(store, size, coordinates([case for block in blocks for case in block]))
+    write_manifest(cache, manifest)
+    left = verify(cache, on_progress=on_progress)
+    if left:
+        raise StoreError(f"{cache / left[0].path} {left[0].reason}, still; run `ptxdist preprocess` again")
+    return damages
+
+
+def _replace_shard(cache: Path, number: int, expected: dict[int, ShardRecord], made: dict[int, ShardRecord]) -> None:
+    for size, record in made.items():
+        same = (record.image_crc32c, record.mask_crc32c) == (expected[size].image_crc32c, expected[size].mask_crc32c)
+        for array in ARRAYS:
+            path = shard_path(store_path(cache, size), array, number)
+            if same:
+                staged(path).replace(path)
+            else:
+                staged(path).unlink()
+        if not same:
+            raise StoreError(
+                f"{store_path(cache, size)}: shard {number} comes out differently from the files given with --source; "
+                "run `ptxdist preprocess` again"
+            )
+
+
+def _finished(cache: Path, sizes_px: Iterable[int] | None = None) -> Manifest:
+    """The manifest, when the stores of these sizes, or all, are complete; else StoreError."""
+    manifest = read_manifest(cache)
+    if not manifest.sizes:
+        raise StoreError(f"{cache} is not a ptxdist cache (no {MANIFEST}); make one with `ptxdist preprocess`")
+    for size in manifest.sizes if sizes_px is None else sizes_px:
+        if size not in manifest.sizes:
+            raise StoreError(f"{cache} has no store of {size} px; make it with `ptxdist preprocess … --size {size}`")
+        if not manifest.sizes[size].complete:
+            raise StoreError(f"{store_path(cache, size)} is not finished; run `ptxdist preprocess` again")
+    return manifest
+
+
+def _find(images: Path, blocks: Sequence[Sequence[Case]], spread: Spread, on_progress: Progress) -> dict[str, str]:
+    """Path below `images` of the cases' files, by the digest of their bytes."""
+    wanted = {case.digest for block in blocks for case in block}
+    files, _ = scan(images, spread=spread, on_file=lambda done, total: on_progress("headers", done, total))
+    return {file.digest: file.path for file in files if file.digest in wanted}
+
+
+def refuse_damaged(
+    cache: Path, sizes_px: Sequence[int], *, on_progress: Progress = lambda step, done, total: None
+) -> None:
+    """StoreError that names the first damage and its cases, when the stores of these sizes are not as written."""
+    damages = verify(cache, sizes_px=sizes_px, on_progress=on_progress)
+    if damages:
+        first = damages[0]
+        more = " …" if len(first.cases) > 3 else ""
+        cases = f" (cases {', '.join(first.cases[:3])}{more})" if first.cases else ""
+        raise StoreError(
+            f"{cache / first.path} {first.reason}{cases}; "
+            f"mend it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
+        )

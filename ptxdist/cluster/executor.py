@@ -1,0 +1,71 @@
+"""Work over the nodes of a Ray cluster, in the shape of `executor`: the same tasks, the same bytes.
+
+Owns: Ray tasks for the data layer. Refuses: clusters that cannot be reached (ClusterError). Called by: `cli`. Images,
+tables and cache must lie on storage that all nodes share, under the same paths.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from ptxdist.cluster.connection import connection
+from ptxdist.errors import ClusterError, PtxdistError
+from ptxdist.executor import Result, Spread
+
+_END_S = 30.0  # for running tasks to end by themselves after an error; then their processes are killed
+_AGAIN_S = 1.0
+_AHEAD = 4  # tasks given out for each CPU of the cluster: enough for none to wait, few enough to stop soon
+
+
+@contextmanager
+def ray_tasks(address: str) -> Iterator[Spread]:
+    """A Spread over the cluster at `address` (`host:6379`, `ray://host:10001`, or `auto` for the one this node is in).
+
+    A task whose node dies is done again elsewhere by Ray. Raises ClusterError when there is no cluster to be reached.
+    """
+    with connection(address):
+        import ray
+
+        yield _Tasks(_AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1))))
+
+
+class _Tasks:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+
+    def __call__(
+        self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], *, light: bool = False
+    ) -> Iterator[Result]:
+        import ray
+
+        remote = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(function)
+        left, running = iter(tasks), list[Any]()
+        try:
+            while True:
+                while len(running) < self._limit and (task := next(left, None)) is not None:
+                    running.append(remote.remote(*task))
+                if not running:
+                    return
+                done, running = ray.wait(running, num_returns=1)
+                try:
+                    yield ray.get(done[0])
+                except ray.exceptions.RayTaskError as error:
+                    cause = error.cause
+                    if isinstance(cause, PtxdistError | OSError):
+                        raise cause from error
+                    raise
+                except ray.exceptions.RayError as error:
+                    raise ClusterError(f"a task was lost for good: {str(error).splitlines()[0]}") from error
+        finally:
+            # Whatever ended it: when the caller goes on, and perhaps lets go of its lock, nobody writes any more.
+            end = time.monotonic() + _END_S
+            while running:  # again and again: a task that is just starting may miss it
+                for task in running:
+                    ray.cancel(task, force=time.monotonic() > end)
+                running = ray.wait(running, num_returns=len(running), timeout=_AGAIN_S)[1]
+
+    def prepare(self, module: str) -> None:
+        pass  # Ray starts its workers itself

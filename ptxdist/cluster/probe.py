@@ -1,0 +1,221 @@
+"""What one machine can tell of itself: versions, GPUs, memory, disks, clock, the cache, and whether it is heard.
+
+Owns: how each of these is found out. Refuses: nothing; what cannot be found out is left out or told as a text. Called
+by: `doctor`, in this process or on the nodes of a cluster.
+
+The standard library alone is loaded at the start, since `doctor` sends this module to nodes that may lack everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("ptxdist", "torch", "ray", "zarr")
+_COLLECTIVE_S = 60
+
+
+def examine(cache: str | None, folder: str | None, full: bool = False) -> dict[str, Any]:
+    """Everything about this machine that needs no other one, as plain values; sizes in bytes.
+
+    `cache` is a cache that a training will read, of which every byte is read if `full`; `folder` is where runs go.
+    """
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "gpus": _gpus(),
+        "memory": _memory(),
+        "shm": _free("/dev/shm"),
+        "disks": {"temporary files": _free(tempfile.gettempdir())},
+    }
+    if folder is not None:
+        found["disks"]["runs"] = _free(folder)
+    if cache is not None:
+        found["cache"] = _remote_cache(cache, full) if "://" in cache else _cache(Path(cache), full)
+    return found
+
+
+def clock() -> float:
+    """Seconds since 1970 by this machine's clock."""
+    return time.time()
+
+
+def write_token(folder: str, name: str, text: str) -> str:
+    """Write a small file for the other nodes to read; "" or what went wrong."""
+    try:
+        with open(Path(folder, name), "x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return f"cannot write there: {error.strerror}"
+    return ""
+
+
+def read_tokens(folder: str, tokens: dict[str, str], patience_s: float = 10.0) -> str:
+    """Read what the other nodes have written, as texts by file name; "" or what went wrong.
+
+    Network file systems show the file of another node with a delay, hence the patience.
+    """
+    end = time.monotonic() + patience_s
+    while True:
+        missing = [name for name, text in tokens.items() if _read(Path(folder, name)) != text]
+        if not missing:
+            return ""
+        if time.monotonic() > end:
+            return f"does not see what {len(missing)} of {len(tokens)} nodes have written there"
+        time.sleep(0.2)
+
+
+def free_port() -> tuple[str, int]:
+    """This machine's address as its cluster knows it, and a port that is free on it."""
+    with socket.socket() as found:
+        found.bind(("", 0))
+        try:
+            from ray.util import get_node_ip_address
+        except ImportError:
+            return "127.0.0.1", int(found.getsockname()[1])
+        return str(get_node_ip_address()), int(found.getsockname()[1])
+
+
+def all_reduce(backend: str, host: str, port: int, rank: int, ranks: int) -> str:
+    """Add up one number per rank over torch.distributed; "" or what went wrong. All ranks call it at the same time."""
+    try:
+        import torch
+        import torch.distributed as dist
+
+        device = "cuda" if backend == "nccl" else "cpu"
+        dist.init_process_group(
+            backend, f"tcp://{host}:{port}", timedelta(seconds=_COLLECTIVE_S), world_size=ranks, rank=rank
+        )
+        try:
+            total = torch.full((1024,), float(rank + 1), device=device)
+            dist.all_reduce(total)
+            wanted = ranks * (ranks + 1) / 2
+            return "" if bool((total == wanted).all()) else f"sum is {float(total[0])}, not {wanted}"
+        finally:
+            dist.destroy_process_group()
+    except Exception as error:  # of torch, of its backends, of the network: all of it is the finding
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        pass
+    try:  # a job's own copy of the code is not installed
+        return str(__import__(package).__version__)
+    except (ImportError, AttributeError):
+        return "not installed"
+
+
+def _gpus() -> dict[str, Any]:
+    """GPUs that the driver sees and those that torch can use."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return {"driver": "", "names": [], "torch": 0}
+    rows = [[part.strip() for part in line.split(",")] for line in lines if line.strip()]
+    try:
+        import torch
+
+        usable = torch.cuda.device_count()
+    except ImportError:
+        usable = 0
+    return {"driver": rows[0][1] if rows else "", "names": [row[0] for row in rows], "torch": usable}
+
+
+def _memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _free(folder: str) -> int | None:
+    """Bytes that are free where a folder is, or would be; None when that cannot be found out."""
+    path = Path(folder)
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    try:
+        return shutil.disk_usage(path).free
+    except OSError:
+        return None
+
+
+def _cache(cache: Path, full: bool) -> dict[str, Any]:
+    """The checksum of a cache's manifest, and what is wrong with what it names."""
+    manifest = cache / "manifest.json"
+    try:
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    except OSError as error:
+        return {"digest": "", "wrong": f"manifest.json: {error.strerror}"}
+    try:
+        from ptxdist.cache.store import open_store, read_manifest
+        from ptxdist.cache.verify import refuse_damaged
+        from ptxdist.errors import PtxdistError
+    except ImportError:  # the versions say so
+        return {"digest": digest, "wrong": ""}
+    try:
+        sizes = sorted(read_manifest(cache).sizes)
+        for size in sizes:
+            open_store(cache, size)  # maps every shard, by its size and its index
+        if full:
+            refuse_damaged(cache, sizes)
+    except PtxdistError as error:
+        return {"digest": digest, "wrong": str(error)}
+    return {"digest": digest, "wrong": ""}
+
+
+def _remote_cache(cache: str, full: bool) -> dict[str, Any]:
+    """The same of a cache in an object store; if `full`, it is copied to this machine and compared."""
+    try:
+        from ptxdist.errors import PtxdistError
+        from ptxdist.storage.caches import local_cache, remote_digest
+    except ImportError:
+        return {"digest": "", "wrong": "ptxdist is not installed"}
+    try:
+        digest = remote_digest(cache)
+        if full:
+            local_cache(cache)
+    except PtxdistError as error:
+        return {"digest": "", "wrong": str(error)}
+    return {"digest": digest, "wrong": ""}
+
+
+def try_store(url: str) -> str:
+    """Write a small object, read it and remove it; "" or what went wrong."""
+    try:
+        from ptxdist.errors import PtxdistError
+        from ptxdist.storage.remote import Remote
+    except ImportError:
+        return "ptxdist is not installed"
+    name, text = f".ptxdist-doctor-{os.urandom(8).hex()}", b"doctor"
+    try:
+        remote = Remote(url)
+        remote.write(name, text)
+        found = remote.read(name)
+        remote.delete([name])
+    except PtxdistError as error:
+        return str(error)
+    return "" if found == text else "does not see what it has written there"
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None

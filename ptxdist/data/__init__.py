@@ -1,1 +1,0 @@
-"""Files in, stores out: numpy, pydicom, zarr, cv2; never torch."""

@@ -1,0 +1,1 @@
+"""One DICOM or PNG file to one radiograph."""

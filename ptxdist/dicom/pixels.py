@@ -1,0 +1,264 @@
+"""Pixel data of a file -> stored values -> grey levels.
+
+Owns: which decoder reads which transfer syntax, and the rule from stored values to uint8. Refuses: damaged or cut pixel
+data as far as anybody can tell, and images of another size than the header says. Called by: `radiograph`.
+
+From stored values to uint8 (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2, C.7.5.1.1.2), in this order:
+1. Unsigned values of 8 bits without rescale, window or look-up table are taken as they are.
+2. Otherwise: modality LUT or rescale. Then the first VOI LUT, whose whole output range (its number of bits) becomes
+   0..255; or else the first window, by its function LINEAR, LINEAR_EXACT or SIGMOID; or else the range of the values
+   in the image, padding (Pixel Padding Value, Range Limit) left out. What lies outside becomes 0 or 255.
+3. MONOCHROME1, or Presentation LUT Shape INVERSE, is inverted, so that air is dark in every Radiograph.
+
+No decoder is left to pydicom's choice. Those chosen refused the most damage among those that never crashed or hung on
+damaged streams: gdcm aborts the process, pylibjpeg-rle panics, pylibjpeg-libjpeg lets any damage to JPEG-LS pass.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from pydicom import uid
+from pydicom.pixels import get_decoder
+
+from ptxdist.dicom import codestream, tags
+from ptxdist.dicom.codestream import Stream
+from ptxdist.dicom.tags import Lut, Tags
+from ptxdist.errors import DicomError
+
+Pixels = npt.NDArray[np.uint8]
+Stored = npt.NDArray[Any]
+
+_NATIVE = (
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRLittleEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+)
+_LIBJPEG = (uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1)
+_OPENJPEG = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+# Transfer syntax -> name of pydicom's plugin ("" for none), and the package that does the work.
+_DECODERS: dict[str, tuple[str, str]] = {
+    **dict.fromkeys(_NATIVE, ("", "pydicom")),
+    uid.RLELossless: ("pydicom", "pydicom"),
+    uid.JPEGBaseline8Bit: ("", "simplejpeg"),
+    **dict.fromkeys(_LIBJPEG, ("pylibjpeg", "pylibjpeg-libjpeg")),
+    **dict.fromkeys((uid.JPEGLSLossless, uid.JPEGLSNearLossless), ("pyjpegls", "pyjpegls")),
+    **dict.fromkeys(_OPENJPEG, ("pylibjpeg", "pylibjpeg-openjpeg")),
+}
+# The frame markers that are read. Progressive images occur as Baseline, and its decoder is strict with them as well.
+_PROCESSES = {
+    uid.JPEGBaseline8Bit: {*codestream.SOF_SEQUENTIAL, codestream.SOF_PROGRESSIVE},
+    uid.JPEGExtended12Bit: codestream.SOF_SEQUENTIAL,
+    uid.JPEGLossless: {codestream.SOF_LOSSLESS},
+    uid.JPEGLosslessSV1: {codestream.SOF_LOSSLESS},
+    uid.JPEGLSLossless: {codestream.SOF_JPEG_LS},
+    uid.JPEGLSNearLossless: {codestream.SOF_JPEG_LS},
+}
+_BLOCK_ROWS = 256
+
+
+@cache
+def decoder_of(syntax: str) -> str:
+    """Name and version of the package that decodes a transfer syntax; DicomError for one that is not read."""
+    if syntax not in _DECODERS:
+        raise DicomError(f"is encoded as {_name(syntax)}, which is not read")
+    package = _DECODERS[syntax][1]
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        raise DicomError(f"is encoded as {_name(syntax)}, which takes the package {package}: install it") from None
+
+
+def _name(syntax: str) -> str:
+    return uid.UID_dictionary[syntax][0] if syntax in uid.UID_dictionary else "an unknown transfer syntax"
+
+
+def decode(file: Tags, rows: int, columns: int) -> Stored:
+    """Stored values (rows, columns) of a single-frame grayscale image: uint8, int8, uint16 or int16.
+
+    Raises DicomError when the pixel data are missing, cut off, damaged, or of another size.
+    """
+    if not len(file.values.get(tags.PIXEL_DATA, b"")):
+        raise DicomError("has no pixel data")
+    if file.encapsulated == (file.syntax in _NATIVE):
+        found = "compressed" if file.encapsulated else "not compressed"
+        raise DicomError(f"contradicts itself: its pixel data are {found}, against its transfer syntax")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", "The decoded RLE segment")  # has other than the expected length
+            if not file.encapsulated:
+                return _native(file, rows, columns)
+            return _compressed(file, rows, columns)
+    except DicomError:
+        raise
+    except Exception as error:  # each decoder has errors of its own
+        reason = str(error).splitlines()[-1].strip()[:120] if str(error) else type(error).__name__
+        raise DicomError(f"has damaged pixel data ({_name(file.syntax)}: {reason})") from error
+
+
+def _native(file: Tags, rows: int, columns: int) -> Stored:
+    row_bytes = columns * file.whole(tags.BITS_ALLOCATED, 0) // 8
+    there, expected = len(file.values[tags.PIXEL_DATA]), rows * row_bytes
+    if there < expected:
+        raise DicomError(f"is cut off: {there:,} of {expected:,} bytes of pixel data are there")
+    if there > expected + row_bytes:  # a little padding is common; more means that the size is wrong
+        raise DicomError(f"has {there:,} bytes of pixel data, but {columns}x{rows} px take {expected:,}")
+    return _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA][: expected + expected % 2]), rows, columns)
+
+
+def _compressed(file: Tags, rows: int, columns: int) -> Stored:
+    frame = file.frame()
+    if file.syntax == uid.RLELossless:
+        # pydicom unpacks all runs before it counts: a sound stream is not twice as long as what it holds.
+        if len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64:
+            raise DicomError("has more run-length data than its size allows")
+        return _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns)
+    stream = codestream.read_jpeg_2000(frame) if file.syntax in _OPENJPEG else codestream.read_jpeg(frame)
+    _check(stream, file, rows, columns)
+    if file.syntax == uid.JPEGBaseline8Bit:
+        # strict: what libjpeg only warns of (bytes too few or too many, codes that do not exist) is an error.
+        pixels = simplejpeg.decode_jpeg(frame, colorspace="GRAY", strict=True)[:, :, 0]
+        return np.asarray(pixels.view(np.int8) if file.whole(tags.SIGNED, 0) == 1 else pixels)
+    # The stream knows better than the header how its values are stored.
+    allocated = 8 if stream.bits <= 8 else 16
+    pixels = _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns, allocated, stream.bits)
+    whole = True
+    if stream.process == codestream.SOF_LOSSLESS:
+        whole = codestream.lossless_is_whole(frame, stream, pixels.view(f"u{pixels.dtype.itemsize}"))
+    elif stream.process in codestream.SOF_SEQUENTIAL:
+        whole = codestream.sequential_is_whole(frame, stream)
+    if not whole:
+        raise DicomError("has damaged JPEG data (its codes do not add up to its length)")
+    return pixels
+
+
+def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:
+    """DicomError when a compressed image is not what the header announces."""
+    if (stream.rows, stream.columns) != (rows, columns):
+        raise DicomError(f"holds an image of {stream.columns}x{stream.rows} px, but its header says {columns}x{rows}")
+    if stream.tiles > codestream.MAX_TILES:
+        raise DicomError(f"has damaged JPEG 2000 data ({stream.tiles:,} tiles)")
+    if stream.components != 1:
+        raise DicomError(f"is not grayscale (its compressed image has {stream.components} samples per px)")
+    if stream.process not in _PROCESSES.get(file.syntax, {0}):
+        raise DicomError(f"says that it is encoded as {_name(file.syntax)}, but its image is not")
+    if stream.process == codestream.SOF_LOSSLESS and stream.shift:
+        raise DicomError("is JPEG Lossless without its lowest bits, which is not read")
+    allowed = 8 if file.syntax == uid.JPEGBaseline8Bit else file.whole(tags.BITS_ALLOCATED, 0)
+    if not 2 <= stream.bits <= allowed:
+        raise DicomError(f"holds an image of {stream.bits} bits per px where at most {allowed} fit")
+
+
+def _by_pydicom(
+    file: Tags, data: bytes, rows: int, columns: int, allocated: int | None = None, stored: int | None = None
+) -> Stored:
+    values, _ = get_decoder(uid.UID(file.syntax)).as_array(
+        data,
+        decoding_plugin=_DECODERS[file.syntax][0],
+        raw=True,
+        rows=rows,
+        columns=columns,
+        number_of_frames=1,
+        samples_per_pixel=1,
+        photometric_interpretation="MONOCHROME2",
+        bits_allocated=allocated or file.whole(tags.BITS_ALLOCATED, 0),
+        bits_stored=stored or _bits_stored(file),
+        pixel_representation=file.whole(tags.SIGNED, 0),
+        pixel_keyword="PixelData",
+        pixel_vr=file.pixel_vr,
+        allow_excess_frames=False,
+    )
+    return np.asarray(values.astype(values.dtype.newbyteorder("="), copy=False))
+
+
+def _bits_stored(file: Tags) -> int:
+    return file.whole(tags.BITS_STORED, file.whole(tags.BITS_ALLOCATED, 0))
+
+
+def to_uint8(stored: Stored, file: Tags) -> Pixels:
+    """Grey levels of stored values, by the rule at the top of this module; same shape, 0..255, air dark.
+
+    Raises DicomError for a window, rescale or look-up table that makes no sense.
+    """
+    inverse = file.text(tags.PHOTOMETRIC) == "MONOCHROME1" or file.text(tags.LUT_SHAPE) == "INVERSE"
+    slope, intercept = file.decimal(tags.SLOPE), file.decimal(tags.INTERCEPT)
+    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    center, width = file.decimal(tags.WINDOW_CENTER), file.decimal(tags.WINDOW_WIDTH)
+    rescaled = file.modality_lut is not None or (slope, intercept) != (1.0, 0.0)
+    plain = not rescaled and file.voi_lut is None and width is None
+    if stored.dtype == np.uint8 and file.whole(tags.BITS_STORED, 8) >= 8 and plain:
+        return np.ascontiguousarray(255 - stored if inverse else stored)
+
+    # There are only 256 or 65,536 different stored values: the rule is worked out once for each of them.
+    kind = np.dtype(f"u{stored.dtype.itemsize}")
+    number = np.arange(256**stored.dtype.itemsize).astype(kind).view(stored.dtype)
+    values = number.astype(np.float64)
+    if file.modality_lut is not None:
+        values = _through(file.modality_lut, values)
+    elif slope:
+        values = values * slope + intercept
+    else:
+        raise DicomError("has a rescale slope of 0")
+    if file.voi_lut is not None:
+        unit = _through(file.voi_lut, values) / (2**file.voi_lut.bits - 1)
+    elif width is not None:
+        unit = _window(values, center, width, file.text(tags.WINDOW_FUNCTION))
+    else:
+        present = np.zeros(len(values), bool)
+        for block in _blocks(stored, kind):
+            present[block] = True
+        unpadded = values[present & ~_padding(number, file)]
+        in_range = unpadded if unpadded.size else values[present]
+        low = in_range.min()
+        unit = (values - low) / max(in_range.max() - low, 1.0)
+    table = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
+    if inverse:
+        table = 255 - table
+    pixels = np.empty(stored.shape, np.uint8)
+    for target, block in zip(_blocks(pixels, pixels.dtype), _blocks(stored, kind), strict=True):
+        target[:] = table[block]
+    return pixels
+
+
+def _blocks(array: Stored, kind: np.dtype[Any]) -> list[Stored]:
+    """Blocks of rows, each small enough that indexing with it takes little memory."""
+    return [array[start : start + _BLOCK_ROWS].view(kind) for start in range(0, len(array), _BLOCK_ROWS)]
+
+
+def _padding(number: Stored, file: Tags) -> npt.NDArray[np.bool_]:
+    """Which stored values are padding; the header gives 16 bits, of which the pixels have the stored ones."""
+    if not file.values.get(tags.PADDING):
+        return np.zeros(len(number), bool)
+    bits = min(_bits_stored(file), 8 * number.dtype.itemsize)
+    ends: list[int] = []
+    for tag in (tags.PADDING, tags.PADDING_LIMIT):
+        end = file.whole(tag, ends[0] if ends else 0) % 2**bits
+        ends.append(end - 2**bits if number.dtype.kind == "i" and end >= 2 ** (bits - 1) else end)
+    return np.asarray((number >= min(ends)) & (number <= max(ends)))
+
+
+def _through(lut: Lut, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    index = np.clip(np.rint(values) - lut.first, 0, len(lut.entries) - 1).astype(np.intp)
+    return np.asarray(lut.entries[index], np.float64)
+
+
+def _window(x: npt.NDArray[np.float64], center: float | None, width: float, function: str) -> npt.NDArray[np.float64]:
+    """Values through a window, 0..1 and beyond (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    exact = function in ("SIGMOID", "LINEAR_EXACT")
+    if center is None or width <= 0 or (width < 1 and not exact):
+        raise DicomError("has a window without a center or of no width")
+    if function == "SIGMOID":
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - center) / width, -700.0, 700.0))))
+    if function == "LINEAR_EXACT":
+        return np.asarray((x - center) / width + 0.5)
+    if width == 1:
+        return np.where(x <= center - 0.5, 0.0, 1.0)
+    return np.asarray((x - (center - 0.5)) / (width - 1.0) + 0.5)

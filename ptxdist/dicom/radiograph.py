@@ -1,0 +1,176 @@
+"""One DICOM (or PNG) file -> Radiograph: 8-bit pixels and the header fields ptxdist uses.
+
+Owns: what is taken for a radiograph, and which header fields are kept. Refuses: everything that is not one single-frame
+grayscale image, with a reason that ends up in rejects.csv. Called by: `catalog` (headers), `preprocess` and
+`predict.folder` (pixels). How a file is parsed stands in `tags`, which decoder reads it and how its stored values
+become grey levels in `pixels`, what a compressed image says of itself in `codestream`, and the PNG mirror in `png`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptxdist.dicom import tags
+from ptxdist.dicom.pixels import Pixels, decode, decoder_of, to_uint8
+from ptxdist.dicom.png import DECODER, SIGNATURE, decode_png, read_png_header
+from ptxdist.dicom.tags import Tags, read_tags
+from ptxdist.errors import DicomError
+
+MAX_PIXELS = 64 * 1024 * 1024  # a radiograph of 8k x 8k; anything above is refused before it is decoded
+MAX_BYTES = 1024 * 1024 * 1024
+CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what may name a file anywhere, and holds every UID
+
+
+@dataclass(frozen=True)
+class Header:
+    """What ptxdist keeps of a file's header; `patient` is a salted hash, never an identifier.
+
+    `decoder` is the name and version of the package that decodes the pixels. A PNG has its file's stem as `case_id`,
+    and "" or None for what it cannot know.
+    """
+
+    case_id: str
+    patient: str
+    rows: int
+    columns: int
+    view: str
+    sex: str
+    age: int | None
+    decoder: str
+
+
+@dataclass(frozen=True)
+class Radiograph:
+    """One chest X-ray: `pixels` is uint8 (rows, columns), air dark, bone bright."""
+
+    header: Header
+    pixels: Pixels
+
+
+def read_bytes(path: Path) -> bytes:
+    """Content of a regular file; never waits for one that is none (a pipe, a device).
+
+    DicomError when it cannot be read, is no regular file, is empty, or has more than `MAX_BYTES` bytes.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise DicomError("is not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise DicomError(f"has {status.st_size:,} bytes, more than the {MAX_BYTES:,} that are accepted")
+            content = file.read(status.st_size + 1)
+    except OSError as error:
+        raise DicomError(f"cannot be read: {error.strerror}") from error
+    if not content:
+        raise DicomError("is empty (0 bytes)")
+    if len(content) != status.st_size:
+        raise DicomError("was changed while it was being read")
+    return content
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening some devices does something
+        raise DicomError("is not a regular file")
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
+    """Header of a file's content, its pixels left alone; `salt` keys the hash of the PatientID.
+
+    `name` is the file's name, which a PNG needs. Raises DicomError when the content is neither DICOM nor PNG, has no
+    image, or has one that ptxdist does not take.
+    """
+    if content.startswith(SIGNATURE):
+        return _png_header(content, name)
+    return _header(read_tags(content, pixels=False), salt)
+
+
+def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiograph:
+    """Decode a file's content by the rule at the top of `pixels`; a PNG of 16 bits spans the range of its values.
+
+    Raises DicomError as `read_header`, and when pixel data are missing, cut off, damaged or of another size.
+    """
+    if content.startswith(SIGNATURE):
+        header = _png_header(content, name)
+        stored = decode_png(content, read_png_header(content, MAX_PIXELS))
+        return Radiograph(header, to_uint8(stored, Tags("")))
+    file = read_tags(content, pixels=True)
+    header = _header(file, salt)
+    return Radiograph(header, to_uint8(decode(file, header.rows, header.columns), file))
+
+
+def _png_header(content: bytes, name: str) -> Header:
+    if not Path(name).stem:
+        raise DicomError("is a PNG, which has no id of its own, and its file name is not known")
+    png = read_png_header(content, MAX_PIXELS)
+    return Header(Path(name).stem, "", png.rows, png.columns, "", "", None, DECODER)
+
+
+def _header(file: Tags, salt: bytes) -> Header:
+    rows, columns = file.whole(tags.ROWS, 0), file.whole(tags.COLUMNS, 0)
+    if rows < 1 or columns < 1:
+        raise DicomError("holds no image (Rows or Columns missing)")
+    if rows * columns > MAX_PIXELS:
+        raise DicomError(f"claims {columns}x{rows} px, more than the {MAX_PIXELS:,} px that are accepted")
+    _refuse_other_images(file)
+    case_id = file.text(tags.SOP_INSTANCE)
+    if not case_id:
+        raise DicomError("has no SOPInstanceUID")
+    if not CASE_ID.fullmatch(case_id):
+        raise DicomError("has a SOPInstanceUID that is none")
+    patient = file.text(tags.PATIENT_ID)
+    return Header(
+        case_id=case_id,
+        patient=hash_text(patient, salt) if patient else "",
+        rows=rows,
+        columns=columns,
+        view=_word(file.text(tags.VIEW)),
+        sex=_word(file.text(tags.SEX)),
+        age=_age(file.text(tags.AGE)),
+        decoder=decoder_of(file.syntax),
+    )
+
+
+def hash_text(text: str, salt: bytes) -> str:
+    """Salted hash of a patient: who is the same, not who it is."""
+    return hashlib.blake2b(text.encode(), key=salt[:64], digest_size=8).hexdigest()
+
+
+def _refuse_other_images(file: Tags) -> None:
+    """DicomError for what is not one grayscale image of 8 or 16 bits."""
+    frames = file.decimal(tags.FRAMES)
+    if frames not in (None, 1):
+        raise DicomError(f"has {frames:g} frames; only single images are accepted")
+    samples, photometric = file.whole(tags.SAMPLES, 1), file.text(tags.PHOTOMETRIC)
+    if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
+        # A damaged value could hold anything, and this sentence ends up in a table.
+        shown = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "no known photometric value"
+        raise DicomError(f"is not grayscale ({samples} samples per px, {shown})")
+    allocated = file.whole(tags.BITS_ALLOCATED, 0)
+    stored = file.whole(tags.BITS_STORED, allocated)
+    if allocated not in (8, 16):
+        raise DicomError(f"has {allocated} bits per px; only images of 8 or 16 are accepted")
+    if not 1 <= stored <= allocated or file.whole(tags.SIGNED, 0) > 1:
+        raise DicomError(f"contradicts itself ({stored} of {allocated} bits per px stored, signed or not is unclear)")
+
+
+def _word(text: str) -> str:
+    # Only short code strings are kept: free text could identify somebody.
+    return text.upper() if len(text) <= 4 and text.isalpha() and text.isascii() else ""
+
+
+def _age(text: str) -> int | None:
+    """Years from an age string: `062Y` as the standard has it, or the `62` of the challenge; None if neither."""
+    text = text.upper()
+    if not text.isascii():
+        return None
+    if text.endswith(("D", "W", "M")) and text[:-1].isdigit():
+        return int(text[:-1]) // {"D": 365, "W": 52, "M": 12}[text[-1]]
+    text = text.removesuffix("Y")
+    return int(text) if text.isdigit() and int(text) <= 120 else None

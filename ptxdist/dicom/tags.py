@@ -1,0 +1,303 @@
+"""Content of a DICOM file -> Tags: the few values that ptxdist uses, still as the file has them.
+
+Owns: the numbers of DICOM tags and the way to them through the file (PS3.5 and PS3.10): file meta information, explicit
+and implicit encoding, both byte orders, the deflated syntax, the fragments of a compressed image. Refuses: what is not
+DICOM, what ends too early, what inflates beyond all bounds. Called by: `radiograph`, which judges the values,
+and `pixels`.
+
+There are two parsers. Nearly every radiograph is explicit little endian with plain values up to its pixels; `_walk`
+finds the wanted ones among them in a thirtieth of pydicom's time. As soon as it meets anything else it gives up, and
+pydicom reads the file. No value is ever part of an error message: any of them may be a patient's name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from io import BytesIO
+from math import isfinite
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.filereader import read_dataset
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from ptxdist.errors import DicomError
+
+TRANSFER_SYNTAX = 0x00020010
+SOP_CLASS, SOP_INSTANCE = 0x00080016, 0x00080018
+MODALITY, BODY_PART = 0x00080060, 0x00180015
+PATIENT_ID, SEX, AGE, VIEW = 0x00100020, 0x00100040, 0x00101010, 0x00185101
+SAMPLES, PHOTOMETRIC, FRAMES, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011
+BITS_ALLOCATED, BITS_STORED, SIGNED = 0x00280100, 0x00280101, 0x00280103
+PADDING, PADDING_LIMIT = 0x00280120, 0x00280121
+WINDOW_CENTER, WINDOW_WIDTH, WINDOW_FUNCTION = 0x00281050, 0x00281051, 0x00281056
+INTERCEPT, SLOPE = 0x00281052, 0x00281053
+MODALITY_LUTS, VOI_LUTS = 0x00283000, 0x00283010
+LUT_DESCRIPTOR, LUT_DATA = 0x00283002, 0x00283006
+LUT_SHAPE, PIXEL_DATA = 0x20500020, 0x7FE00010
+
+_WANTED = frozenset(
+    {SOP_CLASS, SOP_INSTANCE, PATIENT_ID, SEX, AGE, VIEW, SAMPLES, PHOTOMETRIC, FRAMES, ROWS, COLUMNS, BITS_ALLOCATED}
+    | {BITS_STORED, SIGNED, PADDING, PADDING_LIMIT, WINDOW_CENTER, WINDOW_WIDTH, WINDOW_FUNCTION, INTERCEPT, SLOPE}
+    | {LUT_SHAPE, PIXEL_DATA, MODALITY, BODY_PART}
+)
+MAX_INFLATED = 160 * 1024 * 1024  # 64 million px of 16 bits, and room for a header
+
+_UNDEFINED = 0xFFFFFFFF
+# Value representations with four bytes of length, and with two (PS3.5 7.1.2).
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+_element = struct.Struct("<HH2sH").unpack_from
+_long = struct.Struct("<L").unpack_from
+_item = {True: struct.Struct("<HHL").unpack_from, False: struct.Struct(">HHL").unpack_from}
+
+# pydicom logs a traceback for each image that it cannot decode. The reason is ours to report, in one line.
+logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
+
+_CUT_OFF = "is cut off or damaged: the file ends in the midst of its data"
+
+
+@dataclass(frozen=True)
+class Lut:
+    """A look-up table (PS3.3 C.11.1.1.1): `entries`, uint16, for the inputs `first`, `first` + 1, …; `bits` wide."""
+
+    first: int
+    bits: int
+    entries: npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Tags:
+    """Values of one file by tag, as bytes; `syntax` is the UID of its transfer syntax.
+
+    Without pixels, only the values up to (0028,0103) are there. `encapsulated` says that the pixel data are fragments
+    of a compressed image; `pixel_vr` is their value representation.
+    """
+
+    syntax: str
+    values: Mapping[int, bytes | memoryview] = field(default_factory=dict)
+    little_endian: bool = True
+    encapsulated: bool = False
+    pixel_vr: str = "OW"
+    modality_lut: Lut | None = None
+    voi_lut: Lut | None = None
+
+    def text(self, tag: int) -> str:
+        """Value as text without the blanks around it; "" when it is missing."""
+        return bytes(self.values.get(tag, b"")).decode("latin-1").strip(" \0")
+
+    def whole(self, tag: int, default: int) -> int:
+        """Value of a binary integer (US or SS, read as unsigned), or `default` when it is missing or empty."""
+        value = bytes(self.values.get(tag, b""))
+        if len(value) not in (0, 2, 4):
+            raise DicomError(f"has no plain number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
+        return int.from_bytes(value, "little" if self.little_endian else "big") if value else default
+
+    def decimal(self, tag: int) -> float | None:
+        """First value of a decimal string (DS or IS), or None when it is missing or empty."""
+        text = self.text(tag).split("\\")[0].strip()
+        try:
+            value = float(text) if text else 0.0
+        except ValueError:
+            value = float("nan")
+        if not isfinite(value):
+            raise DicomError(f"has no number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
+        return value if text else None
+
+    def frame(self) -> bytes:
+        """The one compressed image: its fragments, joined (PS3.5 A.4)."""
+        data = memoryview(self.values[PIXEL_DATA])
+        position, fragments = 0, list[memoryview]()
+        while position + 8 <= len(data):
+            group, element, length = _item[True](data, position)
+            position += 8
+            if (group, element) == (0xFFFE, 0xE0DD):
+                break
+            if (group, element) != (0xFFFE, 0xE000):
+                raise DicomError("has damaged pixel data (no fragment where one should begin)")
+            if length > len(data) - position:
+                raise DicomError(_CUT_OFF)
+            fragments.append(data[position : position + length])
+            position += length
+        if len(fragments) < 2 or not any(map(len, fragments[1:])):
+            raise DicomError("has no pixel data")
+        # An offset table of several entries, or a fragment that begins as the first one does.
+        if len(fragments[0]) > 4 or any(fragment[:4] == fragments[1][:4] for fragment in fragments[2:]):
+            raise DicomError("has several frames; only single images are accepted")
+        return b"".join(fragments[1:])
+
+
+def read_tags(content: bytes, *, pixels: bool) -> Tags:
+    """Parse a file's content, without its pixel data and what describes their grey levels unless `pixels`.
+
+    Raises DicomError when the content is not DICOM, ends too early, or inflates to more than `MAX_INFLATED` bytes.
+    """
+    syntax, start = _file_meta(content)
+    if syntax == DeflatedExplicitVRLittleEndian:
+        content, start = _inflate(content[start:]), 0
+    last = PIXEL_DATA if pixels else SIGNED
+    plain = syntax not in (ImplicitVRLittleEndian, ExplicitVRBigEndian)
+    tags = _walk(content, start, last, syntax) if plain else None
+    return _by_pydicom(content, start, last, syntax) if tags is None else tags
+
+
+def _file_meta(content: bytes) -> tuple[str, int]:
+    """Transfer syntax, and where the data set begins."""
+    if content[128:132] != b"DICM":
+        return _guess_syntax(content), 0
+    position, syntax = 132, None
+    while content[position : position + 2] == b"\2\0" and position + 8 <= len(content):
+        found = _explicit(content, position)
+        if found is None:
+            raise DicomError("is damaged: its file meta information cannot be read")
+        tag, _, length, position = found
+        if length > len(content) - position:
+            raise DicomError(_CUT_OFF)
+        if tag == TRANSFER_SYNTAX:
+            syntax = content[position : position + length].decode("latin-1").strip(" \0")
+        position += length
+    if not syntax:
+        raise DicomError("does not say how it is encoded (no Transfer Syntax UID)")
+    return syntax, position
+
+
+def _guess_syntax(content: bytes) -> str:
+    """Transfer syntax of a bare data set, as old devices write it; it must start with group 0008 and name itself."""
+    refusal = DicomError("is not a DICOM file (no DICM prefix)")
+    if len(content) < 256 or content[:2] != b"\10\0" or content[3] != 0:
+        raise refusal
+    explicit = content[4:6] in _SHORT_VRS
+    syntax = str(ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian)
+    try:
+        tags = _by_pydicom(content, 0, SIGNED, syntax)
+    except DicomError:
+        raise refusal from None
+    if not all(re.fullmatch(r"[0-9.]{5,64}", tags.text(tag)) for tag in (SOP_CLASS, SOP_INSTANCE)):
+        raise refusal
+    return syntax
+
+
+def _inflate(deflated: bytes) -> bytes:
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        inflated = inflater.decompress(deflated, MAX_INFLATED)
+    except zlib.error:
+        raise DicomError("is damaged: its deflated data set cannot be inflated") from None
+    if inflater.unconsumed_tail:
+        raise DicomError(f"inflates to more than the {MAX_INFLATED:,} bytes that are accepted")
+    if not inflater.eof:
+        raise DicomError(_CUT_OFF)
+    return inflated
+
+
+def _explicit(content: bytes, position: int) -> tuple[int, bytes, int, int] | None:
+    """Tag, VR, length and beginning of the value of an explicit little endian element; None when it has no known VR."""
+    group, element, vr, length = _element(content, position)
+    position += 8
+    if vr in _LONG_VRS:
+        if position + 4 > len(content):
+            raise DicomError(_CUT_OFF)
+        length = _long(content, position)[0]
+        position += 4
+    elif vr not in _SHORT_VRS:
+        return None
+    return group << 16 | element, vr, length, position
+
+
+def _walk(content: bytes, position: int, last: int, syntax: str) -> Tags | None:
+    """Tags up to and with `last` of an explicit little endian data set; None when anything about it is unusual."""
+    values: dict[int, bytes | memoryview] = {}
+    end, former = len(content), 0x0002FFFF
+    while position < end:
+        if end - position < 8:
+            raise DicomError(_CUT_OFF)
+        found = _explicit(content, position)
+        if found is None or found[0] <= former:
+            return None
+        tag, vr, length, position = found
+        if tag > last:
+            break
+        if tag == PIXEL_DATA and length == _UNDEFINED:
+            return Tags(syntax, values | {tag: memoryview(content)[position:]}, encapsulated=True)
+        if length == _UNDEFINED or tag in (MODALITY_LUTS, VOI_LUTS):
+            return None
+        if length > end - position:
+            raise DicomError(_CUT_OFF)
+        if tag == PIXEL_DATA:
+            return Tags(syntax, values | {tag: memoryview(content)[position : position + length]}, pixel_vr=vr.decode())
+        if tag in _WANTED:
+            values[tag] = content[position : position + length]
+        position, former = position + length, tag
+    return Tags(syntax, values)
+
+
+def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
+    implicit, little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
+    stream = BytesIO(content)
+    stream.seek(start)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd values are common and harmless here
+            dataset = read_dataset(stream, implicit, little, stop_when=lambda tag, vr, length: tag > last)
+        values = {tag: _raw_value(dataset.get_item(tag)) for tag in _WANTED if tag in dataset}
+        tags = Tags(syntax, values, little)
+        if PIXEL_DATA in values:
+            element = dataset.get_item(PIXEL_DATA)
+            tags = replace(tags, encapsulated=element.length == _UNDEFINED, pixel_vr=element.VR or "OW")
+    except DicomError:
+        raise
+    except Exception as error:  # pydicom raises almost anything on damaged files
+        raise DicomError(f"is a damaged DICOM file ({type(error).__name__})") from error
+    if not len(dataset):  # where the file ends inside a value, pydicom drops all of them
+        raise DicomError(_CUT_OFF)
+    return tags if last < VOI_LUTS else _with_luts(tags, dataset)
+
+
+def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
+    if not isinstance(element, RawDataElement):  # a text that pydicom has met on its way
+        return str((element and element.value) or "").encode()
+    value = element.value or b""
+    if element.length not in (len(value), _UNDEFINED):
+        raise DicomError(_CUT_OFF)
+    return value
+
+
+def _with_luts(tags: Tags, dataset: pydicom.Dataset) -> Tags:
+    signed = tags.whole(SIGNED, 0) == 1 or (tags.decimal(INTERCEPT) or 0.0) < 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            modality, voi = (_lut(dataset, tag, signed, tags.little_endian) for tag in (MODALITY_LUTS, VOI_LUTS))
+    except Exception as error:
+        raise DicomError(f"has a look-up table that cannot be applied ({type(error).__name__})") from error
+    return replace(tags, modality_lut=modality, voi_lut=voi)
+
+
+def _lut(dataset: pydicom.Dataset, tag: int, signed: bool, little: bool) -> Lut | None:
+    """First table of a sequence. Its first input is signed by its VR, or, where there is none, by `signed`."""
+    if tag not in dataset or not dataset[tag].value:
+        return None
+    descriptor, data = (dataset[tag].value[0].get_item(inner) for inner in (LUT_DESCRIPTOR, LUT_DATA))
+    order = "<" if little else ">"
+    count, first, bits = struct.unpack(f"{order}3H", descriptor.value)
+    if first >= 0x8000 and (descriptor.VR == "SS" or (descriptor.VR != "US" and signed)):
+        first -= 0x10000
+    count = count or 0x10000
+    narrow = bits == 8 and len(data.value) < 2 * count and little  # two entries to a word
+    entries = np.frombuffer(data.value, "u1" if narrow else f"{order}u2", count)
+    if not 8 <= bits <= 16:
+        raise ValueError("width of the table")
+    return Lut(first, bits, entries.astype(np.uint16))

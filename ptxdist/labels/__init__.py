@@ -1,0 +1,1 @@
+"""Label tables and mask folders to masks."""

@@ -1,0 +1,255 @@
+"""What the masks of a label table look like when they are read in one way, and what cannot be right about it.
+
+Owns: the measures of a reading, and their limits. Refuses: nothing; a fault is a result. Called by: `dialect`.
+
+A wrong reading is silent: masks come out, only elsewhere. What shows it:
+- masks run past their image, or their runs are not in order (tells relative from absolute starts);
+- neighbouring runs do not start one line of the image apart (tells columns from rows too, where images are oblong);
+- the masks are far too small or far too large;
+- one constant mask would fit them all, as when every mask lands at the start of the image;
+- the masks lie on their side: rightly read, their mean shows two lungs side by side, alike in the left-right mirror and
+  not in the up-down one (tells columns from rows where images are square, and all else is alike).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.errors import LabelError
+from ptxdist.labels import rle
+from ptxdist.labels.rle import Spans, Starts
+
+# Limits, each with what was measured on the 2,669 positive images of the challenge's table. Of 5,000 random samples of
+# 50 (191), 97 % (100 %) were surely upright, of samples of whole patients 82 % (99 %), and none lay on its side.
+ENOUGH_IMAGES = 50  # fewer are not judged by areas, constant mask or anatomy
+ENOUGH_RUNS = 100  # fewer pairs of neighbours are not judged; one mask has 128 runs (median)
+LINE_SHARE = 0.5  # of neighbours start one line apart: 0.94 (0.82 along rows); 0.001 with wrong starts
+SMALL_AREA, LARGE_AREA = 1 / 2000, 1 / 4  # the median is 0.008 of the image, the ninth decile 0.03; 0.0001 if wrong
+CONSTANT_DICE = 0.5  # 0.14, in 50 images at most 0.41; with wrong starts 0.60 (0.68 along rows), at least 0.54
+MIRROR_LEAD = 0.4  # of the likeness to the left-right mirror, 0.91, over that to the up-down mirror, -0.12
+VALLEY = 0.8  # the middle columns of the mean hold 0.40 of the lower of the two peaks beside them
+_SAMPLE = 500
+_GRID, _CELLS = 64, 16
+_POSITIONS = 2**20  # the constant mask is searched on at most so many positions
+
+Order = Literal["columns", "rows"]
+Floats = npt.NDArray[np.float64]
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A table read in one dialect; None stands for what there are too few masks to measure.
+
+    `misfits` of `masks` do not fit their image. Measured on a sample of `images`: the share of neighbouring runs that
+    start one line apart; the masks' share of their image (median, and ninth decile); mean Dice of the best constant
+    mask; how like the mean mask is to its left-right and its up-down mirror (1 is equal, 0 unlike); what its middle
+    columns hold, as a share of the lower of the peaks on both sides. `fault` says why it cannot be right, "" if it can.
+    """
+
+    dialect: str
+    masks: int
+    misfits: int
+    images: int = 0
+    line_share: float | None = None
+    median_area: float | None = None
+    large_area: float | None = None
+    constant_dice: float | None = None
+    left_right: float | None = None
+    up_down: float | None = None
+    valley: float | None = None
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class MaskedImage:
+    """One positive image of the sample: its size, the spans of each of its masks, and those of their union."""
+
+    rows: int
+    columns: int
+    masks: Sequence[Spans]
+    union: Spans
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The masks read with one kind of starts: how many there are, (image id, text, reason) of those that do not fit
+    their image, and a sample of the images. Whether columns or rows are meant makes no difference to any of it.
+    """
+
+    masks: int
+    misfits: Sequence[tuple[str, str, str]]
+    images: Sequence[MaskedImage]
+
+    @cached_property
+    def area_shares(self) -> list[float]:
+        """Share of each image of the sample that its masks cover."""
+        return [float(np.diff(image.union).sum()) / (image.rows * image.columns) for image in self.images]
+
+    @cached_property
+    def constant_dice(self) -> float | None:
+        """As `_constant_dice`, worked out once for columns and rows."""
+        return _constant_dice(self.images)
+
+
+def fit_masks(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], starts: Starts) -> Fit:
+    """Read the masks by image id for images of these (rows, columns), and sample up to 500 positive images.
+
+    Masks of images with a size are counted, and all of them have to fit. The others only fill up the sample, and only
+    where all sizes are equal, which is then taken for theirs.
+    """
+    one_size = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else None
+    owned = [case_id for case_id in masks if masks[case_id] and case_id in sizes]
+    guests = [case_id for case_id in masks if masks[case_id] and case_id not in sizes] if one_size else []
+    sample = _spaced(owned, _SAMPLE)
+    sample += _spaced(guests, _SAMPLE - len(sample))
+    chosen = set(sample)
+    misfits, images = [], []
+    for case_id in dict.fromkeys((*owned, *sample)):
+        rows, columns = sizes.get(case_id) or one_size or (0, 0)
+        spans = []
+        for text in masks[case_id]:
+            try:
+                spans.append(rle.read_spans(text, starts, rows, columns))
+            except LabelError as error:
+                misfits += [(case_id, text, str(error))] if case_id in sizes else []
+        if case_id in chosen and any(map(len, spans)):
+            images.append(MaskedImage(rows, columns, spans, _unite(spans)))
+    return Fit(sum(len(masks[case_id]) for case_id in owned), misfits, images)
+
+
+def _spaced(names: Sequence[str], most: int) -> list[str]:
+    """At most so many of the names, evenly spaced."""
+    places = np.linspace(0, len(names), min(len(names), most), endpoint=False).astype(int)
+    return [names[place] for place in places]
+
+
+def _unite(masks: Sequence[Spans]) -> Spans:
+    """Spans of the union of masks."""
+    if len(masks) == 1:
+        return masks[0]
+    spans = np.concatenate(masks)
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(spans[:, 1])
+    apart = spans[1:, 0] > ends[:-1]
+    return np.column_stack((spans[np.r_[True, apart], 0], ends[np.r_[apart, True]]))
+
+
+def measure(dialect: str, order: Order, fit: Fit) -> Reading:
+    """Measure one reading; where masks do not fit their image, that is fault enough. `dialect` is its name."""
+    reading = Reading(dialect, fit.masks, len(fit.misfits), len(fit.images))
+    if fit.misfits:
+        counts = f"{reading.misfits:,} of {reading.masks:,} masks do not fit their image"
+        return replace(reading, fault=f"{counts} (the first one: {fit.misfits[0][2]})")
+    reading = replace(reading, line_share=_line_share(fit.images, order))
+    if reading.images < ENOUGH_IMAGES:
+        return replace(reading, fault=_fault(reading, order))
+    median_area, large_area = np.quantile(fit.area_shares, (0.5, 0.9)).tolist()
+    mean = _mean_mask(fit.images, order)
+    left_right, up_down, valley = _stance(mean)
+    reading = replace(
+        reading,
+        median_area=median_area,
+        large_area=large_area,
+        constant_dice=fit.constant_dice,
+        left_right=left_right,
+        up_down=up_down,
+        valley=valley,
+    )
+    return replace(reading, fault=_fault(reading, order, sideways=_stands(*_stance(mean.T))))
+
+
+def _fault(reading: Reading, order: Order, sideways: bool = False) -> str:
+    if reading.line_share is not None and reading.line_share < LINE_SHARE:
+        return f"only {reading.line_share:.0%} of neighbouring runs start one {order[:-1]} apart"
+    if reading.median_area is not None and reading.median_area < SMALL_AREA:
+        return f"half of the masks cover less than {reading.median_area:.3%} of their image"
+    if reading.large_area is not None and reading.large_area > LARGE_AREA:
+        return f"one in ten masks covers {reading.large_area:.0%} of its image or more"
+    if reading.constant_dice is not None and reading.constant_dice > CONSTANT_DICE:
+        return f"one constant mask fits them all (mean Dice {reading.constant_dice:.2f})"
+    if sideways:
+        return (
+            f"the masks lie on their side: their mean is {reading.up_down:.2f} like its up-down mirror, as two lungs "
+            f"are to the left-right one, and {reading.left_right:.2f} like that"
+        )
+    return ""
+
+
+def _line_share(images: Sequence[MaskedImage], order: Order) -> float | None:
+    """Share of neighbouring runs that start one line apart, within a sixteenth; of oblong images where there are any.
+
+    A line has as many px as the image has rows when they are numbered down the columns.
+    """
+    near, pairs = {True: 0, False: 0}, {True: 0, False: 0}
+    for image in images:
+        line = image.rows if order == "columns" else image.columns
+        oblong = abs(image.rows - image.columns) > (image.rows + image.columns) / 16
+        for mask in image.masks:
+            steps = np.diff(mask[:, 0])
+            near[oblong] += int((np.abs(steps - line) <= line / 16).sum())
+            pairs[oblong] += len(steps)
+    if pairs[True] >= ENOUGH_RUNS:
+        return near[True] / pairs[True]
+    return sum(near.values()) / sum(pairs.values()) if sum(pairs.values()) >= ENOUGH_RUNS else None
+
+
+def _constant_dice(images: Sequence[MaskedImage]) -> float | None:
+    """Mean Dice of the best constant mask, among those px that so and so many masks share; of the commonest size."""
+    (rows, columns), count = Counter((image.rows, image.columns) for image in images).most_common(1)[0]
+    if count < ENOUGH_IMAGES:
+        return None
+    unions = [image.union for image in images if (image.rows, image.columns) == (rows, columns)]
+    firsts = np.cumsum([0, *map(len, unions[:-1])])
+    step = -(-rows * columns // _POSITIONS)
+    begins, ends = np.concatenate(unions).T // step
+    areas = np.maximum(np.add.reduceat(ends - begins, firsts), 1)
+    length = rows * columns // step + 1
+    shared = np.cumsum(np.bincount(begins, minlength=length) - np.bincount(ends, minlength=length))
+    scores = []
+    for least in np.unique(np.geomspace(1, max(1, shared.max()), 16).astype(int)):
+        before = np.concatenate(([0], np.cumsum(shared >= least)))  # px of the constant mask before each position
+        common = np.add.reduceat(before[ends] - before[begins], firsts)
+        scores.append(float((2 * common / (areas + before[-1])).mean()))
+    return max(scores)
+
+
+def _mean_mask(images: Sequence[MaskedImage], order: Order) -> Floats:
+    """Mean of the masks, each of the same weight, float64 (16, 16): rows from the top, columns from the left."""
+    total = np.zeros((_GRID, _GRID))
+    for image in images:
+        lines, along = (image.columns, image.rows) if order == "columns" else (image.rows, image.columns)
+        centres = (np.arange(_GRID) + 0.5) / _GRID
+        positions = ((centres * lines).astype(int)[:, None] * along + (centres * along).astype(int)).reshape(-1)
+        # The edges before a position are odd in number where it is inside.
+        passed = np.bincount(np.searchsorted(positions, image.union.reshape(-1)), minlength=len(positions) + 1)
+        inside = (np.cumsum(passed[:-1]) % 2).reshape(_GRID, _GRID)
+        total += inside / max(1, inside.sum())
+    cells = total.reshape(_CELLS, _GRID // _CELLS, _CELLS, _GRID // _CELLS).mean(axis=(1, 3))
+    return np.asarray(cells.T if order == "columns" else cells)
+
+
+def _stance(mean: Floats) -> tuple[float, float, float]:
+    """How like a mean mask is to its left-right and its up-down mirror, and how full its middle is beside the peaks."""
+    centred = mean - mean.mean()
+    power = float((centred**2).sum()) or 1.0
+    profile = mean.sum(axis=0)
+    half = _CELLS // 2
+    peak = min(profile[: half - 1].max(), profile[half + 1 :].max())
+    return (
+        float((centred * centred[:, ::-1]).sum()) / power,
+        float((centred * centred[::-1]).sum()) / power,
+        float(profile[half - 1 : half + 1].mean() / peak) if peak > 0 else 1.0,
+    )
+
+
+def _stands(left_right: float, up_down: float, valley: float) -> bool:
+    """Whether a mean mask is surely that of two lungs side by side."""
+    return left_right - up_down >= MIRROR_LEAD and valley < VALLEY

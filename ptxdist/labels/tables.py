@@ -1,0 +1,213 @@
+"""Label tables, folders of mask images and patient maps -> plain dictionaries.
+
+Owns: the columns of the CSV files, and what a px of a mask image means. Refuses: tables and folders that cannot be
+right (LabelError with the line or the file). Called by: `catalog` and `phantoms.dataset`. How a table writes its runs
+is `dialect`'s.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from ptxdist.dicom.png import SIGNATURE, decode_png, read_png_header
+from ptxdist.errors import DicomError, LabelError
+from ptxdist.executor import Spread, here
+from ptxdist.labels import rle
+
+NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}\.png$")  # NIH ChestX-ray14: the first eight digits are the patient
+MAX_PIXELS = 64 * 1024 * 1024  # of a mask image, as of a radiograph
+_FILES_A_TASK = 64
+
+
+@dataclass(frozen=True)
+class MaskFolder:
+    """A folder of mask images: by image id, the texts as `rle` writes them (() for an all-black mask), and the sizes.
+
+    `sizes` are the (rows, columns) of the mask images; a mask belongs to an image of the same size only.
+    """
+
+    masks: dict[str, tuple[str, ...]]
+    sizes: dict[str, tuple[int, int]]
+
+
+def read_labels(path: Path) -> dict[str, tuple[str, ...]]:
+    """Run-length texts of each image id of a label table, in the order of the table; () for a negative image.
+
+    Reads `ImageId,EncodedPixels` with or without the challenge's blanks, a BOM, a header or gzip. A negative image has
+    `-1`, or an empty field where the whole table does it that way, as other challenges do; a table with both is
+    refused, since an empty field beside `-1` may be an image that nobody looked at. Of a folder, the masks of
+    `read_mask_folder`. Raises LabelError with the line for missing columns, malformed runs, and an id that has both a
+    mask and none.
+    """
+    if path.is_dir():
+        return read_mask_folder(path).masks
+    masks: dict[str, list[str]] = {}
+    negative: set[str] = set()
+    empty_line, minus_line = 0, 0
+    for line, case_id, text in _label_rows(path):
+        try:
+            runs = rle.parse(text or rle.EMPTY)
+        except LabelError as error:
+            raise LabelError(f"{path}, line {line}, {case_id}: {error}") from None
+        found = masks.setdefault(case_id, [])
+        if len(runs):
+            found.append(text)
+        else:
+            negative.add(case_id)
+            empty_line, minus_line = (empty_line, minus_line or line) if text else (empty_line or line, minus_line)
+        if found and case_id in negative:
+            raise LabelError(
+                f"{path}, line {line}: {case_id} has a row without a mask (no pneumothorax) and one with a mask; "
+                "remove one"
+            )
+    _check_empty_fields(path, empty_line, minus_line, bool(masks), len(negative) < len(masks))
+    return {case_id: tuple(texts) for case_id, texts in masks.items()}
+
+
+def _check_empty_fields(path: Path, empty_line: int, minus_line: int, rows: bool, positive: bool) -> None:
+    """Lines are those of the first empty field and the first `-1`, 0 when there is none."""
+    if not rows:
+        raise LabelError(f"{path}: the label table has no rows")
+    if empty_line and minus_line:
+        raise LabelError(
+            f"{path}, line {empty_line}: the field for the mask is empty, while line {minus_line} says '-1' for no "
+            "pneumothorax; write '-1', or remove the row of an image that nobody labelled"
+        )
+    if empty_line and not positive:
+        raise LabelError(f"{path}: the field for the mask is empty in every row; '-1' means no pneumothorax")
+
+
+def read_mask_folder(folder: Path, spread: Spread = here) -> MaskFolder:
+    """Masks of the PNG files `<image id>.png` in a folder or below it, in the order of their paths.
+
+    A px is inside the mask when it is brighter than half of what its bits can hold (over 127 of 255); a file with no
+    value but 0 and 1 is taken by these. Gray values and three equal colour channels are read. Raises LabelError when
+    there is no PNG, two have one name, or a file is damaged or no mask (its brightest px is dark, but not black).
+    """
+    paths = _find_masks(folder)
+    starts = range(0, len(paths), _FILES_A_TASK)
+    found = dict(spread(_read_masks, [(folder, start, paths[start : start + _FILES_A_TASK]) for start in starts]))
+    read = dict(zip((path.stem for path in paths), (mask for start in starts for mask in found[start]), strict=True))
+    return MaskFolder(
+        {case_id: () if text == rle.EMPTY else (text,) for case_id, (text, _) in read.items()},
+        {case_id: size for case_id, (_, size) in read.items()},
+    )
+
+
+def _find_masks(folder: Path) -> list[Path]:
+    def unreadable(error: OSError) -> None:  # left to itself, os.walk passes over what it may not read
+        raise LabelError(f"{folder}: a folder in it cannot be read: {error.strerror}") from error
+
+    paths = sorted(
+        Path(where) / name
+        for where, _, names in os.walk(folder, onerror=unreadable)
+        for name in names
+        if name.lower().endswith(".png") and not name.startswith(".")
+    )
+    if not paths:
+        raise LabelError(f"{folder}: no mask images (<image id>.png) in it or below it")
+    case_id, count = Counter(path.stem for path in paths).most_common(1)[0]
+    if count > 1:
+        raise LabelError(f"{folder}: {count} mask images in it are called {case_id}; an image has one")
+    return paths
+
+
+def _read_masks(folder: Path, start: int, paths: Sequence[Path]) -> tuple[int, list[tuple[str, tuple[int, int]]]]:
+    """One task: `start` comes back with the results, which arrive in any order."""
+    return start, [_read_mask(folder, path) for path in paths]
+
+
+def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
+    where = f"{folder}: the mask image {path.name}"  # not the folders between, which may be named after patients
+    try:
+        content = path.read_bytes() if path.is_file() else b""  # a pipe would never end
+        if not content.startswith(SIGNATURE):
+            raise DicomError("is not a PNG")
+        header = read_png_header(content, MAX_PIXELS, mask=True)
+        values = decode_png(content, header)
+    except OSError as error:
+        raise LabelError(f"{where} cannot be read: {error.strerror}") from None
+    except DicomError as error:
+        raise LabelError(f"{where} {error}") from None
+    brightest, half = int(values.max()), int(np.iinfo(values.dtype).max) // 2
+    if 1 < brightest <= half:
+        raise LabelError(f"{where} is dark (its brightest px is {brightest}); a mask is black and white")
+    return rle.encode(values > (half if brightest > 1 else 0)), (header.rows, header.columns)
+
+
+def line_of(path: Path, case_id: str, text: str) -> int:
+    """Line of a label table that has this run-length text for this image; 0 when none has."""
+    return next((line for line, *row in _label_rows(path) if row[0] == case_id and row[1] == text), 0)
+
+
+def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Line, image id and run-length text of each row, without the blanks around them."""
+    csv.field_size_limit(2**31 - 1)
+    with _open_text(path) as file:
+        reader = csv.reader(file)
+        header = next(reader, None)
+        if header is None:
+            raise LabelError(f"{path}: the label table is empty")
+        names = [name.strip().lower() for name in header]
+        if "imageid" in names and "encodedpixels" in names:
+            id_column, mask_column = names.index("imageid"), names.index("encodedpixels")
+        elif len(header) == 2 and re.fullmatch(r"-1|\d+( \d+)+", header[1].strip()):
+            id_column, mask_column = 0, 1  # the challenge's sample table has no header
+            yield 1, header[0].strip(), header[1].strip()
+        else:
+            raise LabelError(f"{path}: expected the columns ImageId and EncodedPixels, found: {', '.join(header)}")
+        for row in reader:
+            if not row:
+                continue
+            if len(row) <= max(id_column, mask_column) or not row[id_column].strip():
+                raise LabelError(f"{path}, line {reader.line_num}: expected an id and a run-length text")
+            yield reader.line_num, row[id_column].strip(), row[mask_column].strip()
+
+
+def read_patients(path: Path) -> dict[str, str]:
+    """Patient of each image id, from a CSV whose first two columns are image id and patient (with a header).
+
+    NIH image names (`00028864_007.png`) are reduced to their patient. LabelError for an id with two patients.
+    """
+    patients: dict[str, str] = {}
+    with _open_text(path) as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if len(header) < 2:
+            raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
+        for row in reader:
+            if not row:
+                continue
+            if len(row) < 2 or not row[0].strip() or not row[1].strip():
+                raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
+            case_id, patient = row[0].strip(), row[1].strip()
+            match = NIH_IMAGE.match(patient)
+            patient = match.group(1) if match else patient
+            if patients.setdefault(case_id, patient) != patient:
+                raise LabelError(f"{path}, line {reader.line_num}: {case_id} has two different patients")
+    if not patients:
+        raise LabelError(f"{path}: the patient map has no rows")
+    return patients
+
+
+@contextmanager
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """The file as text; whatever goes wrong while it is open, not only at its start, is a LabelError."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise LabelError(f"{path}: cannot be read as a CSV file: {reason}") from error

@@ -1,1 +1,0 @@
-"""Stores in, weights and numbers out: torch, torchvision, albumentations; never ray."""

@@ -1,0 +1,253 @@
+"""A synthetic data set in the shape of the SIIM-ACR one, for the demo and the tests.
+
+Owns: nested folders of JPEG Baseline DICOM files, a label table with the real table's oddities, a map of images to
+patients. Refuses: writing into a folder that holds anything. Called by: `cli` and the tests.
+
+Where things are in a phantom is `anatomy`'s, its grey levels are `greys`'s. Everything random about an image comes
+from (seed, index of the image), so it does not depend on the workers.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
+
+from ptxdist.errors import LabelError, RunError, SettingsError
+from ptxdist.executor import processes
+from ptxdist.labels import rle
+from ptxdist.labels.tables import read_labels
+from ptxdist.phantoms import anatomy, greys
+from ptxdist.phantoms.anatomy import SIZE_PX, Image
+
+CHUNK = 16
+UNLABELLED_SHARE = 0.004
+LABEL_HEADER = ("ImageId", " EncodedPixels")  # the blank is the real table's
+
+_SPACINGS_MM = ("0.139", "0.143", "0.168", "0.171", "0.194311")
+
+
+@dataclass(frozen=True)
+class PhantomResult:
+    """What was written: the folder of DICOM files, the two tables, and how many images of which kind."""
+
+    dicom: Path
+    labels: Path
+    patients: Path
+    images: int
+    positives: int
+    unlabelled: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One image to draw. `texts` None: draw the masks too, or none; `rows` False: leave it out of the table."""
+
+    index: int
+    patient: int
+    positive: bool
+    rows: bool = True
+    image_id: str | None = None
+    texts: tuple[str, ...] | None = None
+
+
+def write_phantoms(
+    out: Path,
+    *,
+    cases: int,
+    seed: int = 0,
+    positive_share: float = 0.2215,
+    labels: Path | None = None,
+    workers: int = 1,
+    on_image: Callable[[int, int], None] | None = None,
+) -> PhantomResult:
+    """Write `cases` phantoms under `out`: `dicom-images/<study>/<series>/<image>.dcm`, `train-rle.csv`, `patients.csv`.
+
+    `positive_share` of the labelled images show a pneumothorax; about 0.4 % of the files (at least one from 20 cases
+    on) have no row in the table. With `labels`, a label table (CSV, may be .gz), images are drawn for its ids and
+    masks instead: all of them when `cases` is 0, else the first `cases`. `on_image` hears (images done, images).
+    The files are the same for any number of `workers`. Everything is written beside `out` and renamed at
+    the end. Raises SettingsError for a wrong number, LabelError for a table that cannot be used, and RunError when
+    `out` holds anything.
+    """
+    _check(cases, seed, positive_share, labels, workers)
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out} exists and is not an empty folder; name another one or delete it, nothing was written")
+    tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
+    part = out.with_name(f".{out.name}.part-{os.getpid()}")
+    part.mkdir(parents=True)
+    try:
+        rows = _draw_all(part / "dicom-images", tasks, seed, workers, on_image)
+        with (part / "train-rle.csv").open("w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(LABEL_HEADER)
+            table.writerows((name, text) for name, texts in rows for text in texts)
+        with (part / "patients.csv").open("w", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")
+            table.writerow(("ImageId", "PatientId"))
+            table.writerows((name, f"{task.patient:08d}") for task, (name, _) in zip(tasks, rows, strict=True))
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    positives = sum(task.positive for task in tasks)
+    unlabelled = sum(not task.rows for task in tasks)
+    return PhantomResult(
+        out / "dicom-images", out / "train-rle.csv", out / "patients.csv", len(rows), positives, unlabelled
+    )
+
+
+def _check(cases: int, seed: int, positive_share: float, labels: Path | None, workers: int) -> None:
+    least = 1 if labels is None else 0
+    if cases < least:
+        raise SettingsError(f"cases must be at least {least}, found {cases}")
+    if not 0 <= positive_share <= 1:
+        raise SettingsError(f"positive_share must be between 0 and 1, found {positive_share}")
+    if seed < 0 or workers < 1:
+        raise SettingsError(f"seed must be at least 0 and workers at least 1, found seed {seed}, workers {workers}")
+
+
+# --- which images there are -------------------------------------------------------------------------------------
+
+
+def _plan(cases: int, seed: int, positive_share: float) -> list[_Task]:
+    rng = np.random.default_rng((seed, 0, 1))  # (seed, index) belongs to the images
+    unlabelled = max(round(UNLABELLED_SHARE * cases), 1 if cases >= 20 else 0)
+    order = rng.permutation(cases)
+    labelled = np.ones(cases, bool)
+    labelled[order[:unlabelled]] = False
+    positive = np.zeros(cases, bool)
+    positive[order[unlabelled:][: round(positive_share * (cases - unlabelled))]] = True
+    patients = _assign_patients(positive, rng)
+    return [_Task(i, int(patients[i]), bool(positive[i]), bool(labelled[i])) for i in range(cases)]
+
+
+def _plan_table(path: Path, cases: int, seed: int) -> list[_Task]:
+    texts = read_labels(path)
+    names = list(texts)[: cases or None]
+    for name in names:
+        if name in (".", "..") or set(name) & set("/\\\0"):
+            raise LabelError(f"{path}: the image id {name!r} cannot be the name of a file")
+    positive = np.array([bool(texts[name]) for name in names])
+    patients = _assign_patients(positive, np.random.default_rng((seed, 0, 1)))
+    return [
+        _Task(i, int(patients[i]), bool(positive[i]), image_id=name, texts=texts[name] or (rle.EMPTY,))
+        for i, name in enumerate(names)
+    ]
+
+
+def _assign_patients(positive: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Patient of each image: positives fall on few patients, who also own a fifth of the negatives, as in the data."""
+    patients = np.zeros(len(positive), np.int64)
+
+    def deal(images: npt.NDArray[np.int64], first: int, mean: float, spread: float, most: int) -> int:
+        sizes = np.minimum(1 + rng.lognormal(mean, spread, len(images)).astype(np.int64), most)
+        patients[images] = first + np.repeat(np.arange(len(sizes)), sizes)[: len(images)]
+        return int(patients[images].max(initial=first - 1)) + 1
+
+    end = deal(rng.permutation(np.flatnonzero(positive)), 1, 0.3, 1.25, 61)
+    negatives = rng.permutation(np.flatnonzero(~positive))
+    shared = len(negatives) // 5 if end > 1 else 0
+    patients[negatives[:shared]] = rng.integers(1, max(end, 2), shared)
+    deal(negatives[shared:], end, -1.0, 1.2, 30)
+    return patients
+
+
+def _draw_all(
+    folder: Path, tasks: Sequence[_Task], seed: int, workers: int, on_image: Callable[[int, int], None] | None
+) -> list[tuple[str, list[str]]]:
+    """Draw and write all images; ids and label rows in the order of `tasks`."""
+    chunks = [(start, folder, tasks[start : start + CHUNK], seed) for start in range(0, len(tasks), CHUNK)]
+    results: dict[int, list[tuple[str, list[str]]]] = {}
+    done = 0
+    with processes(workers) as spread:
+        for start, rows in spread(_write_chunk, chunks):
+            results[start] = rows
+            done += len(rows)
+            if on_image:
+                on_image(done, len(tasks))
+    return [row for start in sorted(results) for row in results[start]]
+
+
+def _write_chunk(
+    start: int, folder: Path, tasks: Sequence[_Task], seed: int
+) -> tuple[int, list[tuple[str, list[str]]]]:
+    cv2.setNumThreads(1)
+    return start, [_write_image(folder, task, seed) for task in tasks]
+
+
+# --- one file ---------------------------------------------------------------------------------------------------
+
+
+def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
+    rng = np.random.default_rng((seed, task.index))
+    node, second = rng.integers(1, 32768), 1517875160 + rng.integers(0, 100)
+    uid = f"1.2.276.0.7230010.3.1.{{}}.8323329.{node}.{second}.{{}}"
+    study, series, image = (uid.format(kind, 100_000 + 3 * task.index + kind) for kind in (2, 3, 4))
+    name = task.image_id or image
+    view = "PA" if rng.random() < 0.6 else "AP"
+    chest = anatomy.pose(rng, view)
+    if task.texts is None:
+        masks = anatomy.draw_masks(rng, chest) if task.positive else []
+        texts = [rle.encode(mask) for mask in masks] or [rle.EMPTY]
+    else:
+        texts = list(task.texts)
+        masks = [rle.decode(texts, SIZE_PX, SIZE_PX)] if task.positive else []
+    union = np.maximum.reduce(masks) if masks else np.zeros((SIZE_PX, SIZE_PX), np.uint8)
+    data = _encode(greys.draw_image(rng, chest, union))
+    path = folder / study / series / f"{name}.dcm"
+    path.parent.mkdir(parents=True)
+    with pydicom.config.disable_value_validation():  # '62' is no valid age, ID_… no valid UID: the data has both
+        _dataset(rng, (study, series, name), view, task.patient, data).save_as(path, enforce_file_format=True)
+    return name, texts if task.rows else []
+
+
+def _encode(image: Image) -> bytes:
+    """JPEG of about 100 to 190 kB, like the real files."""
+    data = b""
+    for quality in (90, 94):
+        data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        if len(data) > 105_000:
+            break
+    return data
+
+
+def _dataset(rng: np.random.Generator, uids: tuple[str, str, str], view: str, patient: int, data: bytes) -> FileDataset:
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = uids[2]
+    meta.TransferSyntaxUID = JPEGBaseline8Bit
+    ds = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    ds.SpecificCharacterSet = "ISO_IR 100"
+    ds.SOPClassUID, ds.SOPInstanceUID = SecondaryCaptureImageStorage, uids[2]
+    ds.StudyInstanceUID, ds.SeriesInstanceUID = uids[:2]
+    ds.StudyDate, ds.StudyTime, ds.AccessionNumber, ds.StudyID = "19010101", "000000.00", "", ""
+    ds.Modality, ds.ConversionType, ds.BodyPartExamined = "CR", "WSD", "CHEST"
+    ds.SeriesDescription, ds.ViewPosition, ds.PatientOrientation = f"view: {view}", view, ""
+    ds.SeriesNumber, ds.InstanceNumber = "1", "1"
+    ds.PatientName = ds.PatientID = str(uuid.UUID(bytes=rng.bytes(16), version=4))  # one per image: groups nothing
+    ds.PatientBirthDate, ds.ReferringPhysicianName = "", ""
+    ds.PatientSex, ds.PatientAge = "MF"[patient % 2], str(20 + patient * 37 % 70)
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    ds.Rows = ds.Columns = SIZE_PX
+    ds.PixelSpacing = [_SPACINGS_MM[rng.integers(len(_SPACINGS_MM))]] * 2
+    ds.BitsAllocated = ds.BitsStored = 8
+    ds.HighBit, ds.PixelRepresentation = 7, 0
+    ds.LossyImageCompression, ds.LossyImageCompressionMethod = "01", "ISO_10918_1"
+    ds.PixelData = encapsulate([data])
+    return ds

@@ -1,0 +1,230 @@
+"""A model to share: one file with weights, operating point, settings and what is known about it.
+
+    model.ptxdist               a zip file, nothing in it compressed
+        card.json               ModelCard, with the sha256 of the other members
+        README.md               the same for people
+        weights.safetensors
+
+Owns: that file, and what must be known to predict with a run. Refuses: files that are no bundle, were altered or need
+a newer version (CheckpointError), runs that are not finished (RunError). Called by: `predictor`, `export`.
+
+Loading runs no code: tensors are in safetensors, the rest is JSON that has to fit a strict model. The checksums show
+damage and careless changes; against a forger only the sha256 of the whole file helps, compared with one from elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import safetensors.torch
+
+from ptxdist.cache.render import TRANSFORM
+from ptxdist.config import PipelineSettings, fingerprint
+from ptxdist.errors import CheckpointError, RunError
+from ptxdist.rundir import EvaluationResult, OperatingPoint, Record, file_sha256, read_result, read_settings
+from ptxdist.train.checkpoint import fill_model, load_weights
+from ptxdist.train.unet import UNet, build_unet
+
+SUFFIX = ".ptxdist"
+CARD, README, WEIGHTS = "card.json", "README.md", "weights.safetensors"
+_MAX_BYTES = {CARD: 2**24, README: 2**20, WEIGHTS: 2**31}
+_WHEN = (1980, 1, 1, 0, 0, 0)  # of each member: the same run gives the same bytes
+
+
+class ModelCard(Record):
+    """All that must be known beside the weights to predict with a model, and what is known of its making.
+
+    `preprocessing` counts the rule from a file to the network's square (`cache.render.TRANSFORM`); `fingerprint` is
+    that of the last stage: settings, code and every image and mask it was trained on. `pipeline` names no file.
+    """
+
+    format: Literal["ptxdist bundle 1"] = "ptxdist bundle 1"
+    name: str
+    size_px: int
+    preprocessing: int
+    precision: str
+    flip_averaging: bool
+    operating_point: OperatingPoint
+    operating_point_from: str
+    pipeline: PipelineSettings
+    fingerprint: str
+    evaluation: EvaluationResult
+    weights_sha256: str
+
+
+def describe_run(run: Path) -> tuple[ModelCard, Path]:
+    """The card of a finished run's last stage, and its weights; RunError when the run is not finished."""
+    settings, result = read_settings(run), read_result(run)
+    stage, pipeline = result.stages[-1], settings.pipeline
+    source = pipeline.model.encoder_weights
+    if source not in ("imagenet", "none"):  # a path, which nobody else has and which may name somebody
+        pipeline = pipeline.model_copy(update={"model": pipeline.model.model_copy(update={"encoder_weights": "file"})})
+    point, origin = _operating_point(result.evaluation)
+    card = ModelCard(
+        name=pipeline.name,
+        size_px=stage.size_px,
+        preprocessing=TRANSFORM,
+        precision=settings.train.precision,
+        flip_averaging=result.evaluation.flip_averaging,
+        operating_point=point,
+        operating_point_from=origin,
+        pipeline=pipeline,
+        fingerprint=stage.fingerprint,
+        evaluation=result.evaluation,
+        weights_sha256=stage.weights_sha256,
+    )
+    return card, run / stage.weights
+
+
+def _operating_point(evaluation: EvaluationResult) -> tuple[OperatingPoint, str]:
+    """The tuned point with the best estimate on cases it was not chosen on, else the evaluation's own threshold."""
+    if evaluation.tuned:
+        best = max(evaluation.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
+        return best.point, f"the evaluation's tuned {best.kind}"
+    threshold = evaluation.threshold
+    return OperatingPoint(top=threshold, min_area_px=evaluation.min_area_px, bottom=threshold), "the stage's threshold"
+
+
+def load_model(path: Path) -> tuple[ModelCard, UNet]:
+    """Card and network, on the CPU, of a finished run (a folder) or a bundle (a file).
+
+    Raises RunError or CheckpointError with what is wrong.
+    """
+    if path.is_dir():
+        card, weights = describe_run(path)
+        model = _empty_model(card)
+        load_weights(model, weights, card.weights_sha256)
+        return card, model
+    if not path.is_file():
+        raise RunError(f"no model at {path}: give a run folder of `ptxdist train` or a bundle of `ptxdist export`")
+    card, content = read_bundle(path)
+    model = _empty_model(card)
+    try:
+        state = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: its weights are damaged: {error}") from error
+    fill_model(model, state, str(path))
+    return card, model
+
+
+def _empty_model(card: ModelCard) -> UNet:
+    return build_unet(card.pipeline.model.model_copy(update={"encoder_weights": "none"}))
+
+
+def write_bundle(run: Path, out: Path) -> str:
+    """Write the bundle of a finished run in one step; return the sha256 of the file.
+
+    The same run gives the same bytes. Raises RunError when the run is not finished, CheckpointError when its weights
+    are not those of its result, or when the file cannot be written.
+    """
+    card, path = describe_run(run)
+    if not path.is_file() or file_sha256(path) != card.weights_sha256:
+        raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
+    weights, readme = path.read_bytes(), _readme(card).encode()
+    plain = card.model_dump(mode="json")
+    plain["sha256"] = {README: _sha256(readme), WEIGHTS: _sha256(weights), CARD: fingerprint(plain)}
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in ((CARD, json.dumps(plain, indent=2).encode()), (README, readme), (WEIGHTS, weights)):
+            archive.writestr(zipfile.ZipInfo(name, _WHEN), content)
+    write_whole(out, file.getvalue())
+    return _sha256(file.getvalue())
+
+
+def write_whole(out: Path, content: bytes) -> None:
+    """Write a file in one step: it is there whole, or the former one stays; CheckpointError when it cannot be."""
+    temporary = out.with_name(out.name + ".tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from error
+    finally:
+        if temporary.is_file():  # where its folder is none, asking for it to go raises once more
+            temporary.unlink()
+
+
+def read_bundle(path: Path) -> tuple[ModelCard, bytes]:
+    """Card of a bundle, and its weights as the content of a safetensors file, both checked.
+
+    Raises CheckpointError when the file is no bundle, is damaged, was altered, or is of another version.
+    """
+    foreign = f"{path} is no bundle of `ptxdist export`"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if [member.filename for member in members] != [CARD, README, WEIGHTS] or any(
+                member.compress_type or member.file_size > _MAX_BYTES[member.filename] for member in members
+            ):
+                raise CheckpointError(f"{foreign} (it should hold {CARD}, {README} and {WEIGHTS}, not compressed)")
+            card, readme, weights = (archive.read(member) for member in members)
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{foreign}, or is damaged: {error}; get the file again from where it was made"
+        ) from error
+    return _check(path, card, readme, weights), weights
+
+
+def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCard:
+    try:
+        plain: Any = json.loads(content)
+        sums = plain.pop("sha256")
+        found = {README: _sha256(readme), WEIGHTS: _sha256(weights), CARD: fingerprint(plain)}
+        altered = [name for name in found if sums[name] != found[name]]
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: its {CARD} cannot be read; get the file again") from error
+    if altered:
+        raise CheckpointError(f"{path} was altered after it was written: {', '.join(altered)} has another checksum")
+    try:
+        card = ModelCard.model_validate_json(json.dumps(plain))
+    except ValueError as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise CheckpointError(
+            f"{path}: its {CARD} does not fit this version of ptxdist ({first}); "
+            "use the version that wrote it, or export the run again"
+        ) from error
+    if card.weights_sha256 != found[WEIGHTS]:
+        raise CheckpointError(f"{path}: its weights are not those of its {CARD}")
+    if card.preprocessing != TRANSFORM:
+        raise CheckpointError(
+            f"{path} was trained on images prepared by rule {card.preprocessing}, this version has rule {TRANSFORM}; "
+            "use the version that wrote it"
+        )
+    return card
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _readme(card: ModelCard) -> str:
+    scores, point, model = card.evaluation.scores, card.operating_point, card.pipeline.model
+    positive = "not defined" if scores.positive_dice is None else f"{scores.positive_dice:.4f}"
+    return f"""# Pneumothorax segmentation: {card.name}
+
+Research use only; not a medical device. Made with ptxdist: `ptxdist predict FILE.ptxdist IMAGES --out DIR`.
+
+- **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
+- **Network**: U-Net on a ResNet-34, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
+  encoder from {model.encoder_weights}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
+- **Operating point** (from {card.operating_point_from}): a mask is empty unless {point.min_area_px} px of the original
+  image reach {point.top:g}; it is made of all px that reach {point.bottom:g}.
+- **Measured** at threshold {card.evaluation.threshold:g} on {scores.cases} held-out images, {scores.positives} of them
+  positive: Kaggle Dice {scores.kaggle_dice:.4f} (predicting nothing: {scores.all_empty_dice:.4f}), positives-only Dice
+  {positive}, pooled Dice {scores.pooled_dice:.4f}.
+- **Not known**: how it does on other scanners, countries, ages, devices in the chest, or lateral views.
+- **Data**: fingerprint {card.fingerprint}, over settings, code and every image and mask of its training.
+- **Weights**: sha256 {card.weights_sha256}.
+"""

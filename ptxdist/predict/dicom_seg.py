@@ -1,0 +1,122 @@
+"""A mask -> DICOM Segmentation object that refers to the radiograph it was made from.
+
+Owns: what is written into a DICOM SEG (PS3.3 A.51). Refuses: sources whose ids a reference needs and that are not
+there (DicomError). Called by: `predict.folder`. Needs the extra `seg` (highdicom).
+
+The object is filed in the radiograph's study, so it carries the patient's name and number as the radiograph does: the
+only output of ptxdist that does. Its own ids are derived from the source's and from what made the mask, so that the
+same prediction gives the same object.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from io import BytesIO
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+from pydicom.uid import RE_VALID_UID, ExplicitVRLittleEndian, generate_uid
+
+from ptxdist import __version__
+from ptxdist.dicom.png import SIGNATURE
+from ptxdist.errors import DicomError, SettingsError
+
+_NAME = "ptxdist pneumothorax segmentation"
+_SERIES_NUMBER = 9001  # far from those of acquisitions; no standard says which to take
+
+_REFERENCES = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+# Must be there, if only empty (PS3.3 C.7.1.1, C.7.2.1); not all files have them.
+_TYPE_2 = (
+    "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
+    "AccessionNumber", "ReferringPhysicianName",
+)  # fmt: skip
+
+
+def require_highdicom() -> None:
+    """SettingsError when the extra is not installed."""
+    try:
+        import highdicom  # noqa: F401
+    except ImportError:
+        raise SettingsError("DICOM SEG needs highdicom: pip install 'ptxdist[seg]'") from None
+
+
+def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Sequence[str]) -> bytes:
+    """The DICOM SEG file of a mask bool (rows, columns) with at least one px, for the radiograph in `content`.
+
+    `models` are the sha256 of the weights; they go into the ids and the description. Raises DicomError when the source
+    is a PNG, or has no valid instance, series and study UID to refer to.
+    """
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+    from pydicom.sr.coding import Code
+
+    source = _read_source(content)
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name=_NAME,
+        family=codes.cid7162.ArtificialIntelligence,
+        version=__version__,
+        parameters={"weights": ",".join(digest[:16] for digest in models)},
+    )
+    segment = hd.seg.SegmentDescription(
+        segment_number=1,
+        segment_label="Pneumothorax",
+        segmented_property_category=Code("49755003", "SCT", "Morphologically Abnormal Structure"),
+        segmented_property_type=Code("36118008", "SCT", "Pneumothorax"),
+        algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+        algorithm_identification=algorithm,
+    )
+    origin = [str(source.SOPInstanceUID), *models]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd values of the source are none of ours
+            result = hd.seg.Segmentation(
+                source_images=[source],
+                pixel_array=mask.astype(np.uint8)[None],
+                segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+                segment_descriptions=[segment],
+                series_instance_uid=generate_uid(entropy_srcs=["series", *origin]),
+                series_number=_SERIES_NUMBER,
+                sop_instance_uid=generate_uid(entropy_srcs=[*origin, mask.tobytes().hex()]),
+                instance_number=1,
+                manufacturer="ptxdist",
+                manufacturer_model_name="ptxdist",
+                software_versions=__version__,
+                device_serial_number=models[0][:16],
+                content_label="PNEUMOTHORAX",
+                content_description="Research use only",
+                series_description="Pneumothorax, research use only",
+                transfer_syntax_uid=ExplicitVRLittleEndian,
+            )
+            if "PatientOrientation" not in result:  # wanted where no plane orientation says it; empty where not known
+                result.PatientOrientation = source.get("PatientOrientation") or []
+            file = BytesIO()
+            result.save_as(file, enforce_file_format=True)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # highdicom and pydicom on odd headers
+        raise DicomError(f"has a header from which no DICOM SEG can be made ({type(error).__name__})") from error
+    return file.getvalue()
+
+
+def _read_source(content: bytes) -> pydicom.Dataset:
+    if content.startswith(SIGNATURE):
+        raise DicomError("is a PNG, which a DICOM SEG cannot refer to")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = pydicom.dcmread(BytesIO(content), stop_before_pixels=True, force=True)
+        ids = {name: str(source.get(name, "") or "") for name in _REFERENCES}
+    for name, value in ids.items():
+        if not re.fullmatch(RE_VALID_UID, value):
+            raise DicomError(f"has no valid {name}, which a DICOM SEG has to refer to")
+    for name in _TYPE_2:
+        if name not in source:
+            setattr(source, name, "")
+    # What is copied from the source has to be valid in the new object: the challenge's files have ages such as `62`.
+    age = str(source.get("PatientAge", "") or "")
+    if not re.fullmatch(r"\d{3}[DWMY]", age):
+        source.PatientAge = f"{int(age):03d}Y" if re.fullmatch(r"\d{1,3}", age) else ""
+    for name in ("PixelSpacing", "ImagerPixelSpacing"):
+        if name in source and not all(float(value) > 0 for value in source[name].value or [0]):
+            del source[name]
+    return source

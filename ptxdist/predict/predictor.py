@@ -1,0 +1,210 @@
+"""Models and files -> predictions, streaming.
+
+Owns: how several models make one probability map, and the pipeline of decoding, network and what comes after it.
+Refuses: models that cannot be loaded (CheckpointError, RunError), files that are no radiograph (DicomError). Called by:
+`predict`, `serve`, and anybody's Python. A file is read and fitted into a square as in `cache.render`, and a map goes
+back to the original resolution as in `scoring`, so a held-out case gets the mask that `evaluate` has given it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ptxdist.cache.render import fit_square, resize
+from ptxdist.dicom.pixels import Pixels
+from ptxdist.dicom.radiograph import read_bytes, read_radiograph
+from ptxdist.errors import CheckpointError, DicomError, SettingsError
+from ptxdist.predict.bundle import ModelCard, load_model
+from ptxdist.rundir import OperatingPoint
+from ptxdist.train.scoring import mask_at, to_original
+from ptxdist.train.step import choose_precision
+
+Device = Literal["auto", "cpu", "gpu"]
+BATCH = 4  # images a pass on a CPU, and the fewest: with fewer rows oneDNN rounds differently, so bytes would differ
+_GPU_BATCH = 16
+_DECODERS = 4  # threads: a decoded image is ready in 3 ms, and a GPU wants one as often
+_AHEAD = 2  # batches that are decoded before their turn
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the models see in one radiograph, all of it at the original resolution.
+
+    `pixels` uint8 (rows, columns), air dark; `probability` float32 (rows, columns), 0..1; `mask` bool (rows, columns);
+    `score` the highest probability at the network's size; `content` the file as it was read.
+    """
+
+    case_id: str
+    pixels: Pixels = field(repr=False)
+    probability: npt.NDArray[np.float32] = field(repr=False)
+    mask: npt.NDArray[np.bool_] = field(repr=False)
+    score: float
+    content: bytes = field(repr=False)
+
+    @property
+    def area_px(self) -> int:
+        """Px of the mask."""
+        return int(np.count_nonzero(self.mask))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A file that is ready for the network: `squares` uint8 (size, size) by size."""
+
+    case_id: str
+    pixels: Pixels
+    squares: dict[int, Pixels]
+    content: bytes
+
+
+class Predictor:
+    """One model, or several whose probabilities are averaged, with an operating point.
+
+    `cards` say what the models are, `models` are on `device`; all are in inference mode. Safe to use from one thread.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        models: Sequence[nn.Module],
+        device: torch.device,
+        operating_point: OperatingPoint | None = None,
+    ) -> None:
+        self.cards, self.device = tuple(cards), device
+        self.models = tuple(model.to(device).to(memory_format=torch.channels_last).eval() for model in models)
+        self.operating_point = operating_point or self.cards[0].operating_point
+        self.flip_averaging = self.cards[0].flip_averaging
+        self._sizes = sorted({card.size_px for card in self.cards})
+
+    @classmethod
+    def load(
+        cls, *models: str | os.PathLike[str], device: Device = "auto", operating_point: OperatingPoint | None = None
+    ) -> Predictor:
+        """Load finished runs (folders) or bundles (files).
+
+        Without an `operating_point` the first model's holds, as does its flip averaging. `auto` takes a GPU if there is
+        one. Raises RunError, CheckpointError, or SettingsError for a device that is not there.
+        """
+        if not models:
+            raise CheckpointError("no model to predict with: give a finished run or a bundle")
+        loaded = [load_model(Path(model)) for model in models]
+        return cls([card for card, _ in loaded], [model for _, model in loaded], choose_device(device), operating_point)
+
+    def predict(self, path: str | os.PathLike[str]) -> Prediction:
+        """Predict one DICOM (or PNG) file; DicomError when it is no radiograph."""
+        return self.predict_content(read_bytes(Path(path)), name=Path(path).name)
+
+    def predict_content(self, content: bytes, name: str = "") -> Prediction:
+        """Predict the content of a file; `name` is the file's, which a PNG needs. DicomError as `predict`."""
+        item = self._load(content, name)
+        return next(iter(self._run([item], fewest=1)))
+
+    def predict_many(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, Prediction | DicomError]]:
+        """Predict files as they come; each path with its prediction, or with why there is none.
+
+        Files are decoded in threads while the network runs; at most a few batches are in memory.
+        """
+        read = ((Path(path), _reader(Path(path))) for path in paths)
+        return self.stream(read)
+
+    def stream(
+        self, items: Iterable[tuple[Item, Callable[[], tuple[bytes, str]]]]
+    ) -> Iterator[tuple[Item, Prediction | DicomError]]:
+        """As `predict_many`, for anything that can be read; reading returns content and file name."""
+
+        def load(item: tuple[Item, Callable[[], tuple[bytes, str]]]) -> tuple[Item, _Loaded | DicomError]:
+            try:
+                return item[0], self._load(*item[1]())
+            except DicomError as error:
+                return item[0], error
+
+        size = BATCH if self.device.type == "cpu" else _GPU_BATCH
+        loaded = ahead(load, items, threads=_DECODERS, most=_AHEAD * size)
+        while batch := list(itertools.islice(loaded, size)):
+            sound = [item for _, item in batch if isinstance(item, _Loaded)]
+            predictions = iter(self._run(sound, fewest=BATCH) if sound else ())
+            for key, item in batch:
+                yield key, item if isinstance(item, DicomError) else next(predictions)
+
+    def _load(self, content: bytes, name: str) -> _Loaded:
+        radiograph = read_radiograph(content, name=name)
+        square = fit_square(radiograph.pixels)
+        squares = {size: resize(square, size) for size in self._sizes}
+        return _Loaded(radiograph.header.case_id, radiograph.pixels, squares, content)
+
+    @torch.inference_mode()
+    def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction]:
+        maps = {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
+        share = {size: sum(card.size_px == size for card in self.cards) / len(self.cards) for size in self._sizes}
+        for row, item in enumerate(items):
+            rows, columns = item.pixels.shape
+            parts = [to_original(maps[size][row], rows, columns) * share[size] for size in self._sizes]
+            probability = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+            score = sum(float(maps[size][row].amax()) * share[size] for size in self._sizes)
+            whole = probability.float().cpu().numpy()
+            mask = mask_at(torch.from_numpy(whole), self.operating_point).numpy()
+            yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content)
+
+    def probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> Tensor:
+        """Mean probabilities (n, size, size) of the models of one size; a pass sees `fewest` images at least."""
+        stacked = torch.zeros(max(len(squares), fewest), 1, size, size, dtype=torch.uint8)
+        stacked[: len(squares), 0] = torch.from_numpy(np.stack(squares))
+        image = stacked.to(self.device)
+        found = []
+        for card, model in zip(self.cards, self.models, strict=True):
+            if card.size_px != size:
+                continue
+            precision = choose_precision(card.precision, self.device)
+            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+                logits = model(image).float()
+                mirrored = model(image.flip(-1)).float() if self.flip_averaging else None
+            probability = logits.sigmoid()
+            if mirrored is not None:
+                probability = (probability + mirrored.sigmoid().flip(-1)) / 2
+            found.append(probability[: len(squares), 0])
+        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+
+
+def choose_device(name: Device) -> torch.device:
+    """`auto` is the first GPU if there is one; SettingsError when a GPU is asked for and there is none."""
+    there = torch.cuda.is_available()
+    if name == "gpu" and not there:
+        raise SettingsError("no GPU on this machine that torch can use; give --device cpu or auto")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Iterator[Result]:
+    """`function` over the items in threads, in their order, at most `most` items ahead of the caller.
+
+    An error is raised at its turn; when the caller stops, so do the threads.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ptxdist-ahead")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _reader(path: Path) -> Callable[[], tuple[bytes, str]]:
+    return lambda: (read_bytes(path), path.name)

@@ -1,0 +1,126 @@
+"""A prediction -> what the viewer's page and its API are sent; the files of the page.
+
+Owns: what leaves the server about a radiograph. Refuses: nothing. Called by: `server`. No image id, no name and no
+path is in it. The page moves the threshold by itself: it gets the level of each px, and the thresholds that tell levels
+apart contain the operating point's, so the area it counts there is the one that `predict` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ptxdist.cache.outlines import encode
+from ptxdist.dicom.spacing import read_spacing
+from ptxdist.labels import rle
+from ptxdist.predict.predictor import Prediction, Predictor
+from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
+from ptxdist.rundir import OperatingPoint, Record
+from ptxdist.train.scoring import LEVELS
+
+TEMPLATES = Path(__file__).resolve().parent / "templates"
+PICTURE_PX = 2048  # the longer side of the picture on the page, at most; areas are counted at the original resolution
+_BLOCK_ROWS = 512
+_FILES = {
+    "viewer.css": "text/css",
+    "viewer.js": "text/javascript",
+    "viewer.svg": "image/svg+xml",
+}
+
+
+class Answer(Record):
+    """What is found in one radiograph; areas and `encoded_pixels` (run-length text) at the original resolution.
+
+    `px_mm2` is the area of a px, None where the spacing cannot be trusted, and `mm2_reason` says why.
+    """
+
+    rows: int
+    columns: int
+    score: float
+    area_px: int
+    area_mm2: float | None
+    px_mm2: float | None
+    mm2_plane: str
+    mm2_reason: str
+    operating_point: OperatingPoint
+    encoded_pixels: str
+    note: str = "research use only; not a medical device"
+
+
+def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
+    """The answer to one radiograph, its mask made at `point`."""
+    spacing = read_spacing(prediction.content)
+    area = prediction.area_px
+    return Answer(
+        rows=prediction.mask.shape[0],
+        columns=prediction.mask.shape[1],
+        score=round(prediction.score, 6),
+        area_px=area,
+        area_mm2=None if (mm2 := spacing.area_mm2(area)) is None else round(mm2, 2),
+        px_mm2=spacing.area_mm2(1),
+        mm2_plane=spacing.plane,
+        mm2_reason=spacing.reason,
+        operating_point=point,
+        encoded_pixels=rle.encode(prediction.mask),
+    )
+
+
+def thresholds_at(point: OperatingPoint) -> list[float]:
+    """The thresholds that can be chosen, rising: in steps of 1 / LEVELS, and those of the operating point."""
+    return sorted({*(step / LEVELS for step in range(1, LEVELS)), point.top, point.bottom})
+
+
+def levels_of(probability: npt.NDArray[np.float32], thresholds: list[float]) -> npt.NDArray[np.uint8]:
+    """How many thresholds each probability reaches, uint8 of the same shape; at most 255 thresholds.
+
+    A px has level > i exactly where `mask_at` would put it into a mask at thresholds[i].
+    """
+    edges = torch.tensor(thresholds, dtype=torch.float64).float()
+    levels = np.empty(probability.shape, np.uint8)
+    for start in range(0, len(probability), _BLOCK_ROWS):  # indices take four bytes each before they are levels
+        rows = torch.from_numpy(np.ascontiguousarray(probability[start : start + _BLOCK_ROWS]))
+        levels[start : start + _BLOCK_ROWS] = torch.bucketize(rows, edges, right=True, out_int32=True).numpy()
+    return levels
+
+
+def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
+    """Media type and content of the answer with all that the page draws, as multipart/form-data.
+
+    Parts: `answer` and `thresholds` (JSON), `picture` (PNG, at most PICTURE_PX), `levels` (uint8, row by row).
+    """
+    thresholds = thresholds_at(answer.operating_point)
+    scale = PICTURE_PX / max(prediction.pixels.shape)
+    pixels = prediction.pixels
+    if scale < 1:
+        size = (max(1, round(answer.columns * scale)), max(1, round(answer.rows * scale)))
+        pixels = np.asarray(cv2.resize(pixels, size, interpolation=cv2.INTER_AREA), np.uint8)
+    parts = (
+        ("answer", "application/json", answer.model_dump_json().encode()),
+        ("thresholds", "application/json", json.dumps(thresholds).encode()),
+        ("picture", "image/png", encode(pixels[:, :, None], ".png")),
+        ("levels", "application/octet-stream", levels_of(prediction.probability, thresholds).tobytes()),
+    )
+    boundary = secrets.token_hex(16)
+    lines: list[bytes] = []
+    for name, kind, content in parts:
+        file = "" if kind == "application/json" else f'; filename="{name}"'
+        head = f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\nContent-Type: {kind}\r\n\r\n'
+        lines += [head.encode(), content, b"\r\n"]
+    return f"multipart/form-data; boundary={boundary}", b"".join([*lines, f"--{boundary}--\r\n".encode()])
+
+
+def page_files(predictor: Predictor, max_bytes: int) -> Mapping[str, tuple[str, bytes]]:
+    """Media type and content of the page ("") and of each file that it loads, by name."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("viewer.html").render(cards=predictor.cards, max_bytes=max_bytes)
+    files = {name: (kind, (TEMPLATES / name).read_bytes()) for name, kind in _FILES.items()}
+    files["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # whose colours the page has
+    return {"": ("text/html", page.encode()), **files}

@@ -1,0 +1,226 @@
+"""The charts of a report: which numbers of a run are drawn over which axes, and the words that say the same.
+
+Owns: choice of axes, series and alternative texts. Refuses: nothing; a chart without numbers is left out (None).
+Called by: `report`. How a chart is drawn stands in `charts`.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Sequence
+from itertools import groupby
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
+from ptxdist.report.gallery import CaseRow
+from ptxdist.report.page import Chart, Legend, Row, Table
+from ptxdist.rundir import EpochMetrics, PipelineResult, Reliability, TunedPoint
+
+FEW = 10  # things in a bin of a reliability plot; with fewer its share is close to chance
+PLATEAU = 0.005  # points of the surface this close to the best one are no worse in practice
+_MARKED_POINTS = 40  # with more points in a line, marks would hide it
+
+
+def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> list[Chart]:
+    """Loss, Dice and learning rate over the epochs of all stages, one after the other; [] without epochs."""
+    epochs = [item for item in metrics if not item.averaged]
+    if not epochs:
+        return []
+    places = {(item.stage, item.epoch): float(number) for number, item in enumerate(epochs, start=1)}
+    last = {stage: max(place for (found, _), place in places.items() if found == stage) for stage, _ in places}
+    x = linear_axis("epoch, all stages", 0.5, len(epochs) + 0.5, whole=True)
+    sizes = {stage.stage: stage.size_px for stage in result.stages}
+    first = {stage: min(place for (found, _), place in places.items() if found == stage) for stage in last}
+    rules = [(place - 0.5, f"stage {stage}: {sizes[stage]} px") for stage, place in first.items()]
+
+    def at(item: EpochMetrics) -> float:
+        return last[item.stage] + 0.5 if item.averaged else places[item.stage, item.epoch]
+
+    def series(name: str, style: int, value: Callable[[EpochMetrics], float | None]) -> Series:
+        known = [(item.stage, (at(item), found)) for item in metrics if (found := value(item)) is not None]
+        parts = tuple(tuple(point for stage, point in known if stage == number) for number in last)
+        return Series(name, style, parts, marks=len(epochs) <= _MARKED_POINTS)
+
+    best = [stage.best for stage in result.stages if (stage.stage, stage.best.epoch) in places]
+    loss = (
+        series("training", 1, lambda item: item.train_loss),
+        series("validation", 2, lambda item: item.val_loss),
+    )
+    dice = (
+        series("Kaggle Dice", 1, lambda item: item.at_full.kaggle_dice),
+        series("positives-only Dice", 2, lambda item: item.at_full.positive_dice),
+        series("pooled Dice", 3, lambda item: item.at_full.pooled_dice),
+    )
+    rate = (series("learning rate", 1, lambda item: item.learning_rate if item.learning_rate > 0 else None),)
+    nothing = epochs[-1].at_full.all_empty_dice
+    rates = [point[1] for part in rate[0].parts for point in part]
+    return [
+        _curves("Loss per case", x, _loss_axis(loss), loss, rules, ring=[
+            (at(item), item.val_loss) for item in best
+        ]),
+        _curves("Dice on held-out images", x, linear_axis("Dice at the original resolution", 0, 1), dice, rules,
+            level=nothing,
+            ring=[(at(item), item.at_full.kaggle_dice) for item in best],
+        ),
+        _curves("Learning rate", x, log_axis("learning rate", min(rates), max(rates)) if rates and
+            max(rates) > 10 * min(rates) else linear_axis("learning rate", 0, max(rates, default=1)), rate, rules),
+    ]  # fmt: skip
+
+
+def _curves(
+    title: str,
+    x: Axis,
+    y: Axis,
+    lines: Sequence[Series],
+    rules: Sequence[tuple[float, str]],
+    level: float | None = None,
+    ring: Sequence[Point] = (),
+) -> Chart:
+    spoken = []
+    for item in lines:
+        points = [point for part in item.parts for point in part]
+        if points:
+            spoken.append(f"{item.name} {points[0][1]:.4g} at first, {points[-1][1]:.4g} at last")
+    legend = [Legend(item.style, item.name) for item in lines]
+    if level is not None:
+        legend.append(Legend(0, f"predicting nothing: Kaggle Dice {level:.4f}"))
+        spoken.append(legend[-1].name)
+    levels = () if level is None else (level,)
+    words = f"Line chart, {title}: {'; '.join(spoken)}."
+    drawing = plot(x, y, lines, words=words, rules=rules, levels=levels, rings=ring)
+    return Chart(title, drawing, tuple(legend) if len(legend) > 1 else ())
+
+
+def _loss_axis(lines: Sequence[Series]) -> Axis:
+    """From 0; logarithmic where the first epochs are so much worse that the later ones would lie on the ground."""
+    values = sorted(point[1] for line in lines for part in line.parts for point in part)
+    if values and values[0] > 0 and values[-1] > 5 * values[len(values) // 2]:
+        return log_axis("loss (logarithmic)", values[0] / 1.1, values[-1] * 1.1)
+    return linear_axis("loss", 0, max(values, default=1.0))
+
+
+def size_against_dice(rows: Sequence[CaseRow]) -> list[Chart]:
+    """Dice of each positive case over the area of its mask, found and missed ones apart; [] without positive cases."""
+    positive = [row for row in rows if row["positive"] == "1"]
+    if not positive:
+        return []
+    found, missed = (
+        [
+            (float(row["truth_px"]), float(row["kaggle_dice"]))
+            for row in positive
+            if bool(int(row["predicted_px"])) == hit
+        ]
+        for hit in (True, False)
+    )
+    areas = [area for area, _ in (*found, *missed)]
+    x = log_axis("area of the true mask in px of the original image (logarithmic)", min(areas) / 1.2, max(areas) * 1.2)
+    series = (
+        Series("anything predicted", 1, (tuple(found),), line=False),
+        Series("missed: no px predicted", 2, (tuple(missed),), line=False),
+    )
+    words = (
+        f"Scatter plot of {len(positive)} images with a pneumothorax: Dice over the area of the true mask, "
+        f"{min(areas):,.0f} to {max(areas):,.0f} px; {len(missed)} are missed. {_thirds(found + missed)}"
+    )
+    return [
+        Chart(
+            "Dice of each image with a pneumothorax",
+            plot(x, linear_axis("Dice", 0, 1), series, words=words),
+            tuple(Legend(item.style, item.name, line=False) for item in series),
+            note=_thirds(found + missed),
+        )
+    ]
+
+
+def _thirds(points: Sequence[Point]) -> str:
+    """Mean Dice of the smallest, the middle and the largest third of the masks, in a sentence; "" below nine points."""
+    if len(points) < 9:
+        return ""
+    ordered = sorted(points)
+    third = len(ordered) // 3
+    parts = (ordered[:third], ordered[third:-third], ordered[-third:])
+    means = [sum(dice for _, dice in part) / len(part) for part in parts]
+    return (
+        f"Mean Dice of the smallest third of the masks {means[0]:.2f}, of the middle third {means[1]:.2f}, "
+        f"of the largest third {means[2]:.2f}."
+    )
+
+
+def tuned_surface(tuned: TunedPoint) -> Chart | None:
+    """Kaggle Dice over threshold and smallest area, with the chosen point and the plateau around it; None if empty."""
+    values = np.array(tuned.surface, dtype=float).T  # (areas, thresholds); None becomes nan
+    known = ~np.isnan(values)
+    if not known.any():
+        return None
+    best, lowest = float(values[known].max()), float(values[known].min())
+    plateau = known & (values >= best - PLATEAU)
+    threshold = tuned.point.bottom if tuned.kind == "triplet" else tuned.point.top
+    chosen = (
+        float(np.argmin(np.abs(np.array(tuned.thresholds) - threshold))),
+        float(np.argmin(np.abs(np.array(tuned.areas_px) - tuned.point.min_area_px))),
+    )
+    name = "bottom threshold" if tuned.kind == "triplet" else "threshold"
+    areas, thresholds = (np.flatnonzero(plateau.any(axis)) for axis in (1, 0))
+    words = (
+        f"Kaggle Dice from {lowest:.4f} to {best:.4f}. Within {PLATEAU:g} of the best: "
+        f"{int(plateau.sum())} of {int(known.sum())} points, {name}s {tuned.thresholds[thresholds[0]]:g} to "
+        f"{tuned.thresholds[thresholds[-1]]:g}, smallest areas {tuned.areas_px[areas[0]]:,} to "
+        f"{tuned.areas_px[areas[-1]]:,} px."
+    )
+    drawing = surface(
+        cell_axis(name, [f"{value:g}" for value in tuned.thresholds]),
+        cell_axis("smallest area kept, px", [f"{value:,}" for value in tuned.areas_px]),
+        _colours((values - lowest) / max(best - lowest, 1e-12)),
+        words=f"Surface of the Kaggle Dice over {name} and smallest area. {words}",
+        inside=plateau,
+        ring=chosen,
+    )
+    top = f" (top threshold {tuned.point.top:g})" if tuned.kind == "triplet" else ""
+    return Chart(
+        "Threshold and smallest area" if tuned.kind == "pair" else f"Two thresholds and smallest area{top}",
+        drawing,
+        note=f"Ring: the chosen point. Outline: the plateau. {words}",
+        scale=(f"{lowest:.3f}", _colours(np.linspace(0, 1, 64)[None]), f"{best:.3f}"),
+    )
+
+
+def _colours(shares: npt.NDArray[np.float64]) -> str:
+    """Values 0..1 (rows from below, columns) as a PNG data URI of so many px; nan is clear. Palette: cividis."""
+    known = ~np.isnan(shares)
+    grey = np.where(known, np.round(255 * np.nan_to_num(shares)), 0).astype(np.uint8)
+    colour = cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_CIVIDIS), cv2.COLOR_BGR2BGRA)
+    colour[~known, 3] = 0
+    _, content = cv2.imencode(".png", colour[::-1])
+    return "data:image/png;base64," + base64.b64encode(content.tobytes()).decode()
+
+
+def reliability(found: Reliability) -> Chart:
+    """Observed share over predicted probability, on the diagonal where both agree."""
+    points = tuple(zip(found.predicted, found.observed, strict=True))
+    rows = tuple(
+        Row(f"{predicted:.4f}", (f"{observed:.4f}", f"{count:,}"))
+        for predicted, observed, count in zip(found.predicted, found.observed, found.counts, strict=True)
+    )
+    axes = linear_axis("mean predicted probability", 0, 1), linear_axis("observed share", 0, 1)
+    is_few = [count < FEW for count in found.counts]
+    few = tuple(point for point, alone in zip(points, is_few, strict=True) if alone)
+    runs = groupby(zip(is_few, points, strict=True), key=lambda item: item[0])  # no line leads over a bin of few things
+    many = tuple(tuple(point for _, point in run) for alone, run in runs if not alone)
+    series = [Series(found.things, 1, many), Series("few", 5, (few,), line=False)]
+    legend = [Legend(1, f"bins of {found.things}"), Legend(0, "perfect calibration")]
+    if few:
+        legend.append(Legend(5, f"fewer than {FEW} {found.things}", line=False))
+    words = (
+        f"Reliability of {found.things}, {sum(found.counts):,} in {len(points)} bins; expected calibration error "
+        f"{found.error:.4f}."
+    )
+    return Chart(
+        f"{found.things[:1].upper()}{found.things[1:]}: expected calibration error {found.error:.4f}",
+        plot(*axes, series, words=words, diagonal=True),
+        tuple(legend),
+        numbers=Table(f"Bins of {found.things}", ("mean predicted", "observed", found.things), rows),
+        square=True,
+    )

@@ -1,0 +1,133 @@
+"""Cases worth looking at: which ones, and their pictures with truth and prediction outlined.
+
+Owns: the choice and the pictures. Refuses: nothing. Called by: `report`. A case is named by its image id alone.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.cache.catalog import Case
+from ptxdist.cache.outlines import encode, outline, outline_path, save
+from ptxdist.cache.render import fit_square
+from ptxdist.cache.store import Store
+from ptxdist.labels import rle
+
+GALLERIES = (
+    ("best", "Best, where anything is predicted"),
+    ("median", "Median, where anything is predicted"),
+    ("worst", "Worst, where anything is predicted"),
+    ("missed", "Missed, largest first"),
+    ("false-alarms", "False alarms, largest first"),
+)
+SIZE = 4  # pictures in a gallery
+SIDE_PX = 512
+
+CaseRow = dict[str, str]  # one line of cases.csv
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One case to look at: its picture as a data URI, its masks' outlines as SVG path data in a box of SIDE_PX."""
+
+    case_id: str
+    dice: float
+    truth_px: int
+    predicted_px: int
+    score: float
+    source: str
+    truth: str
+    prediction: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A titled row of pictures; `count` says how many cases it was chosen from."""
+
+    name: str
+    title: str
+    count: int
+    pictures: tuple[Picture, ...]
+
+
+def choose(rows: Sequence[CaseRow]) -> dict[str, tuple[int, list[CaseRow]]]:
+    """For each gallery, by its name: of how many lines of cases.csv it shows some, and which, in their order.
+
+    No case stands in two galleries, so with few found cases the worst and the median ones run out first.
+    """
+    found = [row for row in rows if row["positive"] == "1" and int(row["predicted_px"])]
+    found.sort(key=lambda row: (-float(row["kaggle_dice"]), row["case_id"]))
+    best, rest = found[:SIZE], found[SIZE:]
+    worst, rest = rest[::-1][:SIZE], rest[: max(0, len(rest) - SIZE)]
+    middle = max(0, len(found) // 2 - SIZE // 2 - len(best))
+    missed = [row for row in rows if row["positive"] == "1" and not int(row["predicted_px"])]
+    alarms = [row for row in rows if row["positive"] == "0" and int(row["predicted_px"])]
+    missed.sort(key=lambda row: (-int(row["truth_px"]), row["case_id"]))
+    alarms.sort(key=lambda row: (-int(row["predicted_px"]), row["case_id"]))
+    return {
+        "best": (len(found), best),
+        "median": (len(found), rest[middle : middle + SIZE]),
+        "worst": (len(found), worst),
+        "missed": (len(missed), missed[:SIZE]),
+        "false-alarms": (len(alarms), alarms[:SIZE]),
+    }
+
+
+def draw_galleries(
+    rows: Sequence[CaseRow], predictions: Mapping[str, str], cases: Sequence[Case], store: Store, overlays: Path
+) -> list[Gallery]:
+    """The galleries of a run's held-out cases, and each picture with its outlines as a PNG file below `overlays`.
+
+    `predictions` are run-length texts by image id, `cases` the rows of the store. Lines of cases that are no longer in
+    it are left out.
+    """
+    place = {case.case_id: index for index, case in enumerate(cases)}
+    chosen = choose([row for row in rows if row["case_id"] in place])
+    galleries = []
+    for name, title in GALLERIES:
+        pictures = []
+        for number, row in enumerate(chosen[name][1], start=1):
+            index = place[row["case_id"]]
+            case, image = cases[index], store.sample(index)[0]
+            truth = fit_square(rle.decode(case.masks or (), case.rows, case.columns))
+            prediction = fit_square(rle.decode((predictions[case.case_id],), case.rows, case.columns))
+            save(outline(image, truth, prediction, SIDE_PX), overlays / f"{name}-{number}.png")
+            pictures.append(_picture(row, image, truth, prediction))
+        galleries.append(Gallery(name, title, chosen[name][0], tuple(pictures)))
+    return galleries
+
+
+def _picture(
+    row: CaseRow, image: npt.NDArray[np.uint8], truth: npt.NDArray[np.generic], prediction: npt.NDArray[np.generic]
+) -> Picture:
+    shown = outline(image, np.zeros((1, 1)), side_px=SIDE_PX)
+    return Picture(
+        case_id=row["case_id"],
+        dice=float(row["kaggle_dice"]),
+        truth_px=int(row["truth_px"]),
+        predicted_px=int(row["predicted_px"]),
+        score=float(row["score"]),
+        source="data:image/jpeg;base64," + base64.b64encode(encode(shown, ".jpg")).decode(),
+        truth=outline_path(truth, SIDE_PX),
+        prediction=outline_path(prediction, SIDE_PX),
+        words=f"Chest radiograph. Truth: {_place(truth)}. Prediction: {_place(prediction)}.",
+    )
+
+
+def _place(mask: npt.NDArray[np.generic]) -> str:
+    """Where the centre of a square mask lies, in words: "upper left of the image"; "nothing" for an empty one."""
+    rows, columns = np.nonzero(mask)
+    if not len(rows):
+        return "nothing"
+    high, side = (
+        words[min(2, int(3 * places.mean() / len(mask)))]
+        for words, places in ((("upper", "middle", "lower"), rows), (("left", "centre", "right"), columns))
+    )
+    return f"{high} {side} of the image"

@@ -1,0 +1,77 @@
+"""What a run was made with: versions, commit, hardware; the content of RUN/environment.json.
+
+Owns: how this machine is asked. Refuses: nothing; what cannot be found out is null. Called by: `pipeline`. No host
+name, address or user name is in it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ptxdist.config import PACKAGE
+
+_PACKAGES = ("ptxdist", "torch", "torchvision", "ray", "zarr", "numpy", "albumentations", "pydicom", "safetensors")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware of this machine, and of the nodes of the Ray cluster that is connected."""
+    import torch
+
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpus(),
+        "cuda": torch.version.cuda,
+        "nodes": _nodes(),
+        "packages": packages,
+        "commit": _output("git", "-C", str(PACKAGE), "rev-parse", "HEAD") or None,
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _gpus() -> list[dict[str, str]]:
+    """Asked of the driver, so that this process makes no CUDA context."""
+    keys = ("name", "driver_version", "memory.total")
+    text = _output("nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader")
+    names = ("name", "driver", "memory")
+    return [dict(zip(names, map(str.strip, line.split(",")), strict=False)) for line in text.splitlines()]
+
+
+def _nodes() -> list[dict[str, float]]:
+    """CPUs, GPUs and kinds of accelerator of each living node of Ray; [] without Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        return []
+    shown = ("CPU", "GPU", "accelerator_type:")
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [{key: value for key, value in sorted(item.items()) if key.startswith(shown)} for item in alive]

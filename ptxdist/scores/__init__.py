@@ -1,0 +1,1 @@
+"""Counts of px in, numbers of an evaluation out."""

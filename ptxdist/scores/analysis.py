@@ -1,0 +1,205 @@
+"""Counts of cases -> all numbers of an evaluation: scores with intervals, operating points, calibration, subgroups.
+
+Owns: what is concluded from counts, and the columns of cases.csv, from which each number can be computed again.
+Refuses: nothing. Called by: `evaluate`. No model, no image and no file is needed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.cache.catalog import Case
+from ptxdist.rundir import EvaluationResult, Reliability, SharedPatients, Subgroup, TunedPoint
+from ptxdist.scores.intervals import calibration_interval, score_intervals
+from ptxdist.scores.metrics import Counts, auroc, image_dice, scores
+from ptxdist.scores.operating import tune
+from ptxdist.train.scoring import LEVELS, CaseCounts, Histograms
+
+FIXED_THRESHOLDS = (0.5, 0.55)  # the source's; they always stand beside the stage's own
+CASE_COLUMNS = (
+    "case_id", "group", "fold", "positive", "masks", "truth_px", "predicted_px", "intersection_px", "kaggle_dice",
+    "score", "view", "sex", "age", "brightness", "rows", "columns", "patient_in_training",
+    "pair_predicted_px", "pair_intersection_px", "triplet_predicted_px", "triplet_intersection_px",
+    *(f"at_{threshold}_{what}_px" for threshold in FIXED_THRESHOLDS for what in ("predicted", "intersection")),
+)  # fmt: skip
+BINS = 10
+SMALL_CASES, SMALL_POSITIVES = 30, 10  # fewer are too few to conclude from
+_AGES = ((0, "under 40"), (40, "40 to 59"), (60, "60 and over"))
+_SIZES = ((0.0, "under 0.2 % of the image"), (0.002, "0.2 to 1 %"), (0.01, "1 to 2 %"), (0.02, "2 % and over"))
+_EXPOSURES = ("dark third", "middle third", "bright third")
+_ORDER = {
+    name: number for number, name in enumerate((*(name for _, name in (*_AGES, *_SIZES)), *_EXPOSURES))
+}  # of the names that do not stand in the order of the alphabet
+
+Floats = npt.NDArray[np.float64]
+Row = tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What is known of the n evaluated cases, all in one order.
+
+    `groups` says who is one patient, `in_training` whether that patient has images in training; None where nobody
+    knows. `known_from` is "catalog", "patient map" or "nothing".
+    """
+
+    cases: Sequence[Case]
+    counts: CaseCounts
+    groups: Sequence[str]
+    in_training: Sequence[bool | None]
+    known_from: str
+
+
+def conclude(
+    evaluated: Evaluated, thresholds: Sequence[float], *, min_area_px: int, flip_averaging: bool, runs: int
+) -> tuple[EvaluationResult, list[Row]]:
+    """All numbers, and the rows of cases.csv (columns CASE_COLUMNS). The result's `seconds` are left at 0.
+
+    `thresholds` are those of `counts.at_full`; the first is the run's own, the fixed ones are among them. There must be
+    a case at least.
+    """
+    cases, counts, groups = evaluated.cases, evaluated.counts, evaluated.groups
+    own = counts.at_full[0]
+    positive = own[:, 2] > 0
+    area = auroc(counts.score, positive)[0]
+    ids = [case.case_id for case in cases]
+    tuned = {kind: tune(counts.histograms, own[:, 2], ids, groups, kind) for kind in ("pair", "triplet")}
+    result = EvaluationResult(
+        threshold=thresholds[0],
+        min_area_px=min_area_px,
+        flip_averaging=flip_averaging,
+        runs=runs,
+        folds=tuple(sorted({case.fold for case in cases})),
+        scores=scores(own),
+        auroc=None if np.isnan(area) else float(area),
+        intervals=score_intervals(own, groups, image_score=counts.score),
+        at_other_thresholds={
+            str(threshold): scores(counts.at_full[number]) for number, threshold in enumerate(thresholds) if number
+        },
+        tuned=tuple(found[0] for found in tuned.values() if found),
+        calibration=(
+            _reliability_of_px(counts.histograms, groups),
+            _reliability_of_images(counts.score, positive, groups),
+        ),
+        subgroups=tuple(_subgroups(evaluated)),
+        shared_patients=_shared_patients(evaluated),
+        seconds=0.0,
+    )
+    return result, list(_rows(evaluated, thresholds, tuned))
+
+
+def _rows(
+    evaluated: Evaluated, thresholds: Sequence[float], tuned: Mapping[str, tuple[TunedPoint, Counts] | None]
+) -> Iterator[Row]:
+    counts, own = evaluated.counts, evaluated.counts.at_full[0]
+    dice = image_dice(own)
+    for row, case in enumerate(evaluated.cases):
+        intersection, predicted, truth = own[row].tolist()
+        known = evaluated.in_training[row]
+        others = [found[1][row].tolist() if found else ("", "", "") for found in tuned.values()]
+        others += [counts.at_full[thresholds.index(threshold), row].tolist() for threshold in FIXED_THRESHOLDS]
+        yield (
+            case.case_id, evaluated.groups[row], case.fold, int(truth > 0), len(case.masks or ()), truth, predicted,
+            intersection, f"{dice[row]:.6f}", f"{counts.score[row]:.6f}", case.view, case.sex,
+            "" if case.age is None else case.age, f"{counts.brightness[row]:.6f}", case.rows, case.columns,
+            "" if known is None else int(known),
+            *(value for found in others for value in (found[1], found[0])),
+        )  # fmt: skip
+
+
+def _reliability_of_px(histograms: Histograms, groups: Sequence[str]) -> Reliability:
+    """Px by level; the probability of a level is taken to be its middle."""
+    px, truth = histograms[:, 0].astype(float), histograms[:, 1].astype(float)
+    sums = np.stack((px, px * (np.arange(LEVELS) + 0.5) / LEVELS, truth), axis=1)
+    return _reliability("px", sums.reshape(len(px), 3, BINS, LEVELS // BINS).sum(3), groups)
+
+
+def _reliability_of_images(score: Floats, positive: npt.NDArray[np.bool_], groups: Sequence[str]) -> Reliability:
+    place = np.minimum((score * BINS).astype(np.int64), BINS - 1)
+    sums = np.zeros((len(score), 3, BINS))
+    sums[np.arange(len(score)), :, place] = np.stack((np.ones(len(score)), score, positive), axis=1)
+    return _reliability("images", sums, groups)
+
+
+def _reliability(things: str, sums: Floats, groups: Sequence[str]) -> Reliability:
+    """`sums` is (n, 3, BINS): by case and bin, how many things, the sum of their probabilities, how many are true."""
+    total = sums.sum(0)
+    counts, probability, true = total[:, total[0] > 0]
+    return Reliability(
+        things=things,
+        counts=tuple(counts.astype(np.int64).tolist()),
+        predicted=tuple((probability / counts).tolist()),
+        observed=tuple((true / counts).tolist()),
+        error=float(np.abs(probability - true).sum() / counts.sum()),
+        interval=calibration_interval(sums, groups),
+    )
+
+
+def _subgroups(evaluated: Evaluated) -> Iterator[Subgroup]:
+    """Every property that splits the cases into at least two groups."""
+    dark, bright = np.quantile(evaluated.counts.brightness, (1 / 3, 2 / 3))
+
+    def exposure(row: int) -> str:
+        value = evaluated.counts.brightness[row]
+        return _EXPOSURES[int(value >= dark) + int(value >= bright)]
+
+    def of_case(name: Callable[[Case], str]) -> Callable[[int], str]:
+        return lambda row: name(evaluated.cases[row])
+
+    properties: tuple[tuple[str, Callable[[int], str]], ...] = (
+        ("view", of_case(lambda case: case.view)),
+        ("sex", of_case(lambda case: case.sex)),
+        ("age", of_case(lambda case: "" if case.age is None else _band(case.age, _AGES))),
+        ("mask size", of_case(_mask_size)),
+        ("masks", of_case(lambda case: "" if not case.masks else "one" if len(case.masks) == 1 else "several")),
+        ("exposure", exposure),
+    )  # fmt: skip
+    own = evaluated.counts.at_full[0]
+    for by, name_of in properties:
+        members: dict[str, list[int]] = {}
+        for row in range(len(evaluated.cases)):
+            if name := name_of(row):
+                members.setdefault(name, []).append(row)
+        if len(members) < 2:
+            continue
+        for name, rows in sorted(members.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), item[0])):
+            found = scores(own[rows])
+            yield Subgroup(
+                by=by,
+                name=name,
+                scores=found,
+                intervals=score_intervals(own[rows], [evaluated.groups[row] for row in rows]),
+                small=found.cases < SMALL_CASES or found.positives < SMALL_POSITIVES,
+            )
+
+
+def _mask_size(case: Case) -> str:
+    return _band(case.area_px / (case.rows * case.columns), _SIZES) if case.masks else ""
+
+
+def _band(value: float, bands: Sequence[tuple[float, str]]) -> str:
+    return next(name for start, name in reversed(bands) if value >= start)
+
+
+def _shared_patients(evaluated: Evaluated) -> SharedPatients | None:
+    """Scores on both sides of "is this patient in training?"; None where nobody knows who is who."""
+    if evaluated.known_from == "nothing":
+        return None
+    own = evaluated.counts.at_full[0]
+    sides = []
+    for wanted in (True, False):
+        rows = [row for row, known in enumerate(evaluated.in_training) if known is wanted]
+        groups = [evaluated.groups[row] for row in rows]
+        sides.append((scores(own[rows]), score_intervals(own[rows], groups)) if rows else (None, {}))
+    (shared, shared_intervals), (apart, apart_intervals) = sides
+    return SharedPatients(
+        known_from=evaluated.known_from,
+        shared=shared,
+        shared_intervals=shared_intervals,
+        apart=apart,
+        apart_intervals=apart_intervals,
+    )

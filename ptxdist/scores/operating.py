@@ -1,0 +1,135 @@
+"""The operating point: which thresholds and which smallest area make the best masks, and how good they honestly are.
+
+Owns: the search, and the cross-fitted estimate of what it finds. Refuses: nothing. Called by: `analysis`.
+
+A mask is empty unless enough px reach a top threshold, and else all px that reach a bottom one (the winners' triplet);
+with both thresholds equal it is the plain pair of threshold and smallest area. For each case a histogram of its
+probabilities at the original resolution says what any such point does to it, so no image is looked at again:
+
+    total(top, area, bottom) = sum over cases of  empty + kept(top, area) * (dice(bottom) - empty)
+
+is one matrix product. Its sums over folds of patients give the estimate for nothing: the best point for the other
+folds is the total less one fold's sums, and what it scores on that fold is in these sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.cache.split import assign_folds
+from ptxdist.rundir import OperatingPoint, TunedPoint
+from ptxdist.scores.intervals import score_intervals
+from ptxdist.scores.metrics import Counts, scores
+from ptxdist.train.scoring import LEVELS, Histograms
+
+FOLDS = 5
+LEVELS_TRIED = np.arange(5, LEVELS, 5)  # thresholds 0.025, 0.05, … 0.975; the source's 0.5 and 0.55 are among them
+AREAS_PX = np.array(
+    (0, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 6144, 8192)
+)  # of 1024 x 1024 px, finest where the authors and the winners chose theirs
+
+Floats = npt.NDArray[np.float64]
+_Place = tuple[int, int, int]  # of top, area and bottom in the lists above
+
+
+def tune(
+    histograms: Histograms, truth_px: npt.NDArray[np.int64], case_ids: Sequence[str], groups: Sequence[str], kind: str
+) -> tuple[TunedPoint, Counts] | None:
+    """The best "pair" or "triplet" on the cases, its estimate, and the cross-fitted counts int64 (n, 3) behind that.
+
+    `histograms` is int32 (n, 2, LEVELS) as from `scoring`, `truth_px` (n,). None with fewer than two groups.
+    """
+    folds = min(FOLDS, len(set(groups)))
+    if folds < 2:
+        return None
+    fold = np.array(assign_folds(case_ids, groups, truth_px.tolist(), folds=folds))
+    table = _Table.of(histograms, truth_px)
+    sums = np.stack([table.total(fold == number) for number in range(folds)])
+    shape = sums.shape[1:]
+    top, bottom = np.arange(shape[0])[:, None, None], np.arange(shape[2])[None, None, :]
+    tried = np.broadcast_to(top == bottom if kind == "pair" else top >= bottom, shape)
+
+    best = _best(sums.sum(0), tried)
+    chosen = [_best(sums.sum(0) - sums[number], tried) for number in range(folds)]
+    estimate = np.zeros((len(truth_px), 3), np.int64)
+    for number, place in enumerate(chosen):
+        estimate[fold == number] = table.counts(place)[fold == number]
+    mean = np.where(tried, sums.sum(0) / len(truth_px), np.nan)
+    surface = mean[np.arange(shape[0]), :, np.arange(shape[2])] if kind == "pair" else mean[best[0]].T
+    result = TunedPoint(
+        kind=kind,
+        point=_point(best),
+        scores=scores(table.counts(best)),
+        estimate=scores(estimate),
+        intervals=score_intervals(estimate, groups),
+        folds=folds,
+        points=tuple(map(_point, chosen)),
+        thresholds=tuple((LEVELS_TRIED / LEVELS).tolist()),
+        areas_px=tuple(AREAS_PX.tolist()),
+        surface=tuple(tuple(None if np.isnan(value) else round(value, 6) for value in row) for row in surface.tolist()),
+    )
+    return result, estimate
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What each threshold does to each case: `predicted` and `overlap` px at it, int64 (n, levels tried)."""
+
+    predicted: npt.NDArray[np.int64]
+    overlap: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, histograms: Histograms, truth_px: npt.NDArray[np.int64]) -> _Table:
+        reached = np.cumsum(histograms[:, :, ::-1], axis=2, dtype=np.int64)[:, :, ::-1][:, :, LEVELS_TRIED]
+        return cls(reached[:, 0], reached[:, 1], truth_px)
+
+    def total(self, chosen: npt.NDArray[np.bool_]) -> Floats:
+        """Sum of the Kaggle Dice of the chosen cases at every point, (tops, areas, bottoms); 0 for no case."""
+        predicted, truth = self.predicted[chosen], self.truth[chosen, None]
+        sizes = predicted + truth
+        dice = np.where(sizes == 0, 1.0, 2 * self.overlap[chosen] / np.maximum(sizes, 1))
+        empty = (truth == 0).astype(float)
+        kept = (predicted[:, :, None] >= AREAS_PX).astype(float)
+        found: Floats = np.tensordot(kept, dice - empty, axes=(0, 0)) + empty.sum()
+        return found
+
+    def counts(self, place: _Place) -> Counts:
+        """Counts int64 (n, 3) at one point."""
+        top, area, bottom = place
+        kept = self.predicted[:, top] >= AREAS_PX[area]
+        return np.stack((self.overlap[:, bottom] * kept, self.predicted[:, bottom] * kept, self.truth), axis=1)
+
+
+def _best(total: Floats, tried: npt.NDArray[np.bool_]) -> _Place:
+    """The point whose neighbourhood scores best: a peak that none of its neighbours shares is luck.
+
+    Each point is scored by the mean over itself and its neighbours on the grid that are tried too; of equal ones the
+    lowest top, area and bottom are taken.
+    """
+    values, weights = np.where(tried, total, 0.0), tried.astype(float)
+    for axis in range(3):
+        values, weights = _with_neighbours(values, axis), _with_neighbours(weights, axis)
+    mean = np.where(tried, values / np.maximum(weights, 1), -np.inf)
+    top, area, bottom = np.unravel_index(int(np.argmax(mean)), mean.shape)
+    return int(top), int(area), int(bottom)
+
+
+def _with_neighbours(values: Floats, axis: int) -> Floats:
+    padded = np.pad(values, [(1, 1) if number == axis else (0, 0) for number in range(3)])
+    length = values.shape[axis]
+    total: Floats = np.add.reduce([np.take(padded, np.arange(start, start + length), axis) for start in range(3)])
+    return total
+
+
+def _point(place: _Place) -> OperatingPoint:
+    top, area, bottom = place
+    return OperatingPoint(
+        top=float(LEVELS_TRIED[top] / LEVELS),
+        min_area_px=int(AREAS_PX[area]),
+        bottom=float(LEVELS_TRIED[bottom] / LEVELS),
+    )

@@ -1,0 +1,1 @@
+"""Caches and runs in an object store."""

@@ -1,0 +1,306 @@
+"""A cache in an object store, and its copy on the local disk of this node.
+
+    STAGING/cache-<address>-<manifest>/     one version of a remote cache, which readers map; never changed
+    STAGING/work-<address>/                 what `preprocess` makes and sends
+    STAGING/….use, ….lock                   held while a folder is used, and while it is filled
+
+Owns: these folders, what is copied and sent in which order, and what is removed for want of space. Refuses: remote
+caches that are unfinished or damaged (StoreError). Called by: `cli`, `cluster`, `train.evaluate`, `report.report`.
+
+A copy is compared with the checksums of its manifest, whose own checksum is in its name, so a renewed cache is another
+folder. Sending goes as writing does: first a manifest that promises no more than stays true, then shards, tables, and
+last the manifest that says that all is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from io import TextIOWrapper
+from pathlib import Path
+
+from ptxdist.cache.preprocess import TABLES
+from ptxdist.cache.store import (
+    ARRAYS,
+    MANIFEST,
+    Manifest,
+    ShardRecord,
+    StoreRecord,
+    manifest_text,
+    parse_manifest,
+    read_manifest,
+    shard_path,
+    store_path,
+)
+from ptxdist.cache.verify import verify
+from ptxdist.config import DataSettings
+from ptxdist.errors import BusyError, StoreError
+from ptxdist.storage.lease import LEASE, Lease
+from ptxdist.storage.remote import ConflictError, Remote, is_remote
+
+_GB = 10**9
+_TRIES = 3
+_TELL_S = 2.0  # between two manifests that say which shards have been sent
+_SENT = ".sent"
+_CHECKED = ".checked.json"
+
+Progress = Callable[[str, int, int], None]
+_held: dict[Path, TextIOWrapper] = {}
+
+
+def local_cache(
+    place: str | Path,
+    sizes_px: Iterable[int] | None = None,
+    *,
+    data: DataSettings | None = None,
+    token: str = "",
+    on_progress: Progress = lambda step, done, total: None,
+) -> Path:
+    """The folder of a cache; for one in an object store a checked copy on this node, with these sizes or all.
+
+    One process of a node copies while the others wait; it stays in use until this process ends. With a `token`, what
+    was checked under the same one is not checked again. Raises StoreError for a cache that is unfinished or damaged
+    there or does not fit the disk, StorageError when the store fails.
+    """
+    if not is_remote(place):
+        return Path(place)
+    remote = Remote(str(place))
+    content = remote.read(MANIFEST)
+    if content is None:
+        raise StoreError(f"{remote.url} is no ptxdist cache (no {MANIFEST}); make it with `ptxdist preprocess --out`")
+    manifest = parse_manifest(content, f"{remote.url}/{MANIFEST}")
+    sizes = sorted(manifest.sizes) if sizes_px is None else sorted(set(sizes_px))
+    for size in sizes:
+        if not manifest.sizes.get(size, StoreRecord()).complete:
+            raise StoreError(
+                f"{remote.url} has no finished store of {size} px; make it with `ptxdist preprocess … --size {size}`"
+            )
+    folder = use(f"cache-{key_of(remote.url)}-{hashlib.sha256(content).hexdigest()[:12]}", data)
+    with alone(folder):
+        folder.mkdir(exist_ok=True)
+        _write(folder / MANIFEST, content)
+        if not token or not _was_checked(folder, token, sizes):
+            _fill(remote, folder, manifest, sizes, data, on_progress)
+            _write(folder / _CHECKED, json.dumps({"token": token, "sizes": sizes}).encode())
+    return folder
+
+
+def remote_digest(url: str) -> str:
+    """The sha256 of a remote cache's manifest; StoreError when there is none or none of its stores is finished."""
+    remote = Remote(url)
+    content = remote.read(MANIFEST)
+    if content is None or not any(entry.complete for entry in parse_manifest(content, url).sizes.values()):
+        raise StoreError(f"{remote.url} is not a finished ptxdist cache")
+    return hashlib.sha256(content).hexdigest()
+
+
+def _fill(
+    remote: Remote,
+    folder: Path,
+    manifest: Manifest,
+    sizes: Sequence[int],
+    data: DataSettings | None,
+    on_progress: Progress,
+) -> None:
+    """Fetch what is not there or not right. The tables come first: they say what the shards belong to."""
+    fetched = Counter[str]()
+    while damages := verify(folder, sizes_px=sizes, on_progress=on_progress):
+        if not fetched:
+            _make_room(folder, sum(2 * manifest.sizes[size].cases * size**2 for size in sizes), data)
+        for damage in damages:
+            if fetched[damage.path] == _TRIES:
+                raise StoreError(
+                    f"{remote.url}/{damage.path} {damage.reason}; if nobody is writing there, remove that object "
+                    f"and run `ptxdist preprocess --out {remote.url}` again"
+                )
+        names = [damage.path for damage in damages]
+        fetched.update(names)
+        remote.fetch(names, folder, lambda done, total: on_progress("copies of shards", done, total))
+
+
+def _was_checked(folder: Path, token: str, sizes: Sequence[int]) -> bool:
+    with suppress(FileNotFoundError):
+        found = json.loads((folder / _CHECKED).read_text())
+        return bool(found["token"] == token and set(sizes) <= set(found["sizes"]))
+    return False
+
+
+@contextmanager
+def working_cache(place: str | Path, on_progress: Progress = lambda step, done, total: None) -> Iterator[Path]:
+    """The folder where a cache is made; for one in an object store a local one, which is sent when the block ends.
+
+    A remote cache that was last written elsewhere is fetched first. Raises BusyError when somebody else writes there,
+    StorageError when the store fails; what was made stays, and the same command sends the rest.
+    """
+    if not is_remote(place):
+        yield Path(place)
+        return
+    remote = Remote(str(place))
+    folder = use(f"work-{key_of(remote.url)}")
+    with alone(folder), Lease(remote) as lease:
+        content, version = remote.read_version(MANIFEST)
+        if content is not None and not _is_known(folder, content):
+            shutil.rmtree(folder, ignore_errors=True)
+            names = remote.list()
+            _make_room(folder, sum(size for size, _ in names.values()))
+            remote.fetch(names.keys() - {LEASE}, folder, lambda done, total: on_progress("copies", done, total))
+            _note(folder, content)
+        yield folder
+        lease.check()
+        _send(remote, folder, version, lease, on_progress)
+
+
+def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress: Progress) -> None:
+    """Make the remote cache what the folder is: only what differs, and the manifest last."""
+    mine, listed = read_manifest(folder), remote.list()
+    content, there = remote.read_version(MANIFEST)
+    if there != version:
+        raise _overtaken(remote)
+    theirs = parse_manifest(content, remote.url) if content is not None else Manifest()
+    shards = _shards(mine)
+
+    def is_there(name: str) -> bool:
+        place, there = shards[name], listed.get(name, (-1, ""))
+        return _record(theirs, *place) == _record(mine, *place) and there[0] == (folder / name).stat().st_size
+
+    changed = {name: place for name, place in shards.items() if not is_there(name)}
+    small = [name for name, sum_ in mine.files.items() if theirs.files.get(name) != sum_ or name not in listed]
+    final = (folder / MANIFEST).read_bytes()
+    if not changed and not small and content == final:
+        return
+
+    def tell(manifest: bytes) -> None:
+        nonlocal version
+        lease.check()
+        _note(folder, manifest)
+        try:
+            version = remote.write(MANIFEST, manifest, version=version)
+        except ConflictError:
+            raise _overtaken(remote) from None
+
+    for size, entry in mine.sizes.items():  # what is about to change is complete no more
+        before = theirs.sizes.get(size, StoreRecord())
+        if before != entry or any(place[0] == size for place in changed.values()):
+            numbers, again = range(len(entry.shards)), set(changed.values())
+            known = tuple(None if (size, number) in again else _record(theirs, size, number) for number in numbers)
+            theirs.sizes[size] = replace(before, complete=False, staged=known)
+    for name in TABLES:
+        theirs.files.pop(name, None)
+    tell(manifest_text(theirs).encode())
+    told, left = time.monotonic(), Counter(changed.values())
+    files = {name: folder / name for name in changed}
+    for name, _ in remote.sending(files, lambda done, total: on_progress("shards sent", done, total)):
+        size, number = changed[name]
+        left[size, number] -= 1
+        if not left[size, number]:  # so that a run after a kill sends the rest only
+            staged = list(theirs.sizes[size].staged)
+            staged[number] = mine.sizes[size].shards[number]
+            theirs.sizes[size] = replace(theirs.sizes[size], staged=tuple(staged))
+        if time.monotonic() - told > _TELL_S:
+            tell(manifest_text(theirs).encode())
+            told = time.monotonic()
+    remote.send({name: folder / name for name in small})
+    tell(final)
+    remote.delete(name for name in listed if ".zarr/" in name and name not in shards and name not in mine.files)
+
+
+def _overtaken(remote: Remote) -> BusyError:
+    return BusyError(f"another ptxdist has written {remote.url} meanwhile; run the command again")
+
+
+def _shards(manifest: Manifest) -> dict[str, tuple[int, int]]:
+    """Size and number of every shard file, by its name."""
+    return {
+        shard_path(store_path(Path(), size), array, number).as_posix(): (size, number)
+        for size, entry in manifest.sizes.items()
+        for number in range(len(entry.shards))
+        for array in ARRAYS
+    }
+
+
+def _record(manifest: Manifest, size: int, number: int) -> ShardRecord | None:
+    """What a manifest says is there of one shard."""
+    entry = manifest.sizes.get(size, StoreRecord())
+    found = [record for record in (*entry.staged[number : number + 1], *entry.shards[number : number + 1]) if record]
+    return found[0] if found else None
+
+
+def _note(folder: Path, manifest: bytes) -> None:
+    """Remember that the folder is at least as new as a remote manifest."""
+    with open(folder / _SENT, "a") as file:
+        file.write(hashlib.sha256(manifest).hexdigest() + "\n")
+
+
+def _is_known(folder: Path, manifest: bytes) -> bool:
+    with suppress(FileNotFoundError):
+        return hashlib.sha256(manifest).hexdigest() in (folder / _SENT).read_text().split()
+    return False
+
+
+def use(name: str, data: DataSettings | None = None) -> Path:
+    """The folder of this name on the local disk, not removed by anybody until this process ends."""
+    given = (data and data.staging) or os.environ.get("PTXDIST_STAGING")
+    root = Path(given).absolute() if given else Path(tempfile.gettempdir(), f"ptxdist-{os.getuid()}")
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not given and root.stat().st_uid != os.getuid():
+        raise StoreError(f"{root} is somebody else's; set PTXDIST_STAGING to a folder of your own")
+    lock = _beside(root / name, "use")
+    if lock not in _held:
+        _held[lock] = open(lock, "a")  # noqa: SIM115  until this process ends
+        fcntl.flock(_held[lock], fcntl.LOCK_SH)
+    os.utime(lock)
+    return root / name
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f"{folder.name}.{kind}")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """The only process of this node that fills a folder; others wait."""
+    with open(_beside(folder, "lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _make_room(folder: Path, needed: int, data: DataSettings | None = None) -> None:
+    """Remove what nobody uses, the longest unused first, until `needed` bytes fit the limit; StoreError if full."""
+    there = {path.with_suffix(""): _bytes(path.with_suffix("")) for path in folder.parent.glob("*.use")}
+    missing = needed - there.pop(folder, 0)
+    total = sum(there.values()) + needed - (data or DataSettings()).staging_gb * _GB
+    for path in sorted(there, key=lambda path: _beside(path, "use").stat().st_mtime):
+        if total > 0:
+            with open(_beside(path, "use")) as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+                total -= there[path]
+    if missing > (free := shutil.disk_usage(folder.parent).free):
+        raise StoreError(
+            f"{folder.parent} has {free / _GB:.1f} GB free and a copy needs {missing / _GB:.1f}; "
+            "set PTXDIST_STAGING to a folder on a larger disk"
+        )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def key_of(url: str) -> str:
+    """What stands for an address in the name of a folder."""
+    return hashlib.sha256(url.encode()).hexdigest()[:12]

@@ -1,0 +1,77 @@
+"""The only writer of a folder in an object store.
+
+Owns: the object that says who writes, and when a silent writer is given up. Refuses: a second writer (BusyError).
+Called by: `caches`, `runs`.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import threading
+import time
+from contextlib import suppress
+
+from ptxdist.errors import BusyError, StorageError
+from ptxdist.storage.remote import ConflictError, Remote
+
+LEASE = ".lease.json"
+_LEASE_S = 30.0  # a lease that has not been renewed for so long is its writer's no more
+
+
+class Lease:
+    """The only writer of a remote folder, as long as the block lasts: an object that is written again and again.
+
+    `check` raises BusyError when another has taken over, which it may after this one was silent for `_LEASE_S`. A
+    store that ignores conditional writes cannot keep two writers apart that begin at the same moment.
+    """
+
+    def __init__(self, remote: Remote, token: str = "") -> None:
+        self._remote, self.token = remote, token or secrets.token_hex(8)
+        self.former, self._count, self._version = "", 0, ""
+        self._lost, self._ended = False, threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="ptxdist-lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        content, version = self._remote.read_version(LEASE)
+        there = json.loads(content) if content else {}
+        self.former = str(there.get("token", ""))
+        if there and not there["released"] and self.former != self.token:
+            time.sleep(_LEASE_S)
+            if self._remote.read_version(LEASE)[1] != version:
+                raise self._busy()
+        try:
+            self._version = self._remote.write(LEASE, self._content(), version=version)
+        except ConflictError:
+            raise self._busy() from None
+        self._thread.start()
+        return self
+
+    def check(self) -> None:
+        """BusyError when another writer has taken over."""
+        if self._lost:
+            raise self._busy()
+
+    def __exit__(self, *raised: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        with suppress(ConflictError, StorageError):
+            if not self._lost:
+                self._remote.write(LEASE, self._content(released=True), version=self._version)
+
+    def _content(self, released: bool = False) -> bytes:
+        self._count += 1
+        return json.dumps({"token": self.token, "count": self._count, "released": released}).encode()
+
+    def _renew(self) -> None:
+        while not self._ended.wait(_LEASE_S / 4):
+            try:
+                self._version = self._remote.write(LEASE, self._content(), version=self._version)
+            except ConflictError:
+                self._lost = True
+                return
+            except StorageError:
+                pass  # while the store is gone nobody else can take over either
+
+    def _busy(self) -> BusyError:
+        return BusyError(f"another ptxdist is writing to {self._remote.url}; wait for it or stop it")

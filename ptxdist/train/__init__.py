@@ -1,0 +1,1 @@
+"""Stores in, weights and counts out: torch, torchvision, albumentations; never ray."""

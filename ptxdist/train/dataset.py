@@ -1,0 +1,242 @@
+"""Store + indices -> batches, the same for any number of workers.
+
+Owns: the order of the cases, their division among ranks, and the prefetching thread. Refuses: nothing. Called by:
+`loop`, `evaluate`. What leaves this module is uint8 with one channel; three channels and normalisation belong to the
+model, on the device.
+
+Training: the epoch's order is cut into global batches; of each one, rank r takes the cases r, r + ranks, … A rank may
+get none of a last, small batch. Validation: fixed blocks of cases, block b for rank b % ranks, so that a
+forward pass sees the same cases together whatever the number of ranks; nothing is padded, no case is seen twice.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ptxdist.cache.store import Samples, Store
+from ptxdist.train.augment import Augmentation, Draw
+from ptxdist.train.on_device import ResidentStore, draws_as_tensors
+
+VAL_BLOCK = 8
+_PREFETCHED = 3
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch: `image` and `mask` uint8 (B, 1, size, size), `index` int64 (B,) on the CPU.
+
+    `mask` is the area fraction 0..255, `index` the position in the store, `global_size` the cases over all ranks.
+    """
+
+    image: Tensor
+    mask: Tensor
+    index: Tensor
+    global_size: int
+
+
+class Share(NamedTuple):
+    """One rank's part of a global batch: positions in the store, size of that batch, and how often each was there."""
+
+    indices: Indices
+    global_size: int
+    repeats: Indices
+
+
+def epoch_order(
+    indices: Indices,
+    *,
+    seed: int,
+    epoch: int,
+    positive: npt.NDArray[np.bool_] | None = None,
+    positive_share: float | None = None,
+) -> Indices:
+    """The cases in the order of one epoch, as many as there are; depends on (seed, epoch) and the set of cases only.
+
+    As they come: a permutation. With a `positive_share`, `positive` (bool, one for each of `indices`) says who is:
+    positive cases stand evenly spread over the epoch in that share, drawn without repetition until all were there,
+    and so do the negative ones. Where there is only one kind, the order is a permutation again.
+    """
+    random = np.random.default_rng((seed, epoch))
+    order = np.argsort(indices, kind="stable")
+    if positive is None or positive_share is None or positive.all() or not positive.any():
+        return random.permutation(indices[order])
+    count, here = len(indices), positive[order]
+    wanted = min(count - 1, max(1, round(positive_share * count)))
+    slots = np.diff(np.arange(count + 1) * wanted // count).astype(bool)
+    result = np.empty(count, np.int64)
+    for pool, places in ((indices[order][here], slots), (indices[order][~here], ~slots)):
+        rounds = [random.permutation(pool) for _ in range(-(-int(places.sum()) // len(pool)))]
+        result[places] = np.concatenate(rounds)[: places.sum()]
+    return result
+
+
+def training_shares(order: Indices, batch_size: int, rank: int, ranks: int) -> list[Share]:
+    """Part of this rank in each global batch; the last batch may be smaller."""
+    places = np.argsort(order, kind="stable")  # of one case after another, each in the order of its turns
+    first = np.flatnonzero(np.diff(order[places], prepend=-1))  # where the next case begins among them
+    repeats = np.empty(len(order), np.int64)
+    repeats[places] = np.arange(len(order)) - np.repeat(first, np.diff(first, append=len(order)))
+    starts = range(0, len(order), batch_size)
+    parts = [(order[s : s + batch_size], repeats[s : s + batch_size]) for s in starts]
+    return [Share(batch[rank::ranks], len(batch), before[rank::ranks]) for batch, before in parts]
+
+
+def validation_shares(indices: Indices, rank: int, ranks: int, block: int = VAL_BLOCK) -> list[Share]:
+    """Blocks of this rank, each with its size; over all ranks every case is there exactly once."""
+    blocks = [indices[start : start + block] for start in range(0, len(indices), block)]
+    return [Share(block, len(block), np.zeros(len(block), np.int64)) for block in blocks[rank::ranks]]
+
+
+def batches(
+    store: Store,
+    shares: Sequence[Share],
+    *,
+    augmentation: Augmentation | None = None,
+    names: Sequence[str] = (),
+    epoch: int = 0,
+    device: torch.device | None = None,
+) -> Iterator[Batch]:
+    """The shares as batches, prepared ahead by one thread (gathering and augmenting release the GIL).
+
+    `names` are the ids of the store's cases, which key the draws of an `augmentation`, so that a case keeps its draws
+    when others come or go.
+    Host buffers are pinned and copied asynchronously when `device` is a GPU. Of a ResidentStore positions and draws are
+    prepared only; the samples are taken on its device, and are the same. An error in the thread is raised here; the
+    thread ends when the caller stops reading.
+    """
+    pin = device is not None and device.type == "cuda"
+    allocate = _pinned if pin else _Buffers()
+
+    def draws(share: Share) -> list[Draw] | None:
+        if augmentation is None:
+            return None
+        cases = zip(share.indices.tolist(), share.repeats.tolist(), strict=True)
+        return [augmentation.draw(epoch=epoch, case=names[index], repeat=repeat) for index, repeat in cases]
+
+    def prepare() -> Iterator[Callable[[], Batch]]:
+        for share in shares:
+            if isinstance(store, ResidentStore):
+                yield _on_device(store, share, draws(share), pin)
+            else:
+                yield _on_host(store, share, draws(share), allocate, device)
+
+    prepared = _prefetched(prepare())
+    try:
+        for finish in prepared:
+            yield finish()
+    finally:
+        prepared.close()
+
+
+Item = TypeVar("Item")
+
+
+def _prefetched(items: Iterator[Item]) -> Generator[Item]:
+    """The items, made ahead by a thread."""
+    ready: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(maxsize=_PREFETCHED)
+    stopped = threading.Event()
+
+    def put(item: tuple[Item] | BaseException | None) -> None:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def prepare() -> None:
+        try:
+            for item in items:
+                put((item,))
+                if stopped.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    thread = threading.Thread(target=prepare, name="ptxdist-batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item[0]
+    finally:
+        stopped.set()
+        thread.join()
+
+
+class _Buffers:
+    """Host memory that is used again when nobody holds it any more: fresh pages cost more than copying into them."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Samples] = []
+
+    def __call__(self, *shape: int) -> Tensor:
+        for array in self._arrays:
+            # Tensors and views of an array hold a reference to it; now only the list, the loop and the call do.
+            if array.shape == shape and sys.getrefcount(array) == 3:
+                return torch.from_numpy(array)
+        # torch's memory starts at a multiple of 64 bytes. Large arrays of numpy start 16 bytes past a page, and copying
+        # whole pages of a mapped file to there takes five times as long on some processors.
+        self._arrays.append(torch.empty(shape, dtype=torch.uint8).numpy())
+        return torch.from_numpy(self._arrays[-1])
+
+
+def _pinned(*shape: int) -> Tensor:
+    """Page-locked memory; torch keeps it and gives it out again when the copy to the GPU is done."""
+    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+
+
+def _on_host(
+    store: Store,
+    share: Share,
+    draws: Sequence[Draw] | None,
+    allocate: Callable[..., Tensor],
+    device: torch.device | None,
+) -> Callable[[], Batch]:
+    """Prepare a batch in host memory; the call that comes back, made by the reader, puts it on the device."""
+    image, mask = (allocate(len(share.indices), 1, store.size_px, store.size_px) for _ in range(2))
+    images: Samples = image.numpy()[:, 0]
+    masks: Samples = mask.numpy()[:, 0]
+    if draws is None:
+        store.gather(share.indices, images, masks)
+    else:
+        for row, (index, draw) in enumerate(zip(share.indices.tolist(), draws, strict=True)):
+            draw.write(*store.sample(index), images[row], masks[row])
+    index = torch.from_numpy(share.indices)
+
+    def finish() -> Batch:
+        if device is None:
+            return Batch(image, mask, index, share.global_size)
+        pinned = image.is_pinned()
+        there = [tensor.to(device, non_blocking=pinned) for tensor in (image, mask)]
+        return Batch(there[0], there[1], index, share.global_size)
+
+    return finish
+
+
+def _on_device(store: ResidentStore, share: Share, draws: Sequence[Draw] | None, pin: bool) -> Callable[[], Batch]:
+    """Prepare the positions and draws of a batch; the call that comes back, made by the reader, takes its samples."""
+    index = torch.from_numpy(share.indices)
+    host = [index, *(draws_as_tensors(draws) if draws is not None else ())]
+    host = [tensor.pin_memory() for tensor in host] if pin else host
+
+    def finish() -> Batch:
+        there = [tensor.to(store.device_images.device, non_blocking=pin) for tensor in host]
+        flips, tables = there[1:] or (None, None)
+        return Batch(*store.take(there[0], flips, tables), index, share.global_size)
+
+    return finish

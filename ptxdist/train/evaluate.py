@@ -1,0 +1,307 @@
+"""Finished runs over the cases they have not seen, at the original resolution.
+
+Owns: whose weights see which cases (one run, an ensemble, out-of-fold), and the files an evaluation leaves. Refuses:
+runs that do not go together (RunError). Called by: `cli`, `run.stage`. What is concluded from the counts stands in
+`analysis`; what the scores mean, in `metrics`.
+
+One rule serves all: runs that held out the same fold are an ensemble, whose probabilities are averaged; the cases of
+different folds are pooled. All ranks of a process group must call `evaluate` together; each scores its share.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from ptxdist.cache.catalog import Catalog, read_catalog
+from ptxdist.cache.preprocess import read_salt
+from ptxdist.cache.split import split_indices
+from ptxdist.cache.store import Store, open_store
+from ptxdist.cache.verify import refuse_damaged
+from ptxdist.config import Settings
+from ptxdist.dicom.radiograph import hash_text
+from ptxdist.errors import RunError
+from ptxdist.labels import rle
+from ptxdist.labels.tables import read_patients
+from ptxdist.rundir import (
+    CASES,
+    EVALUATION,
+    HISTOGRAMS,
+    PREDICTIONS,
+    RESULT,
+    SETTINGS,
+    EvaluationResult,
+    PipelineResult,
+    StageResult,
+    read_evaluation,
+    read_settings,
+    read_stages,
+    write_json,
+)
+from ptxdist.scores.analysis import CASE_COLUMNS, FIXED_THRESHOLDS, Evaluated, conclude
+from ptxdist.storage.caches import local_cache
+from ptxdist.storage.remote import is_remote
+from ptxdist.train.checkpoint import load_weights
+from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
+from ptxdist.train.scoring import CaseCounts, score_cases
+from ptxdist.train.step import choose_precision
+from ptxdist.train.unet import build_unet
+
+
+@dataclass(frozen=True)
+class Member:
+    """A run that takes part: its folder, its settings, and the result of its last stage."""
+
+    run: Path
+    settings: Settings
+    stage: StageResult
+
+    @classmethod
+    def of(cls, run: Path) -> Member:
+        """The member that a run is whose stages are finished, evaluated or not; RunError for others."""
+        return cls(run, read_settings(run), read_stages(run)[-1])
+
+
+class Ensemble(nn.Module):
+    """Models as one, which returns the logits of the mean of their probabilities."""
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits B1HW of images B1HW."""
+        if len(self.models) == 1:
+            single: Tensor = self.models[0](image)
+            return single
+        mean = torch.stack([model(image).float().sigmoid() for model in self.models]).mean(0)
+        return torch.logit(mean, eps=1e-6)
+
+
+def load_ensemble(members: Sequence[Member], device: torch.device) -> Ensemble:
+    """The networks of some runs with their weights; CheckpointError when a file is not what its run wrote."""
+    models = []
+    for member in members:
+        model = build_unet(member.settings.pipeline.model.model_copy(update={"encoder_weights": "none"}))
+        load_weights(model, member.run / member.stage.weights, member.stage.weights_sha256)
+        models.append(model)
+    return Ensemble(models).to(device).to(memory_format=torch.channels_last)
+
+
+def evaluate(
+    members: Sequence[Member],
+    cache: Path,
+    folder: Path,
+    *,
+    device: torch.device,
+    patients: Path | None = None,
+    on_cases: Callable[[int, int], None] = lambda done, total: None,
+) -> EvaluationResult:
+    """Score the members on the cases of `cache` that each has held out, and write tables and result into `folder`.
+
+    Masks come from the stage's threshold; the fixed thresholds are scored beside it, and the operating point is
+    searched on the same probabilities. `patients` is a map of image ids to patients, for caches made without one.
+    Every rank returns the result; rank 0 writes. Raises RunError, StoreError and CheckpointError when members, cache
+    and weights do not go together; LabelError for a map that cannot be read.
+    """
+    started = time.perf_counter()
+    catalog = read_catalog(cache)
+    first = members[0]
+    stage, how = first.settings.pipeline.stages[first.stage.stage - 1], first.settings.pipeline.evaluation
+    for member in members:
+        if member.stage.size_px != first.stage.size_px:
+            raise RunError(
+                f"{member.run} ends at {member.stage.size_px} px and {first.run} at {first.stage.size_px} px; "
+                "runs are evaluated together at one size"
+            )
+        if member.settings.pipeline.fold >= catalog.folds:
+            raise RunError(f"{member.run} held out fold {member.settings.pipeline.fold}; {cache} has {catalog.folds}")
+    folds = sorted({member.settings.pipeline.fold for member in members})
+    held_out = {fold: split_indices(catalog.labelled, fold)[1] for fold in folds}
+    total, done = sum(map(len, held_out.values())), 0
+    if not total:
+        raise RunError(f"{cache} has no labelled case in fold {folds[0]}, which {first.run} held out")
+    thresholds = list(dict.fromkeys((stage.threshold, *FIXED_THRESHOLDS)))
+    predictions: dict[int, str] = {}
+
+    def keep_mask(index: int, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> None:
+        predictions[index] = rle.encode(mask)
+
+    found = []
+    for fold, indices in held_out.items():
+        before = done
+        found.append(
+            score_cases(
+                load_ensemble([member for member in members if member.settings.pipeline.fold == fold], device),
+                _store_of(catalog, cache, stage.size_px),
+                catalog.labelled,
+                indices,
+                thresholds=thresholds,
+                device=device,
+                precision=choose_precision(first.settings.train.precision, device),
+                flip_averaging=how.flip_averaging,
+                min_area_px=how.min_area_px,
+                histograms=True,
+                on_cases=lambda count, before=before: on_cases(min(total, before + count * world_size()), total),  # type: ignore[misc]
+                on_mask=keep_mask,
+            )
+        )
+        done += len(indices)
+    indices = np.concatenate(list(held_out.values()))
+    counts = _join(found)
+    texts = [json.loads(text) for text in gather_texts(json.dumps(predictions))]
+    masks = {int(index): text for share in texts for index, text in share.items()}
+    if rank() == 0:  # the others wait, and leave it the cores
+        evaluated = Evaluated(
+            [catalog.labelled[index] for index in indices],
+            counts,
+            *_patients_of(catalog, indices, folds, patients, read_salt(cache)),
+        )
+        result, rows = conclude(
+            evaluated,
+            thresholds,
+            min_area_px=how.min_area_px,
+            flip_averaging=how.flip_averaging,
+            runs=len(members),
+        )
+        result = result.model_copy(update={"seconds": time.perf_counter() - started})
+        _write_csv(folder / CASES, CASE_COLUMNS, rows)
+        ids = [catalog.labelled[index].case_id for index in indices]
+        _write_csv(
+            folder / PREDICTIONS,
+            ("ImageId", "EncodedPixels"),
+            [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)],
+        )
+        draft = folder / (HISTOGRAMS + ".tmp")
+        save_file({"histograms": counts.histograms}, draft)
+        draft.replace(folder / HISTOGRAMS)
+        write_json(folder / RESULT, result)
+    barrier()
+    return read_evaluation(folder)
+
+
+def evaluate_again(
+    runs: Sequence[Path],
+    *,
+    folder: Path | None = None,
+    patients: Path | None = None,
+    on_cases: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[EvaluationResult, PipelineResult | None]:
+    """Evaluate finished runs on this machine.
+
+    A single run's own result is renewed, and returned too; the evaluation of several goes to `folder`, or with one run
+    stays with it. Errors as `evaluate`; RunError for an unfinished run or one of another cache or split, StoreError for
+    a cache that is damaged.
+    """
+    members = [Member.of(run) for run in runs]
+    places = [member.settings.data.cache for member in members]
+    caches = {place if is_remote(place) else str(Path(place).resolve()) for place in places}
+    if len(caches) > 1:
+        raise RunError(f"the runs were trained on different caches ({', '.join(sorted(caches))})")
+    if folder is None and len(runs) > 1:
+        raise RunError("say with --out where the evaluation of several runs shall go")
+    if folder is not None and (folder / SETTINGS).is_file():
+        raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    sizes = sorted({member.stage.size_px for member in members})
+    cache = local_cache(places[0], sizes, data=members[0].settings.data)
+    catalog = read_catalog(cache)
+    for member in members:
+        refuse_other_split(member.run, catalog, member.settings.pipeline.fold)
+    if not is_remote(places[0]):  # the copy of a remote one has just been compared
+        refuse_damaged(cache, sizes)
+    use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
+    evaluation = evaluate(
+        members,
+        cache,
+        folder or runs[0] / EVALUATION,
+        device=torch.device("cuda" if use_gpu else "cpu"),
+        patients=patients,
+        on_cases=on_cases,
+    )
+    if folder is not None:
+        return evaluation, None
+    stages = tuple(read_stages(runs[0]))
+    result = PipelineResult(
+        pipeline=members[0].settings.pipeline.name,
+        stages=stages,
+        evaluation=evaluation,
+        seconds=sum(stage.seconds for stage in stages) + evaluation.seconds,
+    )
+    write_json(runs[0] / RESULT, result)
+    return evaluation, result
+
+
+def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
+    """RunError when the cache has been split anew since the run: it would be scored on what it was trained on.
+
+    Cases that came or went since do no harm; one that the run held out and that trains now does. A run without an
+    evaluation yet is not judged.
+    """
+    path = run / EVALUATION / CASES
+    if not path.is_file():
+        return
+    with open(path, newline="", encoding="utf-8") as file:
+        held_out = [row["case_id"] for row in csv.DictReader(file)]
+    fold_of = {case.case_id: case.fold for case in catalog.labelled}
+    if moved := sum(fold_of.get(case_id, -1) not in (-1, fold) for case_id in held_out):
+        raise RunError(
+            f"the cache of {run} has been split anew since: {moved} of the {len(held_out)} images that it held out are "
+            "training images now, so others that it was trained on are held out. Run `ptxdist preprocess` as it was "
+            "before (the same --patients and --folds), or train again"
+        )
+
+
+def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:
+    store = open_store(cache, size_px)
+    if store.cases != len(catalog.labelled):
+        raise RunError(f"{store.path} and the catalog of {cache} differ; run `ptxdist preprocess` again")
+    return store
+
+
+def _join(parts: Sequence[CaseCounts]) -> CaseCounts:
+    """The counts of one fold after another."""
+    return CaseCounts(
+        **{
+            field.name: np.concatenate(
+                [getattr(part, field.name) for part in parts], axis=1 if field.name == "at_full" else 0
+            )
+            for field in fields(CaseCounts)
+        }
+    )
+
+
+def _patients_of(
+    catalog: Catalog, indices: Iterable[int], folds: Sequence[int], patients: Path | None, salt: bytes
+) -> tuple[list[str], list[bool | None], str]:
+    """Group of each case, whether its patient has images in the training side of its fold, and who says so."""
+    cases = catalog.labelled
+    known_from = "nothing" if catalog.leakage.grouped_by == "nothing" else "catalog"
+    if patients is not None:
+        known_from = "patient map"
+        who = read_patients(patients)
+        cases = tuple(
+            replace(case, group=hash_text(who[case.case_id], salt) if case.case_id in who else case.group)
+            for case in cases
+        )
+    taught = {fold: {cases[index].group for index in split_indices(cases, fold)[0]} for fold in folds}
+    chosen = [cases[index] for index in indices]
+    shared = [None if known_from == "nothing" else case.group in taught[case.fold] for case in chosen]
+    return [case.group for case in chosen], shared, known_from
+
+
+def _write_csv(path: Path, header: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+    os.replace(temporary, path)

@@ -1,0 +1,153 @@
+"""A model over cases -> counts: at the stage's size and at the original resolution, streaming.
+
+Owns: how a probability map becomes a mask at the original resolution (bilinear up-sampling of probabilities, threshold
+last, small masks emptied) and how truth is counted there. Refuses: nothing. Called by: `loop`, `evaluate`, `predict`.
+No map is kept: per case only counts stay, and each rank fills in its own, so that sums are identical for any number of
+ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ptxdist.cache.catalog import Case
+from ptxdist.cache.store import Store
+from ptxdist.labels import rle
+from ptxdist.rundir import OperatingPoint
+from ptxdist.scores.metrics import count
+from ptxdist.train.dataset import Indices, batches, validation_shares
+from ptxdist.train.distributed import rank, sum_over_ranks, world_size
+from ptxdist.train.losses import bce_dice_per_image
+
+Counts = npt.NDArray[np.int64]
+Histograms = npt.NDArray[np.int32]
+
+LEVELS = 200  # an operating point tells probabilities apart in steps of 0.005
+
+
+@dataclass(frozen=True)
+class CaseCounts:
+    """Counts of n cases in the order asked for: intersection, predicted, truth in px.
+
+    `loss` float64 (n,); `score` float64 (n,), the highest probability; `at_stage` int64 (n, 3) at the first threshold;
+    `at_full` int64 (thresholds, n, 3) at the original resolution.
+    If asked for, also `histograms` int32 (n, 2, LEVELS): px of each level at the original resolution, all and those of
+    the truth; and `brightness` float64 (n,), the mean grey level of the image, 0..255. Else these are empty.
+    """
+
+    loss: npt.NDArray[np.float64]
+    score: npt.NDArray[np.float64]
+    at_stage: Counts
+    at_full: Counts
+    histograms: Histograms
+    brightness: npt.NDArray[np.float64]
+
+
+@torch.no_grad()
+def score_cases(
+    model: nn.Module,
+    store: Store,
+    cases: Sequence[Case],
+    indices: Indices,
+    *,
+    thresholds: Sequence[float],
+    device: torch.device,
+    precision: torch.dtype = torch.float32,
+    flip_averaging: bool = False,
+    min_area_px: int = 0,
+    histograms: bool = False,
+    on_cases: Callable[[int], None] = lambda done: None,
+    on_mask: Callable[[int, npt.NDArray[np.bool_]], None] | None = None,
+) -> CaseCounts:
+    """Run the model over `indices` (positions in the store, whose i-th case is `cases[i]`), shared among the ranks.
+
+    `on_cases` hears how many cases this rank has finished; `on_mask` gets each position and its mask bool
+    (rows, columns) at the first threshold. No indices give empty arrays.
+    """
+    position = {int(index): row for row, index in enumerate(indices)}
+    loss, score = (torch.zeros(len(indices), dtype=torch.float64) for _ in range(2))
+    at_stage = torch.zeros(len(indices), 3, dtype=torch.int64)
+    at_full = torch.zeros(len(thresholds), len(indices), 3, dtype=torch.int64)
+    detailed = len(indices) if histograms else 0
+    levels, brightness = torch.zeros(detailed, 2, LEVELS, dtype=torch.int32), torch.zeros(detailed, dtype=torch.float64)
+    model.eval()
+    done = 0
+    for batch in batches(store, validation_shares(indices, rank(), world_size()), device=device):
+        rows = [position[int(index)] for index in batch.index]
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            logits = model(batch.image).float()
+            mirrored = model(batch.image.flip(-1)).float() if flip_averaging else None
+        truth = batch.mask.float() / 255
+        probability = logits.sigmoid()
+        if mirrored is not None:
+            probability = (probability + mirrored.sigmoid().flip(-1)) / 2
+        loss[rows] = bce_dice_per_image(logits, truth).double().cpu()
+        score[rows] = probability.flatten(1).amax(1).double().cpu()
+        at_stage[rows] = count(probability >= thresholds[0], truth >= 0.5).cpu()
+        if histograms:
+            brightness[rows] = batch.image.double().mean((1, 2, 3)).cpu()
+        for row, index, image in zip(rows, batch.index.tolist(), probability, strict=True):
+            case = cases[index]
+            full = to_original(image[0], case.rows, case.columns)
+            masks = [_drop_small(full >= threshold, min_area_px) for threshold in thresholds]
+            # Most cases are empty, and most validated masks too: then the truth need not be decoded.
+            needed = case.masks and (histograms or any(bool(mask.any()) for mask in masks))
+            area = _decode(case).to(full.device) if needed else None
+            for number, mask in enumerate(masks):
+                overlap = 0 if area is None else int((mask & area).sum())
+                at_full[number, row] = torch.tensor([overlap, int(mask.sum()), case.area_px])
+            if histograms:
+                levels[row] = _histogram(full, area)
+            if on_mask is not None:
+                on_mask(index, masks[0].cpu().numpy())
+        done += len(rows)
+        on_cases(done)
+    parts = (loss, score, at_stage, at_full, levels, brightness)
+    return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
+
+
+def to_original(probability: Tensor, rows: int, columns: int) -> Tensor:
+    """Probabilities (size, size) of the padded square, up-sampled bilinearly and cut to the image (rows, columns)."""
+    side = max(rows, columns)
+    square = F.interpolate(probability[None, None], size=(side, side), mode="bilinear", align_corners=False)[0, 0]
+    top, left = (side - rows) // 2, (side - columns) // 2
+    return square[top : top + rows, left : left + columns]
+
+
+def _drop_small(mask: Tensor, min_area_px: int) -> Tensor:
+    return mask if not min_area_px or int(mask.sum()) >= min_area_px else torch.zeros_like(mask)
+
+
+def to_levels(probability: Tensor) -> Tensor:
+    """Level of each probability, int32 0..LEVELS - 1 of the same shape: level k from k / LEVELS on, exactly."""
+    scaled = probability * LEVELS
+    levels = scaled.to(torch.int32).clamp_(0, LEVELS - 1)
+    # The product is rounded. What lies so close to an edge that this may matter, few px, is compared with it.
+    close = (scaled - scaled.round()).abs() < 4 * LEVELS * torch.finfo(probability.dtype).eps
+    edges = torch.arange(1, LEVELS, dtype=torch.float64, device=probability.device) / LEVELS
+    levels[close] = torch.bucketize(probability[close], edges.to(probability.dtype), right=True, out_int32=True)
+    return levels
+
+
+def mask_at(probability: Tensor, point: OperatingPoint) -> Tensor:
+    """The mask, bool of the same shape, that an operating point makes of probabilities at the original resolution."""
+    if int((probability >= point.top).sum()) < point.min_area_px:
+        return torch.zeros_like(probability, dtype=torch.bool)
+    return probability >= point.bottom
+
+
+def _histogram(full: Tensor, area: Tensor | None) -> Tensor:
+    levels = to_levels(full).flatten()
+    inside = levels[:0] if area is None else levels[area.flatten()]
+    return torch.stack([torch.bincount(part, minlength=LEVELS) for part in (levels, inside)]).int().cpu()
+
+
+def _decode(case: Case) -> Tensor:
+    return torch.from_numpy(rle.decode(case.masks or (), case.rows, case.columns)).bool()

@@ -1,0 +1,121 @@
+"""The scan: which files are candidates, and what is kept of each."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ptxdist.cache.scan import ScannedFile, digest_of, find_files, scan
+from ptxdist.errors import CatalogError
+from ptxdist.executor import processes
+
+IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+def relative(root: Path, skip: tuple[Path, ...] = ()) -> tuple[list[str], int]:
+    return find_files(root, skip)
+
+
+# --- candidates -----------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_found_by_suffix_and_the_rest_is_counted(tmp_path: Path) -> None:
+    names = ("a.dcm", "b.DCM", "sub/c.dicom", "sub/1.2.840.99", "sub/noext", "d.ima", "x.png", ".hidden", "sub/t.csv")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "sub" / "itself.dcm").symlink_to(tmp_path / "sub" / "itself.dcm")
+    expected = ["a.dcm", "b.DCM", "d.ima", "sub/1.2.840.99", "sub/c.dicom", "sub/itself.dcm", "sub/noext"]
+    assert relative(tmp_path) == (expected, 4), "a picture, a hidden file, a table, and a link to a folder"
+
+
+def test_png_images_are_candidates_only_where_there_is_no_dicom(tmp_path: Path) -> None:
+    for name in ("b.png", "a.PNG", "table.csv"):
+        (tmp_path / name).touch()
+    assert relative(tmp_path) == (["a.PNG", "b.png"], 1)
+    (tmp_path / "c.dcm").touch()
+    assert relative(tmp_path) == (["c.dcm"], 3)
+
+
+def test_skipped_folders_are_passed_over_whatever_way_they_are_named(tmp_path: Path) -> None:
+    """A cache below the images has files without a suffix."""
+    for name in ("a.dcm", "cache/32.zarr/image/c/0/0/0", "cache/salt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert relative(tmp_path) == (["a.dcm", "cache/32.zarr/image/c/0/0/0", "cache/salt"], 0)
+    assert relative(tmp_path, (tmp_path / "a" / ".." / "cache",)) == (["a.dcm"], 0)
+    assert relative(tmp_path, (tmp_path / "elsewhere",))[0][0] == "a.dcm"
+
+
+def test_folder_that_may_not_be_read_is_no_silent_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)  # (root may read every folder, so the mode bits would not show it)
+    with pytest.raises(CatalogError, match=f"{tmp_path}: this folder cannot be read: Permission denied"):
+        find_files(tmp_path)
+
+
+def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="nowhere: no such folder; give the folder") as caught:
+        scan(tmp_path / "nowhere")
+    assert caught.value.exit_code == 6
+    (tmp_path / "table.csv").touch()
+    with pytest.raises(CatalogError, match=r"no DICOM files \(\*.dcm\) and no PNG images in it .* \(1 other files\)"):
+        scan(tmp_path)
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_known_by_a_hash_of_its_bytes(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    path = write_dicom(tmp_path / "Jones" / "a.dcm", IMAGE, "1.1")
+    [found], others = scan(tmp_path, salt=b"s")
+    assert (found.path, found.reason, others) == ("Jones/a.dcm", "", 0)
+    assert found.digest == digest_of(path.read_bytes()) == hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+    assert found.header is not None
+    assert (found.header.case_id, found.header.rows) == ("1.1", 8)
+    assert scan(tmp_path, salt=b"t")[0][0].header.patient != found.header.patient  # type: ignore[union-attr]
+
+
+def test_unusable_files_have_a_reason_each_and_stop_nothing(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    write_dicom(tmp_path / "good.dcm", IMAGE, "1.1")
+    (tmp_path / "empty.dcm").touch()
+    (tmp_path / "text.dcm").write_text("nothing of the kind")
+    (tmp_path / "gone.dcm").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "itself.dcm").symlink_to(tmp_path / "itself.dcm")
+    found = {file.path: file for file in scan(tmp_path)[0]}
+    assert {name for name, file in found.items() if not file.reason} == {"good.dcm"}
+    assert all(file.header is None for file in found.values() if file.reason)
+    assert found["empty.dcm"].reason == "is empty (0 bytes)"
+    assert found["gone.dcm"].reason == "cannot be read: No such file or directory"
+    assert "cannot be read" in found["itself.dcm"].reason
+    assert "DICOM" in found["text.dcm"].reason
+    assert (found["text.dcm"].digest != "", found["empty.dcm"].digest) == (True, "")
+
+
+def test_file_name_that_is_no_utf8_is_read_as_any_other(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    name = os.fsdecode(b"J\xf6rg.dcm")
+    shutil.move(write_dicom(tmp_path / "a.dcm", IMAGE, "1.1"), tmp_path / name)
+    write_dicom(tmp_path / "b.dcm", IMAGE, "1.2")
+    expected = scan(tmp_path, salt=b"s")[0]
+    assert [file.path for file in expected] == [name, "b.dcm"]
+    assert all(file.header for file in expected)
+
+
+def test_spread_over_processes_the_scan_is_the_same(many_dataset) -> None:  # type: ignore[no-untyped-def]
+    heard: list[tuple[int, int]] = []
+    alone, others = scan(many_dataset.dicom, salt=b"s")
+    with processes(2) as spread:
+        together = scan(many_dataset.dicom, salt=b"s", spread=spread, on_file=lambda *step: heard.append(step))
+    assert together == (alone, others)
+    assert [file.path for file in alone] == sorted(path.name for path in many_dataset.dicom.iterdir())
+    assert all(isinstance(file, ScannedFile) and file.header for file in alone)
+    assert heard[-1] == (300, 300)
+    assert sorted(heard) == heard

@@ -1,0 +1,152 @@
+"""Every command explains itself; bad input ends with a sentence and its own exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from ptxdist.cli import cli
+from ptxdist.cli.submit import absolute_paths
+from ptxdist.config import load_settings
+from ptxdist.errors import PtxdistError
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = sorted(cli.commands)
+PRINTS_RESULTS = sorted(set(COMMANDS) - {"submit"})
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+
+def test_help_answers_in_well_under_a_second_and_loads_nothing_heavy() -> None:
+    started = time.perf_counter()
+    code = (
+        "import sys; from ptxdist.cli import cli; cli(['--help'], standalone_mode=False);"
+        "heavy = {'torch', 'ray', 'zarr', 'albumentations', 'pydicom', 'cv2'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "preprocess" in done.stdout
+    assert time.perf_counter() - started < 5  # well under one on an idle machine; here other tests may run beside it
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_stands_in_the_readme(name: str) -> None:
+    done = run(name, "--help")
+    assert done.exit_code == 0
+    assert f"Example: ptxdist {name}" in done.output
+    assert f"ptxdist {name}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_command_is_a_wall_of_flags(name: str) -> None:
+    options = [p for p in cli.commands[name].params if isinstance(p, click.Option) and p.name != "as_json"]
+    assert len(options) <= 10
+
+
+@pytest.mark.parametrize("name", PRINTS_RESULTS)
+def test_commands_that_print_results_take_json(name: str) -> None:
+    assert any(parameter.name == "as_json" for parameter in cli.commands[name].params)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_pipeline_loads_and_opens_with_purpose_source_and_target(path: Path) -> None:
+    settings = load_settings(str(path))
+    assert settings.pipeline.name == path.stem
+    assert settings.pipeline.purpose
+    assert settings.pipeline.source
+    assert settings.pipeline.target
+    assert path.read_text().startswith("# ")
+
+
+def test_the_pipelines_of_the_source_have_its_values() -> None:
+    def stages(name: str) -> list[tuple[int, int, int, float, str, float, int]]:
+        return [
+            (s.size_px, s.epochs, s.batch_size, s.learning_rate, s.schedule, s.threshold, s.swa_epochs)
+            for s in load_settings(name).pipeline.stages
+        ]
+
+    assert stages("exp1") == [(256, 35, 40, 1e-3, "plateau", 0.5, 0)]
+    assert load_settings("exp1").pipeline.model.input_mapping == "learned"
+    assert stages("exp2") == [(256, 35, 40, 1e-3, "plateau", 0.55, 0)]
+    assert stages("exp3") == [*stages("exp2"), (512, 10, 14, 1e-3, "plateau", 0.55, 0)]
+    assert stages("exp4") == [(256, 60, 40, 1e-3, "plateau", 0.55, 0), (512, 29, 14, 1e-3, "plateau", 0.55, 0)]
+    assert stages("paper") == [(256, 100, 64, 1e-3, "cosine", 0.55, 5), (512, 70, 16, 1e-3, "cosine", 0.55, 5)]
+    assert load_settings("exp3").pipeline.stages[0] == load_settings("exp2").pipeline.stages[0]
+    stage = load_settings("exp2").pipeline.stages[0]
+    assert (stage.plateau_factor, stage.plateau_patience) == (0.2, 5)
+
+
+@pytest.mark.parametrize("site", ["local", "gpu"])
+def test_every_site_loads(site: str) -> None:
+    assert load_settings("paper", site=site).train.device in ("cpu", "gpu")
+    assert tomllib.loads((ROOT / "configs" / f"{site}.toml").read_text())
+
+
+def test_train_alone_is_the_full_recipe_and_dry_run_prints_it() -> None:
+    done = run("train", "--workers", 4, "--dry-run")
+    assert done.exit_code == 0
+    assert '"name": "paper"' in done.stdout
+    assert '"workers": 4' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["train", "--set", "stages.1.epoch=3"], 3, ["epoch", "did you mean 'epochs'?"]),
+        (["train", "--pipeline", "exp5"], 3, ["exp5", "exp1"]),
+        (["train", "--set", "stages.1.epochs=many"], 3, ["stages.1.epochs", "integer"]),
+        (["train", "--pipeline", "exp4", "--workers", 15], 3, ["15 workers", "batch of 14", "stage 2"]),
+        (["train", "--data", "nowhere"], 7, ["nowhere", "ptxdist preprocess"]),
+        (["evaluate", "nowhere"], 8, ["nowhere", "ptxdist train"]),
+        (["report", "nowhere"], 8, ["nowhere"]),
+        (["inspect", "nowhere"], 8, ["nowhere"]),
+        (["serve", "nowhere", "--port", 0], 8, ["nowhere", "ptxdist train"]),
+        (["preprocess", "--dicom", "nowhere", "--labels", "nothing.csv", "--out", "c"], 4, ["nothing.csv"]),
+        (["phantom", "p", "--cases", -1], 3, ["cases"]),
+        (["submit", "--address", "http://127.0.0.1:8265", "--", "fly"], 3, ["fly", "train"]),
+    ],
+)
+def test_bad_input_is_a_sentence_with_its_own_exit_code(
+    arguments: list[object], code: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert done.exit_code == code, done.output
+    assert isinstance(done.exception, SystemExit)
+    for word in words:
+        assert word in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert list(tmp_path.iterdir()) == [], "nothing half written"
+
+
+def test_every_error_has_an_exit_code_of_its_own() -> None:
+    codes = [error.exit_code for error in PtxdistError.__subclasses__()]
+    assert len(set(codes)) == len(codes)
+    assert not {0, 1, 2} & set(codes)
+
+
+def test_submitted_paths_are_absolute_and_defaults_spelt_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = absolute_paths(cli.commands, ["train", "--workers", "2", "--pipeline", "smoke", "--data=here"])
+    assert command == [
+        "train", "--workers", "2", "--pipeline", "smoke", f"--data={tmp_path}/here", "--run", f"{tmp_path}/runs/smoke",
+    ]  # fmt: skip
+    assert absolute_paths(cli.commands, ["report", "runs/x"]) == ["report", f"{tmp_path}/runs/x"]
+    several = absolute_paths(cli.commands, ["evaluate", "runs/x", "y", "--out", "z"])
+    assert several == ["evaluate", f"{tmp_path}/runs/x", f"{tmp_path}/y", "--out", f"{tmp_path}/z"]
+
+
+def test_a_submitted_command_that_does_not_parse_is_refused_before_it_is_sent() -> None:
+    done = run("submit", "--address", "http://127.0.0.1:1", "--", "train", "--wokers", 3)
+    assert done.exit_code == 2
+    assert "--wokers" in done.stderr

@@ -1,0 +1,159 @@
+"""What a compressed image says of itself is read right, and JPEG Lossless accounts for each of its bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from pydicom import uid
+
+from ptxdist.dicom import codestream
+from ptxdist.dicom.codestream import lossless_is_whole, read_jpeg, read_jpeg_2000, sequential_is_whole
+from ptxdist.dicom.tags import read_tags
+from ptxdist.errors import DicomError
+
+NOISE = np.random.default_rng(0).integers(0, 9, (36, 41))
+IMAGE = (np.add.outer(np.arange(36) * 3, np.arange(41)) + NOISE).astype(np.uint8)
+
+
+@pytest.mark.parametrize("syntax", [uid.JPEGBaseline8Bit, uid.JPEGLosslessSV1, uid.JPEGLSLossless])
+def test_size_and_depth_of_jpeg(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+    frame = read_tags(file_of(IMAGE, syntax), pixels=True).frame()
+    stream = read_jpeg(frame)
+    assert (stream.rows, stream.columns, stream.components, stream.bits) == (36, 41, 1, 8)
+    assert frame[stream.end : stream.end + 2] == b"\xff\xd9"
+    filled = frame[:2] + b"\xff\xff\xff" + frame[2:]  # fill bytes before a marker are allowed
+    assert read_jpeg(filled).columns == 41
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+def test_size_and_depth_of_jpeg_2000_bare_and_in_a_file(file_of, bits: int) -> None:  # type: ignore[no-untyped-def]
+    pixels = IMAGE if bits == 8 else IMAGE.astype(np.uint16) * 16
+    frame = read_tags(file_of(pixels, uid.JPEG2000Lossless, bits=bits), pixels=True).frame()
+    for one in (frame, b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(60) + frame):
+        stream = read_jpeg_2000(one)
+        assert (stream.rows, stream.columns, stream.components, stream.bits) == (36, 41, 1, bits)
+        assert stream.tiles == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: f[2:], "no JPEG stream"),
+        (lambda f: f[:60], "its header cannot be read"),
+        (lambda f: f[:-2], "end mark is missing"),
+        (lambda f: f.replace(b"\xff\xc3", b"\xff\xe3"), "its size is missing"),
+        (lambda f: f.replace(b"\xff\xc4", f[2 : f.index(b"\xff\xc4")] + b"\xff\xc4"), "its size is not clear"),
+        (lambda f: f.replace(b"\xff\xc4", b"\x00\xc4"), "its header cannot be read"),
+    ],
+)
+def test_damaged_markers_are_refused(jpeg_lossless, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DicomError, match=reason):
+        read_jpeg(damage(jpeg_lossless(IMAGE, 8)))
+
+
+def test_damaged_jpeg_2000_is_refused(file_of) -> None:  # type: ignore[no-untyped-def]
+    frame = read_tags(file_of(IMAGE, uid.JPEG2000Lossless), pixels=True).frame()
+    for damaged, reason in (
+        (frame[2:], "no JPEG 2000 stream"),
+        (frame[:40], "no JPEG 2000 stream"),
+        (frame[:24] + bytes(8) + frame[32:], "its size makes no sense"),
+        (frame[:8] + bytes(4) + frame[12:], "its size makes no sense"),
+        (frame[:43] + b"\2" + frame[44:], "its size makes no sense"),
+    ):
+        with pytest.raises(DicomError, match=reason):
+            read_jpeg_2000(damaged)
+
+
+@given(
+    arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=st.integers(0, 4095)),
+    st.integers(1, 7),
+    st.integers(0, 3),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_sound_stream_is_whole(jpeg_lossless, pixels, predictor: int, restart_rows: int) -> None:  # type: ignore[no-untyped-def]
+    frame = jpeg_lossless(pixels, 12, predictor=predictor, restart_rows=restart_rows)
+    assert lossless_is_whole(frame, read_jpeg(frame), pixels)
+
+
+@pytest.mark.parametrize("restart_rows", [0, 4])
+def test_a_stream_of_another_length_is_not_whole(jpeg_lossless, restart_rows: int) -> None:  # type: ignore[no-untyped-def]
+    frame = jpeg_lossless(IMAGE, 8, predictor=4, restart_rows=restart_rows)
+    stream = read_jpeg(frame)
+    assert lossless_is_whole(frame, stream, IMAGE)
+    for damaged in (
+        frame[:-4] + frame[-2:],
+        frame[: stream.scan] + frame[stream.scan + 1 :],
+        frame[:-2] + b"\x55" + frame[-2:],
+        frame[:-9] + b"\xff\xd9" + frame[-9:],
+        frame[:-9] + b"\xff\xd0" + frame[-9:],
+    ):
+        assert not lossless_is_whole(damaged, read_jpeg(damaged), IMAGE)
+    other = IMAGE.copy()
+    other[7, 7] ^= 128
+    assert not lossless_is_whole(frame, stream, other)
+    padded = frame[:-2] + b"\xff\xff" + frame[-2:]  # fill bytes before the end mark
+    assert lossless_is_whole(padded, read_jpeg(padded), IMAGE)
+
+
+def test_images_of_several_blocks_of_rows_are_whole(jpeg_lossless, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    frame = jpeg_lossless(IMAGE, 8, predictor=6, restart_rows=9)
+    monkeypatch.setattr(codestream, "_BLOCK_ROWS", 7)
+    assert lossless_is_whole(frame, read_jpeg(frame), IMAGE)
+
+
+def baseline(pixels: np.ndarray, quality: int = 90, restart_blocks: int = 0) -> bytes:
+    options = [cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_RST_INTERVAL, restart_blocks]
+    return bytes(cv2.imencode(".jpg", pixels, options)[1].tobytes())
+
+
+@given(
+    arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40)), elements=st.integers(0, 255)),
+    st.integers(1, 100),
+    st.integers(0, 3),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_sound_sequential_stream_is_whole(pixels, quality: int, restart_blocks: int) -> None:  # type: ignore[no-untyped-def]
+    frame = baseline(pixels, quality, restart_blocks)
+    assert sequential_is_whole(frame, read_jpeg(frame))
+
+
+@pytest.mark.parametrize("restart_blocks", [0, 7])
+def test_a_sequential_stream_with_too_few_or_too_many_blocks_is_not_whole(restart_blocks: int) -> None:
+    frame = baseline(IMAGE, 95, restart_blocks)
+    stream = read_jpeg(frame)
+    assert sequential_is_whole(frame, stream)
+    for damaged in (
+        frame[: stream.scan + 90] + frame[stream.end :],
+        frame[: stream.scan + 100] + frame[stream.scan + 300 :],
+        frame[: stream.end] + b"\x55\xaa" + frame[stream.end :],
+        frame[: stream.end - 9] + b"\xff\xd9" + frame[stream.end - 9 :],
+    ):
+        assert not sequential_is_whole(damaged, read_jpeg(damaged))
+
+
+def test_sequential_streams_are_judged_as_the_strict_decoder_judges_them() -> None:
+    frame = baseline(np.tile(IMAGE, (2, 2)))
+    stream, random, refused = read_jpeg(frame), np.random.default_rng(7), 0
+    for _ in range(200):
+        damaged = bytearray(frame)
+        damaged[random.integers(stream.scan, stream.end)] ^= 1 << random.integers(8)
+        whole = sequential_is_whole(bytes(damaged), read_jpeg(bytes(damaged)))
+        try:
+            simplejpeg.decode_jpeg(bytes(damaged), colorspace="GRAY", strict=True)
+        except ValueError:
+            refused += 1
+            assert not whole
+    assert refused > 40
+
+
+def test_real_streams_are_whole(real_data: Path) -> None:
+    for path in sorted((real_data / "siim-real" / "dicom-images").rglob("*.dcm"))[::200]:
+        frame = read_tags(path.read_bytes(), pixels=True).frame()
+        assert sequential_is_whole(frame, read_jpeg(frame))

@@ -1,0 +1,78 @@
+"""What the viewer takes for a frontal chest radiograph, and the sentence for everything else."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from ptxdist.dicom.frontal import refuse_other_than_chest
+from ptxdist.errors import DicomError
+
+GREY = np.full((64, 48), 90, np.uint8)
+Write = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {},
+        {"BodyPartExamined": "CHEST", "ViewPosition": "AP"},
+        {"BodyPartExamined": "Thorax", "Modality": "DX"},
+        {"BodyPartExamined": "CHEST ABDOMEN", "ViewPosition": None},
+        {"BodyPartExamined": "BRUSTKORB", "ViewPosition": ""},
+        {"BodyPartExamined": "", "Modality": "RG", "ViewPosition": "LLD"},
+    ],
+    ids=str,
+)
+def test_a_chest_passes_however_it_is_called(tmp_path: Path, write_dicom: Write, tags: dict[str, str]) -> None:
+    refuse_other_than_chest(write_dicom(tmp_path / "a.dcm", GREY, "1.2.3", **tags).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"Modality": "CT"}, "is of modality CT; a chest radiograph is one of CR, DX, RG"),
+        ({"Modality": None}, "does not name a known modality"),
+        ({"Modality": "QUAGMIRE"}, "does not name a known modality"),
+        ({"BodyPartExamined": "HAND"}, r"another part of the body than the chest \(HAND\)"),
+        ({"BodyPartExamined": "L-SPINE"}, r"\(LSPINE\)"),
+        ({"BodyPartExamined": "Quagmire's left Knee"}, r"\(KNEE\)"),
+        ({"ViewPosition": "LL"}, r"is a lateral or oblique view \(LL\)"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "is not grayscale"),
+        ({"NumberOfFrames": "3"}, "has 3 frames"),
+        ({"Rows": 60000, "Columns": 60000}, "claims 60000x60000 px"),
+    ],
+    ids=str,
+)
+def test_what_says_that_it_is_something_else_is_refused(
+    tmp_path: Path, write_dicom: Write, tags: dict[str, object], reason: str
+) -> None:
+    content = write_dicom(tmp_path / "a.dcm", GREY, "1.2.3", raw=True, **tags).read_bytes()
+    with pytest.raises(DicomError, match=reason) as caught:
+        refuse_other_than_chest(content)
+    assert "quagmire" not in str(caught.value).lower()
+
+
+def test_what_is_no_dicom_is_refused() -> None:
+    for content, reason in (
+        (b"", r"is empty \(0 bytes\)"),
+        (b"Dear colleague, " * 40, "is not a DICOM file"),
+        (cv2.imencode(".png", GREY)[1].tobytes(), "is a PNG, which does not say what it shows"),
+        (cv2.imencode(".jpg", GREY)[1].tobytes(), "is not a DICOM file"),
+    ):
+        with pytest.raises(DicomError, match=reason):
+            refuse_other_than_chest(content)
+
+
+def test_a_bomb_is_not_inflated() -> None:
+    syntax = b"1.2.840.10008.1.2.1.99\0\0"[:22]
+    meta = b"\2\0\x10\0UI" + len(syntax).to_bytes(2, "little") + syntax
+    deflate = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    data = b"".join([deflate.compress(bytes(2**20)) for _ in range(161)] + [deflate.flush()])
+    with pytest.raises(DicomError, match="inflates to more than"):
+        refuse_other_than_chest(bytes(128) + b"DICM" + meta + data)

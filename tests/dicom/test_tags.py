@@ -1,0 +1,195 @@
+"""Both parsers find the same values; every encoding of a data set is read; what ends too early is refused."""
+
+from __future__ import annotations
+
+import struct
+import time
+import warnings
+import zlib
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom import dcmread, uid
+from pydicom.dataset import Dataset
+from pydicom.sequence import Sequence
+
+from ptxdist.dicom import tags
+from ptxdist.dicom.radiograph import read_header, read_radiograph
+from ptxdist.dicom.tags import read_tags
+from ptxdist.errors import DicomError
+
+IMAGE = np.add.outer(np.arange(40) * 3, np.arange(64)).astype(np.uint8)
+ENCODINGS = (
+    uid.ExplicitVRLittleEndian,
+    uid.ImplicitVRLittleEndian,
+    uid.ExplicitVRBigEndian,
+    uid.DeflatedExplicitVRLittleEndian,
+)
+
+
+def walked(content: bytes, last: int) -> tags.Tags | None:
+    syntax, start = tags._file_meta(content)
+    return tags._walk(content, start, last, syntax)
+
+
+def by_pydicom(content: bytes, last: int) -> tags.Tags:
+    syntax, start = tags._file_meta(content)
+    return tags._by_pydicom(content, start, last, syntax)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["WindowCenter", "WindowWidth", "RescaleSlope", "RescaleIntercept", "NumberOfFrames"]),
+        st.integers(-9999, 9999),
+    ),
+    st.dictionaries(
+        st.sampled_from(["PatientAge", "PatientSex", "ViewPosition", "StudyDescription", "PatientComments"]),
+        st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"), max_size=15),
+    ),
+)
+@settings(max_examples=60, deadline=None)
+def test_both_parsers_find_the_same(file_of, numbers: dict[str, int], texts: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
+    for syntax in (uid.ExplicitVRLittleEndian, uid.JPEGBaseline8Bit):
+        content = file_of(IMAGE, syntax, **numbers, **texts)
+        for last in (tags.SIGNED, tags.PIXEL_DATA):
+            quick, thorough = walked(content, last), by_pydicom(content, last)
+            assert quick is not None
+            assert quick.encapsulated == thorough.encapsulated
+            # pydicom leaves the closing delimiter of fragments out
+            ends = {tag: bytes(value).removesuffix(b"\xfe\xff\xdd\xe0\0\0\0\0") for tag, value in quick.values.items()}
+            assert ends == thorough.values
+
+
+def test_values_are_those_that_pydicom_shows(file_of) -> None:  # type: ignore[no-untyped-def]
+    given_tags = {"WindowCenter": [40, 50], "WindowWidth": [400, 350], "PixelPaddingValue": 7, "PatientAge": "062Y"}
+    for syntax in ENCODINGS:
+        content = file_of(IMAGE.astype(np.uint16), syntax, bits=12, **given_tags)
+        found, shown = read_tags(content, pixels=True), dcmread(BytesIO(content))
+        assert found.whole(tags.ROWS, 0) == shown.Rows == 40
+        assert found.whole(tags.PADDING, 0) == 7
+        assert (found.decimal(tags.WINDOW_CENTER), found.decimal(tags.WINDOW_WIDTH)) == (40.0, 400.0)
+        assert found.decimal(tags.SLOPE) is None
+        assert found.text(tags.AGE) == shown.PatientAge
+        assert found.text(tags.PATIENT_ID) == shown.PatientID
+
+
+def test_all_encodings_of_a_file_give_the_same_header_and_image(file_of) -> None:  # type: ignore[no-untyped-def]
+    results = [read_radiograph(file_of(IMAGE, syntax, PatientAge="9")) for syntax in ENCODINGS]
+    assert len({result.header for result in results}) == 1
+    assert all(np.array_equal(result.pixels, IMAGE) for result in results)
+
+
+def test_unusual_data_sets_are_left_to_pydicom(file_of) -> None:  # type: ignore[no-untyped-def]
+    item = Dataset()
+    item.CodeValue = "1"
+    content = file_of(IMAGE, uid.ExplicitVRLittleEndian, ViewCodeSequence=Sequence([item]))
+    assert walked(content, tags.PIXEL_DATA) is not None  # a sequence of known length is stepped over
+    element = content.index(b"\x54\x00\x20\x02SQ")
+    length = struct.unpack_from("<L", content, element + 8)[0]
+    undefined = (
+        content[: element + 8]
+        + b"\xff\xff\xff\xff"
+        + content[element + 12 : element + 12 + length]
+        + b"\xfe\xff\xdd\xe0\0\0\0\0"
+        + content[element + 12 + length :]
+    )
+    assert walked(undefined, tags.PIXEL_DATA) is None
+    assert np.array_equal(read_radiograph(undefined).pixels, IMAGE)
+    rows = content.index(b"\x28\x00\x10\x00US")
+    swapped = content[:rows] + content[rows + 10 : rows + 20] + content[rows : rows + 10] + content[rows + 20 :]
+    assert walked(swapped, tags.PIXEL_DATA) is None  # Columns before Rows
+    assert np.array_equal(read_radiograph(swapped).pixels, IMAGE)
+    implicit = file_of(IMAGE, uid.ImplicitVRLittleEndian)
+    start = tags._file_meta(implicit)[1]
+    liar = file_of(IMAGE, uid.ExplicitVRLittleEndian)
+    liar = liar[: tags._file_meta(liar)[1]] + implicit[start:]
+    assert walked(liar, tags.PIXEL_DATA) is None  # says explicit and is implicit, as some devices write it
+    assert np.array_equal(read_radiograph(liar).pixels, IMAGE)
+
+
+@pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian])
+def test_a_bare_data_set_is_read_when_it_names_itself(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+    content = file_of(IMAGE, syntax)
+    bare = content[tags._file_meta(content)[1] :]
+    assert np.array_equal(read_radiograph(bare).pixels, IMAGE)
+    assert read_header(bare, b"") == read_header(content, b"")
+    nameless = file_of(IMAGE, syntax, SOPInstanceUID=None)
+    with pytest.raises(DicomError, match="is not a DICOM file"):
+        read_header(nameless[tags._file_meta(nameless)[1] :], b"")
+    with pytest.raises(DicomError, match="is not a DICOM file"):
+        read_header(b"\x08\0\x05\0" + bytes(range(256)) * 4, b"")
+
+
+def test_what_is_no_dicom_file_is_refused(file_of) -> None:  # type: ignore[no-untyped-def]
+    for content in (b"x", b"\0" * 500, b"ImageId,EncodedPixels\n" * 20, b"%PDF-1.7 " * 50, bytes(128) + b"DICO" * 90):
+        with pytest.raises(DicomError, match="is not a DICOM file"):
+            read_tags(content, pixels=True)
+    with pytest.raises(DicomError, match="no Transfer Syntax UID"):
+        read_tags(bytes(128) + b"DICM", pixels=True)
+    whole = file_of(IMAGE, uid.ExplicitVRLittleEndian)
+    with pytest.raises(DicomError, match="file meta information cannot be read"):
+        read_tags(whole[:136] + b"??" + whole[138:], pixels=True)
+
+
+@pytest.mark.parametrize("syntax", [*ENCODINGS, uid.JPEGBaseline8Bit])
+def test_a_value_cut_short_is_said_to_be_cut_off(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+    content = file_of(IMAGE, syntax)
+    with pytest.raises(DicomError, match="cut off"):
+        read_radiograph(content[:-90])
+    start = tags._file_meta(content)[1]
+    with pytest.raises(DicomError, match=r"cut off|holds no image"):  # the latter where it is a value of no interest
+        read_header(content[: start + 60], b"")
+    with pytest.raises(DicomError, match=r"cut off|no Transfer Syntax UID"):
+        read_header(content[: start - 5], b"")
+
+
+def test_a_deflated_bomb_is_not_inflated() -> None:
+    meta = b"\2\0\x10\0UI\x16\x00" + b"1.2.840.10008.1.2.1.99"
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    bomb = bytes(128) + b"DICM" + meta + deflater.compress(bytes(tags.MAX_INFLATED + 1000)) + deflater.flush()
+    begin = time.process_time()
+    with pytest.raises(DicomError, match="inflates to more than the 167,772,160 bytes"):
+        read_header(bomb, b"")
+    assert time.process_time() - begin < 2
+    with pytest.raises(DicomError, match="cannot be inflated"):
+        read_header(bytes(128) + b"DICM" + meta + b"\xff" * 99, b"")
+
+
+def test_sequences_in_sequences_without_end_are_refused(file_of) -> None:  # type: ignore[no-untyped-def]
+    content = file_of(IMAGE, uid.ExplicitVRLittleEndian)
+    start = content.index(b"\x10\x00\x10\x00PN")
+    nest = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 5000
+    with pytest.raises(DicomError):
+        read_header(content[:start] + nest, b"")
+
+
+def test_damaged_numbers_are_refused_without_showing_them(file_of) -> None:  # type: ignore[no-untyped-def]
+    content = file_of(IMAGE, uid.ExplicitVRLittleEndian, WindowCenter=10, WindowWidth="4321")
+    with pytest.raises(DicomError, match=r"has no number in \(0028,1051\)"):
+        read_radiograph(content.replace(b"4321", b"Quag"))
+    content = file_of(IMAGE, uid.ExplicitVRLittleEndian, NumberOfFrames="7654")
+    with pytest.raises(DicomError, match=r"has no number in \(0028,0008\)"):
+        read_radiograph(content.replace(b"7654", b"Quag"))
+    content = file_of(IMAGE, uid.ExplicitVRLittleEndian).replace(
+        b"\x28\0\x10\0US\2\0\x28\0", b"\x28\0\x10\0LO\6\0Quag12"
+    )
+    with pytest.raises(DicomError, match=r"has no plain number in \(0028,0010\)"):
+        read_radiograph(content)
+
+
+def test_both_parsers_agree_on_the_real_files(real_data: Path) -> None:
+    files = [*sorted((real_data / "siim-real").rglob("*.dcm"))[::40], *sorted((real_data / "messy-dicom").iterdir())]
+    quick = 0
+    for path in files:
+        content = path.read_bytes()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = walked(content, tags.SIGNED) if content[128:132] == b"DICM" else None
+        if found is not None:
+            quick += 1
+            assert found.values == by_pydicom(content, tags.SIGNED).values
+    assert quick >= 20

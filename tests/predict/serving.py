@@ -1,0 +1,85 @@
+"""The viewer's real server on a free port of this machine, with a network of random weights."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from ptxdist import Predictor
+from ptxdist.cache.render import TRANSFORM
+from ptxdist.config import load_settings
+from ptxdist.predict import server
+from ptxdist.predict.bundle import ModelCard
+from ptxdist.rundir import EvaluationResult, OperatingPoint
+from ptxdist.train.unet import build_unet
+
+USUAL = server.Limits()
+DICOM = {"Content-Type": "application/dicom"}
+
+
+def make_predictor(point: OperatingPoint, size_px: int = 64) -> Predictor:
+    """A predictor of an untrained network, always the same; its card has what predicting reads."""
+    torch.manual_seed(3)
+    pipeline = load_settings("smoke").pipeline
+    card = ModelCard.model_construct(
+        name="<b>untrained</b>", size_px=size_px, preprocessing=TRANSFORM, precision="fp32", flip_averaging=True,
+        operating_point=point, operating_point_from="", pipeline=pipeline, fingerprint="", weights_sha256="0" * 64,
+        evaluation=EvaluationResult.model_construct(),
+    )  # fmt: skip
+    return Predictor([card], [build_unet(pipeline.model)], torch.device("cpu"))
+
+
+@contextmanager
+def serving(predictor: Predictor, limits: server.Limits = USUAL) -> Iterator[tuple[str, list[str]]]:
+    """The URL of a server that ends with the block, and what it told of defects."""
+    defects: list[str] = []
+    with server.listen("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as pool:
+        running = server.make_server(server.make_app(predictor, pool, limits=limits, on_defect=defects.append))
+        thread = threading.Thread(target=running.run, args=([listening],))
+        thread.start()
+        try:
+            yield server.url_of(listening), defects
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def ask(
+    url: str, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] = DICOM
+) -> tuple[int, http.client.HTTPMessage, bytes]:
+    """Status, headers and content of an answer."""
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=120)
+    try:
+        connection.request(method, path, body, dict(headers))
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+def parts_of(headers: http.client.HTTPMessage, content: bytes) -> dict[str, bytes]:
+    """The parts of a multipart answer by name."""
+    boundary = headers["content-type"].partition("boundary=")[2].encode()
+    first, *parts, last = content.split(b"--" + boundary)
+    assert (first, last) == (b"", b"--\r\n")
+    found = {}
+    for part in parts:
+        head, _, body = part.partition(b"\r\n\r\n")
+        found[head.partition(b'name="')[2].partition(b'"')[0].decode()] = body.removesuffix(b"\r\n")
+    return found
+
+
+def error_of(answer: tuple[int, http.client.HTTPMessage, bytes]) -> tuple[int, str]:
+    """Status and sentence of a refusal, which is JSON with nothing else in it."""
+    status, _, content = answer
+    plain: dict[str, Any] = json.loads(content)
+    assert list(plain) == ["error"]
+    return status, plain["error"]

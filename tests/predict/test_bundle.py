@@ -1,0 +1,139 @@
+"""A bundle predicts what its run predicts; what is foreign, damaged or altered is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from ptxdist.config import fingerprint
+from ptxdist.errors import CheckpointError, RunError
+from ptxdist.predict.bundle import CARD, README, WEIGHTS, load_model, read_bundle, write_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "model.ptxdist"
+    write_bundle(finished_run, path)
+    return path
+
+
+def altered(bundle: Path, out: Path, **members: bytes) -> Path:
+    """A copy with other contents; names by the part before the dot."""
+    with zipfile.ZipFile(bundle) as old, zipfile.ZipFile(out, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, members.get(name.split(".")[0], old.read(name)))
+    return out
+
+
+def test_a_bundle_holds_the_runs_model_and_is_the_same_each_time(
+    finished_run: Path, bundle: Path, tmp_path: Path
+) -> None:
+    (card, model), (again, same) = load_model(finished_run), load_model(bundle)
+    assert card == again
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in model.state_dict().items())
+    first, second = (write_bundle(finished_run, tmp_path / name) for name in ("a", "b"))
+    assert first == second
+    with zipfile.ZipFile(bundle) as archive:
+        assert card.weights_sha256 in archive.read(README).decode()
+        assert str(finished_run) not in archive.read(CARD).decode()
+
+
+def test_what_is_altered_is_named(bundle: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        card, weights = json.loads(archive.read(CARD)), bytearray(archive.read(WEIGHTS))
+    card["operating_point"]["top"] = 0.01
+    weights[-1] ^= 1
+    for members, words in (
+        ({"card": json.dumps(card).encode()}, "card.json has another checksum"),
+        ({"weights": bytes(weights)}, "weights.safetensors has another checksum"),
+        ({"README": b"trust me"}, "README.md has another checksum"),
+        ({"card": b"{}"}, "cannot be read"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            read_bundle(altered(bundle, tmp_path / "altered", **members))
+
+
+def test_what_is_no_bundle_is_refused(bundle: Path, finished_run: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.ptxdist"
+    text.write_text("hello")
+    cut = tmp_path / "cut.ptxdist"
+    cut.write_bytes(bundle.read_bytes()[:1000])
+    other = tmp_path / "other.ptxdist"
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("data.pkl", b"cos\nsystem\n")
+    weights = finished_run / "stages" / "2-96px" / "best.safetensors"
+    for version, words in (("ptxdist bundle 9", "does not fit this version"), ("ptxdist bundle 1", "by rule 99")):
+        with zipfile.ZipFile(bundle) as archive:
+            card = json.loads(archive.read(CARD))
+        card |= {"format": version, "preprocessing": 99}
+        card["sha256"][CARD] = fingerprint({key: value for key, value in card.items() if key != "sha256"})
+        with pytest.raises(CheckpointError, match=words):
+            load_model(altered(bundle, tmp_path / "version", card=json.dumps(card).encode()))
+    for path in (text, cut, other, weights):
+        with pytest.raises(CheckpointError, match="no bundle"):
+            load_model(path)
+    with pytest.raises(RunError, match="no model at"):
+        load_model(tmp_path / "nowhere")
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.write_text, (self.path, "code was run")
+
+
+def forged(bundle: Path, out: Path, weights: bytes) -> Path:
+    """A copy with other weights whose checksums are all right, as somebody makes who means harm."""
+    with zipfile.ZipFile(bundle) as archive:
+        card = json.loads(archive.read(CARD))
+    card["weights_sha256"] = card["sha256"][WEIGHTS] = hashlib.sha256(weights).hexdigest()
+    card["sha256"][CARD] = fingerprint({key: value for key, value in card.items() if key != "sha256"})
+    return altered(bundle, out, card=json.dumps(card).encode(), weights=weights)
+
+
+def test_loading_runs_no_code(bundle: Path, tmp_path: Path) -> None:
+    trace, file = tmp_path / "trace", io.BytesIO()
+    torch.save(Bomb(trace), file)
+    for content in (pickle.dumps(Bomb(trace)), file.getvalue()):
+        with pytest.raises(CheckpointError, match="weights are damaged"):
+            load_model(forged(bundle, tmp_path / "forged", content))
+        assert not trace.exists()
+    pickle.loads(pickle.dumps(Bomb(trace)))
+    assert trace.exists(), "it is dangerous where it is unpickled"
+
+
+def test_forged_weights_have_to_fit_the_model(bundle: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        state = safetensors.torch.load(archive.read(WEIGHTS))
+    assert load_model(forged(bundle, tmp_path / "same", safetensors.torch.save(state)))[0].size_px == 96
+    for changed, words in (
+        ({key: value for key, value in state.items() if key != "head.bias"}, "head.bias is missing"),
+        (state | {"extra": torch.zeros(1)}, "extra is not known"),
+        (state | {"head.bias": torch.zeros(2)}, "head.bias has shape"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            load_model(forged(bundle, tmp_path / "forged", safetensors.torch.save(changed)))
+
+
+def test_a_bundle_that_would_inflate_or_holds_more_is_refused(bundle: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for compressed, more in ((README, {}), ("", {"../../outside.py": b"import os"})):
+        with zipfile.ZipFile(tmp_path / "more", "w") as archive:
+            for name, value in (members | more).items():
+                archive.writestr(name, value, zipfile.ZIP_DEFLATED if name == compressed else zipfile.ZIP_STORED)
+        with pytest.raises(CheckpointError, match="it should hold"):
+            load_model(tmp_path / "more")
+    assert {path.name for path in tmp_path.iterdir()} == {"more"}

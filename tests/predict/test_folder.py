@@ -1,0 +1,295 @@
+"""`ptxdist predict`: what it writes, what it refuses, how it goes on; the round trip through DICOM SEG."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pydicom
+import pytest
+from click.testing import CliRunner
+from pydicom.uid import JPEG2000Lossless
+
+from ptxdist import Predictor
+from ptxdist.cli import cli
+from ptxdist.errors import BusyError, CatalogError, RunError
+from ptxdist.executor import processes
+from ptxdist.labels import rle
+from ptxdist.predict import folder as command
+from ptxdist.predict.folder import Finding, predict_files
+from ptxdist.report.report import write_report
+from ptxdist.rundir import OperatingPoint
+from ptxdist.train.evaluate import evaluate_again
+
+SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest
+ALWAYS = OperatingPoint(top=0.0, min_area_px=0, bottom=0.0)
+SIZES = {"1.2.1": (96, 128), "1.2.2": (160, 96), "1.2.3": (128, 128), "1.2.4": (120, 130), "1.2.5": (64, 96)}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory, write_dicom: Callable[..., Path]) -> Path:
+    """Five radiographs: JPEG, MONOCHROME1, 16 bit, JPEG 2000, JPEG beside them; and a file that is none."""
+    folder = tmp_path_factory.mktemp("predict") / "Quagmire_Zebulon"
+    random = np.random.default_rng(3)
+    common = {"StudyInstanceUID": "1.2.7", "SeriesInstanceUID": "1.2.8", "StudyDate": "20260101"}
+    for number, (uid, shape) in enumerate(SIZES.items()):
+        pixels = cv2.GaussianBlur(random.integers(0, 256, shape, dtype=np.uint8), (15, 15), 0)
+        tags = common | ({"PhotometricInterpretation": "MONOCHROME1"} if number == 1 else {})
+        wide = pixels.astype(np.uint16) * 200 if number == 2 else pixels
+        path = write_dicom(folder / f"study{number}" / f"{number}.dcm", wide, uid, raw=number in (1, 3), **tags)
+        if number == 3:
+            file = pydicom.dcmread(path)
+            file.compress(JPEG2000Lossless, encoding_plugin="pylibjpeg", generate_instance_uid=False)
+            file.save_as(path)
+    whole = write_dicom(folder / "broken.dcm", np.full((64, 64), 80, np.uint8), "1.2.6", **common)
+    whole.write_bytes(whole.read_bytes()[:-300])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def predictor(finished_run: Path, images: Path) -> Predictor:
+    """The run with an operating point at which some px are in, and some are not."""
+    loaded = Predictor.load(finished_run, device="cpu")
+    values = loaded.predict(images / "study2" / "2.dcm").probability
+    middle = float(np.quantile(values, 0.7))
+    return Predictor.load(
+        finished_run, device="cpu", operating_point=ALWAYS.model_copy(update={"top": middle, "bottom": middle})
+    )
+
+
+def read_table(path: Path) -> list[list[str]]:
+    with open(path, newline="") as file:
+        return list(csv.reader(file))
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def done(predictor: Predictor, finished_run: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of one command, all kinds of them."""
+    out = tmp_path_factory.mktemp("predict-out") / "out"
+    result = predict_files([images], out, predictor, [finished_run], outputs=("masks", "overlays", "seg"))
+    assert (result.predicted, result.kept, result.rejected, result.repeated) == (5, 0, 1, 0)
+    return out
+
+
+def test_the_submission_is_the_challenges_and_says_what_the_masks_say(
+    done: Path, predictor: Predictor, images: Path
+) -> None:
+    lines = (done / "submission.csv").read_text().split("\n")
+    assert lines[0] == "ImageId,EncodedPixels"
+    assert lines[-1] == ""
+    rows = dict(read_table(done / "submission.csv")[1:])
+    assert set(rows) == set(SIZES)
+    assert len(set(rows.values()) - {"-1"}) >= 2
+    for number, (uid, shape) in enumerate(SIZES.items()):
+        mask = cv2.imread(str(done / "masks" / f"{uid}.png"), cv2.IMREAD_UNCHANGED)
+        assert mask is not None
+        assert mask.shape == shape
+        assert set(np.unique(mask)) <= {0, 255}
+        assert rows[uid] == rle.encode(mask)
+        prediction = predictor.predict(images / f"study{number}" / f"{number}.dcm")
+        assert np.mean(prediction.mask != (mask > 0)) < 1e-3, "one image alone rounds differently, no more"
+        finding = Finding.model_validate_json((done / "findings" / f"{uid}.json").read_bytes())
+        assert finding.area_px == np.count_nonzero(mask)
+        assert finding.encoded_pixels == rows[uid]
+        assert (finding.rows, finding.columns) == shape
+        assert finding.area_mm2 is None
+        assert "Secondary Capture" in finding.mm2_reason
+        assert (done / "overlays" / f"{uid}.jpg").is_file()
+
+
+def test_nothing_predicted_is_minus_one(finished_run: Path, images: Path, tmp_path: Path) -> None:
+    never = OperatingPoint(top=1.0, min_area_px=2**30, bottom=1.0)
+    predictor = Predictor.load(finished_run, device="cpu", operating_point=never)
+    predict_files([images / "study4"], tmp_path / "out", predictor, [finished_run], outputs=("seg",))
+    assert (tmp_path / "out" / "submission.csv").read_bytes() == b"ImageId,EncodedPixels\n1.2.5,-1\n"
+    assert (
+        json.loads((tmp_path / "out" / "findings" / "1.2.5.json").read_text())["seg_reason"] == "nothing is predicted"
+    )
+    assert predict_files([images / "study4"], tmp_path / "out", predictor, [finished_run], outputs=("seg",)).kept == 1
+
+
+def test_only_rejects_name_paths_and_only_seg_names_the_patient(done: Path) -> None:
+    rejects = read_table(done / "rejects.csv")
+    assert rejects[0] == ["path", "reason"]
+    assert [row[0].rsplit("/", 1)[1] for row in rejects[1:]] == ["broken.dcm"]
+    for name, content in contents(done).items():
+        for secret in (b"Quagmire", b"QX7-HOSPITAL", b"19391207"):
+            assert secret not in content or name.startswith("seg/") or name == "rejects.csv", name
+
+
+def test_a_mask_goes_through_dicom_seg_unchanged(done: Path) -> None:
+    import SimpleITK
+
+    seen = 0
+    for uid in SIZES:
+        mask = cv2.imread(str(done / "masks" / f"{uid}.png"), cv2.IMREAD_UNCHANGED) > 0
+        path = done / "seg" / f"{uid}.dcm"
+        assert path.is_file() == mask.any()
+        if not mask.any():
+            continue
+        seen += 1
+        reference = pydicom.dcmread(path).ReferencedSeriesSequence[0]
+        assert reference.SeriesInstanceUID == "1.2.8"
+        assert reference.ReferencedInstanceSequence[0].ReferencedSOPInstanceUID == uid
+        back = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path)))[0] > 0
+        assert back.shape == mask.shape
+        dice = 2 * np.count_nonzero(back & mask) / (np.count_nonzero(back) + np.count_nonzero(mask))
+        assert dice == 1.0
+    assert seen >= 2
+
+
+def test_dciodvfy_finds_no_error_in_a_segmentation(done: Path) -> None:
+    if shutil.which("dciodvfy") is None:
+        pytest.skip("dciodvfy is not installed (Debian: apt-get install dicom3tools)")
+    checked = 0
+    for path in (done / "seg").glob("*.dcm"):
+        found = subprocess.run(["dciodvfy", str(path)], capture_output=True, text=True, check=False)
+        errors = [line for line in (found.stdout + found.stderr).splitlines() if line.startswith("Error")]
+        assert errors == []
+        checked += 1
+    assert checked
+
+
+def test_the_same_command_goes_on_and_does_nothing_twice(
+    done: Path, predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(done, out)
+    whole = contents(out)
+    (out / "masks" / "1.2.2.png").unlink()
+    (out / "findings" / "1.2.3.json").unlink()
+    (out / "findings" / "1.2.4.json").write_text("{")
+    result = predict_files([images], out, predictor, [finished_run], outputs=("masks", "overlays"))
+    assert (result.predicted, result.kept) == (3, 2)
+    after = contents(out)
+    assert {name for name in after if after[name] != whole[name]} <= {f"findings/1.2.{n}.json" for n in (2, 3, 4)}
+    assert {name: after[name] for name in after if name.startswith(("masks", "sub", "rej"))} == {
+        name: whole[name] for name in whole if name.startswith(("masks", "sub", "rej"))
+    }
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_another_operating_point_or_another_model_is_refused(done: Path, finished_run: Path, images: Path) -> None:
+    before = contents(done)
+    other = Predictor.load(finished_run, device="cpu", operating_point=ALWAYS)
+    with pytest.raises(RunError, match=r"operating point.*--out"):
+        predict_files([images], done, other, [finished_run])
+    two = Predictor.load(finished_run, finished_run, device="cpu")
+    with pytest.raises(RunError, match="models"):
+        predict_files([images], done, two, [finished_run, finished_run])
+    assert contents(done) == before
+
+
+def test_processes_write_the_same_bytes(
+    done: Path, predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_FILES_A_TASK", 3)
+    with processes(2) as spread:
+        predict_files(
+            [images], tmp_path / "out", predictor, [finished_run], device="cpu", spread=spread, workers=2,
+            outputs=("masks", "overlays"),
+        )  # fmt: skip
+    found, whole = contents(tmp_path / "out"), contents(done)
+    for name in found:
+        if not name.startswith("findings"):
+            assert found[name] == whole[name], name
+        else:
+            drop = {"seg_reason": ""}
+            assert json.loads(found[name]) | drop == json.loads(whole[name]) | drop
+
+
+def test_a_zip_file_is_read_safely(predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(images / "study0" / "0.dcm", "../../outside/0.dcm")
+        file.write(images / "study1" / "1.dcm", "/etc/1.dcm")
+        file.write(images / "study1" / "1.dcm", "again/1.dcm")
+        file.writestr("bomb.dcm", bytes(200 * 2**20))
+        file.writestr("notes.txt", "Quagmire")
+    result = predict_files([archive], tmp_path / "out", predictor, [finished_run], outputs=("masks",))
+    assert (result.predicted, result.rejected, result.repeated) == (2, 1, 1)
+    assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {"1.2.1.png", "1.2.2.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"images.zip", "out"}
+    assert "209,715,200 bytes unpacked" in read_table(tmp_path / "out" / "rejects.csv")[1][1]
+
+
+def test_one_id_with_two_contents_and_ids_that_are_no_uid(
+    predictor: Predictor, finished_run: Path, tmp_path: Path, write_dicom: Callable[..., Path]
+) -> None:
+    pixels = np.full((64, 64), 90, np.uint8)
+    write_dicom(tmp_path / "in" / "a.dcm", pixels, "ID_0011fe81e")
+    write_dicom(tmp_path / "in" / "b.dcm", pixels + 1, "ID_0011fe81e")
+    always = Predictor(predictor.cards, predictor.models, predictor.device, ALWAYS)
+    result = predict_files([tmp_path / "in"], tmp_path / "out", always, [finished_run], outputs=("seg",))
+    assert (result.predicted, result.rejected) == (1, 1)
+    assert read_table(tmp_path / "out" / "rejects.csv")[1][0].endswith("b.dcm")
+    finding = json.loads((tmp_path / "out" / "findings" / "ID_0011fe81e.json").read_text())
+    assert "no valid SOPInstanceUID" in finding["seg_reason"]
+    assert not (tmp_path / "out" / "seg").exists()
+
+
+def test_bad_input_is_refused_and_leaves_nothing(
+    predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(RunError, match="other files"):
+        predict_files([images], tmp_path / "other", predictor, [finished_run])
+    with pytest.raises(CatalogError, match="nothing at"):
+        predict_files([tmp_path / "nowhere"], tmp_path / "out", predictor, [finished_run])
+    with pytest.raises(CatalogError, match="none of the 1 files"):
+        predict_files([images / "broken.dcm"], tmp_path / "out", predictor, [finished_run])
+    with (
+        command._exclusive(tmp_path / "out"),
+        pytest.raises(BusyError),
+    ):
+        predict_files([images], tmp_path / "out", predictor, [finished_run])
+    done = CliRunner().invoke(cli, ["predict", str(tmp_path / "none"), str(images), "--out", str(tmp_path / "x")])
+    assert done.exit_code == RunError.exit_code
+    assert "no model at" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_command_prints_what_it_did(finished_run: Path, images: Path, tmp_path: Path) -> None:
+    words = [
+        "predict",
+        finished_run,
+        images,
+        "--out",
+        tmp_path / "out",
+        "--threshold",
+        "0.2",
+        "--min-area",
+        "7",
+        "--json",
+    ]
+    done = CliRunner().invoke(cli, [*map(str, words), "--device", "cpu", "--write", "masks"])
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert (printed["predicted"], printed["rejected"]) == (5, 1)
+    assert printed["operating_point"] == {"top": 0.2, "min_area_px": 7, "bottom": 0.2}
+    wrong = CliRunner().invoke(cli, [*map(str, words), "--write", "pictures"])
+    assert wrong.exit_code == 2
+
+
+def test_nothing_that_a_run_leaves_names_a_patient(finished_run: Path, tmp_path: Path) -> None:
+    """The DICOM files of its cache hold these names, in their headers, their folders and the patient map."""
+    copy = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    evaluate_again([copy])
+    write_report(copy)
+    files = [path for path in copy.rglob("*") if path.is_file()]
+    assert {"index.html", "cases.csv", "predictions.csv", "settings.json", "metrics.jsonl"} <= {f.name for f in files}
+    for path in files:
+        content = str(path.relative_to(copy)).encode() + path.read_bytes()
+        assert not [secret for secret in SECRETS if secret.encode() in content], path

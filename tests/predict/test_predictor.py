@@ -1,0 +1,104 @@
+"""Predictions: the same masks as the evaluation's, in any batch, of one model or several."""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ptxdist import Prediction, Predictor
+from ptxdist.errors import CheckpointError, DicomError, SettingsError
+from ptxdist.labels import rle
+from ptxdist.predict.predictor import ahead
+from ptxdist.rundir import EVALUATION, PREDICTIONS, OperatingPoint, read_result
+from ptxdist.train.scoring import mask_at
+
+
+def files(dataset: Any) -> dict[str, Path]:
+    return {path.stem: path for path in sorted(dataset.dicom.rglob("*.dcm"))}
+
+
+def test_a_held_out_case_gets_the_mask_of_the_evaluation(
+    finished_run: Path, small_dataset: Any, tmp_path: Path
+) -> None:
+    with open(finished_run / EVALUATION / PREDICTIONS, newline="") as file:
+        evaluated = {row["ImageId"]: row["EncodedPixels"] for row in csv.DictReader(file)}
+    threshold = read_result(finished_run).evaluation.threshold
+    point = OperatingPoint(top=threshold, min_area_px=0, bottom=threshold)
+    predictor = Predictor.load(finished_run, device="cpu", operating_point=point)
+    assert len(set(evaluated.values()) - {"-1"}) > 1, "there is something to compare"
+    paths = [files(small_dataset)[case_id] for case_id in evaluated]
+    (tmp_path / "no.dcm").write_text("hello")
+    found = list(predictor.predict_many([*paths[:1], tmp_path / "no.dcm", *paths[1:]]))
+    assert [path for path, _ in found] == [paths[0], tmp_path / "no.dcm", *paths[1:]]
+    assert isinstance(found.pop(1)[1], DicomError)
+    for (_, prediction), (case_id, text) in zip(found, evaluated.items(), strict=True):
+        assert isinstance(prediction, Prediction)
+        assert prediction.case_id == case_id
+        assert prediction.mask.shape == prediction.pixels.shape == small_dataset.images[case_id].shape
+        assert np.array_equal(prediction.mask, prediction.probability >= threshold)
+        assert rle.encode(prediction.mask) == text
+        assert prediction.area_px == rle.decode(text, *prediction.mask.shape).sum()
+        assert 0 < float(prediction.probability.max()) <= prediction.score + 1e-6
+
+
+def test_a_model_with_itself_is_itself(finished_run: Path, small_dataset: Any) -> None:
+    path = next(iter(files(small_dataset).values()))
+    one, two = Predictor.load(finished_run, device="cpu"), Predictor.load(finished_run, finished_run, device="cpu")
+    assert one.operating_point == two.operating_point == one.cards[0].operating_point
+    assert np.array_equal(one.predict(path).probability, two.predict(path).probability)
+
+
+def test_a_mask_needs_enough_px_at_the_top_and_has_all_at_the_bottom() -> None:
+    probability = np.array([[0.1, 0.4, 0.6, 0.9]], np.float32)
+    for top, area, bottom, expected in (
+        (0.5, 2, 0.3, [0, 1, 1, 1]),
+        (0.5, 3, 0.3, [0, 0, 0, 0]),
+        (0.5, 0, 0.5, [0, 0, 1, 1]),
+        (0.95, 0, 0.95, [0, 0, 0, 0]),
+    ):
+        point = OperatingPoint(top=top, min_area_px=area, bottom=bottom)
+        assert mask_at(torch.from_numpy(probability), point).int().tolist() == [expected]
+
+
+def test_what_cannot_be_loaded_is_refused(finished_run: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model"):
+        Predictor.load()
+    import torch
+
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingsError, match="no GPU"):
+            Predictor.load(finished_run, device="gpu")
+
+
+def test_work_ahead_keeps_the_order_is_bounded_and_raises_at_its_turn() -> None:
+    taken: list[int] = []
+
+    def numbers() -> Any:
+        for number in range(20):
+            taken.append(number)
+            yield number
+
+    def check(number: int) -> int:
+        if number == 11:
+            raise DicomError("eleven")
+        return number * 2
+
+    results = ahead(check, numbers(), threads=3, most=4)
+    assert [next(results) for _ in range(5)] == [0, 2, 4, 6, 8]
+    assert len(taken) <= 9
+    with pytest.raises(DicomError, match="eleven"):
+        list(results)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ptxdist-ahead")]
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, ptxdist; assert 'torch' not in sys.modules; ptxdist.Predictor; assert 'torch' in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,351 @@
+"""The viewer's server over real connections: answers that equal `predict`'s, refusals, limits, silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from serving import DICOM, ask, error_of, make_predictor, parts_of, serving
+
+from ptxdist import Predictor
+from ptxdist.cli import cli
+from ptxdist.errors import AddressError, RunError
+from ptxdist.labels import rle
+from ptxdist.predict import server
+from ptxdist.predict.server import Limits
+from ptxdist.predict.viewer import levels_of, thresholds_at
+from ptxdist.rundir import OperatingPoint
+from ptxdist.train.scoring import mask_at
+
+SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "1.2.826.77")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, write_dicom: Callable[..., Path]) -> list[Path]:
+    """Radiographs: JPEG; wide, 16 bit, of a known spacing."""
+    folder = tmp_path_factory.mktemp("serve") / "Quagmire_Zebulon"
+    random = np.random.default_rng(3)
+    pixels = [
+        cv2.GaussianBlur(random.integers(0, 256, shape, dtype=np.uint8), (15, 15), 0)
+        for shape in ((128, 96), (90, 160))
+    ]
+    dx = {"SOPClassUID": "1.2.840.10008.5.1.4.1.1.1.1", "Modality": "DX", "ImagerPixelSpacing": [2.0, 2.0]}
+    return [
+        write_dicom(folder / "a.dcm", pixels[0], "1.2.826.77.1", BodyPartExamined="CHEST"),
+        write_dicom(folder / "b.dcm", pixels[1].astype(np.uint16) * 200, "1.2.826.77.2", **dx),
+    ]
+
+
+@pytest.fixture(scope="module")
+def predictor(files: list[Path]) -> Predictor:
+    """Untrained, with an operating point between the steps of the slider at which some px are in, and some are not."""
+    loaded = make_predictor(OperatingPoint(top=0.5, min_area_px=0, bottom=0.5))
+    low, high = np.quantile(loaded.predict(files[0]).probability, (0.5, 0.7)).tolist()
+    loaded.operating_point = OperatingPoint(top=high, min_area_px=40, bottom=low)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def url(predictor: Predictor) -> Iterator[str]:
+    with serving(predictor) as (address, defects):
+        yield address
+        assert defects == []
+
+
+def test_the_answer_is_what_predict_finds(url: str, predictor: Predictor, files: list[Path]) -> None:
+    for path in files:
+        prediction = predictor.predict(path)
+        status, headers, content = ask(url, "POST", "/api/predict", path.read_bytes())
+        assert (status, headers["content-type"]) == (200, "application/json")
+        found = json.loads(content)
+        assert 0 < found["area_px"] == prediction.area_px < prediction.mask.size
+        assert (found["rows"], found["columns"]) == prediction.mask.shape
+        assert np.array_equal(rle.decode(found["encoded_pixels"], *prediction.mask.shape) > 0, prediction.mask)
+        assert found["score"] == round(prediction.score, 6)
+        assert found["operating_point"] == predictor.operating_point.model_dump()
+        if path.name == "b.dcm":
+            assert (found["area_mm2"], found["mm2_plane"]) == (prediction.area_px * 4, "detector")
+        else:
+            assert found["area_mm2"] is found["px_mm2"] is None
+            assert "Secondary Capture" in found["mm2_reason"]
+
+
+def test_the_maps_hold_the_mask_of_every_threshold(url: str, predictor: Predictor, files: list[Path]) -> None:
+    for path in files:
+        prediction, point = predictor.predict(path), predictor.operating_point
+        status, headers, content = ask(url, "POST", "/api/maps", path.read_bytes())
+        assert status == 200
+        parts = parts_of(headers, content)
+        assert parts["answer"] == ask(url, "POST", "/api/predict", path.read_bytes())[2]
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(parts["picture"]))), prediction.pixels)
+        thresholds = json.loads(parts["thresholds"])
+        levels = np.frombuffer(parts["levels"], np.uint8).reshape(prediction.mask.shape)
+        assert len(thresholds) == 201
+        for index, threshold in enumerate(thresholds):
+            assert np.array_equal(levels > index, prediction.probability >= threshold)
+        top, bottom = thresholds.index(point.top), thresholds.index(point.bottom)
+        assert np.count_nonzero(levels > top) >= point.min_area_px
+        assert np.array_equal(levels > bottom, prediction.mask)
+
+
+def test_levels_are_exact_at_the_very_thresholds() -> None:
+    for point in (
+        OperatingPoint(top=0.45, min_area_px=0, bottom=0.45),
+        OperatingPoint(top=1.0, min_area_px=0, bottom=0.0),
+        OperatingPoint(top=0.3331, min_area_px=0, bottom=0.1),
+    ):
+        thresholds = thresholds_at(point)
+        assert thresholds == sorted(set(thresholds))
+        at = np.asarray(thresholds, np.float32)
+        near = np.concatenate([at, np.nextafter(at, np.float32(0)), np.nextafter(at, np.float32(1))])
+        near = np.resize(near, (700, 3))  # more than a block of rows
+        levels = levels_of(near, thresholds)
+        for index, threshold in enumerate(thresholds):
+            same = OperatingPoint(top=threshold, min_area_px=0, bottom=threshold)
+            assert np.array_equal(levels > index, mask_at(torch.from_numpy(near), same).numpy())
+
+
+def test_a_large_picture_is_made_smaller_and_its_levels_are_not(
+    url: str, tmp_path: Path, write_dicom: Callable[..., Path]
+) -> None:
+    path = write_dicom(tmp_path / "large.dcm", np.full((2200, 1100), 90, np.uint8), "1.2.9", raw=True)
+    parts = parts_of(*ask(url, "POST", "/api/maps", path.read_bytes())[1:])
+    assert Image.open(io.BytesIO(parts["picture"])).size == (1024, 2048)
+    assert len(parts["levels"]) == 2200 * 1100
+
+
+def test_refusals_are_sentences(url: str, files: list[Path], tmp_path: Path, write_dicom: Callable[..., Path]) -> None:
+    grey = np.full((64, 64), 80, np.uint8)
+    ct = write_dicom(tmp_path / "ct.dcm", grey.astype(np.int16), "1.2.3", Modality="CT").read_bytes()
+    whole = files[0].read_bytes()
+    for content, reason in (
+        (ct, "This file is of modality CT; a chest radiograph is one of CR, DX, RG."),
+        (b"Quagmire " * 99, "This file is not a DICOM file (no DICM prefix)."),
+        (b"", "This file is empty (0 bytes)."),
+        (cv2.imencode(".png", grey)[1].tobytes(), "This file is a PNG"),
+        (whole[:-300], "This file is cut off or damaged"),
+    ):
+        for path in ("/api/predict", "/api/maps"):
+            status, words = error_of(ask(url, "POST", path, content))
+            assert status == 422
+            assert words.startswith(reason)
+    for kind in ("text/plain", "multipart/form-data; boundary=x", "application/x-www-form-urlencoded", ""):
+        status, words = error_of(ask(url, "POST", "/api/predict", whole, {"Content-Type": kind}))
+        assert (status, "application/dicom" in words) == (415, True)
+    assert error_of(ask(url, "GET", "/docs"))[0] == error_of(ask(url, "GET", "/api/nothing"))[0] == 404
+    assert error_of(ask(url, "GET", "/api/predict"))[0] == 405
+
+
+def test_other_pages_cannot_ask(url: str, files: list[Path]) -> None:
+    host, content = urlsplit(url).netloc, files[0].read_bytes()
+    for name in ("evil.example", "evil.example:80", "localhost.evil.example", "[", ""):
+        assert error_of(ask(url, "GET", "/", headers={"Host": name}))[0] == 421
+        assert error_of(ask(url, "POST", "/api/predict", content, {**DICOM, "Host": name}))[0] == 421
+    for name in ("localhost:1234", "127.0.0.1", "[::1]:8600", host):
+        assert ask(url, "GET", "/", headers={"Host": name})[0] == 200
+    for headers in (
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://127.0.0.1:1"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+    ):
+        assert error_of(ask(url, "POST", "/api/predict", content, DICOM | headers))[0] == 403
+    own = {"Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    assert ask(url, "POST", "/api/predict", content, DICOM | own)[0] == 200
+
+
+def test_every_answer_has_the_headers_and_the_page_names_nothing_outside(url: str, files: list[Path]) -> None:
+    answers = [
+        ask(url, "GET", "/"),
+        ask(url, "GET", "/viewer.js"),
+        ask(url, "GET", "/nothing"),
+        ask(url, "GET", "/", headers={"Host": "evil.example"}),
+        ask(url, "POST", "/api/predict", b"no"),
+        ask(url, "POST", "/api/maps", files[0].read_bytes()),
+    ]
+    for _, headers, _ in answers:
+        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'; style-src 'self';")
+        assert (headers["cache-control"], headers["x-content-type-options"]) == ("no-store", "nosniff")
+        assert headers["server"] is headers["access-control-allow-origin"] is headers["set-cookie"] is None
+    page = answers[0][2].decode()
+    assert "&lt;b&gt;untrained&lt;/b&gt;" in page
+    assert "Research use only; not a medical device." in page
+    loaded = re.findall(r'(?:href|src)="([^"#][^"]*)"', page)
+    assert len(loaded) == 4
+    for name in loaded:
+        status, headers, content = ask(url, "GET", name)
+        assert (status, headers["content-type"].split(";")[0] != "text/html") == (200, True)
+        assert not re.search(rb"https?://(?!www\.w3\.org/2000/svg)|@import|url\(", content)
+    assert "style=" not in page, "the policy allows no style in the page"
+
+
+def test_a_file_that_is_too_large_is_refused_before_it_has_arrived(predictor: Predictor) -> None:
+    with serving(predictor, Limits(max_bytes=1000)) as (url, _):
+        head = "POST /api/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\n"
+        for rest in ("Content-Length: 1001\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n7d0\r\n" + "x" * 2000):
+            with _connected(url) as connection:
+                connection.sendall((head + rest).encode())
+                answer = connection.recv(4096)
+                assert b" 413 " in answer.split(b"\r\n")[0]
+                assert b"more than the 1,000 bytes" in _rest(connection, answer)
+        assert error_of(ask(url, "POST", "/api/predict", bytes(1001)))[0] == 413
+        assert error_of(ask(url, "POST", "/api/predict", bytes(1000)))[0] == 422
+
+
+def test_a_file_that_does_not_come_is_not_waited_for(predictor: Predictor) -> None:
+    with serving(predictor, Limits(upload_s=0.3)) as (url, _), _connected(url) as connection:
+        connection.sendall(_half_a_file())
+        answer = _rest(connection, b"")
+        assert b" 408 " in answer.split(b"\r\n")[0]
+        assert b"did not arrive within 0.3 s" in answer
+
+
+def test_places_are_counted_and_given_back(predictor: Predictor, files: list[Path]) -> None:
+    content = files[0].read_bytes()
+    with serving(predictor, Limits(at_once=1, a_minute=10**6)) as (url, _):
+        with _connected(url) as connection:
+            connection.sendall(_half_a_file())
+            answer = _until(lambda: ask(url, "POST", "/api/predict", content), lambda found: found[0] == 503)
+            assert answer[1]["retry-after"] == "5"
+            assert "no more can wait" in error_of(answer)[1]
+        _until(lambda: ask(url, "POST", "/api/predict", content), lambda found: found[0] == 200)
+
+
+def test_an_address_may_send_so_many_in_a_minute(predictor: Predictor, files: list[Path]) -> None:
+    with serving(predictor, Limits(a_minute=2)) as (url, _):
+        assert [ask(url, "POST", "/api/predict", files[0].read_bytes())[0] for _ in range(2)] == [200, 200]
+        answer = ask(url, "POST", "/api/predict", files[0].read_bytes())
+        assert error_of(answer)[0] == 429
+        assert 0 < int(answer[1]["retry-after"]) <= 60
+        assert ask(url, "GET", "/")[0] == 200
+
+
+def test_several_at_a_time_get_their_own_answers(url: str, files: list[Path]) -> None:
+    alone = [ask(url, "POST", "/api/predict", path.read_bytes())[2] for path in files]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda path: ask(url, "POST", "/api/predict", path.read_bytes())[2], files * 2))
+    assert together == alone * 2
+
+
+def test_a_defect_tells_its_place_and_no_value(files: list[Path]) -> None:
+    class Broken(Predictor):
+        def predict_content(self, content: bytes, name: str = "") -> object:  # type: ignore[override]
+            raise ValueError("Quagmire")
+
+    sound = make_predictor(OperatingPoint(top=0.5, min_area_px=0, bottom=0.5))
+    with serving(Broken(sound.cards, sound.models, sound.device)) as (url, defects):
+        status, words = error_of(ask(url, "POST", "/api/maps", files[0].read_bytes()))
+    assert (status, "defect" in words) == (500, True)
+    assert [re.sub(r"\d+", "N", place) for place in defects] == ["ValueError in test_server.py, line N"]
+    assert "Quagmire" not in words
+
+
+def test_the_command_serves_stores_nothing_names_nobody_and_ends_with_ctrl_c(
+    finished_run: Path, files: list[Path], tmp_path: Path
+) -> None:
+    for name in ("here", "tmp"):
+        (tmp_path / name).mkdir()
+    command = [sys.executable, "-m", "ptxdist", "serve", str(finished_run), "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--json"], cwd=tmp_path / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    try:
+        assert process.stdout
+        printed = json.loads(_object(process.stdout))
+        found = [ask(printed["url"], "POST", path, files[0].read_bytes()) for path in ("/api/predict", "/api/maps")]
+        here = Predictor.load(finished_run, device="cpu").predict(files[0])
+        px = here.mask.size // 1000  # another number of threads rounds differently, no more
+        assert json.loads(found[0][2])["area_px"] == pytest.approx(here.area_px, abs=px)
+        refused = [ask(printed["url"], "POST", "/api/predict", b"Quagmire"), ask(printed["url"], "GET", "/Quagmire")]
+        assert [item[0] for item in [*found, *refused]] == [200, 200, 422, 404]
+    finally:
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "Traceback" not in err
+    assert "nothing was stored" in err
+    answers = [*found, *refused]
+    texts = [out, err, *(str(headers) + content.decode("latin-1") for _, headers, content in answers)]
+    assert [secret for secret in SECRETS for text in texts if secret in text] == []
+    assert list((tmp_path / "here").iterdir()) == []
+    left = [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_a_port_in_use_and_a_foreign_address_are_refused_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = CliRunner().invoke(cli, ["serve", "nowhere", "--port", port])
+        assert done.exit_code == AddressError.exit_code
+        assert f"port {port}" in done.stderr
+        assert "--port" in done.stderr
+    done = CliRunner().invoke(cli, ["serve", "nowhere", "--host", "192.0.2.1", "--port", "0"])
+    assert done.exit_code == AddressError.exit_code
+    assert "--host" in done.stderr
+
+
+def test_a_warning_says_who_can_reach_it() -> None:
+    for host, reached in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
+        done = CliRunner().invoke(cli, ["serve", "nowhere", "--host", host, "--port", "0"])
+        assert done.exit_code == RunError.exit_code
+        assert ("no password" in done.stderr) == reached
+        with server.listen(host, 0) as listening:
+            assert server.is_loopback(listening) != reached
+            name = urlsplit(server.url_of(listening)).hostname
+            assert name == (socket.gethostname().lower() if reached else "127.0.0.1")
+
+
+def _object(stream: io.TextIOBase | object) -> str:
+    """The first JSON object of a stream of lines."""
+    text = ""
+    for line in stream:  # type: ignore[attr-defined]
+        text += line
+        if line.startswith("}") or text.rstrip().endswith("}"):
+            return text
+    raise AssertionError(f"no JSON, only {text!r}")
+
+
+def _connected(url: str) -> socket.socket:
+    parts = urlsplit(url)
+    return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
+
+
+def _half_a_file() -> bytes:
+    head = "POST /api/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\nContent-Length: 900"
+    return f"{head}\r\n\r\n".encode() + bytes(300)
+
+
+def _rest(connection: socket.socket, answer: bytes) -> bytes:
+    while b"}" not in answer:
+        part = connection.recv(4096)
+        assert part, answer
+        answer += part
+    return answer
+
+
+def _until(call: Callable[[], tuple], good: Callable[[tuple], bool]) -> tuple:  # type: ignore[type-arg]
+    """The first good result; AssertionError after a minute."""
+    end = time.monotonic() + 60
+    while not good(found := call()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found

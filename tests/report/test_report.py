@@ -1,0 +1,466 @@
+"""The report of a real, tiny run: its numbers are the run's, its texts are escaped, and a browser shows all of it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html import unescape
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, CONTRAST, Browser, browser
+from safetensors.numpy import load_file
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import roc_auc_score
+
+from ptxdist.cache.catalog import Case
+from ptxdist.config import load_settings
+from ptxdist.errors import RunError
+from ptxdist.report.report import write_report
+from ptxdist.run.pipeline import plan_run, run_pipeline
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, Scores, read_result, write_json
+from ptxdist.scores.analysis import FIXED_THRESHOLDS, Evaluated, conclude
+from ptxdist.scores.metrics import scores
+from ptxdist.train.scoring import CaseCounts
+
+PURPOSE = "look at <script>alert('purpose')</script> & \"quotes\""
+VOID = {"meta", "img", "br", "input"}
+
+
+class Element:
+    """A tag of a page with its attributes, its text and what is inside."""
+
+    def __init__(self, tag: str, attributes: dict[str, str]) -> None:
+        self.tag, self.attributes = tag, attributes
+        self.inside: list[Element] = []
+        self.words: list[str] = []
+
+    def all(self, tag: str) -> Iterator[Element]:
+        """Every element of this tag below, in order."""
+        for item in self.inside:
+            if item.tag == tag:
+                yield item
+            yield from item.all(tag)
+
+    def everything(self) -> Iterator[Element]:
+        """Every element below, in order."""
+        for item in self.inside:
+            yield item
+            yield from item.everything()
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+class Reader(HTMLParser):
+    """A page as a tree; ValueError where a tag is closed that is not open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = [Element("", {})]
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        element = Element(tag, {name: value or "" for name, value in attributes})
+        self.open[-1].inside.append(element)
+        if tag not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.open[-1].inside.append(Element(tag, {name: value or "" for name, value in attributes}))
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open.pop().tag != tag:
+            raise ValueError(f"</{tag}> at {self.getpos()} closes another tag")
+
+    def handle_data(self, data: str) -> None:
+        for element in self.open:
+            element.words.append(data)
+
+
+def read(path: Path) -> Element:
+    reader = Reader()
+    reader.feed(path.read_text(encoding="utf-8"))
+    assert len(reader.open) == 1, "every tag is closed"
+    return reader.open[0]
+
+
+@pytest.fixture(scope="module")
+def run(described_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the smoke pipeline at 32 and 64 px, with its report; nothing may write to it."""
+    settings = load_settings(
+        "smoke",
+        assignments=[
+            "stages.1.size_px=32",
+            "stages.2.size_px=64",
+            "stages.*.batch_size=4",
+            "train.device=cpu",
+            "pipeline.model.decoder_channels=[32, 16, 16, 8, 8]",
+        ],
+        options={"data.cache": str(described_cache), "pipeline.purpose": PURPOSE},
+    )
+    run = tmp_path_factory.mktemp("report") / "run"
+    run_pipeline(plan_run(settings, run), with_ray=False)
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Path:
+    return run / "report" / "index.html"
+
+
+@pytest.fixture(scope="module")
+def root(page: Path) -> Element:
+    return read(page)
+
+
+def table(root: Element, caption: str) -> dict[str, list[str]]:
+    """Cells of each row of a table, by the row's name."""
+    found = next(item for item in root.all("table") if next(item.all("caption")).text.startswith(caption))
+    return {
+        next(row.all("th")).text: [cell.text for cell in row.all("td")]
+        for row in found.all("tr")
+        if list(row.all("td")) and list(row.all("th"))
+    }
+
+
+def shown(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def six(found: Scores) -> list[str]:
+    names = ("kaggle_dice", "positive_dice", "pooled_dice", "pooled_iou", "sensitivity", "specificity")
+    return [shown(getattr(found, name)) for name in names]
+
+
+def test_headline_numbers_are_those_of_the_run(run: Path, root: Element) -> None:
+    evaluation = read_result(run).evaluation
+    tiles = [item for item in root.all("li") if item.attributes.get("class") == "tile"]
+    values = [next(part for part in tile.all("div")).text for tile in tiles]
+    error = next(item.error for item in evaluation.calibration if item.things == "images")
+    assert values == [*six(evaluation.scores), shown(evaluation.auroc), shown(error)]
+    low, high = evaluation.intervals["kaggle_dice"]
+    assert f"95 % interval {shown(low)} to {shown(high)}" in tiles[0].text
+    assert f"predicting nothing: {shown(evaluation.scores.all_empty_dice)}" in tiles[0].text
+
+
+def test_every_operating_point_stands_in_the_table(run: Path, root: Element) -> None:
+    evaluation = read_result(run).evaluation
+    rows = table(root, "Scores at the original resolution")
+    wanted = {"threshold 0.5": evaluation.scores, "threshold 0.55": evaluation.at_other_thresholds["0.55"]}
+    for tuned in evaluation.tuned:
+        wanted[f"tuned {tuned.kind} (cross-fitted)"] = tuned.estimate
+        wanted[f"tuned {tuned.kind} (optimistic)"] = tuned.scores
+    assert evaluation.tuned, "the cache has patients enough"
+    for name, found in wanted.items():
+        cells = next(cells for row, cells in rows.items() if row.startswith(name))
+        assert [cell.split()[0] for cell in cells] == six(found)
+    assert rows["predicting nothing"][0] == shown(evaluation.scores.all_empty_dice)
+
+
+def test_subgroups_stages_and_shared_patients_are_those_of_the_run(run: Path, root: Element) -> None:
+    result = read_result(run)
+    forests = {"positive_dice": "Positives-only", "sensitivity": "Sensitivity", "specificity": "Specificity"}
+    assert {group.by for group in result.evaluation.subgroups} >= {"view", "sex", "age"}
+    for field, caption in forests.items():
+        rows = table(root, caption)
+        for group in result.evaluation.subgroups:
+            if getattr(group.scores, field) is not None:
+                cells = next(cells for row, cells in rows.items() if row.startswith(group.name))
+                assert cells[2].split()[0] == shown(getattr(group.scores, field))
+    stages = table(root, "Best epoch of each stage")
+    for stage in result.stages:
+        cells = next(cells for row, cells in stages.items() if row.startswith(f"stage {stage.stage}"))
+        assert cells[2:] == [shown(stage.best.val_loss), *six(stage.best.at_full)]
+    shared = result.evaluation.shared_patients
+    assert shared is not None
+    rows = table(root, "Held-out images whose patient")
+    for name, found in (("patient is in training", shared.shared), ("patient is not", shared.apart)):
+        assert (name in rows) == (found is not None)
+        if found:
+            assert [cell.split()[0] for cell in rows[name]] == [str(found.cases), str(found.positives), *six(found)]
+
+
+def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, root: Element) -> None:
+    with open(run / EVALUATION / CASES, newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = np.array([[int(row[f"{name}_px"]) for name in ("intersection", "predicted", "truth")] for row in rows])
+    again = scores(counts)
+    assert again == read_result(run).evaluation.scores
+    cells = next(iter(table(root, "Scores at the original resolution").values()))
+    assert [cell.split()[0] for cell in cells] == six(again)
+    by_id = {row["case_id"]: row for row in rows}
+    cases = [item for item in root.all("figure") if item.attributes.get("class") == "case"]
+    assert cases
+    for case in cases:
+        row = by_id[next(case.all("span")).text or list(case.all("span"))[-1].text]
+        assert f"Dice {float(row['kaggle_dice']):.4f}" in case.text
+        assert f"truth {int(row['truth_px']):,} px, prediction {int(row['predicted_px']):,} px" in case.text
+
+
+def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, page: Path, tmp_path: Path) -> None:
+    """Every number, interval and chart of it: from cases.csv, and what is of px from histograms.safetensors."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    evaluation = read_result(run).evaluation
+    assert not evaluation.scores.equals_all_empty
+    thresholds = list(dict.fromkeys((evaluation.threshold, *FIXED_THRESHOLDS)))
+    with open(run / EVALUATION / CASES, newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows])
+
+    def counts(start: str) -> np.ndarray:
+        names = (f"{start}intersection_px", f"{start}predicted_px", "truth_px")
+        return np.stack([column(name) for name in names], axis=1).astype(np.int64)
+
+    cases = [
+        Case(
+            *(row["case_id"], "", "", int(row["rows"]), int(row["columns"]), row["group"]),
+            ("",) * int(row["masks"]), int(row["truth_px"]), row["view"], row["sex"],
+            int(row["age"]) if row["age"] else None, int(row["fold"]),
+        )
+        for row in rows
+    ]  # fmt: skip
+    again = CaseCounts(
+        loss=np.zeros(len(rows)),
+        score=column("score"),
+        at_stage=np.zeros((len(rows), 3), np.int64),
+        at_full=np.stack([counts(""), *(counts(f"at_{threshold}_") for threshold in thresholds[1:])]),
+        histograms=load_file(run / EVALUATION / HISTOGRAMS)["histograms"],
+        brightness=column("brightness"),
+    )
+    assert evaluation.shared_patients is not None
+    evaluated = Evaluated(
+        cases,
+        again,
+        [row["group"] for row in rows],
+        [bool(int(row["patient_in_training"])) for row in rows],
+        evaluation.shared_patients.known_from,
+    )
+    found, _ = conclude(
+        evaluated,
+        thresholds,
+        min_area_px=evaluation.min_area_px,
+        flip_averaging=evaluation.flip_averaging,
+        runs=evaluation.runs,
+    )
+    (copy / EVALUATION / RESULT).unlink()
+    write_json(copy / RESULT, read_result(run).model_copy(update={"evaluation": found}))
+    assert write_report(copy).read_bytes() == page.read_bytes()
+
+
+def test_headline_numbers_are_those_of_other_libraries(run: Path, root: Element) -> None:
+    """From cases.csv, without a line of ours."""
+    with open(run / EVALUATION / CASES, newline="") as file:
+        rows = list(csv.DictReader(file))
+    overlap, predicted, truth, score = (
+        np.array([float(row[name]) for row in rows])
+        for name in ("intersection_px", "predicted_px", "truth_px", "score")
+    )
+    positive, total = truth > 0, predicted + truth
+    dice = [2 * float(a) / float(b) if b else 1.0 for a, b in zip(overlap, total, strict=True)]
+    observed, expected = calibration_curve(positive, score, n_bins=10)
+    number = np.histogram(score, np.linspace(0, 1, 11))[0]
+    wanted = (
+        *(np.mean(dice), np.mean(np.array(dice)[positive]), 2 * overlap.sum() / total.sum()),
+        *(overlap.sum() / (total.sum() - overlap.sum()), np.mean(predicted[positive] > 0)),
+        *(np.mean(predicted[~positive] == 0), roc_auc_score(positive, score)),
+        np.average(np.abs(observed - expected), weights=number[number > 0]),
+    )
+    tiles = [item for item in root.all("li") if item.attributes.get("class") == "tile"]
+    assert [next(part for part in tile.all("div")).text for tile in tiles] == [f"{value:.4f}" for value in wanted]
+    assert f"predicting nothing: {np.mean(~positive):.4f}" in tiles[0].text
+
+
+def test_texts_are_escaped(page: Path, root: Element) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not list(root.all("script"))
+    assert not list(root.all("b"))
+    assert "alert('purpose')" in unescape(text)
+    assert "has <script>alert(1)</script> & no pixels" in root.text
+    assert "<b>a mask</b> ends past" in root.text
+
+
+def test_nothing_is_fetched_and_nobody_is_named(page: Path, root: Element, run: Path, described_cache: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "http:" not in text
+    assert "https:" not in text
+    for element in root.everything():
+        for name in ("src", "href"):
+            assert element.attributes.get(name, "#").startswith(("#", "data:image/"))
+    assert not re.search(r"@import|url\(", text)
+    for secret in ("salted-group", "Quagmire", str(described_cache.parent), str(run.parent)):
+        assert secret not in text
+
+
+def test_every_picture_and_chart_has_words(root: Element) -> None:
+    assert list(root.all("img"))
+    assert all(len(image.attributes["alt"]) > 10 for image in root.all("img"))
+    for chart in root.all("svg"):
+        hidden = chart.attributes.get("aria-hidden") == "true"
+        inside = "x" in chart.attributes or "preserveaspectratio" in chart.attributes  # a part of a chart
+        assert hidden or inside or len(chart.attributes["aria-label"]) > 20
+
+
+def test_headings_are_in_order_and_links_lead_somewhere(root: Element) -> None:
+    levels = [int(item.tag[1]) for item in root.everything() if re.fullmatch("h[1-6]", item.tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    names = [item.attributes["id"] for item in root.everything() if "id" in item.attributes]
+    assert len(names) == len(set(names))
+    links = [item.attributes["href"] for item in root.all("a")]
+    assert {link.removeprefix("#") for link in links} <= set(names)
+
+
+def test_overlays_are_files_too(run: Path, root: Element) -> None:
+    files = sorted((run / "report" / "overlays").glob("*.png"))
+    assert len(files) == len([item for item in root.all("figure") if item.attributes.get("class") == "case"])
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    with open(copy / EVALUATION / CASES, newline="") as file:
+        truth = [int(row["truth_px"]) for row in csv.DictReader(file)]
+    empty = scores(np.array([[0, 0, area] for area in truth]))
+    result = read_result(copy)
+    evaluation = result.evaluation.model_copy(update={"scores": empty})
+    write_json(copy / RESULT, result.model_copy(update={"evaluation": evaluation}))
+    root = read(write_report(copy))
+    warning = next(item for item in root.all("p") if item.attributes.get("class") == "warning")
+    assert warning.text.startswith("This run equals predicting nothing.")
+    rows = table(root, "Scores at the original resolution")
+    assert any(name.endswith("equals predicting nothing") for name in rows)
+    assert not list(read(run / "report" / "index.html").all("script"))
+
+
+def test_a_run_of_an_older_version_has_a_report_that_says_what_is_missing(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    old = json.loads((copy / RESULT).read_text())
+    for name in ("auroc", "tuned", "calibration", "subgroups", "shared_patients"):
+        del old["evaluation"][name]
+    (copy / RESULT).write_text(json.dumps(old))
+    root = read(write_report(copy))
+    warnings = [item.text for item in root.all("p") if item.attributes.get("class") == "warning"]
+    assert any("`ptxdist evaluate RUN` adds them" in text for text in warnings)
+    assert not [item for item in root.all("section") if item.attributes["id"] in ("operating-point", "subgroups")]
+
+
+def test_the_former_report_stays_until_the_new_one_is_there(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    before = (copy / "report" / "index.html").read_bytes()
+    (copy / EVALUATION / CASES).unlink()
+    with pytest.raises(RunError, match="ptxdist evaluate"):
+        write_report(copy)
+    assert (copy / "report" / "index.html").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (chromium, chromium-browser or google-chrome in PATH)")
+    with browser(tmp_path_factory.mktemp("chromium")) as tab:
+        yield tab
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (360, False)])
+def test_a_browser_shows_it_without_complaint(chromium: Browser, page: Path, width: int, dark: bool) -> None:
+    chromium.open(page.as_uri(), width, dark=dark)
+    assert chromium.complaints() == []
+    fetched = [url for url in chromium.requests() if not url.startswith("data:")]
+    assert fetched == [page.as_uri()]
+    assert chromium.run("[...document.images].length > 0 && [...document.images].every(item => item.naturalWidth > 0)")
+    assert chromium.run("document.documentElement.scrollWidth") <= width, "no horizontal scrolling of the page"
+    small = (
+        "[...document.querySelectorAll('svg.chart')].filter(item => item.getBoundingClientRect().height < 100).length"
+    )
+    assert chromium.run(small) == 0
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_stand_out_from_their_ground(chromium: Browser, page: Path, dark: bool) -> None:
+    """Contrast of at least 4.5 to 1 (WCAG AA) for all text, in both modes."""
+    chromium.open(page.as_uri(), 1280, dark=dark)
+    assert chromium.run(CONTRAST) == []
+
+
+def test_outlines_can_be_switched_off_and_a_case_be_enlarged(chromium: Browser, page: Path) -> None:
+    chromium.open(page.as_uri(), 1280)
+    visible = "getComputedStyle(document.querySelector('.picture .truth')).visibility"
+    assert chromium.run(visible) == "visible"
+    chromium.run("document.getElementById('show-truth').click()")
+    assert chromium.run(visible) == "hidden"
+    width = "document.querySelector('#case-1 img').getBoundingClientRect().width"
+    before = chromium.run(width)
+    chromium.run("document.querySelector('#case-1 .enlarge').click()")
+    chromium.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert chromium.run(width) > 1.5 * before
+
+
+def test_everything_is_reached_and_used_with_the_keyboard(chromium: Browser, page: Path) -> None:
+    chromium.open(page.as_uri(), 1280)
+    chromium.press("Tab", 9)
+    skip = chromium.run("[document.activeElement.className, document.activeElement.getBoundingClientRect().top >= 0]")
+    assert skip == ["skip", True], "the first stop, in sight once it has the focus"
+    stops = (
+        "[...document.querySelectorAll('a, input, summary, [tabindex=\"0\"]')].filter(item => item.checkVisibility())"
+    )
+    wanted = chromium.run(f"({stops}).length")
+    assert wanted > 20
+    reached = 1
+    while chromium.run("document.activeElement !== document.body") and reached <= wanted:
+        assert chromium.run("getComputedStyle(document.activeElement).outlineStyle") == "solid", "one sees where one is"
+        if chromium.run("document.activeElement.id") == "show-truth":
+            chromium.press(" ", 32, " ")
+        chromium.press("Tab", 9)
+        reached += chromium.run("document.activeElement !== document.body")
+    assert reached == wanted
+    assert chromium.run("getComputedStyle(document.querySelector('.picture .truth')).visibility") == "hidden"
+    chromium.run("document.querySelector('#case-1 .enlarge').focus()")
+    chromium.press("Enter", 13, "\r")
+    assert chromium.run("location.hash") == "#case-1"
+
+
+def test_it_prints_in_black_on_white_and_nothing_is_cut_off(chromium: Browser, page: Path, tmp_path: Path) -> None:
+    """As wide as A4 less its margins, whatever the screen likes."""
+    chromium.open(page.as_uri(), 688, dark=True)
+    try:
+        scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
+        chromium.call("Emulation.setEmulatedMedia", media="print", features=scheme)
+        assert chromium.run("document.documentElement.scrollWidth") <= 688
+        wide = "[...document.querySelectorAll('.wide')].filter(item => item.scrollWidth > item.clientWidth + 1).length"
+        assert chromium.run(wide) == 0
+        assert chromium.run("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+        assert chromium.run("getComputedStyle(document.querySelector('nav')).display") == "none"
+    finally:
+        chromium.call("Emulation.setEmulatedMedia", media="")
+    chromium.print_pdf(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 700), (700, 360)])
+def test_outlines_lie_on_an_enlarged_image_of_any_window(
+    chromium: Browser, page: Path, width: int, height: int
+) -> None:
+    chromium.open(f"{page.as_uri()}#case-1", width, height)
+    box = (
+        "(({x, y, width, height}) => [x, y, width, height])"
+        "(document.querySelector('#case-1 %s').getBoundingClientRect())"
+    )
+    image, outlines = (chromium.run(box % tag) for tag in ("img", "svg"))
+    assert image == pytest.approx(outlines, abs=0.5)
+    assert image[2] == pytest.approx(image[3], abs=0.5), "a square, as the radiograph"
+    assert image[0] >= 0
+    assert image[0] + image[2] <= width

@@ -1,0 +1,110 @@
+"""The loss against its written formula, at its edges and under autocast."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ptxdist.train.losses import bce_dice_per_image, bce_per_image, dice_loss_of_batch
+
+
+def batch(seed: int = 0, shape: tuple[int, ...] = (3, 1, 8, 8)) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+
+
+def reference(logits: torch.Tensor, target: torch.Tensor) -> list[float]:
+    losses = []
+    for x, t in zip(logits.double().numpy(), target.double().numpy(), strict=True):
+        p = 1 / (1 + np.exp(-x))
+        cross_entropy = -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean()
+        losses.append(cross_entropy + 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1))
+    return losses
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_the_loss_is_the_written_formula_for_soft_and_hard_targets(soft: bool) -> None:
+    logits, target = batch()
+    target = target if soft else (target > 0.7).float()
+    loss = bce_dice_per_image(logits, target)
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == pytest.approx(reference(logits, target), rel=1e-5)
+
+
+def test_an_empty_prediction_of_an_empty_mask_costs_almost_nothing() -> None:
+    loss = bce_dice_per_image(torch.full((1, 1, 256, 256), -20.0), torch.zeros(1, 1, 256, 256))
+    assert 0 <= loss.item() < 1e-3
+
+
+def test_a_perfect_prediction_costs_almost_nothing_and_its_opposite_much() -> None:
+    target = torch.zeros(1, 1, 16, 16)
+    target[..., :4] = 1
+    logits = 40 * target - 20
+    assert bce_dice_per_image(logits, target).item() < 1e-4
+    assert bce_dice_per_image(-logits, target).item() > 20
+
+
+def test_missing_a_mask_costs_its_dice_even_when_it_is_small() -> None:
+    target = torch.zeros(1, 1, 256, 256)
+    target[..., :4, :4] = 1
+    assert bce_dice_per_image(torch.full_like(target, -20.0), target).item() > 0.9
+
+
+def test_the_loss_of_an_image_does_not_depend_on_its_batch() -> None:
+    logits, target = batch()
+    alone = torch.cat([bce_dice_per_image(logits[i : i + 1], target[i : i + 1]) for i in range(3)])
+    assert bce_dice_per_image(logits, target).tolist() == pytest.approx(alone.tolist(), rel=1e-6)
+
+
+def test_under_autocast_the_loss_is_still_computed_in_float32() -> None:
+    logits, target = batch(shape=(2, 1, 64, 64))
+    logits = logits.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = bce_dice_per_image(logits, target)
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == pytest.approx(reference(logits, target), rel=1e-5)
+
+
+def test_extreme_logits_give_finite_losses_and_gradients() -> None:
+    logits = torch.tensor([-1e4, 1e4, 0.0, 1e4]).view(1, 1, 2, 2).requires_grad_()
+    loss = bce_dice_per_image(logits, torch.tensor([1.0, 0.0, 0.5, 1.0]).view(1, 1, 2, 2))
+    loss.sum().backward()
+    assert math.isfinite(loss.item())
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
+def test_following_the_gradient_lowers_the_loss() -> None:
+    logits, target = batch()
+    logits.requires_grad_()
+    before = bce_dice_per_image(logits, target)
+    (gradient,) = torch.autograd.grad(before.sum(), logits)
+    assert (bce_dice_per_image(logits.detach() - 0.1 * gradient, target) < before).all()
+
+
+def test_an_empty_batch_gives_no_losses_and_can_be_differentiated() -> None:
+    logits = torch.zeros(0, 1, 32, 32, requires_grad=True)
+    loss = bce_dice_per_image(logits, torch.zeros(0, 1, 32, 32))
+    assert loss.shape == (0,)
+    loss.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, 1, 32, 32)
+
+
+def test_dice_of_a_batch_takes_all_px_as_one_image() -> None:
+    logits, target = torch.randn(3, 1, 8, 8), (torch.rand(3, 1, 8, 8) < 0.3).float()
+    whole = dice_loss_of_batch(logits, target)
+    flat = bce_dice_per_image(logits.view(1, 1, 24, 8), target.view(1, 1, 24, 8)) - bce_per_image(
+        logits.view(1, 1, 24, 8), target.view(1, 1, 24, 8)
+    )
+    assert whole.item() == pytest.approx(flat.item(), rel=1e-6)
+    per_image = (bce_dice_per_image(logits, target) - bce_per_image(logits, target)).mean()
+    assert whole.item() != pytest.approx(per_image.item(), rel=1e-3), "the two are not the same"
+
+
+def test_dice_of_a_batch_without_images_is_that_of_nothing() -> None:
+    logits = torch.zeros(0, 1, 8, 8, requires_grad=True)
+    loss = dice_loss_of_batch(logits, torch.zeros(0, 1, 8, 8))
+    loss.backward()
+    assert loss.item() == 0

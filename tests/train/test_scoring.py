@@ -1,0 +1,95 @@
+"""Counts at the stage's size and at the original resolution, against a direct computation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ptxdist.cache.catalog import Case, read_catalog
+from ptxdist.cache.render import fit_square, resize
+from ptxdist.cache.store import open_store
+from ptxdist.labels import rle
+from ptxdist.scores.metrics import scores
+from ptxdist.train.scoring import score_cases, to_original
+
+CPU = torch.device("cpu")
+
+
+class Darkness(nn.Module):
+    """A segmentation of dark pixels: nearly perfect on the tiny cache, and without weights."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return 80 - image.float()
+
+
+class Nothing(nn.Module):
+    """Predicts nothing anywhere."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return torch.full_like(image, -9, dtype=torch.float32)
+
+
+def test_a_good_segmentation_scores_well_at_both_sizes(cache: Path) -> None:
+    cases = read_catalog(cache).labelled
+    done: list[int] = []
+    masks: dict[int, np.ndarray] = {}
+    counts = score_cases(
+        Darkness(), open_store(cache, 64), cases, np.arange(10), thresholds=[0.5, 0.9], device=CPU,
+        on_cases=done.append, on_mask=masks.__setitem__,
+    )  # fmt: skip
+    assert done == [8, 10]
+    assert counts.at_full.shape == (2, 10, 3)
+    assert scores(counts.at_stage).kaggle_dice > 0.95
+    assert scores(counts.at_full[0]).kaggle_dice > 0.95
+    for index, case in enumerate(cases):
+        truth = rle.decode(case.masks or (), case.rows, case.columns)
+        expected = [(masks[index] & (truth > 0)).sum(), masks[index].sum(), truth.sum()]
+        assert counts.at_full[0, index].tolist() == expected
+
+
+def test_predicting_nothing_equals_the_all_empty_baseline(cache: Path) -> None:
+    cases = read_catalog(cache).labelled
+    counts = score_cases(Nothing(), open_store(cache, 32), cases, np.arange(10), thresholds=[0.5], device=CPU)
+    result = scores(counts.at_full[0])
+    assert result.kaggle_dice == result.all_empty_dice == 0.5
+    assert result.equals_all_empty
+
+
+def test_small_masks_are_emptied(cache: Path) -> None:
+    cases, store = read_catalog(cache).labelled, open_store(cache, 64)
+    areas = score_cases(Darkness(), store, cases, np.arange(10), thresholds=[0.5], device=CPU).at_full[0, :, 1]
+    limit = int(np.median(areas[areas > 0]))
+    kept = score_cases(
+        Darkness(), store, cases, np.arange(10), thresholds=[0.5], device=CPU, min_area_px=limit
+    ).at_full[0, :, 1]
+    assert (kept == np.where(areas < limit, 0, areas)).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(120, 200), (200, 120), (160, 160)])
+def test_a_mask_of_an_oblong_image_comes_back_where_it_was(rows: int, columns: int) -> None:
+    mask = np.zeros((rows, columns), np.uint8)
+    mask[20:60, 30:90] = 255
+    small = torch.from_numpy(resize(fit_square(mask), 64)).float() / 255
+    back = (to_original(small, rows, columns) >= 0.5).numpy()
+    assert back.shape == (rows, columns)
+    overlap = 2 * (back & (mask > 0)).sum() / (back.sum() + (mask > 0).sum())
+    assert overlap > 0.95
+
+
+def test_flip_averaging_of_a_symmetric_model_changes_nothing(cache: Path) -> None:
+    cases, store = read_catalog(cache).labelled, open_store(cache, 32)
+    plain, averaged = (
+        score_cases(Darkness(), store, cases, np.arange(4), thresholds=[0.5], device=CPU, flip_averaging=flip)
+        for flip in (False, True)
+    )
+    assert (plain.at_full == averaged.at_full).all()
+
+
+def test_no_cases_give_empty_counts(cache: Path) -> None:
+    cases: tuple[Case, ...] = read_catalog(cache).labelled
+    counts = score_cases(Darkness(), open_store(cache, 32), cases, np.array([], np.int64), thresholds=[0.5], device=CPU)
+    assert counts.at_full.shape == (1, 0, 3)
