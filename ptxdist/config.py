@@ -1,8 +1,7 @@
 """Settings: frozen, strict models, read from TOML and written as a JSON snapshot.
 
-Owns: what can be set, its defaults and its checks; the order defaults < configs < pipeline < `--set` < named options;
-how files of `configs/` and `pipelines/` are found. Refuses: unknown keys (with the nearest valid name), wrong types,
-code or imports in settings, inheritance between files. Called by: `cli`; every part receives only its own section.
+Owns: what can be set, its defaults and its checks. Refuses: unknown keys, wrong types, code or imports in settings.
+Every part receives only its own section. How files and options become Settings stands in `resolve`.
 
     Settings
     ├── data        where the cache is                                     configs/data.toml
@@ -12,10 +11,8 @@ code or imports in settings, inheritance between files. Called by: `cli`; every 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -172,85 +169,6 @@ class Settings(Section):
         return self
 
 
-def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
-    """Path of a settings file: a path as given, else `<name>.toml` in ./kind, else in ptxdist's own.
-
-    Raises SettingsError naming the files there are when none matches.
-    """
-    given = Path(name)
-    if given.suffix == ".toml" or len(given.parts) > 1:
-        if given.is_file():
-            return given
-        raise SettingsError(f"no settings file {name}: give a name such as 'exp4' or the path of a .toml file")
-    folders = settings_folders(kind)
-    for folder in folders:
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
-    raise SettingsError(f"no {kind[:-1]} '{name}'{_nearest(name, known)}; there are: {', '.join(known) or 'none'}")
-
-
-def settings_folders(kind: str) -> list[Path]:
-    """Folders `configs` or `pipelines` that are there, in the order in which a name is looked up."""
-    # In a checkout the folders stand beside the package, in an installed wheel inside it.
-    # (Inside first: beside an installed package anybody's folder of that name may lie.)
-    candidates = [Path.cwd() / kind, PACKAGE / kind, PACKAGE.parent / kind]
-    return [folder for folder in candidates if folder.is_dir()]
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Content of a TOML file; SettingsError naming file and place if it does not parse."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
-
-
-def load_settings(
-    pipeline: str,
-    *,
-    site: str | None = None,
-    assignments: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-) -> Settings:
-    """Resolve the settings of a run.
-
-    `pipeline` and `site` are names or paths of TOML files; `assignments` are texts `a.b=value` as given with
-    `--set` (value in TOML syntax, bare words are text; stages are numbered from 1, `stages.*` means all of them);
-    `options` maps dotted keys to the values of named options (None: not given). Later sources win.
-    Raises SettingsError naming the source, the key and the nearest valid name.
-    """
-    merged: dict[str, Any] = {}
-    sources: list[tuple[str, str]] = []  # pattern of a dotted key, and where its value comes from; the last one counts
-    for name in ("data", "train", *([site] if site else [])):
-        if name == site or any((folder / f"{name}.toml").is_file() for folder in settings_folders("configs")):
-            path = find("configs", name)
-            content = read_toml(path)
-            _check_keys(content, path)
-            _merge(merged, content)
-            sources += [(key, str(path)) for key in _leaves(content)]
-    path = find("pipelines", pipeline)
-    content = {"pipeline": {"name": path.stem, **read_toml(path)}}
-    _check_keys(content, path)
-    _merge(merged, content)
-    sources += [(key, str(path)) for key in _leaves(content)]
-    for assignment in assignments:
-        key, separator, value = assignment.partition("=")
-        if not separator:
-            raise SettingsError(f"--set {assignment}: expected key=value, such as pipeline.seed=1")
-        key = _full_key(key.strip())
-        _assign(merged, key, _parse_value(value.strip()), f"--set {assignment}")
-        sources.append((key, f"--set {assignment}"))
-    for key, value in (options or {}).items():
-        if value is not None:
-            _assign(merged, _full_key(key), value, f"option for {key}")
-            sources.append((_full_key(key), f"option for {key}"))
-    try:
-        return Settings.model_validate_json(json.dumps(merged, default=str))
-    except ValidationError as error:
-        raise SettingsError(_explain(error, sources, str(path))) from error
-
-
 def snapshot(section: Section) -> dict[str, Any]:
     """The section as plain JSON values; `restore(snapshot(s)) == s`."""
     return section.model_dump(mode="json")
@@ -261,7 +179,7 @@ def restore(content: Mapping[str, Any]) -> Settings:
     try:
         return Settings.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        raise SettingsError(_explain(error, (), "settings snapshot")) from error
+        raise SettingsError(explain(error, (), "settings snapshot")) from error
 
 
 def fingerprint(*parts: object) -> str:
@@ -285,97 +203,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{name}: {json.dumps(before)} -> {json.dumps(after)}"
 
 
-def _parse_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
-    for key, value in source.items():
-        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
-            _merge(target[key], value)
-        else:
-            target[key] = value
-
-
-def _full_key(key: str) -> str:
-    """`stages.1.epochs` is short for `pipeline.stages.1.epochs`."""
-    return f"pipeline.{key}" if key.split(".")[0] in PipelineSettings.model_fields else key
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all values that are no group of settings."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value, start=1):
-                yield from _leaves(item, f"{prefix}{key}.{number}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
-    parts = key.split(".")
-    nodes: list[Any] = [target]
-    model: Any = Settings
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if model is StageSettings and isinstance(nodes[0], list):
-            nodes = _stages(nodes[0], part, where)
-            if last:
-                raise SettingsError(f"{where}: name a setting of the stage, such as stages.{part}.epochs")
-            continue
-        if not (isinstance(model, type) and issubclass(model, Section)):
-            raise SettingsError(f"{where}: '{'.'.join(parts[:depth])}' is a value and has no settings inside")
-        if part not in model.model_fields:
-            raise SettingsError(f"{where}: unknown setting '{part}'{_nearest(part, model.model_fields)}")
-        model = _section_of(model, part)
-        if last:
-            if isinstance(model, type) and issubclass(model, Section):
-                raise SettingsError(f"{where}: '{key}' is a group; set one of: {', '.join(model.model_fields)}")
-            for node in nodes:
-                node[part] = value
-        else:
-            nodes = [node.setdefault(part, {}) for node in nodes]
-
-
-def _stages(stages: list[dict[str, Any]], part: str, where: str) -> list[Any]:
-    if part == "*":
-        return list(stages)
-    if not part.isdecimal() or not 1 <= int(part) <= len(stages):
-        raise SettingsError(f"{where}: no stage '{part}'; the pipeline has stages 1 to {len(stages)} (or *)")
-    return [stages[int(part) - 1]]
-
-
-def _section_of(model: type[Section], key: str) -> Any:
-    annotation = model.model_fields[key].annotation
-    if annotation == tuple[StageSettings, ...]:
-        return StageSettings
-    return annotation
-
-
-def _check_keys(content: Mapping[str, Any], path: Path, model: Any = Settings, prefix: str = "") -> None:
-    for key, value in content.items():
-        if key not in model.model_fields:
-            raise SettingsError(f"{path}: unknown setting '{prefix}{key}'{_nearest(key, model.model_fields)}")
-        inner = _section_of(model, key)
-        if isinstance(inner, type) and issubclass(inner, Section):
-            for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
-                name = f"{prefix}{key}.{number}" if isinstance(value, list) else f"{prefix}{key}"
-                if not isinstance(item, Mapping):
-                    raise SettingsError(f"{path}: '{name}' must be a group of settings, found {item!r}")
-                _check_keys(item, path, inner, f"{name}.")
-
-
-def _nearest(name: str, valid: Any) -> str:
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean '{matches[0]}'?)" if matches else f" (valid: {', '.join(valid)})" if valid else ""
-
-
-def _explain(error: ValidationError, sources: Sequence[tuple[str, str]], default: str) -> str:
+def explain(error: ValidationError, sources: Sequence[tuple[str, str]], default: str) -> str:
     """What is wrong, with the source of each value; `default` is named for what no source sets."""
     lines = []
     problems = error.errors()

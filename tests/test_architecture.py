@@ -1,4 +1,4 @@
-"""The import rule of ARCHITECTURE.md: imports point one way, each layer adds its libraries, modules stay small."""
+"""The import rule of ARCHITECTURE.md: imports point one way, each folder has its libraries, modules stay small."""
 
 from __future__ import annotations
 
@@ -12,82 +12,45 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "ptxdist"
 
-# A layer imports only from layers above it in this list.
-LAYERS = ("", "errors", "config", "rundir", "data", "learn", "cluster", "console", "cli", "__main__")
-NOT_ALLOWED = {("console", "cluster")}  # console stands beside cli, but only cli loads Ray
-
-# In a layer, a module imports only from the groups before its own. A module that is not named is bound by the layers
-# and by the absence of cycles alone.
-ORDER = {
-    "data": (
-        {"rle", "tags", "codestream", "anatomy", "split", "spread", "remote"},
-        {"pixels", "png", "reading", "picture", "store", "lease"},
-        {"dicom", "dialect", "duplicates"},
-        {"labels", "scan", "spacing", "segmentation", "chest"},
-        {"catalog", "phantom", "inputs"},
-        {"render", "draw"},
-        {"preprocess"},
-        {"verify"},
-        {"staging"},
-        {"mirror"},
+# For each folder or module at the top: what it may import of ours, and of others. Only rows above can be named, so
+# imports point one way; "base" is all rows above it. A folder's own modules may import each other, without cycles.
+# `version` is the package itself, for its version.
+RULES = {
+    "errors": ("", ""),
+    "executor": ("errors", ""),
+    "config": ("errors", "pydantic"),
+    "resolve": ("errors config", "pydantic"),
+    "records": ("", "pydantic"),
+    "files": ("errors records", ""),
+    "rundir": ("errors config records files", "pydantic"),
+    "base": ("", ""),
+    "dicom": ("base", "numpy PIL pydicom simplejpeg"),
+    "labels": ("base dicom", "numpy"),
+    "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
+    "storage": ("base cache", "obstore"),
+    "phantoms": ("base labels", "numpy cv2 pydicom"),
+    "scores": ("base cache", "numpy"),
+    "train": (
+        "base dicom labels cache storage scores",
+        "numpy cv2 torch torchvision albumentations safetensors stringzilla",
     ),
-    "learn": (
-        {"augment", "distributed", "unet", "schedule", "remaining", "charts", "gallery", "model_card"},
-        {"resident"},
-        {"dataset", "losses", "metrics", "batchnorm", "page"},
-        {"checkpoint", "averaging", "scoring", "intervals", "figures", "tables"},
-        {"step", "operating", "compare"},
-        {"loop", "analysis"},
-        {"evaluate"},
-        {"bundle", "report"},
-        {"predictor"},
-        {"predict", "export", "viewer"},
-        {"server"},
+    "report": ("base version labels cache storage scores", "numpy cv2 jinja2 markupsafe"),
+    # report: its style sheet, which the viewer's page has too; starlette is what FastAPI stands on
+    "predict": (
+        "base version dicom labels cache phantoms scores train report",
+        "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn",
     ),
-    "cluster": (
-        {"stage", "environment", "tracking", "connection", "node"},
-        {"worker", "here", "spread", "doctor"},
-        {"engine"},
-        {"coordinator"},
-        {"submit"},
-    ),
-    "cli": (
-        {"options"},
-        {"data", "submit", "doctor", "predict", "export", "serve"},
-        {"runs"},
-        {""},  # the package itself
-    ),
-}
-
-LIBRARIES = {
-    "": set(),
-    "errors": set(),
-    "config": {"pydantic"},
-    "rundir": {"pydantic"},
-    "data": {"numpy", "cv2", "PIL", "pydicom", "simplejpeg", "zarr", "google_crc32c", "highdicom", "obstore"},
-    "learn": {
-        "numpy",
-        "cv2",
-        "PIL",
-        "torch",
-        "torchvision",
-        "albumentations",
-        "safetensors",
-        "stringzilla",
-        "jinja2",
-        "markupsafe",
-        "fastapi",
-        "starlette",  # what FastAPI stands on
-        "uvicorn",
-        "onnxruntime",
-    },
+    "run": ("base cache storage train", "torch tensorboardX mlflow"),
     # requests, packaging and grpc are what Ray itself stands on
-    "cluster": {"torch", "ray", "requests", "packaging", "grpc", "tensorboardX", "mlflow"},
-    "console": {"rich"},
-    "cli": {"click", "torch"},
-    "__main__": set(),
+    "cluster": ("base cache storage run", "ray torch requests packaging grpc"),
+    "console": ("base cache", "rich"),
+    "cli": ("base version cache storage phantoms scores train report predict run cluster console", "click"),
+    "__main__": ("cli", ""),
+    "": ("predict", ""),  # the package hands on its Python API, loaded when it is asked for
 }
-LIGHT = {"", "errors", "config", "cli", "__main__"}  # what the start of the command line may load
+KNOWN: set[tuple[str, str]] = set()  # (module, what it imports): imports that break the rule and are to go
+AT_START = {"", "version", "errors", "config", "cli", "__main__"}  # of ours, what the start of the command line loads
+HEAVY = {"torch", "ray"}  # it loads none of these
 MAX_LINES = 400
 
 
@@ -103,7 +66,7 @@ def modules(root: Path) -> dict[str, Path]:
 def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int, bool]]:
     """(imported module, level of a relative import, whether it is loaded with the file) for each import.
 
-    `from ptxdist.data import rle` imports the module ptxdist.data.rle.
+    `from ptxdist.labels import rle` imports the module ptxdist.labels.rle.
     """
     tree = ast.parse(path.read_text())
     late = {
@@ -124,8 +87,15 @@ def imports(path: Path, known: dict[str, Path]) -> Iterator[tuple[str, int, bool
                 yield (inner if is_module else str(node.module)), node.level, node not in late
 
 
-def layer(module: str) -> str:
+def row(module: str) -> str:
     return module.split(".")[0]
+
+
+def may_import(name: str) -> set[str]:
+    """Rows of RULES that a row may import from, itself among them."""
+    ours, rows = set(RULES[name][0].split()), list(RULES)
+    base = set(rows[: rows.index("base")]) if "base" in ours else set()
+    return {"" if item == "version" else item for item in ours | base | {name}}
 
 
 def violations(root: Path) -> list[str]:
@@ -139,43 +109,33 @@ def violations(root: Path) -> list[str]:
             found.append(f"{name}: no module docstring")
         if text.count("\n") > MAX_LINES:
             found.append(f"{name}: over {MAX_LINES} lines")
-        if layer(name) not in LAYERS:
-            found.append(f"{name}: no layer has this name")
+        if row(name) not in RULES or name == "base":
+            found.append(f"{name}: the table has no row for it")
             continue
         edges[name] = set()
         for target, level, at_once in imports(path, known):
-            if name == "" and not at_once:
-                continue  # the package hands on its Python API, loaded when it is asked for
-            if level:
-                found.append(f"{name}: relative import of {target}")
-            elif target.split(".")[0] != PACKAGE:
-                library = target.split(".")[0]
-                if library not in sys.stdlib_module_names and library not in LIBRARIES[layer(name)]:
-                    found.append(f"{name}: imports {library}")
-            else:
-                inner = target.removeprefix(PACKAGE).removeprefix(".")
-                edges[name].add(inner)
-                found += _wrong_edge(name, inner)
-                if at_once and layer(name) in LIGHT and layer(inner) not in LIGHT:
-                    found.append(f"{name}: loads {inner} at its start")
-            if at_once and layer(name) == "cli" and target.split(".")[0] in {"torch", "ray"}:
-                found.append(f"{name}: loads {target} at its start")
+            found += [f"{name}: {what}" for what in _wrong(name, target, level, at_once)]
+            if target.split(".")[0] == PACKAGE and (name or at_once):  # what the package hands on makes no cycle
+                edges[name].add(target.removeprefix(PACKAGE).removeprefix("."))
     return found + [f"{name}: is part of a cycle" for name in edges if name in _reachable(name, edges)]
 
 
-def _wrong_edge(name: str, inner: str) -> list[str]:
-    here, there = layer(name), layer(inner)
-    if there not in LAYERS:
-        return [f"{name}: imports {inner}, which is in no layer"]
-    if here != there:
-        wrong = LAYERS.index(there) > LAYERS.index(here) or (here, there) in NOT_ALLOWED
-        return [f"{name}: imports {inner}, against the order of the layers"] if wrong else []
-    groups = ORDER.get(here, ())
-    rank = {module: number for number, group in enumerate(groups) for module in group}
-    own, other = (rank.get(module.partition(".")[2]) for module in (name, inner))
-    if own is not None and other is not None and other >= own:
-        return [f"{name}: imports {inner}, against the order in {here}"]
-    return []
+def _wrong(name: str, target: str, level: int, at_once: bool) -> Iterator[str]:
+    """What is wrong with one import of the module `name`."""
+    top = target.split(".")[0]
+    inner = target.removeprefix(PACKAGE).removeprefix(".")
+    if level:
+        yield f"relative import of {target}"
+    elif top == PACKAGE:
+        if row(inner) not in may_import(row(name)) and (name, inner) not in KNOWN:
+            yield f"imports {inner}, against the order"
+        if at_once and row(name) in AT_START and row(inner) not in AT_START:
+            yield f"loads {inner} at its start"
+    elif top not in sys.stdlib_module_names:
+        if top not in RULES[row(name)][1].split() and (name, top) not in KNOWN:
+            yield f"imports {top}"
+        if at_once and row(name) == "cli" and top in HEAVY:
+            yield f"loads {top} at its start"
 
 
 def _reachable(start: str, edges: dict[str, set[str]]) -> set[str]:
@@ -193,47 +153,62 @@ def test_the_package_keeps_the_rule() -> None:
     assert violations(ROOT) == []
 
 
-def test_every_ordered_module_exists_or_is_planned() -> None:
-    planned: set[str] = set()
-    named = {f"{layer}.{name}".rstrip(".") for layer, groups in ORDER.items() for group in groups for name in group}
-    assert named - set(modules(ROOT)) <= planned
+def test_the_table_names_what_is_there_and_points_one_way() -> None:
+    there = {row(name) for name in modules(ROOT)}
+    assert set(RULES) - {"base"} == there
+    above: set[str] = {"version"}
+    for name, (ours, _) in RULES.items():
+        assert set(ours.split()) <= above, name
+        above.add(name)
+
+
+def test_the_table_allows_nothing_that_nobody_uses() -> None:
+    known = modules(ROOT)
+    used: dict[str, set[str]] = {name: set() for name in RULES}
+    for name, path in known.items():
+        for target, _, _ in imports(path, known):
+            inside = target == PACKAGE or target.startswith(f"{PACKAGE}.")
+            inner = row(target.removeprefix(PACKAGE).removeprefix("."))
+            used[row(name)].add((inner or "version") if inside else row(target))
+    for name, (ours, others) in RULES.items():
+        assert {*ours.split(), *others.split()} - used[name] <= {"base"}, name
 
 
 @pytest.mark.parametrize(
     ("module", "text", "expected"),
     [
-        ("data.rle", "from ptxdist.learn.loop import fit", "imports learn.loop, against the order of the layers"),
-        ("errors", "import ptxdist.config", "imports config, against the order of the layers"),
-        (
-            "data.rle",
-            "def f():\n    from ptxdist.data import catalog",
-            "imports data.catalog, against the order in data",
-        ),
-        ("learn.loop", "from ptxdist.cluster import worker", "against the order of the layers"),
-        ("learn.metrics", "from ptxdist import console", "imports console, against the order of the layers"),
-        ("console", "from ptxdist.cluster import worker", "imports cluster.worker, against the order of the layers"),
-        ("data.new", "from ptxdist.data import other", "is part of a cycle"),
-        ("data.rle", "from . import catalog", "relative import"),
-        ("data.rle", "def f():\n    import torch", "imports torch"),
-        ("data.rle", "import ray.data", "imports ray"),
-        ("learn.loop", "import ray", "imports ray"),
-        ("learn.loop", "from rich.table import Table", "imports rich"),
+        ("dicom.tags", "from ptxdist.train.loop import fit", "imports train.loop, against the order"),
+        ("errors", "import ptxdist.config", "imports config, against the order"),
+        ("labels.rle", "def f():\n    from ptxdist.cache import catalog", "imports cache.catalog, against the order"),
+        ("train.loop", "from ptxdist.cluster import worker", "imports cluster.worker, against the order"),
+        ("scores.metrics", "from ptxdist import console", "imports console, against the order"),
+        ("console", "from ptxdist.cluster import worker", "imports cluster.worker, against the order"),
+        ("labels.rle", "from ptxdist import __version__", "against the order"),
+        ("labels.new", "from ptxdist.labels import other", "is part of a cycle"),
+        ("labels.rle", "from . import tables", "relative import"),
+        ("scores.metrics", "def f():\n    import torch", "imports torch"),
+        ("labels.rle", "import ray.data", "imports ray"),
+        ("train.loop", "import ray", "imports ray"),
+        ("train.loop", "from rich.table import Table", "imports rich"),
         ("cluster.worker", "import click", "imports click"),
-        ("cli", "from ptxdist.learn import loop", "loads learn.loop at its start"),
+        ("cli", "from ptxdist.train import loop", "loads train.loop at its start"),
         ("cli", "import torch", "loads torch at its start"),
-        ("cli.runs", "from ptxdist.data import rle", "loads data.rle at its start"),
-        ("cli.options", "from ptxdist.cli import runs", "imports cli.runs, against the order in cli"),
-        ("tools", "import json", "no layer has this name"),
-        ("data.rle", "x = 1\n" * 400, "over 400 lines"),
+        ("cli.runs", "from ptxdist.cache import catalog", "loads cache.catalog at its start"),
+        ("cli.options", "from ptxdist.cli import runs", "is part of a cycle"),
+        ("", "from ptxdist.predict import predictor", "loads predict.predictor at its start"),
+        ("tools", "import json", "the table has no row for it"),
+        ("labels.rle", "x = 1\n" * 400, "over 400 lines"),
     ],
 )
 def test_the_checker_finds_what_breaks_the_rule(tmp_path: Path, module: str, text: str, expected: str) -> None:
     sound = {
-        "": "", "errors": "", "config": "from ptxdist.errors import E", "data": "", "data.rle": "import numpy",
-        "data.catalog": "from ptxdist.data import rle", "data.other": "from ptxdist.data import new", "data.new": "",
-        "learn": "", "learn.loop": "import torch", "learn.metrics": "", "cluster": "", "cluster.worker": "import ray",
+        "": "def f():\n    from ptxdist.predict import predictor", "errors": "",
+        "config": "from ptxdist.errors import E", "dicom.tags": "import numpy",
+        "labels": "", "labels.rle": "import numpy", "labels.other": "from ptxdist.labels import new", "labels.new": "",
+        "cache.catalog": "from ptxdist.labels import rle", "scores.metrics": "",
+        "train": "", "train.loop": "import torch", "predict.predictor": "import torch", "cluster.worker": "import ray",
         "console": "import rich", "cli.options": "", "cli.runs": "from ptxdist.cli import options",
-        "cli": "def f():\n    from ptxdist.learn import loop\n    import torch",
+        "cli": "def f():\n    from ptxdist.train import loop",
     }  # fmt: skip
     assert violations(_write_tree(tmp_path / "sound", sound)) == []
     found = violations(_write_tree(tmp_path / "bad", {**sound, module: text}))

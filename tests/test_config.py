@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptxdist import config
-from ptxdist.config import Settings, differences, find, fingerprint, load_settings, restore, snapshot
+from ptxdist.config import Settings, differences, fingerprint, restore, snapshot
 from ptxdist.errors import SettingsError
+from ptxdist.resolve import find, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = sorted(path.stem for path in (ROOT / "pipelines").glob("*.toml"))

@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 
 from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reconciliation, Reject, read_catalog, write_catalog
+from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, write_manifest
 from ptxdist.cache.split import Leakage
-from ptxdist.cache.store import (
-    ARRAYS,
-    Manifest,
-    ShardRecord,
-    ShardWriter,
-    StoreRecord,
-    shard_path,
-    staged,
-    store_path,
-    write_manifest,
-    write_metadata,
-)
+from ptxdist.cache.store import ARRAYS, ShardWriter, shard_path, staged, store_path, write_metadata
 from ptxdist.labels import rle
 
 SIDE_PX = 128  # of the "original" images

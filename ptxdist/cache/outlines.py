@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.cache.catalog import read_catalog
-from ptxdist.cache.store import open_store, read_manifest
+from ptxdist.cache.manifest import read_manifest
+from ptxdist.cache.store import open_store
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.errors import StoreError
 

@@ -32,24 +32,19 @@ from ptxdist.cache.catalog import (
 )
 from ptxdist.cache.duplicates import COLUMNS, SIDE_PX, near_duplicates, thumbnail
 from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
+from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, sha256_of, write_manifest
 from ptxdist.cache.render import Shard, shard_fingerprint, write_shard
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import (
     ARRAYS,
     SHARD_CASES,
-    Manifest,
-    ShardRecord,
-    StoreRecord,
     damaged_rows,
     map_shard,
-    read_manifest,
-    sha256_of,
     shard_cases,
     shard_path,
     staged,
     store_path,
     unfinished,
-    write_manifest,
     write_metadata,
 )
 from ptxdist.config import fingerprint

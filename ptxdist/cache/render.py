@@ -18,8 +18,9 @@ import cv2
 import numpy as np
 
 from ptxdist.cache.catalog import Case
+from ptxdist.cache.manifest import ShardRecord
 from ptxdist.cache.scan import digest_of
-from ptxdist.cache.store import ARRAYS, ShardRecord, ShardWriter, crc32c, shard_path, store_path
+from ptxdist.cache.store import ARRAYS, ShardWriter, crc32c, shard_path, store_path
 from ptxdist.config import fingerprint
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph

@@ -11,20 +11,18 @@ followed by the zarr index (offset and length of each inner chunk, then a crc32c
 sliced like an array: many times faster than fancy indexing through zarr (`tests/benchmarks`). Empty masks are not
 written: they are holes in the file, which read as zeros.
 
-Owns: the schema, names and bytes of stores and the manifest. Refuses: stores that are unfinished, damaged, or of an
-unknown schema. Called by: `preprocess` (writes), `verify`, `train.dataset`, `report.report` and `cli` (read).
+Owns: the names and bytes of stores; the manifest is `manifest`'s. Refuses: stores that are unfinished or
+damaged. Called by: `preprocess` (writes), `verify`, `train.dataset`, `report.report` and `cli` (read).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,13 +31,12 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from ptxdist.cache.manifest import SCHEMA, read_manifest, sha256_of
 from ptxdist.errors import StoreError
 
-SCHEMA = 2
 SHARD_CASES = 128
 CHUNK_CASES = 16
 ARRAYS = ("image", "mask")
-MANIFEST = "manifest.json"
 GEOMETRY = (
     "the image is padded with 0 to a square of max(rows, columns), floor of half the difference at the top and left, "
     "then resized by area averaging (bilinear when it grows); mask likewise: the share of the px's area in it, of 255"
@@ -198,96 +195,6 @@ def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDAr
             if folder.name.isdigit() and int(folder.name) >= shard_count(cases):
                 shutil.rmtree(folder)
     return sums
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """What the manifest says of one shard: its source, its samples' checksums, and cases that could not be read."""
-
-    fingerprint: str
-    image_crc32c: str
-    mask_crc32c: str
-    rejects: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
-class StoreRecord:
-    """What the manifest says of the store of one size, and of what a run that is not finished has staged for it."""
-
-    complete: bool = False
-    cases: int = 0
-    fingerprint: str = ""
-    shards: tuple[ShardRecord, ...] = ()
-    staged: tuple[ShardRecord | None, ...] = ()
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """Content of manifest.json: a record per size, and the sha256 of the files that are no shards, by path."""
-
-    sizes: dict[int, StoreRecord] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-
-def read_manifest(cache: Path) -> Manifest:
-    """The manifest of a cache; an empty one when there is none, or one of a former schema.
-
-    Raises StoreError for a damaged one, and for one of a newer schema.
-    """
-    path = cache / MANIFEST
-    return parse_manifest(path.read_bytes(), path) if path.is_file() else Manifest()
-
-
-def parse_manifest(text: bytes, path: Path | str) -> Manifest:
-    """Content of a manifest, as `read_manifest`; `path` is named in errors."""
-    try:
-        content = json.loads(text)
-        if content["schema"] > SCHEMA:
-            raise StoreError(f"{path} has schema {content['schema']}, this ptxdist knows {SCHEMA}: update ptxdist")
-        if content["schema"] < SCHEMA:
-            return Manifest()
-        if content.pop("sha256") != _content_sum(content):
-            raise ValueError("its checksum differs")
-        return Manifest({int(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error}); remove it and run `ptxdist preprocess` again") from error
-
-
-def _store_record(entry: dict[str, Any]) -> StoreRecord:
-    records = {
-        name: tuple(
-            shard and ShardRecord(**{**shard, "rejects": tuple(map(tuple, shard["rejects"]))}) for shard in entry[name]
-        )
-        for name in ("shards", "staged")
-    }
-    return StoreRecord(**{**entry, **records})
-
-
-def manifest_text(manifest: Manifest) -> str:
-    """A manifest as it stands in its file."""
-    sizes = {str(size): asdict(manifest.sizes[size]) for size in sorted(manifest.sizes)}
-    content = {"schema": SCHEMA, "sizes": sizes, "files": dict(sorted(manifest.files.items()))}
-    content = json.loads(json.dumps(content))  # tuples become lists, as they will be when it is read
-    return json.dumps({**content, "sha256": _content_sum(content)}, indent=1)
-
-
-def write_manifest(cache: Path, manifest: Manifest) -> None:
-    """Write the manifest in one step."""
-    temporary = cache / (MANIFEST + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(manifest_text(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(cache / MANIFEST)
-
-
-def _content_sum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a small file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)

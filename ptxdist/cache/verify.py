@@ -12,23 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptxdist.cache.catalog import Case, read_catalog
+from ptxdist.cache.manifest import MANIFEST, Manifest, ShardRecord, read_manifest, sha256_of, write_manifest
 from ptxdist.cache.preprocess import coordinates, exclusive, shards
 from ptxdist.cache.render import Shard, differing_cases, write_shard
 from ptxdist.cache.scan import scan
-from ptxdist.cache.store import (
-    ARRAYS,
-    MANIFEST,
-    Manifest,
-    ShardRecord,
-    damaged_rows,
-    read_manifest,
-    sha256_of,
-    shard_path,
-    staged,
-    store_path,
-    write_manifest,
-    write_metadata,
-)
+from ptxdist.cache.store import ARRAYS, damaged_rows, shard_path, staged, store_path, write_metadata
 from ptxdist.errors import StoreError
 from ptxdist.executor import Spread, here
 

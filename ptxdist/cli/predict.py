@@ -58,7 +58,7 @@ def predict(
     from ptxdist.executor import here
     from ptxdist.predict.folder import predict_files
     from ptxdist.predict.predictor import Predictor
-    from ptxdist.rundir import OperatingPoint
+    from ptxdist.records import OperatingPoint
     from ptxdist.storage.runs import local_run
 
     models = [local_run(place) for place in (model, *others)]

@@ -19,7 +19,8 @@ from ptxdist.errors import PtxdistError, RunError, SettingsError
 
 if TYPE_CHECKING:
     from ptxdist.config import Settings
-    from ptxdist.rundir import PipelineResult
+    from ptxdist.records import PipelineResult
+    from ptxdist.run.pipeline import OpenEngine
 
 DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
 
@@ -54,7 +55,8 @@ def train(
     Example: ptxdist train --workers 4 --pipeline exp4 --data cache
     """
     from ptxdist import console
-    from ptxdist.config import load_settings, snapshot
+    from ptxdist.config import snapshot
+    from ptxdist.resolve import load_settings
 
     settings = load_settings(
         pipeline,
@@ -114,13 +116,19 @@ def _train_folds(settings: Settings, run: Path, *, with_ray: bool, as_json: bool
 
 def _train(settings: Settings, run: Path | str, *, with_ray: bool) -> tuple[PipelineResult, Path]:
     from ptxdist import console
+    from ptxdist.cluster.doctor import refuse_unfit
     from ptxdist.report.report import write_report
     from ptxdist.run.pipeline import only_training, plan_run, run_pipeline
     from ptxdist.rundir import RAY_LOG
     from ptxdist.storage.runs import working_run
 
+    open_engine: OpenEngine | None = None  # this process, or torchrun's
     first = with_ray or os.environ.get("RANK", "0") == "0"
-    if not with_ray:
+    if with_ray:
+        from ptxdist.cluster.engine import ray_engine
+
+        open_engine = ray_engine
+    else:
         from ptxdist.run.local import refuse_other_workers
 
         refuse_other_workers(settings)
@@ -137,6 +145,8 @@ def _train(settings: Settings, run: Path | str, *, with_ray: bool) -> tuple[Pipe
             plan = plan_run(
                 settings, mirror, writes=first, on_progress=lambda step, *counts: update(f"check of {step}", *counts)
             )
+            if first:
+                refuse_unfit(mirror.folder)
         log = mirror.folder / RAY_LOG
         try:
             with (
@@ -147,7 +157,7 @@ def _train(settings: Settings, run: Path | str, *, with_ray: bool) -> tuple[Pipe
                 ) as display,
                 console.divert(log) if with_ray else nullcontext(),
             ):
-                result = run_pipeline(plan, with_ray=with_ray, on_event=display.show)
+                result = run_pipeline(plan, open_engine, on_event=display.show)
         except PtxdistError as error:
             if not with_ray:
                 raise
@@ -274,8 +284,9 @@ def _inspect_run(run: Path, as_json: bool) -> None:
 def _inspect_cache(cache: Path, as_json: bool) -> None:
     from ptxdist import console
     from ptxdist.cache.catalog import read_catalog
+    from ptxdist.cache.manifest import read_manifest
     from ptxdist.cache.outlines import draw_contact_sheet
-    from ptxdist.cache.store import open_store, read_manifest
+    from ptxdist.cache.store import open_store
 
     catalog = read_catalog(cache)
     stores = [open_store(cache, size) for size in sorted(read_manifest(cache).sizes)]
@@ -299,7 +310,7 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
     Example: ptxdist demo
     """
     from ptxdist import console
-    from ptxdist.config import load_settings
+    from ptxdist.resolve import load_settings
 
     sizes = [stage.size_px for stage in load_settings("demo").pipeline.stages]
     console.say(f"demo in {out}: made for a CPU, it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")

@@ -109,7 +109,7 @@ def absolute_paths(commands: Mapping[str, click.Command], command: Sequence[str]
 
     arguments = [absolute(word) for word in arguments]
     if name == "train":
-        from ptxdist.config import load_settings
+        from ptxdist.resolve import load_settings
 
         params = context.params
         settings = load_settings(params["pipeline"], site=params["site"], assignments=params["assignments"])

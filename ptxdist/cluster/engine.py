@@ -21,16 +21,8 @@ from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import ray_nodes, refuse_unfit
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, TrainingError
-from ptxdist.rundir import (
-    EVALUATION,
-    EpochMetrics,
-    EvaluationResult,
-    StageHistory,
-    StageResult,
-    read_evaluation,
-    read_stage_result,
-    stage_folder,
-)
+from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
+from ptxdist.rundir import EVALUATION, read_evaluation, read_stage_result, stage_folder
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 
 _POLL_S = 0.2
@@ -67,6 +59,14 @@ class RayEngine:
     mirror: Mirror
     use_gpu: bool
     on_event: OnEvent
+
+    def nodes(self) -> list[dict[str, float]]:
+        """CPUs, GPUs and kinds of accelerator of each living node of Ray."""
+        import ray
+
+        shown = ("CPU", "GPU", "accelerator_type:")
+        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return [{key: value for key, value in sorted(item.items()) if key.startswith(shown)} for item in alive]
 
     def train(self, task: Task) -> StageResult:
         """Train one stage; the result is what rank 0 wrote into the stage's folder."""

@@ -164,7 +164,8 @@ def _cache(cache: Path, full: bool) -> dict[str, Any]:
     except OSError as error:
         return {"digest": "", "wrong": f"manifest.json: {error.strerror}"}
     try:
-        from ptxdist.cache.store import open_store, read_manifest
+        from ptxdist.cache.manifest import read_manifest
+        from ptxdist.cache.store import open_store
         from ptxdist.cache.verify import refuse_damaged
         from ptxdist.errors import PtxdistError
     except ImportError:  # the versions say so

@@ -32,8 +32,9 @@ from packaging.version import InvalidVersion, Version
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from ptxdist.config import PACKAGE, settings_folders
+from ptxdist.config import PACKAGE
 from ptxdist.errors import ClusterError
+from ptxdist.resolve import settings_folders
 
 OLDEST_RAY = "2.60"
 # The dashboard takes no larger request (DASHBOARD_CLIENT_MAX_SIZE in ray/_private/ray_constants.py); the 512 MiB of

@@ -13,8 +13,8 @@ import ray.train
 import ray.train.torch
 from ray.train.v2._internal.execution.context import get_train_context
 
+from ptxdist.records import EpochMetrics
 from ptxdist.run.stage import Throttled, run_evaluation, run_stage
-from ptxdist.rundir import EpochMetrics
 
 
 @ray.remote(num_cpus=0)

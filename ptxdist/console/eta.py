@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from ptxdist.rundir import EpochMetrics
+from ptxdist.records import EpochMetrics
 
 _LAST = 3  # epochs whose mean counts
 

@@ -12,7 +12,7 @@ import json
 import os
 from typing import Any
 
-from ptxdist.rundir import EpochMetrics, Record, StageHistory, StageResult
+from ptxdist.records import EpochMetrics, Record, StageHistory, StageResult
 
 RELAY = "PTXDIST_RELAY"  # set in the environment of jobs that are followed on a terminal
 MARK = "\x1f"

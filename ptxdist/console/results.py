@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
-from ptxdist.rundir import Comparison, EvaluationResult, Intervals, Reliability, Scores, StageResult
+from ptxdist.records import Comparison, EvaluationResult, Intervals, Reliability, Scores, StageResult
 
 _DICES = ("kaggle_dice", "positive_dice", "pooled_dice")
 

@@ -17,7 +17,7 @@ from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.relay import MARK, encode, relays
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
-from ptxdist.rundir import EpochMetrics, StageHistory, StageResult
+from ptxdist.records import EpochMetrics, StageHistory, StageResult
 
 _EPOCHS_SHOWN = 12
 

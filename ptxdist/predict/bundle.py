@@ -29,7 +29,9 @@ import safetensors.torch
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, fingerprint
 from ptxdist.errors import CheckpointError, RunError
-from ptxdist.rundir import EvaluationResult, OperatingPoint, Record, file_sha256, read_result, read_settings
+from ptxdist.files import file_sha256
+from ptxdist.records import EvaluationResult, OperatingPoint, Record
+from ptxdist.rundir import read_result, read_settings
 from ptxdist.train.checkpoint import fill_model, load_weights
 from ptxdist.train.unet import UNet, build_unet
 

@@ -35,11 +35,12 @@ from ptxdist.cache.render import fit_square
 from ptxdist.dicom.spacing import read_spacing
 from ptxdist.errors import BusyError, CatalogError, DicomError, RunError
 from ptxdist.executor import Spread, here
+from ptxdist.files import write_json
 from ptxdist.labels import rle
 from ptxdist.predict.dicom_seg import encode_segmentation, require_highdicom
 from ptxdist.predict.inputs import FoundInput, find_inputs, look_at, refuse_repeated
 from ptxdist.predict.predictor import Device, Prediction, Predictor, ahead
-from ptxdist.rundir import OperatingPoint, Record, write_json
+from ptxdist.records import OperatingPoint, Record
 
 SUBMISSION, REJECTS, SETTINGS, FINDINGS = "submission.csv", "rejects.csv", "predict.json", "findings"
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}

@@ -27,7 +27,7 @@ from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import CheckpointError, DicomError, SettingsError
 from ptxdist.predict.bundle import ModelCard, load_model
-from ptxdist.rundir import OperatingPoint
+from ptxdist.records import OperatingPoint
 from ptxdist.train.scoring import mask_at, to_original
 from ptxdist.train.step import choose_precision
 

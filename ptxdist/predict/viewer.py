@@ -22,9 +22,9 @@ from ptxdist.cache.outlines import encode
 from ptxdist.dicom.spacing import read_spacing
 from ptxdist.labels import rle
 from ptxdist.predict.predictor import Prediction, Predictor
+from ptxdist.records import OperatingPoint, Record
 from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
-from ptxdist.rundir import OperatingPoint, Record
-from ptxdist.train.scoring import LEVELS
+from ptxdist.scores.counts import LEVELS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PICTURE_PX = 2048  # the longer side of the picture on the page, at most; areas are counted at the original resolution

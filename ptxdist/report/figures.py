@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ptxdist.records import EpochMetrics, PipelineResult, Reliability, TunedPoint
 from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
 from ptxdist.report.gallery import CaseRow
 from ptxdist.report.page import Chart, Legend, Row, Table
-from ptxdist.rundir import EpochMetrics, PipelineResult, Reliability, TunedPoint
 
 FEW = 10  # things in a bin of a reliability plot; with fewer its share is close to chance
 PLATEAU = 0.005  # points of the surface this close to the best one are no worse in practice

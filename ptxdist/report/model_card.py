@@ -14,7 +14,7 @@ from typing import Any
 
 from ptxdist.cache.catalog import Case, Catalog
 from ptxdist.config import Settings, StageSettings
-from ptxdist.rundir import PipelineResult, StageResult
+from ptxdist.records import PipelineResult, StageResult
 
 Pairs = tuple[tuple[str, str], ...]
 _FEW_POSITIVES = 100  # below, the interval of a mean Dice is some tenths wide

@@ -15,25 +15,17 @@ from typing import Any
 from ptxdist import __version__
 from ptxdist.cache.catalog import Catalog, hold_out, read_catalog
 from ptxdist.cache.duplicates import read_pairs
-from ptxdist.cache.store import Store, open_store, read_manifest, store_path
+from ptxdist.cache.manifest import read_manifest
+from ptxdist.cache.store import Store, open_store, store_path
 from ptxdist.errors import RunError
+from ptxdist.records import EvaluationResult
 from ptxdist.report import model_card, tables
 from ptxdist.report.figures import PLATEAU, learning_curves, reliability, size_against_dice, tuned_surface
 from ptxdist.report.gallery import CaseRow, draw_galleries
 from ptxdist.report.page import Page, Pairs, Row, Table, render
-from ptxdist.rundir import (
-    CASES,
-    ENVIRONMENT,
-    EVALUATION,
-    PREDICTIONS,
-    REPORT,
-    EvaluationResult,
-    read_metrics,
-    read_result,
-    read_settings,
-)
+from ptxdist.rundir import CASES, ENVIRONMENT, EVALUATION, PREDICTIONS, REPORT, read_metrics, read_result, read_settings
+from ptxdist.scores.tables import refuse_other_split
 from ptxdist.storage.caches import local_cache
-from ptxdist.train.evaluate import refuse_other_split
 
 
 def write_report(run: Path) -> Path:

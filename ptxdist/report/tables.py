@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from ptxdist.records import EvaluationResult, Intervals, PipelineResult, Scores, SharedPatients, Subgroup
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
 from ptxdist.report.page import Forest, Row, Table, Tile
-from ptxdist.rundir import EvaluationResult, Intervals, PipelineResult, Scores, SharedPatients, Subgroup
 
 # name in Scores: (name, definition, what predicting nothing scores; None: the share of negative images)
 SCORES: dict[str, tuple[str, str, float | None]] = {

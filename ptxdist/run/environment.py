@@ -18,8 +18,8 @@ from ptxdist.config import PACKAGE
 _PACKAGES = ("ptxdist", "torch", "torchvision", "ray", "zarr", "numpy", "albumentations", "pydicom", "safetensors")
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit and hardware of this machine, and of the nodes of the Ray cluster that is connected."""
+def environment(nodes: list[dict[str, float]]) -> dict[str, Any]:
+    """Versions, commit and hardware of this machine; `nodes` are those of the engine."""
     import torch
 
     packages = {}
@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
         "cuda": torch.version.cuda,
-        "nodes": _nodes(),
+        "nodes": nodes,
         "packages": packages,
         "commit": _output("git", "-C", str(PACKAGE), "rev-parse", "HEAD") or None,
     }
@@ -64,14 +64,3 @@ def _gpus() -> list[dict[str, str]]:
     text = _output("nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader")
     names = ("name", "driver", "memory")
     return [dict(zip(names, map(str.strip, line.split(",")), strict=False)) for line in text.splitlines()]
-
-
-def _nodes() -> list[dict[str, float]]:
-    """CPUs, GPUs and kinds of accelerator of each living node of Ray; [] without Ray."""
-    import ray
-
-    if not ray.is_initialized():
-        return []
-    shown = ("CPU", "GPU", "accelerator_type:")
-    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [{key: value for key, value in sorted(item.items()) if key.startswith(shown)} for item in alive]

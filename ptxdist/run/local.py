@@ -18,8 +18,10 @@ import torch.distributed as dist
 
 from ptxdist.config import Settings, restore
 from ptxdist.errors import SettingsError, TrainingError
+from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.run.stage import Throttled, run_evaluation, run_stage
-from ptxdist.rundir import EvaluationResult, StageResult, read_stage_result, stage_folder
+from ptxdist.rundir import read_stage_result, stage_folder
+from ptxdist.storage.runs import Mirror
 from ptxdist.train.distributed import barrier, rank
 
 
@@ -55,10 +57,10 @@ def process_group(settings: Settings) -> Iterator[torch.device]:
 
 
 @contextmanager
-def engine_here(settings: Settings, run: Path, on_event: Callable[[Any], None]) -> Iterator[EngineHere]:
+def engine_here(settings: Settings, mirror: Mirror, on_event: Callable[[Any], None]) -> Iterator[EngineHere]:
     """The engine, while its process group stands."""
     with process_group(settings) as device:
-        yield EngineHere(device, run, on_event)
+        yield EngineHere(device, mirror.folder, on_event)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class EngineHere:
     device: torch.device
     run: Path
     on_event: Callable[[Any], None]
+
+    def nodes(self) -> list[dict[str, float]]:
+        """None: this machine is asked directly."""
+        return []
 
     def train(self, task: dict[str, Any]) -> StageResult:
         """Train one stage; every rank returns the result of rank 0."""

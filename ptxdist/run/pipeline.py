@@ -1,8 +1,8 @@
 """A run, stage by stage: chains checkpoints, collects results, goes on where an interrupted run stood.
 
 Owns: the order of the stages, which finished stage is used again, the run's results. Refuses: caches that lack a size,
-run folders of other settings, two trainings of one run at once. Called by: `cli`. Who does the work is an engine's:
-`engine` with Ray, `local` without.
+run folders of other settings, two trainings of one run at once. Called by: `cli`. Who does the work is an engine's,
+which the caller opens: `cluster.engine` with Ray, else `local`.
 
 Two steps inside `only_training`: `plan_run` checks everything that can be wrong before anything starts, `run_pipeline`
 does the work.
@@ -28,9 +28,10 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
-from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.config import Settings, fingerprint, snapshot
 from ptxdist.errors import BusyError, CheckpointError, PtxdistError, RunError, SettingsError, StoreError
+from ptxdist.files import copy_file, file_sha256, write_json
+from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, StageHistory, StageResult, Step
 from ptxdist.run.environment import environment
 from ptxdist.run.tracking import Tracker, refuse_missing_mlflow
 from ptxdist.rundir import (
@@ -40,18 +41,9 @@ from ptxdist.rundir import (
     LOCK,
     RESULT,
     SETTINGS,
-    EpochMetrics,
-    EvaluationResult,
-    PipelineResult,
-    StageHistory,
-    StageResult,
-    Step,
-    copy_file,
-    file_sha256,
     read_stage_result,
     stage_folder,
     start_run,
-    write_json,
 )
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
@@ -65,11 +57,17 @@ Event = str | EpochMetrics | StageHistory | StageResult | Step
 class Engine(Protocol):
     """Who does the work of a run."""
 
+    def nodes(self) -> list[dict[str, float]]:
+        """CPUs, GPUs and kinds of accelerator of each living node; [] on this machine alone."""
+
     def train(self, task: dict[str, Any]) -> StageResult:
         """Train one stage; `task` as `stage.run_stage` takes it."""
 
     def evaluate(self, task: dict[str, Any]) -> EvaluationResult:
         """Evaluate the last stage, whose StageResult as JSON is `task["result"]`."""
+
+
+OpenEngine = Callable[[Settings, Mirror, Callable[[Event], None]], AbstractContextManager[Engine]]
 
 
 @dataclass(frozen=True)
@@ -171,24 +169,24 @@ def plan_run(
     mirror = run if isinstance(run, Mirror) else Mirror(run)
     if writes:
         start_run(mirror.folder, settings)
-        refuse_unfit(mirror.folder)
     return Plan(settings, mirror, token, tuple(fingerprints))
 
 
 def run_pipeline(
-    plan: Plan, *, with_ray: bool = True, on_event: Callable[[Event], None] = lambda event: None
+    plan: Plan, open_engine: OpenEngine | None = None, *, on_event: Callable[[Event], None] = lambda event: None
 ) -> PipelineResult:
     """Train what is not finished yet, stage by stage, evaluate, and write the results into the run folder.
 
-    Without Ray, the work is done in this process, or in torchrun's, each of which calls this; only rank 0 returns, the
-    others end the process (SystemExit) after the evaluation. Raises TrainingError when a stage fails for good; the run
-    folder stays, and the same call goes on from there.
+    `open_engine` opens who does the work. Without it that is this process, or those of torchrun, each of which calls
+    this; only rank 0 returns, the others end the process (SystemExit) after the evaluation. Raises TrainingError when a
+    stage fails for good; the run folder stays, and the same call goes on from there.
     """
+    from ptxdist.run.local import engine_here  # loads torch
     from ptxdist.train.distributed import first, rank
 
     started = time.perf_counter()
     results: list[StageResult] = []
-    first_rank = with_ray or os.environ.get("RANK", "0") == "0"
+    first_rank = open_engine is not None or os.environ.get("RANK", "0") == "0"
     tracker = Tracker(plan.run, plan.settings, on_event) if first_rank else None
 
     def tell(event: Event) -> None:
@@ -199,9 +197,10 @@ def run_pipeline(
         except Exception:  # what is shown must not end what is trained
             logging.getLogger(__name__).exception("an event could not be shown")
 
-    with tracker or nullcontext(), _engine(plan, with_ray, tell) as engine:
+    open_engine = open_engine or engine_here
+    with tracker or nullcontext(), open_engine(plan.settings, plan.mirror, tell) as engine:
         if rank() == 0:
-            write_json(plan.run / ENVIRONMENT, environment())
+            write_json(plan.run / ENVIRONMENT, environment(engine.nodes()))
         for number in range(1, len(plan.fingerprints) + 1):
             finished = first(partial(_finished_stage, plan, number, tell))
             result = finished or engine.train(_task(plan, number, results))
@@ -279,13 +278,3 @@ def _task(plan: Plan, number: int, former: list[StageResult]) -> dict[str, Any]:
         "fingerprint": plan.fingerprints[number - 1],
         "parent": former[-1].model_dump(mode="json") if former else None,
     }
-
-
-def _engine(plan: Plan, with_ray: bool, on_event: Callable[[Event], None]) -> AbstractContextManager[Engine]:
-    if with_ray:
-        from ptxdist.cluster.engine import ray_engine
-
-        return ray_engine(plan.settings, plan.mirror, on_event)
-    from ptxdist.run.local import engine_here
-
-    return engine_here(plan.settings, plan.run, on_event)

@@ -19,20 +19,9 @@ from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.config import Settings, restore
-from ptxdist.rundir import (
-    BEST_WEIGHTS,
-    CHECKPOINTS,
-    EVALUATION,
-    RESULT,
-    EpochMetrics,
-    EvaluationResult,
-    StageHistory,
-    StageResult,
-    Step,
-    copy_file,
-    stage_folder,
-    write_json,
-)
+from ptxdist.files import copy_file, write_json
+from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult, Step
+from ptxdist.rundir import BEST_WEIGHTS, CHECKPOINTS, EVALUATION, RESULT, stage_folder
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 from ptxdist.train.checkpoint import load_weights

@@ -29,18 +29,9 @@ from tensorboardX.record_writer import RecordWriter
 
 from ptxdist.config import Settings, snapshot
 from ptxdist.errors import SettingsError
-from ptxdist.rundir import (
-    MLFLOW,
-    TENSORBOARD,
-    EpochMetrics,
-    EvaluationResult,
-    Scores,
-    StageHistory,
-    StageResult,
-    stage_folder,
-    write_json,
-    write_metrics,
-)
+from ptxdist.files import write_json
+from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory, StageResult
+from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
 
 Point = tuple[int, dict[str, float]]  # step, values by tag
 

@@ -13,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.cache.catalog import Case
-from ptxdist.rundir import EvaluationResult, Reliability, SharedPatients, Subgroup, TunedPoint
+from ptxdist.records import EvaluationResult, Reliability, SharedPatients, Subgroup, TunedPoint
+from ptxdist.scores.counts import LEVELS, CaseCounts, Counts, Histograms
 from ptxdist.scores.intervals import calibration_interval, score_intervals
-from ptxdist.scores.metrics import Counts, auroc, image_dice, scores
+from ptxdist.scores.metrics import auroc, image_dice, scores
 from ptxdist.scores.operating import tune
-from ptxdist.train.scoring import LEVELS, CaseCounts, Histograms
 
 FIXED_THRESHOLDS = (0.5, 0.55)  # the source's; they always stand beside the stage's own
 CASE_COLUMNS = (

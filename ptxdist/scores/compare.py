@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from ptxdist.errors import RunError
-from ptxdist.rundir import CASES, EVALUATION, Compared, Comparison
+from ptxdist.records import Compared, Comparison
+from ptxdist.rundir import CASES, EVALUATION
+from ptxdist.scores.counts import Counts
 from ptxdist.scores.intervals import difference_intervals, score_intervals
-from ptxdist.scores.metrics import Counts, scores
+from ptxdist.scores.metrics import scores
 
 _NEEDED = ("case_id", "group", "intersection_px", "predicted_px", "truth_px")
 _SHOWN = {"kaggle_dice": "Kaggle Dice", "positive_dice": "positives only", "pooled_dice": "pooled"}

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.rundir import Intervals
-from ptxdist.scores.metrics import Counts, auroc, image_dice
+from ptxdist.records import Intervals
+from ptxdist.scores.counts import Counts
+from ptxdist.scores.metrics import auroc, image_dice
 
 DRAWS = 2000
 _LEVEL = 0.95

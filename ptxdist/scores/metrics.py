@@ -15,21 +15,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from ptxdist.rundir import Scores
-
-Counts = npt.NDArray[np.int64]
-
-
-def count(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Px of intersection, predicted and truth of each image, int64 (B, 3), on the device of the masks.
-
-    `prediction` and `truth` are bool (B, 1, H, W) or (B, H, W), of the same shape; B = 0 gives (0, 3).
-    """
-    masks = torch.stack((prediction & truth, prediction, truth), dim=1)
-    return masks.flatten(2).sum(2)
+from ptxdist.records import Scores
+from ptxdist.scores.counts import Counts
 
 
 def image_dice(counts: Counts) -> npt.NDArray[np.float64]:

@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.cache.split import assign_folds
-from ptxdist.rundir import OperatingPoint, TunedPoint
+from ptxdist.records import OperatingPoint, TunedPoint
+from ptxdist.scores.counts import LEVELS, Counts, Histograms
 from ptxdist.scores.intervals import score_intervals
-from ptxdist.scores.metrics import Counts, scores
-from ptxdist.train.scoring import LEVELS, Histograms
+from ptxdist.scores.metrics import scores
 
 FOLDS = 5
 LEVELS_TRIED = np.arange(5, LEVELS, 5)  # thresholds 0.025, 0.05, … 0.975; the source's 0.5 and 0.55 are among them

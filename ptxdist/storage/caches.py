@@ -28,9 +28,7 @@ from dataclasses import replace
 from io import TextIOWrapper
 from pathlib import Path
 
-from ptxdist.cache.preprocess import TABLES
-from ptxdist.cache.store import (
-    ARRAYS,
+from ptxdist.cache.manifest import (
     MANIFEST,
     Manifest,
     ShardRecord,
@@ -38,9 +36,9 @@ from ptxdist.cache.store import (
     manifest_text,
     parse_manifest,
     read_manifest,
-    shard_path,
-    store_path,
 )
+from ptxdist.cache.preprocess import TABLES
+from ptxdist.cache.store import ARRAYS, shard_path, store_path
 from ptxdist.cache.verify import verify
 from ptxdist.config import DataSettings
 from ptxdist.errors import BusyError, StoreError

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ptxdist.errors import CheckpointError
-from ptxdist.rundir import file_sha256
+from ptxdist.files import file_sha256
 
 _STATE = "state.json"
 

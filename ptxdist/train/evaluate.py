@@ -10,9 +10,7 @@ different folds are pooled. All ranks of a process group must call `evaluate` to
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -31,8 +29,10 @@ from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import Settings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError
+from ptxdist.files import write_json
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_patients
+from ptxdist.records import EvaluationResult, PipelineResult, StageResult
 from ptxdist.rundir import (
     CASES,
     EVALUATION,
@@ -40,20 +40,18 @@ from ptxdist.rundir import (
     PREDICTIONS,
     RESULT,
     SETTINGS,
-    EvaluationResult,
-    PipelineResult,
-    StageResult,
     read_evaluation,
     read_settings,
     read_stages,
-    write_json,
 )
 from ptxdist.scores.analysis import CASE_COLUMNS, FIXED_THRESHOLDS, Evaluated, conclude
+from ptxdist.scores.counts import CaseCounts
+from ptxdist.scores.tables import refuse_other_split, write_csv
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
-from ptxdist.train.scoring import CaseCounts, score_cases
+from ptxdist.train.scoring import score_cases
 from ptxdist.train.step import choose_precision
 from ptxdist.train.unet import build_unet
 
@@ -175,9 +173,9 @@ def evaluate(
             runs=len(members),
         )
         result = result.model_copy(update={"seconds": time.perf_counter() - started})
-        _write_csv(folder / CASES, CASE_COLUMNS, rows)
+        write_csv(folder / CASES, CASE_COLUMNS, rows)
         ids = [catalog.labelled[index].case_id for index in indices]
-        _write_csv(
+        write_csv(
             folder / PREDICTIONS,
             ("ImageId", "EncodedPixels"),
             [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)],
@@ -241,26 +239,6 @@ def evaluate_again(
     return evaluation, result
 
 
-def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
-    """RunError when the cache has been split anew since the run: it would be scored on what it was trained on.
-
-    Cases that came or went since do no harm; one that the run held out and that trains now does. A run without an
-    evaluation yet is not judged.
-    """
-    path = run / EVALUATION / CASES
-    if not path.is_file():
-        return
-    with open(path, newline="", encoding="utf-8") as file:
-        held_out = [row["case_id"] for row in csv.DictReader(file)]
-    fold_of = {case.case_id: case.fold for case in catalog.labelled}
-    if moved := sum(fold_of.get(case_id, -1) not in (-1, fold) for case_id in held_out):
-        raise RunError(
-            f"the cache of {run} has been split anew since: {moved} of the {len(held_out)} images that it held out are "
-            "training images now, so others that it was trained on are held out. Run `ptxdist preprocess` as it was "
-            "before (the same --patients and --folds), or train again"
-        )
-
-
 def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:
     store = open_store(cache, size_px)
     if store.cases != len(catalog.labelled):
@@ -297,11 +275,3 @@ def _patients_of(
     chosen = [cases[index] for index in indices]
     shared = [None if known_from == "nothing" else case.group in taught[case.fold] for case in chosen]
     return [case.group for case in chosen], shared, known_from
-
-
-def _write_csv(path: Path, header: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    os.replace(temporary, path)

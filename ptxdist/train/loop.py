@@ -26,7 +26,7 @@ from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
 from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.errors import TrainingError
-from ptxdist.rundir import EpochMetrics, StageHistory
+from ptxdist.records import EpochMetrics, StageHistory
 from ptxdist.scores.metrics import scores
 from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation

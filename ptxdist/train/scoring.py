@@ -9,7 +9,6 @@ ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -20,34 +19,11 @@ from torch import Tensor, nn
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
 from ptxdist.labels import rle
-from ptxdist.rundir import OperatingPoint
-from ptxdist.scores.metrics import count
+from ptxdist.records import OperatingPoint
+from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.train.dataset import Indices, batches, validation_shares
 from ptxdist.train.distributed import rank, sum_over_ranks, world_size
 from ptxdist.train.losses import bce_dice_per_image
-
-Counts = npt.NDArray[np.int64]
-Histograms = npt.NDArray[np.int32]
-
-LEVELS = 200  # an operating point tells probabilities apart in steps of 0.005
-
-
-@dataclass(frozen=True)
-class CaseCounts:
-    """Counts of n cases in the order asked for: intersection, predicted, truth in px.
-
-    `loss` float64 (n,); `score` float64 (n,), the highest probability; `at_stage` int64 (n, 3) at the first threshold;
-    `at_full` int64 (thresholds, n, 3) at the original resolution.
-    If asked for, also `histograms` int32 (n, 2, LEVELS): px of each level at the original resolution, all and those of
-    the truth; and `brightness` float64 (n,), the mean grey level of the image, 0..255. Else these are empty.
-    """
-
-    loss: npt.NDArray[np.float64]
-    score: npt.NDArray[np.float64]
-    at_stage: Counts
-    at_full: Counts
-    histograms: Histograms
-    brightness: npt.NDArray[np.float64]
 
 
 @torch.no_grad()
@@ -111,6 +87,15 @@ def score_cases(
         on_cases(done)
     parts = (loss, score, at_stage, at_full, levels, brightness)
     return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
+
+
+def count(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Px of intersection, predicted and truth of each image, int64 (B, 3), on the device of the masks.
+
+    `prediction` and `truth` are bool (B, 1, H, W) or (B, H, W), of the same shape; B = 0 gives (0, 3).
+    """
+    masks = torch.stack((prediction & truth, prediction, truth), dim=1)
+    return masks.flatten(2).sum(2)
 
 
 def to_original(probability: Tensor, rows: int, columns: int) -> Tensor:

@@ -31,25 +31,18 @@ from measuring import header, in_turn, publish, table
 from torch import Tensor, nn
 
 from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reconciliation, write_catalog
+from ptxdist.cache.manifest import Manifest, StoreRecord, write_manifest
 from ptxdist.cache.split import Leakage
-from ptxdist.cache.store import Manifest, StoreRecord, write_manifest
 from ptxdist.config import DataSettings, ModelSettings, PipelineSettings, Settings, StageSettings, snapshot
+from ptxdist.files import write_json
 from ptxdist.labels import rle
+from ptxdist.records import EpochMetrics, PipelineResult, StageResult
 from ptxdist.report.report import write_report
-from ptxdist.rundir import (
-    CASES,
-    EVALUATION,
-    PREDICTIONS,
-    RESULT,
-    SETTINGS,
-    EpochMetrics,
-    PipelineResult,
-    StageResult,
-    write_json,
-)
+from ptxdist.rundir import CASES, EVALUATION, PREDICTIONS, RESULT, SETTINGS
 from ptxdist.scores.analysis import CASE_COLUMNS, Evaluated, conclude
+from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.scores.operating import tune
-from ptxdist.train.scoring import LEVELS, CaseCounts, score_cases
+from ptxdist.train.scoring import score_cases
 from ptxdist.train.unet import build_unet
 
 CPU, SIDE_PX, BLOCK = torch.device("cpu"), 1024, 8

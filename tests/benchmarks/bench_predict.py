@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 
 from ptxdist.cache.render import TRANSFORM
-from ptxdist.config import load_settings
 from ptxdist.phantoms.dataset import write_phantoms
 from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.folder import predict_files
 from ptxdist.predict.predictor import BATCH, Predictor
-from ptxdist.rundir import EvaluationResult, OperatingPoint
+from ptxdist.records import EvaluationResult, OperatingPoint
+from ptxdist.resolve import load_settings
 from ptxdist.train.unet import build_unet
 
 

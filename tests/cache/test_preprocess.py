@@ -30,8 +30,9 @@ from click.testing import CliRunner
 from ptxdist.cache import render
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.duplicates import read_pairs
+from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
-from ptxdist.cache.store import ARRAYS, open_store, read_manifest, store_path
+from ptxdist.cache.store import ARRAYS, open_store, store_path
 from ptxdist.cache.verify import verify
 from ptxdist.cli import cli
 from ptxdist.dicom import pixels

@@ -19,23 +19,18 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ptxdist.cache.manifest import MANIFEST, Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
 from ptxdist.cache.store import (
     ARRAYS,
     GEOMETRY,
-    MANIFEST,
     SHARD_CASES,
-    Manifest,
-    ShardRecord,
     ShardWriter,
-    StoreRecord,
     damaged_rows,
     open_store,
-    read_manifest,
     shard_count,
     shard_path,
     staged,
     store_path,
-    write_manifest,
     write_metadata,
 )
 from ptxdist.errors import StoreError

@@ -15,8 +15,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ptxdist.cache.catalog import read_catalog
+from ptxdist.cache.manifest import read_manifest, write_manifest
 from ptxdist.cache.preprocess import exclusive, preprocess
-from ptxdist.cache.store import ARRAYS, open_store, read_manifest, shard_path, store_path, write_manifest
+from ptxdist.cache.store import ARRAYS, open_store, shard_path, store_path
 from ptxdist.cache.verify import Damage, refuse_damaged, repair, verify, verify_source
 from ptxdist.cli import cli
 from ptxdist.errors import BusyError, StoreError

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 from ptxdist.cli import cli
 from ptxdist.cli.submit import absolute_paths
-from ptxdist.config import load_settings
 from ptxdist.errors import PtxdistError
+from ptxdist.resolve import load_settings
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = sorted(cli.commands)

@@ -15,8 +15,8 @@ from ray.exceptions import ActorDiedError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
-from ptxdist.config import load_settings
 from ptxdist.errors import PtxdistError, TrainingError
+from ptxdist.resolve import load_settings
 from ptxdist.storage.runs import Mirror
 
 DEAD = WorkerHealthCheckFailedError("rank 1", ActorDiedError())

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ptxdist import console
 from ptxdist.console.relay import RELAY
-from ptxdist.rundir import EpochMetrics, Scores, StageHistory
+from ptxdist.records import EpochMetrics, Scores, StageHistory
 
 
 def epoch(number: int) -> EpochMetrics:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ptxdist.console.eta import TimeLeft, in_words
-from ptxdist.rundir import EpochMetrics, Scores
+from ptxdist.records import EpochMetrics, Scores
 
 NOTHING = Scores(
     cases=1, positives=0, kaggle_dice=1, positive_dice=None, pooled_dice=1, sensitivity=None, specificity=1,

@@ -18,11 +18,12 @@ import pytest
 from faults import Training, cluster, kill_node, living_nodes, train_workers
 from ray.cluster_utils import Cluster
 
-from ptxdist.config import load_settings
 from ptxdist.labels import rle
+from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import only_training, plan_run, run_pipeline
 from ptxdist.rundir import read_metrics, read_result, read_settings, read_stage_result, stage_folder
-from ptxdist.scores.metrics import count, scores
+from ptxdist.scores.metrics import scores
+from ptxdist.train.scoring import count
 
 pytestmark = pytest.mark.slow
 
@@ -221,7 +222,6 @@ def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path) -> 
     )
     whole = run_pipeline(
         plan_run(load_settings(str(pipeline), options={"data.cache": str(work / "cache")}), work / "whole" / "three"),
-        with_ray=False,
         on_event=cannot_show,
     )
     run, log = work / "stopped" / "three", work / "stopped.log"

@@ -15,10 +15,10 @@ import torch
 
 from ptxdist import Predictor
 from ptxdist.cache.render import TRANSFORM
-from ptxdist.config import load_settings
 from ptxdist.predict import server
 from ptxdist.predict.bundle import ModelCard
-from ptxdist.rundir import EvaluationResult, OperatingPoint
+from ptxdist.records import EvaluationResult, OperatingPoint
+from ptxdist.resolve import load_settings
 from ptxdist.train.unet import build_unet
 
 USUAL = server.Limits()

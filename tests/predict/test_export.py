@@ -26,7 +26,7 @@ from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
 from ptxdist.predict import export as exporting
 from ptxdist.predict.bundle import load_model, write_bundle
 from ptxdist.predict.export import ABOUT, LIMIT, allowed_difference, describe, largest_difference
-from ptxdist.rundir import OperatingPoint
+from ptxdist.records import OperatingPoint
 
 SIZE_PX = 96
 ROOT = Path(__file__).parents[2]

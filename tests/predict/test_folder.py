@@ -24,8 +24,8 @@ from ptxdist.executor import processes
 from ptxdist.labels import rle
 from ptxdist.predict import folder as command
 from ptxdist.predict.folder import Finding, predict_files
+from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
-from ptxdist.rundir import OperatingPoint
 from ptxdist.train.evaluate import evaluate_again
 
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest

@@ -17,7 +17,8 @@ from ptxdist import Prediction, Predictor
 from ptxdist.errors import CheckpointError, DicomError, SettingsError
 from ptxdist.labels import rle
 from ptxdist.predict.predictor import ahead
-from ptxdist.rundir import EVALUATION, PREDICTIONS, OperatingPoint, read_result
+from ptxdist.records import OperatingPoint
+from ptxdist.rundir import EVALUATION, PREDICTIONS, read_result
 from ptxdist.train.scoring import mask_at
 
 

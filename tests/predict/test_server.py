@@ -31,7 +31,7 @@ from ptxdist.labels import rle
 from ptxdist.predict import server
 from ptxdist.predict.server import Limits
 from ptxdist.predict.viewer import levels_of, thresholds_at
-from ptxdist.rundir import OperatingPoint
+from ptxdist.records import OperatingPoint
 from ptxdist.train.scoring import mask_at
 
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "1.2.826.77")

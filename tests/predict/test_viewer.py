@@ -16,7 +16,7 @@ from serving import make_predictor, serving
 from ptxdist import Prediction, Predictor
 from ptxdist.predict.server import Limits
 from ptxdist.predict.viewer import thresholds_at
-from ptxdist.rundir import OperatingPoint
+from ptxdist.records import OperatingPoint
 
 KEYS = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowRight": 39}
 NAME = "Quagmire^Zebulon.dcm"

@@ -20,14 +20,16 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
 
 from ptxdist.cache.catalog import Case
-from ptxdist.config import load_settings
 from ptxdist.errors import RunError
+from ptxdist.files import write_json
+from ptxdist.records import Scores
 from ptxdist.report.report import write_report
+from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import plan_run, run_pipeline
-from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, Scores, read_result, write_json
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, read_result
 from ptxdist.scores.analysis import FIXED_THRESHOLDS, Evaluated, conclude
+from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.metrics import scores
-from ptxdist.train.scoring import CaseCounts
 
 PURPOSE = "look at <script>alert('purpose')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "input"}
@@ -106,7 +108,7 @@ def run(described_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         options={"data.cache": str(described_cache), "pipeline.purpose": PURPOSE},
     )
     run = tmp_path_factory.mktemp("report") / "run"
-    run_pipeline(plan_run(settings, run), with_ray=False)
+    run_pipeline(plan_run(settings, run))
     write_report(run)
     return run
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ptxdist.config import Settings, load_settings
+from ptxdist.config import Settings
 from ptxdist.errors import SettingsError
+from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory
+from ptxdist.resolve import load_settings
 from ptxdist.run.tracking import Tracker, refuse_missing_mlflow
-from ptxdist.rundir import EpochMetrics, EvaluationResult, Scores, StageHistory, read_metrics
+from ptxdist.rundir import read_metrics
 
 Points = dict[str, list[tuple[int, float]]]
 

@@ -15,8 +15,9 @@ from torchmetrics.functional.classification import (
     binary_specificity,
 )
 
-from ptxdist.rundir import Scores
-from ptxdist.scores.metrics import auroc, count, image_dice, scores
+from ptxdist.records import Scores
+from ptxdist.scores.metrics import auroc, image_dice, scores
+from ptxdist.train.scoring import count
 
 px = st.integers(0, 2**20)
 

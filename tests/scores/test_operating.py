@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from ptxdist.cache.split import assign_folds
-from ptxdist.rundir import OperatingPoint
-from ptxdist.scores.metrics import count, scores
+from ptxdist.records import OperatingPoint
+from ptxdist.scores.counts import LEVELS
+from ptxdist.scores.metrics import scores
 from ptxdist.scores.operating import AREAS_PX, FOLDS, LEVELS_TRIED, tune
-from ptxdist.train.scoring import LEVELS, mask_at, to_levels
+from ptxdist.train.scoring import count, mask_at, to_levels
 
 SIDE_PX = 48
 

@@ -18,7 +18,8 @@ import pytest
 from click.testing import CliRunner, Result
 from object_store import BUCKET, KEY, SECRET, Proxy
 
-from ptxdist.cache.store import MANIFEST, open_store
+from ptxdist.cache.manifest import MANIFEST
+from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import verify
 from ptxdist.cli import cli
 from ptxdist.config import DataSettings

@@ -22,14 +22,15 @@ from ptxdist.cache.preprocess import preprocess
 from ptxdist.config import ModelSettings, PipelineSettings, Settings, StageSettings
 from ptxdist.errors import RunError
 from ptxdist.labels import rle
-from ptxdist.rundir import CASES, HISTOGRAMS, PREDICTIONS, EvaluationResult, StageResult, read_evaluation
+from ptxdist.records import EvaluationResult, StageResult
+from ptxdist.rundir import CASES, HISTOGRAMS, PREDICTIONS, read_evaluation
 from ptxdist.scores.analysis import CASE_COLUMNS, FIXED_THRESHOLDS
 from ptxdist.scores.compare import as_markdown, compare
+from ptxdist.scores.counts import LEVELS
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import auroc, scores
 from ptxdist.train.checkpoint import save_weights
 from ptxdist.train.evaluate import Ensemble, Member, evaluate
-from ptxdist.train.scoring import LEVELS
 from ptxdist.train.unet import build_unet
 
 CPU = torch.device("cpu")

@@ -18,7 +18,7 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
 from ptxdist.errors import CheckpointError, TrainingError
-from ptxdist.rundir import EpochMetrics
+from ptxdist.records import EpochMetrics
 from ptxdist.train import loop
 from ptxdist.train.checkpoint import checkpoints, load_weights
 from ptxdist.train.loop import FitResult, StageData, fit

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
-from ptxdist.rundir import EpochMetrics
+from ptxdist.records import EpochMetrics
 from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.checkpoint import load_weights

@@ -1,0 +1,33 @@
+"""What is counted of each case, from which all scores follow: numbers of px, a histogram of probabilities.
+
+Owns: the shapes of the counts, and the levels of the histograms.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Counts = npt.NDArray[np.int64]
+Histograms = npt.NDArray[np.int32]
+LEVELS = 200  # an operating point tells probabilities apart in steps of 0.005
+
+
+@dataclass(frozen=True)
+class CaseCounts:
+    """Counts of n cases in the order asked for: intersection, predicted, truth in px.
+
+    `loss` float64 (n,); `score` float64 (n,), the highest probability; `at_stage` int64 (n, 3) at the first threshold;
+    `at_full` int64 (thresholds, n, 3) at the original resolution.
+    If asked for, also `histograms` int32 (n, 2, LEVELS): px of each level at the original resolution, all and those of
+    the truth; and `brightness` float64 (n,), the mean grey level of the image, 0..255. Else these are empty.
+    """
+
+    loss: npt.NDArray[np.float64]
+    score: npt.NDArray[np.float64]
+    at_stage: Counts
+    at_full: Counts
+    histograms: Histograms
+    brightness: npt.NDArray[np.float64]
