@@ -30,9 +30,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ptxdist import files
 from ptxdist.config import Settings, differences, restore, snapshot
 from ptxdist.errors import RunError
-from ptxdist.files import write_json
 from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, StageResult
 
 SETTINGS = "settings.json"
@@ -87,7 +87,7 @@ def start_run(run: Path, settings: Settings) -> None:
             )
     elif run.is_dir() and any(path.name != LOCK for path in run.iterdir()):
         raise RunError(f"{run} holds other files and is not a run; give another folder with --run")
-    write_json(run / SETTINGS, snapshot(settings))
+    files.write_json(run / SETTINGS, snapshot(settings))
 
 
 def read_stage_result(folder: Path) -> StageResult | None:

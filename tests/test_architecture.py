@@ -17,11 +17,12 @@ PACKAGE = "ptxdist"
 # `version` is the package itself, for its version.
 RULES = {
     "errors": ("", ""),
+    "files": ("errors", ""),
+    "locks": ("errors", ""),
     "executor": ("errors", ""),
     "config": ("errors", "pydantic"),
     "resolve": ("errors config", "pydantic"),
     "records": ("", "pydantic"),
-    "files": ("errors records", ""),
     "rundir": ("errors config records files", "pydantic"),
     "base": ("", ""),
     "dicom": ("base", "numpy PIL pydicom simplejpeg"),

@@ -26,10 +26,10 @@ from typing import Any, Literal
 import safetensors
 import safetensors.torch
 
+from ptxdist import files
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, fingerprint
 from ptxdist.errors import CheckpointError, RunError
-from ptxdist.files import file_sha256
 from ptxdist.records import EvaluationResult, OperatingPoint, Record
 from ptxdist.rundir import read_result, read_settings
 from ptxdist.train.checkpoint import fill_model, load_weights
@@ -128,7 +128,7 @@ def write_bundle(run: Path, out: Path) -> str:
     are not those of its result, or when the file cannot be written.
     """
     card, path = describe_run(run)
-    if not path.is_file() or file_sha256(path) != card.weights_sha256:
+    if not path.is_file() or files.sha256(path) != card.weights_sha256:
         raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
     weights, readme = path.read_bytes(), _readme(card).encode()
     plain = card.model_dump(mode="json")

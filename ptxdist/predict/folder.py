@@ -30,12 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptxdist import files
 from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
 from ptxdist.dicom.spacing import read_spacing
 from ptxdist.errors import BusyError, CatalogError, DicomError, RunError
 from ptxdist.executor import Spread, here
-from ptxdist.files import write_json
 from ptxdist.labels import rle
 from ptxdist.predict.dicom_seg import encode_segmentation, require_highdicom
 from ptxdist.predict.inputs import FoundInput, find_inputs, look_at, refuse_repeated
@@ -242,7 +242,7 @@ def _settle(out: Path, predictor: Predictor) -> None:
     try:
         before: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        write_json(path, plain)
+        files.write_json(path, plain)
         return
     except ValueError as error:
         raise RunError(f"{path} is damaged ({error}); remove {out} and predict again") from error

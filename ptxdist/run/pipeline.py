@@ -24,13 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import Settings, fingerprint, snapshot
 from ptxdist.errors import BusyError, CheckpointError, PtxdistError, RunError, SettingsError, StoreError
-from ptxdist.files import copy_file, file_sha256, write_json
 from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, StageHistory, StageResult, Step
 from ptxdist.run.environment import environment
 from ptxdist.run.tracking import Tracker, refuse_missing_mlflow
@@ -153,7 +153,7 @@ def plan_run(
     weights = settings.pipeline.model.encoder_weights
     if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise CheckpointError(f"no encoder weights at {weights}; give imagenet, none, or the path of a file")
-    source = file_sha256(Path(weights)) if Path(weights).is_file() else weights
+    source = files.sha256(Path(weights)) if Path(weights).is_file() else weights
     fingerprints: list[str] = []
     for stage in settings.pipeline.stages:
         store = open_store(cache, stage.size_px)
@@ -200,7 +200,7 @@ def run_pipeline(
     open_engine = open_engine or engine_here
     with tracker or nullcontext(), open_engine(plan.settings, plan.mirror, tell) as engine:
         if rank() == 0:
-            write_json(plan.run / ENVIRONMENT, environment(engine.nodes()))
+            files.write_json(plan.run / ENVIRONMENT, environment(engine.nodes()))
         for number in range(1, len(plan.fingerprints) + 1):
             finished = first(partial(_finished_stage, plan, number, tell))
             result = finished or engine.train(_task(plan, number, results))
@@ -219,7 +219,7 @@ def run_pipeline(
         evaluation=evaluation,
         seconds=time.perf_counter() - started,
     )
-    write_json(plan.run / RESULT, pipeline)
+    files.write_json(plan.run / RESULT, pipeline)
     return pipeline
 
 
@@ -247,7 +247,7 @@ def _finished_stage(plan: Plan, number: int, on_event: Callable[[Event], None]) 
             on_event(f"{path.parent} is not used again: {error}")
             continue
         weights = folder / BEST_WEIGHTS
-        copy_file(source / other.weights, weights)
+        files.copy(source / other.weights, weights)
         history = tuple(item.model_copy(update={"stage": number}) for item in other.history)
         mine = other.model_copy(
             update={
@@ -258,13 +258,13 @@ def _finished_stage(plan: Plan, number: int, on_event: Callable[[Event], None]) 
                 "reused_from": other.reused_from or source.name,
             }
         )
-        write_json(folder / RESULT, mine)
+        files.write_json(folder / RESULT, mine)
         return mine
     return None
 
 
 def _check_weights(path: Path, sha256: str) -> None:
-    if not path.is_file() or file_sha256(path) != sha256:
+    if not path.is_file() or files.sha256(path) != sha256:
         raise RunError(f"{path} is missing or was altered; remove {path.parent} to train this stage again")
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
+from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.config import Settings, restore
-from ptxdist.files import copy_file, write_json
 from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult, Step
 from ptxdist.rundir import BEST_WEIGHTS, CHECKPOINTS, EVALUATION, RESULT, stage_folder
 from ptxdist.storage.caches import local_cache
@@ -88,8 +88,8 @@ def run_stage(
         if is_first:
             weights = folder / BEST_WEIGHTS
             # A copy: killed before the result is written, a resumed stage still finds what its checkpoint names.
-            copy_file(result.weights, weights)
-            write_json(
+            files.copy(result.weights, weights)
+            files.write_json(
                 folder / RESULT,
                 StageResult(
                     stage=number,

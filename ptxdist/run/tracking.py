@@ -27,9 +27,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
+from ptxdist import files
 from ptxdist.config import Settings, snapshot
 from ptxdist.errors import SettingsError
-from ptxdist.files import write_json
 from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory, StageResult
 from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
 
@@ -203,7 +203,7 @@ class _MLflow:
         except Exception as error:  # MLflow lets through what its stores and connections raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SettingsError(f"MLflow at {uri} (train.mlflow) cannot be used: {reason[:300]}") from error
-        write_json(record, {"uri": uri, "run_id": self._id})
+        files.write_json(record, {"uri": uri, "run_id": self._id})
 
     def sync(self, group: str, points: list[Point]) -> None:
         if not points:

@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ptxdist import files
 from ptxdist.errors import CheckpointError
-from ptxdist.files import file_sha256
 
 _STATE = "state.json"
 
@@ -56,7 +56,7 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
 
     Raises CheckpointError when the file is missing, damaged, not the one of `sha256`, or of another model.
     """
-    if sha256 is not None and (not path.is_file() or file_sha256(path) != sha256):
+    if sha256 is not None and (not path.is_file() or files.sha256(path) != sha256):
         raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
     fill_model(model, _read(path), str(path))
 
@@ -194,7 +194,7 @@ def await_checkpoint(path: Path, patience_s: float = 90.0) -> TrainingState:
 def _load(path: Path) -> TrainingState:
     content = json.loads((path / _STATE).read_text())
     for name, expected in content["sha256"].items():
-        if file_sha256(path / f"{name}.safetensors") != expected:
+        if files.sha256(path / f"{name}.safetensors") != expected:
             raise CheckpointError(f"{name}.safetensors has another checksum")
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in _read(path / "optimizer.safetensors").items():

@@ -21,6 +21,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
+from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.preprocess import read_salt
 from ptxdist.cache.split import split_indices
@@ -29,7 +30,6 @@ from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import Settings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError
-from ptxdist.files import write_json
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_patients
 from ptxdist.records import EvaluationResult, PipelineResult, StageResult
@@ -183,7 +183,7 @@ def evaluate(
         draft = folder / (HISTOGRAMS + ".tmp")
         save_file({"histograms": counts.histograms}, draft)
         draft.replace(folder / HISTOGRAMS)
-        write_json(folder / RESULT, result)
+        files.write_json(folder / RESULT, result)
     barrier()
     return read_evaluation(folder)
 
@@ -235,7 +235,7 @@ def evaluate_again(
         evaluation=evaluation,
         seconds=sum(stage.seconds for stage in stages) + evaluation.seconds,
     )
-    write_json(runs[0] / RESULT, result)
+    files.write_json(runs[0] / RESULT, result)
     return evaluation, result
 
 
