@@ -18,7 +18,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ptxdist.errors import SettingsError
 
@@ -29,10 +38,35 @@ Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
+_ADDED = "added after 0.1.0"
+_ALL = "all settings"
+
+
+def added(default: Any, **more: Any) -> Any:
+    """A setting that came after version 0.1.0; arguments as for pydantic's Field.
+
+    At its default it is left out of snapshots, and so of fingerprints: a new setting does not make finished stages look
+    as if they were trained with other settings. Its default must therefore never change.
+    """
+    return Field(default, json_schema_extra={_ADDED: True}, **more)
+
+
 class Section(BaseModel):
     """A frozen, strict group of settings: unknown keys and silent conversions are errors."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _without_added_defaults(
+        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        if info.context != _ALL:
+            for name, field in type(self).model_fields.items():
+                is_added = isinstance(field.json_schema_extra, dict) and _ADDED in field.json_schema_extra
+                if is_added and getattr(self, name) == field.default:
+                    content.pop(name, None)
+        return content
 
 
 class DataSettings(Section):
@@ -170,8 +204,13 @@ class Settings(Section):
 
 
 def snapshot(section: Section) -> dict[str, Any]:
-    """The section as plain JSON values; `restore(snapshot(s)) == s`."""
+    """The section as plain JSON values, without added settings at their default; `restore(snapshot(s)) == s`."""
     return section.model_dump(mode="json")
+
+
+def complete(section: Section) -> dict[str, Any]:
+    """All settings of the section as plain JSON values, as people read them."""
+    return section.model_dump(mode="json", context=_ALL)
 
 
 def restore(content: Mapping[str, Any]) -> Settings:

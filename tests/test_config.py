@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptxdist import config
-from ptxdist.config import Settings, differences, fingerprint, restore, snapshot
+from ptxdist.config import Section, Settings, added, complete, differences, fingerprint, restore, snapshot
 from ptxdist.errors import SettingsError
 from ptxdist.resolve import find, load_settings
 
@@ -220,3 +220,24 @@ def test_snapshot_of_another_version_is_refused() -> None:
     plain["train"]["gpus"] = 2
     with pytest.raises(SettingsError, match=r"train.gpus"):
         restore(plain)
+
+
+def test_a_setting_added_later_changes_a_fingerprint_only_when_it_is_set() -> None:
+    class Before(Section):
+        epochs: int = 3
+
+    class Inner(Section):
+        rate: float = 0.5
+        warm_up: int = added(0, ge=0)
+
+    class After(Before):
+        head: str = added("none", description="an example")
+        inner: tuple[Inner, ...] = ()
+
+    assert fingerprint(Inner()) == fingerprint({"rate": 0.5})
+    assert snapshot(After(inner=(Inner(), Inner(warm_up=2)))) == {
+        "epochs": 3, "inner": [{"rate": 0.5}, {"rate": 0.5, "warm_up": 2}],
+    }  # fmt: skip
+    assert fingerprint(After(head="image")) == fingerprint({"epochs": 3, "head": "image", "inner": []})
+    assert After.model_validate_json(json.dumps(snapshot(After()))) == After()
+    assert complete(After()) == {"epochs": 3, "head": "none", "inner": []}

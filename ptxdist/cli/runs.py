@@ -55,7 +55,7 @@ def train(
     Example: ptxdist train --workers 4 --pipeline exp4 --data cache
     """
     from ptxdist import console
-    from ptxdist.config import snapshot
+    from ptxdist.config import complete
     from ptxdist.resolve import load_settings
 
     settings = load_settings(
@@ -70,7 +70,7 @@ def train(
         },
     )
     if dry_run:
-        console.show_json(snapshot(settings))
+        console.show_json(complete(settings))
         return
     run = run or Path("runs") / settings.pipeline.name
     if fold == "all":
