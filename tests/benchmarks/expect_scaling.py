@@ -34,9 +34,9 @@ def step_s(size_px: int, gpus: int, batch: int, network: str, *, graphs: bool, s
 
 
 def gpu_table() -> str:
-    """Images/s at 256 px by number of GPUs, for the recipe's batch and for one that grows with the GPUs."""
+    """Images/s at 256 pixels by number of GPUs, for the recipe's batch and for one that grows with the GPUs."""
     lines = [
-        "| GPUs | batch | between nodes | images/s, 256 px | with CUDA graphs | and without sync. batch norm | "
+        "| GPUs | batch | between nodes | images/s, 256 pixels | with CUDA graphs | and without sync. batch norm | "
         "of linear |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -55,14 +55,14 @@ def input_table() -> str:
     """What one loader thread gives, and how much of it one GPU takes."""
     lines = ["| size | one thread, augmented | one GPU at 30 % MFU | share |", "|---|---|---|---|"]
     for size, rate in LOADER.items():
-        lines.append(f"| {size} px | {rate:,} pairs/s | {COMPUTE[size]:,} images/s | {COMPUTE[size] / rate:.0%} |")
+        lines.append(f"| {size} pixels | {rate:,} pairs/s | {COMPUTE[size]:,} images/s | {COMPUTE[size] / rate:.0%} |")
     return "\n".join(lines)
 
 
 def data_table() -> str:
-    """What a number of images takes, at 256 px."""
+    """What a number of images takes, at 256 pixels."""
     lines = [
-        "| images | store 256 px | 512 px | epoch, 1 GPU | 8 GPUs | 64 GPUs | order of an epoch | catalog read |",
+        "| images | store 256 pixels | 512 pixels | epoch, 1 GPU | 8 GPUs | 64 GPUs | order of an epoch | catalog read |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for images in (10**4, 10**5, 10**6, 10**7):
