@@ -35,15 +35,17 @@ def test_readme_and_architecture_stay_short() -> None:
     assert len((ROOT / "ARCHITECTURE.md").read_text().splitlines()) <= 120
 
 
-@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/train.md"])
+@pytest.mark.parametrize("page", ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/decisions.md"])
 def test_files_that_are_named_exist(page: str) -> None:
-    """Paths such as `train/losses.py` of the package, `tests/…` of the repository; later names of a list share a folder."""
+    """Paths of the package such as `train/losses.py`, or of the repository; test files also by their name alone."""
     for span in re.findall(r"`((?:[\w-]+/)*[\w.-]+\.(?:py|toml|md)|tests/[\w/]+/)`", (ROOT / page).read_text()):
         places = (ROOT / span, ROOT / "ptxdist" / span, *(ROOT / "tests").rglob(span if "/" not in span else "-"))
         assert any(place.exists() for place in places), f"{page}: {span}"
 
 
-def test_the_readmes_example_predicts(finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_readmes_example_predicts(
+    finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     path = min(small_dataset.dicom.rglob("*.dcm"))
     for old, new in (('"runs/exp4"', repr(str(finished_run))), ('"image.dcm"', repr(str(path)))):

@@ -62,7 +62,7 @@ def input_table() -> str:
 def data_table() -> str:
     """What a number of images takes, at 256 pixels."""
     lines = [
-        "| images | store 256 pixels | 512 pixels | epoch, 1 GPU | 8 GPUs | 64 GPUs | order of an epoch | catalog read |",
+        "| images | store 256 pixels | 512 pixels | epoch, 1 GPU | 8 GPUs | 64 GPUs | epoch order | catalog read |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for images in (10**4, 10**5, 10**6, 10**7):

@@ -433,8 +433,8 @@ def test_any_edit_of_the_manifest_is_found(written: Path, data: st.DataObject) -
     assert found in (read_manifest(written), Manifest())
 
 
-def test_the_example_in_the_readme_reads_a_store_without_ptxdist(small_cache) -> None:  # type: ignore[no-untyped-def]
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_documented_example_reads_a_store_without_ptxdist(small_cache) -> None:  # type: ignore[no-untyped-def]
+    text = (Path(__file__).parents[2] / "docs" / "cache.md").read_text()
     blocks = [block.split("```", 1)[0] for block in text.split("```python\n")[1:]]
     (code,) = (block for block in blocks if "import torch, zarr" in block)
     assert "ptxdist" not in code
@@ -443,7 +443,7 @@ def test_the_example_in_the_readme_reads_a_store_without_ptxdist(small_cache) ->
         assert old in code
         code = code.replace(old, new)
     names: dict[str, object] = {}
-    exec(code, names)  # what stands in the README is what is tested
+    exec(code, names)  # the documented lines are what is tested
     image, mask = names["image"], names["mask"]
     assert tuple(image.shape) == tuple(mask.shape) == (4, 1, 64, 64)  # type: ignore[attr-defined]
     assert len(names["rows"]) == result.catalog.sides()["train"]["cases"]  # type: ignore[arg-type]
