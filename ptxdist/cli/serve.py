@@ -36,7 +36,9 @@ def serve(
 
     Example: ptxdist serve runs/exp4 --open
     """
-    from ptxdist import console
+    from ptxdist import console, files
+
+    files.require_extra("serve", "the viewer", "fastapi", "uvicorn")
     from ptxdist.predict import server
     from ptxdist.predict.predictor import Predictor
     from ptxdist.storage.runs import local_run

@@ -14,10 +14,8 @@ damage and careless changes; against a forger only the sha256 of the whole file 
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -132,30 +130,13 @@ def write_bundle(run: Path, out: Path) -> str:
         raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
     weights, readme = path.read_bytes(), _readme(card).encode()
     plain = card.model_dump(mode="json")
-    plain["sha256"] = {README: _sha256(readme), WEIGHTS: _sha256(weights), CARD: fingerprint(plain)}
+    plain["sha256"] = {README: files.sha256(readme), WEIGHTS: files.sha256(weights), CARD: fingerprint(plain)}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for name, content in ((CARD, json.dumps(plain, indent=2).encode()), (README, readme), (WEIGHTS, weights)):
             archive.writestr(zipfile.ZipInfo(name, _WHEN), content)
-    write_whole(out, file.getvalue())
-    return _sha256(file.getvalue())
-
-
-def write_whole(out: Path, content: bytes) -> None:
-    """Write a file in one step: it is there whole, or the former one stays; CheckpointError when it cannot be."""
-    temporary = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(out)
-    except OSError as error:
-        raise CheckpointError(f"{out} cannot be written: {error.strerror}") from error
-    finally:
-        if temporary.is_file():  # where its folder is none, asking for it to go raises once more
-            temporary.unlink()
+    files.write_whole(out, file.getvalue(), error=CheckpointError)
+    return files.sha256(file.getvalue())
 
 
 def read_bundle(path: Path) -> tuple[ModelCard, bytes]:
@@ -183,7 +164,7 @@ def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCa
     try:
         plain: Any = json.loads(content)
         sums = plain.pop("sha256")
-        found = {README: _sha256(readme), WEIGHTS: _sha256(weights), CARD: fingerprint(plain)}
+        found = {README: files.sha256(readme), WEIGHTS: files.sha256(weights), CARD: fingerprint(plain)}
         altered = [name for name in found if sums[name] != found[name]]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its {CARD} cannot be read; get the file again") from error
@@ -205,10 +186,6 @@ def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCa
             "use the version that wrote it"
         )
     return card
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _readme(card: ModelCard) -> str:

@@ -22,7 +22,7 @@ from pydicom.uid import RE_VALID_UID, ExplicitVRLittleEndian, generate_uid
 
 from ptxdist import __version__
 from ptxdist.dicom.png import SIGNATURE
-from ptxdist.errors import DicomError, SettingsError
+from ptxdist.errors import DicomError
 
 _NAME = "ptxdist pneumothorax segmentation"
 _SERIES_NUMBER = 9001  # far from those of acquisitions; no standard says which to take
@@ -33,14 +33,6 @@ _TYPE_2 = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
 )  # fmt: skip
-
-
-def require_highdicom() -> None:
-    """SettingsError when the extra is not installed."""
-    try:
-        import highdicom  # noqa: F401
-    except ImportError:
-        raise SettingsError("DICOM SEG needs highdicom: pip install 'ptxdist[seg]'") from None
 
 
 def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Sequence[str]) -> bytes:

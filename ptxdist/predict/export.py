@@ -16,8 +16,6 @@ of the checkpoint in fp32 whoever runs them. uint8 only: an image scaled to 0..1
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -33,18 +31,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.render import resize
 from ptxdist.cache.store import open_store
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.errors import CheckpointError, ExportError, PtxdistError, RunError, SettingsError
 from ptxdist.phantoms import anatomy, greys
-from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle, write_whole
+from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle
 from ptxdist.predict.predictor import Predictor
 from ptxdist.rundir import read_settings
 
 ONNX, PT2 = ".onnx", ".pt2"
 ABOUT = "ptxdist.json"
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "image", "probability"
 LIMIT = 1e-4  # of a probability; operating points are searched in steps of 0.005
 _PLAIN_LOGITS = 100  # up to which `LIMIT` holds; beyond it rounding shows, and the limit grows with the logits
@@ -84,7 +84,7 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
             raise RunError(f"{model} is no run; if it is a bundle, copy it")
         return ExportResult(out, write_bundle(model, out), out.stat().st_size, None, None, 0, "")
     if out.suffix == ONNX:
-        require_onnx()
+        files.require_extra("export", "ONNX", *_ONNX_PACKAGES, otherwise=".pt2 needs torch alone")
     card, network = load_model(model)
     exact = card.model_copy(update={"precision": "fp32"})
     predictor = Predictor([exact], [network], torch.device("cpu"))
@@ -100,16 +100,8 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
             f"{limit:.2g} is allowed ({len(images)} {origin}); nothing was written. Try the versions of torch, onnx "
             "and onnxruntime in constraints.txt, or the other format"
         )
-    write_whole(out, content)
-    sha256 = hashlib.sha256(content).hexdigest()
-    return ExportResult(out, sha256, len(content), difference, limit, len(images), origin)
-
-
-def require_onnx() -> None:
-    """SettingsError when the extra is not installed."""
-    needed = ("onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        raise SettingsError(f"ONNX needs {', '.join(missing)}: pip install 'ptxdist[export]'; .pt2 needs torch alone")
+    files.write_whole(out, content, error=CheckpointError)
+    return ExportResult(out, files.sha256(content), len(content), difference, limit, len(images), origin)
 
 
 def describe(card: ModelCard) -> dict[str, Any]:

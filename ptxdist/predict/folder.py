@@ -15,13 +15,10 @@ Owns: this folder, and what is done again. Refuses: a folder that holds masks of
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import io
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptxdist import files
+from ptxdist import files, locks
 from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
 from ptxdist.dicom.spacing import read_spacing
-from ptxdist.errors import BusyError, CatalogError, DicomError, RunError
+from ptxdist.errors import CatalogError, DicomError, RunError
 from ptxdist.executor import Spread, here
 from ptxdist.labels import rle
-from ptxdist.predict.dicom_seg import encode_segmentation, require_highdicom
+from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.inputs import FoundInput, find_inputs, look_at, refuse_repeated
 from ptxdist.predict.predictor import Device, Prediction, Predictor, ahead
 from ptxdist.records import OperatingPoint, Record
@@ -113,10 +110,10 @@ def predict_files(
     Raises CatalogError when no file can be used, RunError when `out` holds results made in another way.
     """
     if "seg" in outputs:
-        require_highdicom()
+        files.require_extra("seg", "DICOM SEG", "highdicom")
     inputs = find_inputs(paths, skip=[out])
     _make_folder(out)
-    with _exclusive(out):
+    with locks.only(out / locks.LOCK, f"another `ptxdist predict` is writing to {out}; wait for it or stop it"):
         _settle(out, predictor)
         tasks = [(start, inputs[start : start + 64]) for start in range(0, len(inputs), 64)]
         looked: dict[int, list[FoundInput]] = {}
@@ -146,9 +143,9 @@ def predict_files(
             on_progress("images", number, len(left))
         order = [item.case_id for item in kept if item.case_id in findings]
         rows = [(case_id, findings[case_id].encoded_pixels) for case_id in order]
-        _write(out / SUBMISSION, _table(("ImageId", "EncodedPixels"), rows))
+        files.write_table(out / SUBMISSION, ("ImageId", "EncodedPixels"), rows, lineterminator="\n")
         rejected = sorted((item.source.shown, item.reason) for item in refused)
-        _write(out / REJECTS, _table(("path", "reason"), rejected))
+        files.write_table(out / REJECTS, ("path", "reason"), rejected, lineterminator="\n")
     if not order:
         raise CatalogError(
             f"none of the {len(inputs)} files could be used, see {out / REJECTS}; the first: {rejected[0][1]}"
@@ -188,16 +185,18 @@ def _keep(how: How, item: FoundInput, prediction: Prediction, weights: Sequence[
     """Write the files of a case, the finding last."""
     case_id, mask, reason = prediction.case_id, prediction.mask, ""
     if "masks" in how.outputs:
-        _write(_path(how.out, "masks", case_id), encode((mask * np.uint8(255))[:, :, None], ".png"))
+        picture = encode((mask * np.uint8(255))[:, :, None], ".png")
+        files.write_whole(_path(how.out, "masks", case_id), picture, sync=False)
     if "overlays" in how.outputs:
         square, drawn = fit_square(prediction.pixels), fit_square(mask.astype(np.uint8))
-        picture = outline(square, np.zeros_like(drawn), drawn, OVERLAY_PX)
-        _write(_path(how.out, "overlays", case_id), encode(picture, ".jpg"))
+        picture = encode(outline(square, np.zeros_like(drawn), drawn, OVERLAY_PX), ".jpg")
+        files.write_whole(_path(how.out, "overlays", case_id), picture, sync=False)
     if "seg" in how.outputs:
         try:
             if not mask.any():
                 raise DicomError("nothing is predicted")
-            _write(_path(how.out, "seg", case_id), encode_segmentation(prediction.content, mask, weights))
+            segmentation = encode_segmentation(prediction.content, mask, weights)
+            files.write_whole(_path(how.out, "seg", case_id), segmentation, sync=False)
         except DicomError as error:
             reason = str(error)
     spacing = read_spacing(prediction.content)
@@ -215,7 +214,7 @@ def _keep(how: How, item: FoundInput, prediction: Prediction, weights: Sequence[
         seg_reason=reason,
         encoded_pixels=rle.encode(mask),
     )
-    _write(_path(how.out, FINDINGS, case_id), (finding.model_dump_json(indent=2) + "\n").encode())
+    files.write_whole(_path(how.out, FINDINGS, case_id), finding.model_dump_json(indent=2) + "\n", sync=False)
     return finding
 
 
@@ -232,7 +231,11 @@ def _finished(out: Path, item: FoundInput, outputs: Sequence[str]) -> Finding | 
 
 
 def _settle(out: Path, predictor: Predictor) -> None:
-    """Write what makes the masks, or compare it with what made those that are there."""
+    """Write what makes the masks, or compare it with what made those that are there.
+
+    To be called with the lock held. RunError when the folder holds something else.
+    """
+    files.remove_leftovers(out)
     plain = {
         "models": [{"name": card.name, "weights_sha256": card.weights_sha256} for card in predictor.cards],
         "operating_point": predictor.operating_point.model_dump(),
@@ -242,6 +245,10 @@ def _settle(out: Path, predictor: Predictor) -> None:
     try:
         before: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        if any(found.name != locks.LOCK for found in out.iterdir()):
+            with suppress(OSError):
+                (out / locks.LOCK).unlink()
+            raise RunError(f"{out} holds other files and no predictions; give another folder with --out") from None
         files.write_json(path, plain)
         return
     except ValueError as error:
@@ -255,44 +262,11 @@ def _settle(out: Path, predictor: Predictor) -> None:
 
 
 def _make_folder(out: Path) -> None:
-    known = out / SETTINGS
-    if out.is_dir() and any(out.iterdir()) and not known.is_file():
-        raise RunError(f"{out} holds other files and no predictions; give another folder with --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out} cannot be made: {error.strerror}; give another folder with --out") from error
 
 
-@contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise BusyError(f"another `ptxdist predict` is writing to {out}; wait for it or stop it") from None
-    finally:
-        os.close(folder)
-
-
 def _path(out: Path, name: str, case_id: str) -> Path:
     return out / name / f"{case_id}{OUTPUTS.get(name, '.json')}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> bytes:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *rows])
-    return text.getvalue().encode("utf-8", "surrogateescape")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step; RunError when the disk refuses."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path} cannot be written: {error.strerror}; what is finished is kept") from error

@@ -28,20 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.requests import ClientDisconnect
+
 from ptxdist.dicom.frontal import refuse_other_than_chest
 from ptxdist.dicom.tags import MAX_INFLATED
-from ptxdist.errors import AddressError, DicomError, SettingsError
+from ptxdist.errors import AddressError, DicomError
 from ptxdist.predict.predictor import Predictor
 from ptxdist.predict.viewer import answer_of, page_files, with_maps
-
-try:
-    import uvicorn
-    from fastapi import FastAPI, HTTPException, Request
-    from fastapi.responses import JSONResponse, Response
-    from starlette.exceptions import HTTPException as AnyHTTPException
-    from starlette.requests import ClientDisconnect
-except ModuleNotFoundError:
-    raise SettingsError("the viewer needs FastAPI and uvicorn: pip install 'ptxdist[serve]'") from None
 
 TYPES = ("application/dicom", "application/octet-stream")  # no form of another page can send these
 HEADERS = {

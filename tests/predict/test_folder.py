@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
+import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -250,15 +254,59 @@ def test_bad_input_is_refused_and_leaves_nothing(
         predict_files([tmp_path / "nowhere"], tmp_path / "out", predictor, [finished_run])
     with pytest.raises(CatalogError, match="none of the 1 files"):
         predict_files([images / "broken.dcm"], tmp_path / "out", predictor, [finished_run])
-    with (
-        command._exclusive(tmp_path / "out"),
-        pytest.raises(BusyError),
-    ):
-        predict_files([images], tmp_path / "out", predictor, [finished_run])
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
     done = CliRunner().invoke(cli, ["predict", str(tmp_path / "none"), str(images), "--out", str(tmp_path / "x")])
     assert done.exit_code == RunError.exit_code
     assert "no model at" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_a_second_process_is_refused(predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path) -> None:
+    hold = "import sys; from pathlib import Path; from ptxdist.locks import only\n"
+    hold += "with only(Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout
+        other.stdout.readline()
+        with pytest.raises(BusyError, match="another `ptxdist predict` is writing"):
+            predict_files([images / "study4"], tmp_path, predictor, [finished_run])
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    assert predict_files([images / "study4"], tmp_path, predictor, [finished_run]).predicted == 1
+
+
+@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "EINVAL", "EIO"])
+def test_only_a_conflict_is_another_process(
+    name: str,
+    predictor: Predictor,
+    finished_run: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where the file system has no locks, the command continues; another failure is reported as what it is."""
+    number = getattr(errno, name)
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if name == "EIO":
+        with pytest.raises(RunError, match="cannot be locked: Input/output error"):
+            predict_files([images / "study4"], tmp_path, predictor, [finished_run])
+    else:
+        assert predict_files([images / "study4"], tmp_path, predictor, [finished_run]).predicted == 1
+        assert "without locks" in caplog.text
+    assert "another" not in caplog.text
+
+
+def test_a_command_that_was_killed_early_does_not_stand_in_the_way(
+    predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / ".lock").touch()
+    (tmp_path / "predict.json.ptxdist-0123abcd.tmp").write_text("{")
+    assert predict_files([images / "study4"], tmp_path, predictor, [finished_run]).predicted == 1
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_the_command_prints_what_it_did(finished_run: Path, images: Path, tmp_path: Path) -> None:
