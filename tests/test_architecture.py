@@ -30,7 +30,7 @@ RULES = {
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),
     "phantoms": ("base labels", "numpy cv2 pydicom"),
-    "scores": ("base cache", "numpy"),
+    "scores": ("base cache", "numpy safetensors"),
     "train": (
         "base dicom labels cache storage scores",
         "numpy cv2 torch torchvision albumentations safetensors stringzilla",
@@ -41,10 +41,10 @@ RULES = {
         "base version dicom labels cache phantoms scores train report",
         "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn",
     ),
-    "run": ("base cache storage train", "torch tensorboardX mlflow"),
+    "run": ("base cache storage scores train", "torch tensorboardX mlflow"),
     # requests, packaging and grpc are what Ray itself stands on
-    "cluster": ("base cache storage run", "ray torch requests packaging grpc"),
-    "console": ("base cache", "rich"),
+    "cluster": ("base cache storage scores run", "ray torch requests packaging grpc"),
+    "console": ("base cache scores", "rich"),
     "cli": ("base version cache storage phantoms scores train report predict run cluster console", "click"),
     "__main__": ("cli", ""),
     "": ("predict", ""),  # the package hands on its Python API, loaded when it is asked for

@@ -15,6 +15,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 
 from ptxdist.records import EpochMetrics
 from ptxdist.run.stage import Throttled, run_evaluation, run_stage
+from ptxdist.scores.names import DICES
 
 
 @ray.remote(num_cpus=0)
@@ -42,7 +43,8 @@ def train_stage(task: dict[str, Any]) -> None:
         if context.get_world_rank() == 0:
             inbox.put.remote(metrics.model_dump(mode="json"))
             leaving()  # says so, where an epoch is too short for a checkpoint inside it
-        ray.train.report({"epoch": metrics.epoch, "val_loss": metrics.val_loss, **dice_scores(metrics)})
+        dices = {score.field: score.of(metrics.at_full) for score in DICES}  # as Ray's dashboard shows them
+        ray.train.report({"epoch": metrics.epoch, "val_loss": metrics.val_loss, **dices})
 
     def leaving() -> bool:
         """Whether a node of this training was announced to go. (Ray's public question makes all ranks wait.)"""
@@ -64,12 +66,6 @@ def train_stage(task: dict[str, Any]) -> None:
         on_start=lambda history: inbox.put.remote(history.model_dump(mode="json")),
         leaving=leaving,
     )
-
-
-def dice_scores(metrics: EpochMetrics) -> dict[str, float | None]:
-    """The three Dice scores at the original resolution, as Ray's dashboard shows them."""
-    scores = metrics.at_full
-    return {name: getattr(scores, name) for name in ("kaggle_dice", "positive_dice", "pooled_dice")}
 
 
 def evaluate_run(task: dict[str, Any]) -> None:

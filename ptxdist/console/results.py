@@ -1,7 +1,6 @@
-"""Results as tables in the terminal: a run, and runs beside each other.
+"""Results in the terminal: the scores of a run, and runs beside each other.
 
-Owns: which numbers people see at the end of a command, each beside its interval and what predicting nothing scores.
-Refuses: nothing. Called by: `cli`.
+Every score is printed with its 95 % interval and with its value without a model.
 """
 
 from __future__ import annotations
@@ -13,100 +12,112 @@ from rich.table import Table
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
 from ptxdist.records import Comparison, EvaluationResult, Intervals, Reliability, Scores, StageResult
+from ptxdist.scores.names import AUROC, DICES, SCORES, Score
 
-_DICES = ("kaggle_dice", "positive_dice", "pooled_dice")
+_HEADS = [score.short.replace(" ", "\n") for score in DICES]
+_HEADS[0] = f"Dice:\n{_HEADS[0]}"
 
 
 def show_result(stages: Sequence[StageResult], evaluation: EvaluationResult | None) -> None:
-    """Print the table of a run: per stage epochs, loss and the three Dice scores, then the evaluation."""
+    """Print the table of a run: for each stage epochs, loss and Dice scores, then the evaluation."""
     table = Table(title="validation, at the original resolution", title_justify="left")
-    for name in ("", "epochs", "best", "loss", "Dice:\nKaggle", "positives\nonly", "pooled"):
+    for name in ("", "epochs", "best", "loss", *_HEADS):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
     for stage in stages:
         best = f"{stage.best.epoch}{' avg' if stage.best.averaged else ''}"
         name = f"stage {stage.stage}, {stage.size_px} px" + (" (reused)" if stage.reused_from else "")
-        table.add_row(name, str(stage.epochs), best, f"{stage.best.val_loss:.4f}", *_dice(stage.best.at_full))
+        table.add_row(name, str(stage.epochs), best, f"{stage.best.val_loss:.4f}", *_dices(stage.best.at_full))
     if evaluation is not None:
         table.add_section()
         flip = ", flip averaging" if evaluation.flip_averaging else ""
         own = f"evaluation\n(threshold {evaluation.threshold}{flip})"
         _add_scores(table, own, evaluation.scores, evaluation.intervals, "bold")
         for threshold, scores in evaluation.at_other_thresholds.items():
-            table.add_row(f"(threshold {threshold})", "", "", "", *_dice(scores))
+            table.add_row(f"(threshold {threshold})", "", "", "", *_dices(scores))
         for tuned in evaluation.tuned:
             name = f"tuned {tuned.kind}, estimated on\ncases it was not tuned on"
             _add_scores(table, name, tuned.estimate, tuned.intervals)
-        nothing = f"{evaluation.scores.all_empty_dice:.4f}"
-        table.add_row("predicting nothing", "", "", "", nothing, "0.0000", "0.0000", style="dim")
+        table.add_row("predicting nothing", "", "", "", *_baselines(evaluation.scores), style="dim")
     out.print(table)
     if evaluation is not None:
         _show_details(evaluation)
 
 
 def _show_details(evaluation: EvaluationResult) -> None:
-    scores, spans = evaluation.scores, evaluation.intervals
+    scores, intervals = evaluation.scores, evaluation.intervals
+
+    def described(score: Score, value: float | None) -> str:
+        name = score.name if score.name.isupper() or " " in score.name else score.name.lower()
+        baseline = f"({score.without} {score.baseline_of(scores):g})"
+        return f"{name} {number(value)}{_bracket(intervals, score.field)} {baseline}"
+
     out.print(f"{scores.cases:,} held-out images, {scores.positives:,} positive; 95 % intervals in brackets")
-    out.print(
-        f"per image: sensitivity {number(scores.sensitivity)}{_bracket(spans, 'sensitivity')} (predicting nothing 0), "
-        f"specificity {number(scores.specificity)}{_bracket(spans, 'specificity')} (predicting nothing 1), "
-        f"AUROC {number(evaluation.auroc)}{_bracket(spans, 'auroc')} (chance 0.5)"
+    sensitivity, specificity, iou = (
+        described(SCORES[field], SCORES[field].of(scores)) for field in ("sensitivity", "specificity", "pooled_iou")
     )
-    out.print(f"pooled IoU {number(scores.pooled_iou)}{_bracket(spans, 'pooled_iou')} (predicting nothing 0)")
+    out.print(f"per image: {sensitivity}, {specificity}, {described(AUROC, evaluation.auroc)}")
+    out.print(iou)
     for part in evaluation.calibration:
         out.print(_calibration(part))
     for tuned in evaluation.tuned:
         point = tuned.point
-        low = "" if point.bottom == point.top else f", then all px from {point.bottom:g} on"
+        low = "" if point.bottom == point.top else f", then all pixels from {point.bottom:g} on"
         out.print(
-            f"tuned {tuned.kind}: at least {point.min_area_px:,} px from {point.top:g} on{low} "
+            f"tuned {tuned.kind}: at least {point.min_area_px:,} pixels from {point.top:g} on{low} "
             f"(on the cases it was tuned on {number(tuned.scores.kaggle_dice)})"
         )
 
 
 def _calibration(part: Reliability) -> str:
     share = sum(n * o for n, o in zip(part.counts, part.observed, strict=True)) / sum(part.counts)
-    span = {"error": part.interval} if part.interval else {}
+    intervals = {"error": part.interval} if part.interval else {}
+    things = "pixels" if part.things == "px" else part.things
     return (
-        f"calibration error of {part.things} {number(part.error)}{_bracket(span, 'error')} (probability 0 for all "
-        f"{number(share)}, their share {share:.4f} for all 0)"
+        f"calibration error of {things} {number(part.error)}{_bracket(intervals, 'error')} "
+        f"(probability 0 for all: {number(share)}; their positive share {share:.4f} for all: 0)"
     )
 
 
 def _add_scores(table: Table, name: str, scores: Scores, intervals: Intervals, style: str = "") -> None:
-    table.add_row(name, "", "", "", *_dice(scores), style=style)
+    table.add_row(name, "", "", "", *_dices(scores), style=style)
     if intervals:
-        spans = (intervals.get(name) for name in _DICES)
+        spans = (intervals.get(score.field) for score in DICES)
         table.add_row("  95 % interval", "", "", "", *(f"{s[0]:.2f}-{s[1]:.2f}" if s else "" for s in spans))
 
 
 def show_comparison(comparison: Comparison) -> None:
-    """Print runs beside each other: scores with intervals, and differences from the first run with theirs."""
+    """Print runs beside each other: scores, differences from the first run, and the intervals of both."""
     table = Table(title="the same cases, at the original resolution", title_justify="left")
-    for name in ("run", "Dice:\nKaggle", "positives\nonly", "pooled"):
+    for name in ("run", *_HEADS):
         table.add_column(name, justify="left" if name == "run" else "right")
     for run in comparison.runs:
-        table.add_row(run.run, *_dice(run.scores))
+        table.add_row(run.run, *_dices(run.scores))
         if run.intervals:
-            table.add_row("  95 % interval", *(_interval(run.intervals, name) for name in _DICES))
+            table.add_row("  95 % interval", *_intervals(run.intervals))
         if run.differences:
-            found = (run.differences.get(name) for name in _DICES)
+            found = (run.differences.get(score.field) for score in DICES)
             table.add_row("  difference", *("" if value is None else f"{value:+.4f}" for value in found))
         if run.difference_intervals:
-            table.add_row("  95 % interval", *(_interval(run.difference_intervals, name, "+") for name in _DICES))
+            table.add_row("  95 % interval", *_intervals(run.difference_intervals, "+"))
         table.add_section()
     first = comparison.runs[0].scores
-    table.add_row("predicting nothing", f"{first.all_empty_dice:.4f}", "0.0000", "0.0000", style="dim")
+    table.add_row("predicting nothing", *_baselines(first), style="dim")
     out.print(table)
     out.print(f"{comparison.cases:,} images that all runs have evaluated, {first.positives:,} positive")
 
 
-def _interval(intervals: Intervals, name: str, sign: str = "") -> str:
-    return f"{intervals[name][0]:{sign}.3f} to {intervals[name][1]:{sign}.3f}" if name in intervals else ""
+def _intervals(intervals: Intervals, sign: str = "") -> list[str]:
+    found = (intervals.get(score.field) for score in DICES)
+    return [f"{span[0]:{sign}.3f} to {span[1]:{sign}.3f}" if span else "" for span in found]
 
 
 def _bracket(intervals: Intervals, name: str) -> str:
     return f" \\[{intervals[name][0]:.2f}-{intervals[name][1]:.2f}]" if name in intervals else ""
 
 
-def _dice(scores: Scores) -> tuple[str, str, str]:
-    return number(scores.kaggle_dice), number(scores.positive_dice), number(scores.pooled_dice)
+def _dices(scores: Scores) -> list[str]:
+    return [number(score.of(scores)) for score in DICES]
+
+
+def _baselines(scores: Scores) -> list[str]:
+    return [f"{score.baseline_of(scores):.4f}" for score in DICES]

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from ptxdist.records import EpochMetrics, PipelineResult, Reliability, TunedPoint
 from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
-from ptxdist.report.gallery import CaseRow
 from ptxdist.report.page import Chart, Legend, Row, Table
+from ptxdist.scores.tables import CaseRow
 
 FEW = 10  # things in a bin of a reliability plot; with fewer its share is close to chance
 PLATEAU = 0.005  # points of the surface this close to the best one are no worse in practice
@@ -104,15 +104,11 @@ def _loss_axis(lines: Sequence[Series]) -> Axis:
 
 def size_against_dice(rows: Sequence[CaseRow]) -> list[Chart]:
     """Dice of each positive case over the area of its mask, found and missed ones apart; [] without positive cases."""
-    positive = [row for row in rows if row["positive"] == "1"]
+    positive = [row for row in rows if row.positive]
     if not positive:
         return []
     found, missed = (
-        [
-            (float(row["truth_px"]), float(row["kaggle_dice"]))
-            for row in positive
-            if bool(int(row["predicted_px"])) == hit
-        ]
+        [(float(row.truth_px), row.kaggle_dice) for row in positive if bool(row.predicted_px) == hit]
         for hit in (True, False)
     )
     areas = [area for area, _ in (*found, *missed)]

@@ -18,6 +18,7 @@ from ptxdist.cache.outlines import encode, outline, outline_path, save
 from ptxdist.cache.render import fit_square
 from ptxdist.cache.store import Store
 from ptxdist.labels import rle
+from ptxdist.scores.tables import CaseRow
 
 GALLERIES = (
     ("best", "Best, where anything is predicted"),
@@ -28,8 +29,6 @@ GALLERIES = (
 )
 SIZE = 4  # pictures in a gallery
 SIDE_PX = 512
-
-CaseRow = dict[str, str]  # one line of cases.csv
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,15 @@ def choose(rows: Sequence[CaseRow]) -> dict[str, tuple[int, list[CaseRow]]]:
 
     No case stands in two galleries, so with few found cases the worst and the median ones run out first.
     """
-    found = [row for row in rows if row["positive"] == "1" and int(row["predicted_px"])]
-    found.sort(key=lambda row: (-float(row["kaggle_dice"]), row["case_id"]))
+    found = [row for row in rows if row.positive and row.predicted_px]
+    found.sort(key=lambda row: (-row.kaggle_dice, row.case_id))
     best, rest = found[:SIZE], found[SIZE:]
     worst, rest = rest[::-1][:SIZE], rest[: max(0, len(rest) - SIZE)]
     middle = max(0, len(found) // 2 - SIZE // 2 - len(best))
-    missed = [row for row in rows if row["positive"] == "1" and not int(row["predicted_px"])]
-    alarms = [row for row in rows if row["positive"] == "0" and int(row["predicted_px"])]
-    missed.sort(key=lambda row: (-int(row["truth_px"]), row["case_id"]))
-    alarms.sort(key=lambda row: (-int(row["predicted_px"]), row["case_id"]))
+    missed = [row for row in rows if row.positive and not row.predicted_px]
+    alarms = [row for row in rows if not row.positive and row.predicted_px]
+    missed.sort(key=lambda row: (-row.truth_px, row.case_id))
+    alarms.sort(key=lambda row: (-row.predicted_px, row.case_id))
     return {
         "best": (len(found), best),
         "median": (len(found), rest[middle : middle + SIZE]),
@@ -89,12 +88,12 @@ def draw_galleries(
     it are left out.
     """
     place = {case.case_id: index for index, case in enumerate(cases)}
-    chosen = choose([row for row in rows if row["case_id"] in place])
+    chosen = choose([row for row in rows if row.case_id in place])
     galleries = []
     for name, title in GALLERIES:
         pictures = []
         for number, row in enumerate(chosen[name][1], start=1):
-            index = place[row["case_id"]]
+            index = place[row.case_id]
             case, image = cases[index], store.sample(index)[0]
             truth = fit_square(rle.decode(case.masks or (), case.rows, case.columns))
             prediction = fit_square(rle.decode((predictions[case.case_id],), case.rows, case.columns))
@@ -109,11 +108,11 @@ def _picture(
 ) -> Picture:
     shown = outline(image, np.zeros((1, 1)), side_px=SIDE_PX)
     return Picture(
-        case_id=row["case_id"],
-        dice=float(row["kaggle_dice"]),
-        truth_px=int(row["truth_px"]),
-        predicted_px=int(row["predicted_px"]),
-        score=float(row["score"]),
+        case_id=row.case_id,
+        dice=row.kaggle_dice,
+        truth_px=row.truth_px,
+        predicted_px=row.predicted_px,
+        score=row.score,
         source="data:image/jpeg;base64," + base64.b64encode(encode(shown, ".jpg")).decode(),
         truth=outline_path(truth, SIDE_PX),
         prediction=outline_path(prediction, SIDE_PX),

@@ -6,7 +6,6 @@ cache; no network is run, no patient identifier is shown. How it looks stands in
 
 from __future__ import annotations
 
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -21,10 +20,11 @@ from ptxdist.errors import RunError
 from ptxdist.records import EvaluationResult
 from ptxdist.report import model_card, tables
 from ptxdist.report.figures import PLATEAU, learning_curves, reliability, size_against_dice, tuned_surface
-from ptxdist.report.gallery import CaseRow, draw_galleries
+from ptxdist.report.gallery import draw_galleries
 from ptxdist.report.page import Page, Pairs, Row, Table, render
-from ptxdist.rundir import CASES, ENVIRONMENT, EVALUATION, PREDICTIONS, REPORT, read_metrics, read_result, read_settings
-from ptxdist.scores.tables import refuse_other_split
+from ptxdist.rundir import CASES, ENVIRONMENT, REPORT, read_metrics, read_result, read_settings
+from ptxdist.scores.names import AUROC, ECE, SCORES
+from ptxdist.scores.tables import read_cases, read_predictions, refuse_other_split
 from ptxdist.storage.caches import local_cache
 
 
@@ -43,8 +43,7 @@ def write_report(run: Path) -> Path:
     if fold:
         catalog = hold_out(catalog, fold, read_pairs(cache))
     store = _sharpest_store(cache, settings.pipeline.stages[-1].size_px)
-    rows, evaluation = _read_table(run, CASES), result.evaluation
-    predictions = {row["ImageId"]: row["EncodedPixels"] for row in _read_table(run, PREDICTIONS)}
+    rows, predictions, evaluation = read_cases(run), read_predictions(run), result.evaluation
     draft = run / (REPORT + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     (draft / "overlays").mkdir(parents=True)
@@ -91,14 +90,6 @@ def _sharpest_store(cache: Path, size_px: int) -> Store:
     there = {size: record for size, record in read_manifest(cache).sizes.items() if store_path(cache, size).is_dir()}
     whole = [size for size, record in there.items() if record.complete]
     return open_store(cache, max([size_px, *whole]))
-
-
-def _read_table(run: Path, name: str) -> list[CaseRow]:
-    path = run / EVALUATION / name
-    if not path.is_file():
-        raise RunError(f"{path} is missing; `ptxdist evaluate {run}` writes it anew")
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _read_environment(run: Path) -> dict[str, Any]:
@@ -163,9 +154,7 @@ def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> Pairs:
 
 def _definitions() -> Pairs:
     return (
-        *((name, text) for name, text, _ in tables.SCORES.values()),
-        tables.AUROC,
-        tables.ECE,
+        *((score.name, score.definition) for score in (*SCORES.values(), AUROC, ECE)),
         (
             "95 % interval",
             "Percentile interval of a bootstrap that draws patients, not images: images of one patient are alike.",

@@ -10,28 +10,8 @@ from markupsafe import Markup
 from ptxdist.records import EvaluationResult, Intervals, PipelineResult, Scores, SharedPatients, Subgroup
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
 from ptxdist.report.page import Forest, Row, Table, Tile
+from ptxdist.scores.names import AUROC, ECE, SCORES, Score
 
-# name in Scores: (name, definition, what predicting nothing scores; None: the share of negative images)
-SCORES: dict[str, tuple[str, str, float | None]] = {
-    "kaggle_dice": (
-        "Kaggle Dice",
-        "Dice of each image at the original resolution, averaged over all images; both empty = 1, one empty = 0.",
-        None,
-    ),
-    "positive_dice": ("Positives-only Dice", "The same average over the images that have a pneumothorax.", 0.0),
-    "pooled_dice": ("Pooled Dice", "One Dice over the px of all images together.", 0.0),
-    "pooled_iou": ("Pooled IoU", "Intersection over union of the px of all images together.", 0.0),
-    "sensitivity": ("Sensitivity", "Share of the images with a pneumothorax in which any px is predicted.", 0.0),
-    "specificity": ("Specificity", "Share of the images without one in which no px is predicted.", 1.0),
-}
-AUROC = (
-    "AUROC",
-    "Chance that an image with a pneumothorax has a higher score than one without; score: highest probability.",
-)
-ECE = (
-    "ECE of images",
-    "Expected calibration error: how far the score of an image is from the share of such images that are positive.",
-)
 SUBGROUP_SCORES = ("positive_dice", "sensitivity", "specificity")
 NOTHING = "equals predicting nothing"
 _UNIT, _HALVES = linear_axis("", 0, 1), linear_axis("", 0, 1, ticks=2)
@@ -44,40 +24,23 @@ def number(value: float | None) -> str:
 
 def tiles(evaluation: EvaluationResult) -> tuple[Tile, ...]:
     """The headline numbers: all scores, the AUROC, and the calibration error of the images."""
-    scores, intervals, found = evaluation.scores, evaluation.intervals, []
-    for field, (name, definition, _) in SCORES.items():
-        level = "predicting nothing", _baseline(scores, field)
-        found.append(_tile(name, definition, getattr(scores, field), intervals.get(field), level))
+    scores, intervals = evaluation.scores, evaluation.intervals
+    found = [(score, score.of(scores), intervals.get(score.field)) for score in SCORES.values()]
     if evaluation.calibration:  # else the evaluation is of an older version
-        found.append(_tile(*AUROC, evaluation.auroc, intervals.get("auroc"), ("chance", 0.5)))
-    for part in evaluation.calibration:
-        if part.things == "images":
-            found.append(_tile(*ECE, part.error, part.interval, ("one score for all", 0.0)))
-    return tuple(found)
+        found.append((AUROC, evaluation.auroc, intervals.get(AUROC.field)))
+    found += [(ECE, part.error, part.interval) for part in evaluation.calibration if part.things == "images"]
+    return tuple(_tile(score, value, interval, score.baseline_of(scores)) for score, value, interval in found)
 
 
-def _tile(
-    name: str,
-    definition: str,
-    value: float | None,
-    interval: tuple[float, float] | None,
-    level: tuple[str, float],
-) -> Tile:
-    """`level` is what to compare with: its name and its value."""
+def _tile(score: Score, value: float | None, interval: tuple[float, float] | None, baseline: float) -> Tile:
     words = f"{number(interval[0])} to {number(interval[1])}" if interval else ""
-    against, baseline = level
     drawing = draw_interval(_UNIT, value, interval, level=baseline)
-    return Tile(name, number(value), words, f"{against}: {number(baseline)}", definition, drawing)
-
-
-def _baseline(scores: Scores, field: str) -> float:
-    value = SCORES[field][2]
-    return scores.all_empty_dice if value is None else value
+    return Tile(score.name, number(value), words, f"{score.without}: {number(baseline)}", score.definition, drawing)
 
 
 def _cells(scores: Scores, intervals: Intervals | None = None) -> tuple[str | Markup, ...]:
     """All scores of one row; with intervals, each with its own below it."""
-    plain = tuple(number(getattr(scores, field)) for field in SCORES)
+    plain = tuple(number(score.of(scores)) for score in SCORES.values())
     if intervals is None:
         return plain
     return tuple(
@@ -108,9 +71,11 @@ def score_table(evaluation: EvaluationResult) -> Table:
             )
         )
         rows.append(Row(f"tuned {tuned.kind} (optimistic)", _cells(tuned.scores), "baseline", _note(tuned.scores)))
-    rows.append(Row("predicting nothing", tuple(number(_baseline(scores, field)) for field in SCORES), "baseline"))
+    rows.append(
+        Row("predicting nothing", tuple(number(score.baseline_of(scores)) for score in SCORES.values()), "baseline")
+    )
     return Table(
-        "Scores at the original resolution", ("masks from", *(name for name, _, _ in SCORES.values())), tuple(rows)
+        "Scores at the original resolution", ("masks from", *(score.name for score in SCORES.values())), tuple(rows)
     )
 
 
@@ -156,7 +121,7 @@ def subgroup_forests(evaluation: EvaluationResult) -> tuple[Forest, ...]:
     """A forest plot for each of SUBGROUP_SCORES; groups in which a score is not defined are left out of its plot."""
     found = []
     for field in SUBGROUP_SCORES if evaluation.subgroups else ():
-        level, name = getattr(evaluation.scores, field), SCORES[field][0]
+        level, name = getattr(evaluation.scores, field), SCORES[field].name
         rows = [_forest_row("all images", evaluation.scores, evaluation.intervals, field, level)]
         by = ""
         for group in evaluation.subgroups:
@@ -211,7 +176,7 @@ def stage_table(result: PipelineResult) -> Table:
         rows.append(
             Row(f"stage {stage.stage}, {stage.size_px} px", (*cells, *_cells(best.at_full)), "", _note(best.at_full))
         )
-    head = ("", "epochs", "best", "loss", *(name for name, _, _ in SCORES.values()))
+    head = ("", "epochs", "best", "loss", *(score.name for score in SCORES.values()))
     return Table("Best epoch of each stage, on held-out images at the original resolution", head, tuple(rows))
 
 
@@ -227,4 +192,4 @@ def shared_table(found: SharedPatients) -> Table:
         if scores
     )
     caption = f"Held-out images whose patient is in training, and the others (patients from the {found.known_from})"
-    return Table(caption, ("", "images", "positive", *(name for name, _, _ in SCORES.values())), rows)
+    return Table(caption, ("", "images", "positive", *(score.name for score in SCORES.values())), rows)

@@ -30,8 +30,9 @@ from tensorboardX.record_writer import RecordWriter
 from ptxdist import files
 from ptxdist.config import Settings, snapshot
 from ptxdist.errors import SettingsError
-from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory, StageResult
+from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
 from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
+from ptxdist.scores.names import dice_metrics
 
 Point = tuple[int, dict[str, float]]  # step, values by tag
 
@@ -60,7 +61,7 @@ class Tracker:
     def show(self, event: object) -> None:
         """Take up an event of the coordinator: an epoch, all that a stage has of them, or the evaluation."""
         if isinstance(event, EvaluationResult):
-            self._sync("evaluation", [(0, _dice(event.scores))])
+            self._sync("evaluation", [(0, dice_metrics(event.scores))])
             self._finished = True
             return
         if isinstance(event, EpochMetrics):
@@ -111,22 +112,12 @@ def refuse_missing_mlflow(settings: Settings) -> None:
 
 
 def _point(item: EpochMetrics) -> Point:
-    values = {"loss/validation": item.val_loss, "learning rate": item.learning_rate, **_dice(item.at_full)}
+    values = {"loss/validation": item.val_loss, "learning rate": item.learning_rate, **dice_metrics(item.at_full)}
     if item.train_loss is not None:
         values["loss/training"] = item.train_loss
     if item.images_per_second is not None:
         values["images per second"] = item.images_per_second
     return item.epoch, values
-
-
-def _dice(scores: Scores) -> dict[str, float]:
-    named = {
-        "dice/kaggle": scores.kaggle_dice,
-        "dice/positives only": scores.positive_dice,
-        "dice/pooled": scores.pooled_dice,
-        "dice/predicting nothing": scores.all_empty_dice,
-    }
-    return {name: value for name, value in named.items() if value is not None}
 
 
 class _TensorBoard:

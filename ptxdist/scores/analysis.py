@@ -18,14 +18,8 @@ from ptxdist.scores.counts import LEVELS, CaseCounts, Counts, Histograms
 from ptxdist.scores.intervals import calibration_interval, score_intervals
 from ptxdist.scores.metrics import auroc, image_dice, scores
 from ptxdist.scores.operating import tune
+from ptxdist.scores.tables import FIXED_THRESHOLDS
 
-FIXED_THRESHOLDS = (0.5, 0.55)  # the source's; they always stand beside the stage's own
-CASE_COLUMNS = (
-    "case_id", "group", "fold", "positive", "masks", "truth_px", "predicted_px", "intersection_px", "kaggle_dice",
-    "score", "view", "sex", "age", "brightness", "rows", "columns", "patient_in_training",
-    "pair_predicted_px", "pair_intersection_px", "triplet_predicted_px", "triplet_intersection_px",
-    *(f"at_{threshold}_{what}_px" for threshold in FIXED_THRESHOLDS for what in ("predicted", "intersection")),
-)  # fmt: skip
 BINS = 10
 SMALL_CASES, SMALL_POSITIVES = 30, 10  # fewer are too few to conclude from
 _AGES = ((0, "under 40"), (40, "40 to 59"), (60, "60 and over"))
@@ -36,7 +30,7 @@ _ORDER = {
 }  # of the names that do not stand in the order of the alphabet
 
 Floats = npt.NDArray[np.float64]
-Row = tuple[object, ...]
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -100,15 +94,31 @@ def _rows(
     for row, case in enumerate(evaluated.cases):
         intersection, predicted, truth = own[row].tolist()
         known = evaluated.in_training[row]
-        others = [found[1][row].tolist() if found else ("", "", "") for found in tuned.values()]
-        others += [counts.at_full[thresholds.index(threshold), row].tolist() for threshold in FIXED_THRESHOLDS]
-        yield (
-            case.case_id, evaluated.groups[row], case.fold, int(truth > 0), len(case.masks or ()), truth, predicted,
-            intersection, f"{dice[row]:.6f}", f"{counts.score[row]:.6f}", case.view, case.sex,
-            "" if case.age is None else case.age, f"{counts.brightness[row]:.6f}", case.rows, case.columns,
-            "" if known is None else int(known),
-            *(value for found in others for value in (found[1], found[0])),
-        )  # fmt: skip
+        at_points = {kind: found[1][row].tolist() if found else ("", "", "") for kind, found in tuned.items()}
+        at_points |= {
+            f"at_{value}": counts.at_full[thresholds.index(value), row].tolist() for value in FIXED_THRESHOLDS
+        }
+        yield {
+            "case_id": case.case_id,
+            "group": evaluated.groups[row],
+            "fold": case.fold,
+            "positive": int(truth > 0),
+            "masks": len(case.masks or ()),
+            "truth_px": truth,
+            "predicted_px": predicted,
+            "intersection_px": intersection,
+            "kaggle_dice": f"{dice[row]:.6f}",
+            "score": f"{counts.score[row]:.6f}",
+            "view": case.view,
+            "sex": case.sex,
+            "age": "" if case.age is None else case.age,
+            "brightness": f"{counts.brightness[row]:.6f}",
+            "rows": case.rows,
+            "columns": case.columns,
+            "patient_in_training": "" if known is None else int(known),
+            **{f"{point}_predicted_px": found[1] for point, found in at_points.items()},
+            **{f"{point}_intersection_px": found[0] for point, found in at_points.items()},
+        }
 
 
 def _reliability_of_px(histograms: Histograms, groups: Sequence[str]) -> Reliability:

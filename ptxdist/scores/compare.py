@@ -1,13 +1,13 @@
-"""Several evaluations beside each other: their scores on the same cases, and how sure their differences are.
+"""Comparison of evaluations: their scores on the same cases, with 95 % intervals of the differences.
 
-Owns: which cases are compared, and the table. Refuses: evaluations without a case in common (RunError). Called by:
-`cli`. Everything comes from the cases.csv of each run; no network is run. Differences are paired: every draw of
-patients takes the same cases for both, so what all find hard cancels out.
+Everything is computed from the cases.csv of each run. Differences are paired: each bootstrap draw takes the same
+patients for both runs, so that cases which are hard for every run cancel out.
+
+Refuses: evaluations without a common case, or with different masks (RunError).
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,27 +15,25 @@ import numpy as np
 
 from ptxdist.errors import RunError
 from ptxdist.records import Compared, Comparison
-from ptxdist.rundir import CASES, EVALUATION
 from ptxdist.scores.counts import Counts
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import scores
-
-_NEEDED = ("case_id", "group", "intersection_px", "predicted_px", "truth_px")
-_SHOWN = {"kaggle_dice": "Kaggle Dice", "positive_dice": "positives only", "pooled_dice": "pooled"}
+from ptxdist.scores.names import DICES, Score
+from ptxdist.scores.tables import read_cases
 
 
 def compare(runs: Sequence[Path]) -> Comparison:
-    """Scores of each run on the cases that all have evaluated, and differences from the first one.
+    """Scores of each run on the cases that all runs have evaluated, and differences from the first run.
 
-    A run may also be the folder of an evaluation of several. Raises RunError when a run has no evaluation, or the runs
-    have no case in common, or do not agree on what its truth is.
+    A run may also be the folder of an evaluation of several runs. Raises RunError when a run has no evaluation, when
+    the runs have no common case, or when their true masks differ.
     """
-    tables = [_read(run) for run in runs]
+    tables = [{row.case_id: row for row in read_cases(run)} for run in runs]
     common = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
     if not common:
-        raise RunError(f"{', '.join(map(str, runs))} have evaluated no case in common; were their folds the same?")
-    counts = [np.array([table[case_id][1] for case_id in common], np.int64) for table in tables]
-    groups = [tables[0][case_id][0] for case_id in common]
+        raise RunError(f"{', '.join(map(str, runs))} have no case in common; did they hold out the same fold?")
+    counts = [np.array([table[case_id].counts for case_id in common], np.int64) for table in tables]
+    groups = [tables[0][case_id].group for case_id in common]
     for run, found in zip(runs, counts, strict=True):
         if not np.array_equal(found[:, 2], counts[0][:, 2]):
             raise RunError(f"{run} and {runs[0]} were evaluated against different masks; evaluate both on one cache")
@@ -55,30 +53,26 @@ def compare(runs: Sequence[Path]) -> Comparison:
 
 
 def _names(runs: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells the runs apart: exp1/fold-0, exp2/fold-0."""
+    """The shortest end of each path that distinguishes the runs: exp1/fold-0, exp2/fold-0."""
     paths = [run.resolve().parts for run in runs]
     length = next(n for n in range(1, max(map(len, paths)) + 1) if len({p[-n:] for p in paths}) == len(set(paths)))
     return [Path(*path[-length:]).as_posix() for path in paths]
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """The comparison as a Markdown table; differences with their intervals below each score."""
-    lines = [
-        f"| {comparison.cases:,} images, {comparison.runs[0].scores.positives:,} positive | "
-        + " | ".join(_SHOWN.values())
-        + " |",
-        "|---|" + "---|" * len(_SHOWN),
+    """The comparison as a Markdown table; each cell has the score, the difference from the first run, and intervals."""
+    first = comparison.runs[0].scores
+    rows = [
+        [f"{comparison.cases:,} images, {first.positives:,} positive", *(score.name for score in DICES)],
+        ["---"] * (len(DICES) + 1),
+        *([run.run, *(_cell(run, score) for score in DICES)] for run in comparison.runs),
+        ["predicting nothing", *(f"{score.baseline_of(first):.4f}" for score in DICES)],
     ]
-    for run in comparison.runs:
-        lines.append(f"| {run.run} | " + " | ".join(cell(run, name) for name in _SHOWN) + " |")
-    nothing = comparison.runs[0].scores.all_empty_dice
-    lines.append(f"| predicting nothing | {nothing:.4f} | 0.0000 | 0.0000 |")
-    return "\n".join(lines) + "\n"
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def cell(run: Compared, name: str) -> str:
-    """One score of a run as text: the value and its interval, and the difference from the first run and its."""
-    value = getattr(run.scores, name)
+def _cell(run: Compared, score: Score) -> str:
+    value, name = score.of(run.scores), score.field
     text = "" if value is None else f"{value:.4f}{_span(run.intervals.get(name))}"
     if name in run.differences:
         text += f"; {run.differences[name]:+.4f}{_span(run.difference_intervals.get(name), '+')}"
@@ -91,18 +85,5 @@ def _span(interval: tuple[float, float] | None, sign: str = "") -> str:
 
 def _differences(first: Counts, other: Counts) -> dict[str, float]:
     before, after = scores(first), scores(other)
-    pairs = {name: (getattr(before, name), getattr(after, name)) for name in _SHOWN}
+    pairs = {score.field: (score.of(before), score.of(after)) for score in DICES}
     return {name: new - old for name, (old, new) in pairs.items() if old is not None and new is not None}
-
-
-def _read(run: Path) -> dict[str, tuple[str, tuple[int, int, int]]]:
-    """Group and counts of each case, by its id, in the order of the file."""
-    path = next((p for p in (run / EVALUATION / CASES, run / CASES) if p.is_file()), None)
-    if path is None:
-        raise RunError(f"{run} has no evaluation (no {EVALUATION}/{CASES}); `ptxdist evaluate {run}` makes one")
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = [[row[name] for name in _NEEDED] for row in csv.DictReader(file)]
-        return {case_id: (group, (int(a), int(b), int(c))) for case_id, group, a, b, c in rows}
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate` makes it anew") from error

@@ -1,44 +1,139 @@
-"""The tables of an evaluation: how they are written, and what cases.csv says of the split.
+"""The tables of an evaluation: cases.csv, predictions.csv and histograms.safetensors.
 
-Refuses: a cache that has been split otherwise since the run (RunError).
+    cases.csv               a row for each case with COLUMNS, from which every score can be computed again
+    predictions.csv         ImageId, EncodedPixels: its mask as run-length text, in the challenge's format
+    histograms.safetensors  `histograms`, int32 (case, 2, LEVELS): pixels by probability, see `counts`
+
+Owns: columns, writing and reading of these files. Refuses: damaged tables, and a cache that was split differently
+after the run was evaluated (RunError).
 """
 
 from __future__ import annotations
 
 import csv
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors.numpy import save_file
+
+from ptxdist import files
 from ptxdist.cache.catalog import Catalog
 from ptxdist.errors import RunError
-from ptxdist.rundir import CASES, EVALUATION
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, PREDICTIONS
+from ptxdist.scores.counts import Histograms
+
+FIXED_THRESHOLDS = (0.5, 0.55)  # those of the source, scored beside the run's own threshold
+COLUMNS = (
+    "case_id", "group", "fold", "positive", "masks", "truth_px", "predicted_px", "intersection_px", "kaggle_dice",
+    "score", "view", "sex", "age", "brightness", "rows", "columns", "patient_in_training",
+    "pair_predicted_px", "pair_intersection_px", "triplet_predicted_px", "triplet_intersection_px",
+    *(f"at_{threshold}_{what}_px" for threshold in FIXED_THRESHOLDS for what in ("predicted", "intersection")),
+)  # fmt: skip
+_PREDICTION_COLUMNS = ("ImageId", "EncodedPixels")
+
+
+@dataclass(frozen=True)
+class CaseRow:
+    """What is read of a row of cases.csv: identity, counts at the run's own threshold, Dice, highest probability."""
+
+    case_id: str
+    group: str
+    intersection_px: int
+    predicted_px: int
+    truth_px: int
+    kaggle_dice: float
+    score: float
+
+    @property
+    def positive(self) -> bool:
+        """Whether the image has a pneumothorax."""
+        return self.truth_px > 0
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Intersection, predicted and truth in pixels, a row of `counts.Counts`."""
+        return self.intersection_px, self.predicted_px, self.truth_px
+
+
+def write_tables(
+    folder: Path,
+    cases: Iterable[Mapping[str, object]],
+    predictions: Iterable[tuple[str, str]],
+    histograms: Histograms,
+) -> None:
+    """Write the three files, each atomically: values of COLUMNS, ids with masks as text, and counts in the same order.
+
+    RunError when a file cannot be written.
+    """
+    files.write_table(folder / CASES, COLUMNS, ([row[name] for name in COLUMNS] for row in cases))
+    files.write_table(folder / PREDICTIONS, _PREDICTION_COLUMNS, predictions)
+    with files.replacing(folder / HISTOGRAMS) as temporary:
+        save_file({"histograms": histograms}, temporary)
+
+
+def read_cases(run: Path) -> list[CaseRow]:
+    """Rows of the cases.csv of a run, or of the folder of an evaluation, in order.
+
+    RunError when there is none, or it is damaged.
+    """
+    path = next((path for path in (run / EVALUATION / CASES, run / CASES) if path.is_file()), None)
+    if path is None:
+        raise RunError(f"{run} has no evaluation (no {EVALUATION}/{CASES}); `ptxdist evaluate {run}` makes one")
+    try:
+        return [
+            CaseRow(
+                row["case_id"],
+                row["group"],
+                int(row["intersection_px"]),
+                int(row["predicted_px"]),
+                int(row["truth_px"]),
+                float(row["kaggle_dice"]),
+                float(row["score"]),
+            )
+            for row in _read(path)
+        ]
+    except (KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate` rewrites it") from error
+
+
+def read_predictions(run: Path) -> dict[str, str]:
+    """The masks of a run as run-length text, by image id; RunError when the table is missing or damaged."""
+    path = run / EVALUATION / PREDICTIONS
+    if not path.is_file():
+        raise RunError(f"{path} is missing; `ptxdist evaluate {run}` writes it")
+    try:
+        return {row["ImageId"]: row["EncodedPixels"] for row in _read(path)}
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate {run}` rewrites it") from error
 
 
 def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
-    """RunError when the cache has been split anew since the run: it would be scored on what it was trained on.
+    """RunError when the cache was split differently after the run: its training images would be scored.
 
-    Cases that came or went since do no harm; one that the run held out and that trains now does. A run without an
-    evaluation yet is not judged.
+    Cases that were added or removed do no harm; one that the run held out and that is in training now does. A run
+    without an evaluation, or whose table of cases cannot be read, is not checked.
     """
     path = run / EVALUATION / CASES
     if not path.is_file():
         return
-    with open(path, newline="", encoding="utf-8") as file:
-        held_out = [row["case_id"] for row in csv.DictReader(file)]
-    fold_of = {case.case_id: case.fold for case in catalog.labelled}
+    try:
+        held_out = [row.get("case_id") for row in _read(path)]
+    except ValueError:  # `evaluate` is about to rewrite it
+        return
+    fold_of: dict[str | None, int] = {case.case_id: case.fold for case in catalog.labelled}
     if moved := sum(fold_of.get(case_id, -1) not in (-1, fold) for case_id in held_out):
         raise RunError(
-            f"the cache of {run} has been split anew since: {moved} of the {len(held_out)} images that it held out are "
-            "training images now, so others that it was trained on are held out. Run `ptxdist preprocess` as it was "
-            "before (the same --patients and --folds), or train again"
+            f"the cache of {run} was split differently after the run: {moved} of the {len(held_out)} images that it "
+            "held out are training images now, so images that it was trained on are held out. Run `ptxdist preprocess` "
+            "as before (the same --patients and --folds), or train again"
         )
 
 
-def write_csv(path: Path, header: Iterable[object], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file in one step; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    os.replace(temporary, path)
+def _read(path: Path) -> list[dict[str, str]]:
+    """Rows by column; ValueError when the file is no CSV in UTF-8."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error

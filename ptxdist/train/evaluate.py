@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from ptxdist import files
@@ -34,19 +33,16 @@ from ptxdist.labels import rle
 from ptxdist.labels.tables import read_patients
 from ptxdist.records import EvaluationResult, PipelineResult, StageResult
 from ptxdist.rundir import (
-    CASES,
     EVALUATION,
-    HISTOGRAMS,
-    PREDICTIONS,
     RESULT,
     SETTINGS,
     read_evaluation,
     read_settings,
     read_stages,
 )
-from ptxdist.scores.analysis import CASE_COLUMNS, FIXED_THRESHOLDS, Evaluated, conclude
+from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
-from ptxdist.scores.tables import refuse_other_split, write_csv
+from ptxdist.scores.tables import FIXED_THRESHOLDS, refuse_other_split, write_tables
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.checkpoint import load_weights
@@ -173,16 +169,9 @@ def evaluate(
             runs=len(members),
         )
         result = result.model_copy(update={"seconds": time.perf_counter() - started})
-        write_csv(folder / CASES, CASE_COLUMNS, rows)
         ids = [catalog.labelled[index].case_id for index in indices]
-        write_csv(
-            folder / PREDICTIONS,
-            ("ImageId", "EncodedPixels"),
-            [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)],
-        )
-        draft = folder / (HISTOGRAMS + ".tmp")
-        save_file({"histograms": counts.histograms}, draft)
-        draft.replace(folder / HISTOGRAMS)
+        predicted = [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)]
+        write_tables(folder, rows, predicted, counts.histograms)
         files.write_json(folder / RESULT, result)
     barrier()
     return read_evaluation(folder)

@@ -18,7 +18,6 @@ and after 512 (counts and masks are kept, maps must not be), and the peak of the
 from __future__ import annotations
 
 import argparse
-import csv
 import resource
 import tempfile
 import time
@@ -38,10 +37,11 @@ from ptxdist.files import write_json
 from ptxdist.labels import rle
 from ptxdist.records import EpochMetrics, PipelineResult, StageResult
 from ptxdist.report.report import write_report
-from ptxdist.rundir import CASES, EVALUATION, PREDICTIONS, RESULT, SETTINGS
-from ptxdist.scores.analysis import CASE_COLUMNS, Evaluated, conclude
+from ptxdist.rundir import EVALUATION, RESULT, SETTINGS
+from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.scores.operating import tune
+from ptxdist.scores.tables import write_tables
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.unet import build_unet
 
@@ -112,11 +112,8 @@ def make_run(folder: Path, evaluated: Evaluated) -> Path:
     pipeline = PipelineSettings(name="bench", stages=(StageSettings(size_px=64, epochs=1, batch_size=8),))
     write_json(run / SETTINGS, snapshot(Settings(data=DataSettings(cache=str(cache)), pipeline=pipeline)))
     write_json(run / RESULT, PipelineResult(pipeline="bench", stages=(stage,), evaluation=result, seconds=1.0))
-    (run / EVALUATION).mkdir()
-    masks = [(case.case_id, *(case.masks or ("-1",))) for case in cases]
-    for name, lines in ((CASES, [CASE_COLUMNS, *table_rows]), (PREDICTIONS, [("ImageId", "EncodedPixels"), *masks])):
-        with open(run / EVALUATION / name, "w", newline="") as file:
-            csv.writer(file).writerows(lines)
+    masks = [(case.case_id, (case.masks or ("-1",))[0]) for case in cases]
+    write_tables(run / EVALUATION, table_rows, masks, evaluated.counts.histograms)
     return run
 
 

@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 
 from ptxdist.cache.outlines import outline_path
-from ptxdist.report.gallery import SIZE, CaseRow, choose
+from ptxdist.report.gallery import SIZE, choose
+from ptxdist.scores.tables import CaseRow
 
 
 def row(name: str, truth: int, predicted: int, dice: float) -> CaseRow:
-    return {
-        "case_id": name, "positive": str(int(truth > 0)), "truth_px": str(truth), "predicted_px": str(predicted),
-        "kaggle_dice": f"{dice:.6f}", "score": "0.5",
-    }  # fmt: skip
+    return CaseRow(name, "group", 0, predicted, truth, dice, 0.5)
 
 
 def names(chosen: list[CaseRow]) -> list[str]:
-    return [item["case_id"] for item in chosen]
+    return [item.case_id for item in chosen]
 
 
 def test_best_median_and_worst_come_from_the_found_ones() -> None:

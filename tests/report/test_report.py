@@ -27,9 +27,10 @@ from ptxdist.report.report import write_report
 from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import plan_run, run_pipeline
 from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, read_result
-from ptxdist.scores.analysis import FIXED_THRESHOLDS, Evaluated, conclude
+from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.metrics import scores
+from ptxdist.scores.tables import FIXED_THRESHOLDS
 
 PURPOSE = "look at <script>alert('purpose')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "input"}

@@ -24,11 +24,11 @@ from ptxdist.errors import RunError
 from ptxdist.labels import rle
 from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.rundir import CASES, HISTOGRAMS, PREDICTIONS, read_evaluation
-from ptxdist.scores.analysis import CASE_COLUMNS, FIXED_THRESHOLDS
 from ptxdist.scores.compare import as_markdown, compare
 from ptxdist.scores.counts import LEVELS
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import auroc, scores
+from ptxdist.scores.tables import COLUMNS, FIXED_THRESHOLDS
 from ptxdist.train.checkpoint import save_weights
 from ptxdist.train.evaluate import Ensemble, Member, evaluate
 from ptxdist.train.unet import build_unet
@@ -84,7 +84,7 @@ def test_the_result_is_written_and_every_case_held_out_is_in_the_table_once(
     assert read_evaluation(folder) == result
     assert 0 < result.scores.kaggle_dice < 1
     rows = table(folder)
-    assert tuple(rows[0]) == CASE_COLUMNS
+    assert tuple(rows[0]) == COLUMNS
     assert [row["case_id"] for row in rows] == [case.case_id for case in read_catalog(folds).labelled if case.fold == 0]
     with open(folder / PREDICTIONS, newline="") as file:
         masks = {row["ImageId"]: row["EncodedPixels"] for row in csv.DictReader(file)}
