@@ -1,7 +1,6 @@
-"""Work over processes: the same function on many tasks, results as they come.
+"""Executors: call one function for many tasks and yield the results as they come.
 
-Owns: the pool of spawned processes. Refuses: nothing; a worker that dies is a StoreError. Called by: `preprocess`,
-`verify`. `cluster.executor` has the same shape over Ray tasks, so what is written does not depend on who does the work.
+`serial` works in this process, `processes` in spawned ones, `cluster.executor` in Ray tasks. The results are the same.
 """
 
 from __future__ import annotations
@@ -22,35 +21,33 @@ from ptxdist.errors import StoreError
 Result = TypeVar("Result")
 
 
-class Spread(Protocol):
-    """Who does the work."""
+class Executor(Protocol):
+    """Calls a function for many tasks."""
 
     def __call__(
         self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], *, light: bool = False
     ) -> Iterator[Result]:
-        """Call `function` with the arguments of each task, somewhere; yield the results in the order of their ends.
+        """Call `function` with the arguments of each task and yield the results in order of completion.
 
-        `light` tasks are so quick that on one machine no process is started for them.
+        An exception of a task is raised. When iteration ends, for whatever reason, no task is running any more. `light`
+        tasks are so quick that no process is started for them on this machine.
         """
 
     def prepare(self, module: str) -> None:
-        """Get ready, beside what the caller does, for tasks that need a module."""
+        """Start workers in the background and import a module there that the tasks will need."""
 
 
-class Here:
-    """In this process, one after the other."""
-
+class _Serial:
     def __call__(
         self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], *, light: bool = False
     ) -> Iterator[Result]:
-        """As Spread."""
         return (function(*task) for task in tasks)
 
     def prepare(self, module: str) -> None:
-        """Nothing to do."""
+        pass  # this process imports the module when it needs it
 
 
-here = Here()
+serial = _Serial()
 
 
 class _Processes:
@@ -62,7 +59,7 @@ class _Processes:
         self, function: Callable[..., Result], tasks: Sequence[tuple[Any, ...]], *, light: bool = False
     ) -> Iterator[Result]:
         if self._workers == 1 or len(tasks) <= 1 or light:
-            yield from here(function, tasks)
+            yield from serial(function, tasks)
             return
         pool = self._start()
         waiting: set[Future[Result]] = set()
@@ -74,11 +71,11 @@ class _Processes:
                     yield future.result()
         except BrokenProcessPool as error:
             raise StoreError(
-                "a worker process was killed, perhaps because memory ran out: try fewer --workers; "
-                "what is finished stays, and the same command goes on from there"
+                "a worker process was killed, perhaps because memory ran out; rerun the command with fewer --workers: "
+                "finished work is kept"
             ) from error
         finally:
-            # Whatever ended it: when the caller goes on, and perhaps lets go of its lock, nobody writes any more.
+            # The caller may release its lock next, so no worker may still write.
             wait([future for future in waiting if not future.cancel()])
 
     def prepare(self, module: str) -> None:
@@ -100,26 +97,26 @@ def _load(module: str) -> None:
 
 
 @contextmanager
-def processes(workers: int) -> Iterator[Spread]:
-    """A Spread over spawned processes, started at the first use; one worker, or a single task, needs none."""
-    work = _Processes(workers)
+def processes(workers: int) -> Iterator[Executor]:
+    """Executor over spawned processes, which start at the first use; one worker, or a single task, needs none."""
+    executor = _Processes(workers)
     try:
-        yield work
+        yield executor
     except BaseException:
-        if work.pool is not None:
-            work.pool.shutdown(wait=False, cancel_futures=True)
+        if executor.pool is not None:
+            executor.pool.shutdown(wait=False, cancel_futures=True)
         raise
-    if work.pool is not None:
-        work.pool.shutdown()
+    if executor.pool is not None:
+        executor.pool.shutdown()
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interruption
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Without this a worker outlives a killed parent, and writes where the next run writes."""
+    """End this worker when its parent is killed: it must not write beside the next run."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ptxdist.errors import DicomError, StoreError
-from ptxdist.executor import here, processes
+from ptxdist.executor import processes, serial
 
 
 def square(number: int) -> tuple[int, int, int]:
@@ -48,46 +48,46 @@ def is_running(process: int) -> bool:
     return False
 
 
-def test_here_and_processes_give_the_same_results() -> None:
+def test_serial_and_processes_give_the_same_results() -> None:
     tasks = [(number,) for number in range(40)]
     expected = {(number, number**2) for number in range(40)}
-    alone = list(here(square, tasks))
+    alone = list(serial(square, tasks))
     assert {found[:2] for found in alone} == expected
     assert {found[2] for found in alone} == {os.getpid()}
-    with processes(2) as spread:
-        found = list(spread(square, tasks))
+    with processes(2) as executor:
+        found = list(executor(square, tasks))
         assert len(found) == 40
         assert {item[:2] for item in found} == expected
         workers = {item[2] for item in found}
         assert os.getpid() not in workers
         assert 1 <= len(workers) <= 2
-        again = {item[2] for item in spread(square, tasks)}  # the processes are started once
+        again = {item[2] for item in executor(square, tasks)}  # the processes are started once
         assert again | workers == workers or len(again | workers) <= 2
     assert not any(map(is_running, workers | again))
 
 
 def test_no_tasks_give_no_results() -> None:
-    assert list(here(square, [])) == []
-    with processes(2) as spread:
-        assert list(spread(square, [])) == []
+    assert list(serial(square, [])) == []
+    with processes(2) as executor:
+        assert list(executor(square, [])) == []
 
 
 @pytest.mark.parametrize(("workers", "tasks"), [(1, 5), (2, 1)])
 def test_one_worker_or_one_task_starts_no_process(workers: int, tasks: int) -> None:
-    with processes(workers) as spread:
-        assert {item[2] for item in spread(square, [(number,) for number in range(tasks)])} == {os.getpid()}
+    with processes(workers) as executor:
+        assert {item[2] for item in executor(square, [(number,) for number in range(tasks)])} == {os.getpid()}
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_error_of_a_task_reaches_the_caller(workers: int) -> None:
-    with pytest.raises(DicomError, match="number 3 is not wanted"), processes(workers) as spread:
-        list(spread(refuse, [(number,) for number in range(8)]))
+    with pytest.raises(DicomError, match="number 3 is not wanted"), processes(workers) as executor:
+        list(executor(refuse, [(number,) for number in range(8)]))
 
 
 def test_killed_worker_is_a_refusal_that_says_what_to_do() -> None:
-    with pytest.raises(StoreError, match=r"worker process was killed.*fewer --workers.*goes on") as caught:  # noqa: SIM117
-        with processes(2) as spread:
-            list(spread(die, [(number,) for number in range(8)]))
+    with pytest.raises(StoreError, match=r"worker process was killed.*fewer --workers.*is kept") as caught:  # noqa: SIM117
+        with processes(2) as executor:
+            list(executor(die, [(number,) for number in range(8)]))
     assert caught.value.exit_code == 7
 
 
@@ -95,9 +95,9 @@ def test_killed_worker_is_a_refusal_that_says_what_to_do() -> None:
 def test_when_it_is_over_nobody_works_any_more(tmp_path: Path, stop: str) -> None:
     """Else a worker would write into a cache that the next run has already locked."""
     tasks = [(tmp_path, number) for number in range(0 if stop == "a task fails" else 1, 40)]
-    with processes(2) as spread:
+    with processes(2) as executor:
         with pytest.raises(DicomError if stop == "a task fails" else KeyError):  # noqa: PT012
-            for _ in spread(mark_begin_and_end, tasks):
+            for _ in executor(mark_begin_and_end, tasks):
                 raise KeyError("the caller stops")
         begun, ended = (len(list(tmp_path.glob(f"{what} *"))) for what in ("begin", "end"))
         assert 1 <= begun == ended < 30

@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,44 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from locking import NO_LOCKS, failing, held
 
-from ptxdist import locks
 from ptxdist.errors import BusyError, PtxdistError, RunError, StoreError
 from ptxdist.locks import only, shared
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ptxdist"
 BUSY = "another `ptxdist x` is writing to here; wait for it or stop it"
-NO_LOCKS = ["ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL"]
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[Callable[[str, Path], subprocess.Popen[bytes]]]:
+def holder() -> Iterator[Callable[[str, Path], subprocess.Popen[bytes]]]:
     """Starts a process that holds a lock until its input ends."""
     with ExitStack() as ends:
-
-        def hold(kind: str, path: Path) -> subprocess.Popen[bytes]:
-            call = (
-                f"import sys; from pathlib import Path; from ptxdist.locks import {kind}\n"
-                f"with {kind}(Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
-            )
-            process = subprocess.Popen(
-                [sys.executable, "-c", call, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
-            ends.enter_context(process)
-            ends.callback(process.kill)
-            assert process.stdout
-            process.stdout.readline()
-            return process
-
-        yield hold
-
-
-def failing(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    locks._warn.cache_clear()
+        yield lambda kind, path: ends.enter_context(held(path, kind))
 
 
 def open_files() -> list[str]:
@@ -185,10 +160,10 @@ def test_no_descriptor_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = tmp_path / "lock"
     with only(path), pytest.raises(BusyError), only(path, BUSY):
         pass
-    for number in (errno.ENOLCK, errno.EIO):
-        failing(monkeypatch, number)
+    for name in ("ENOLCK", "EIO"):
+        failing(monkeypatch, name)
         for kind in (only, shared):
-            with pytest.raises(RuntimeError if number == errno.ENOLCK else RunError), kind(path, BUSY):
+            with pytest.raises(RuntimeError if name == "ENOLCK" else RunError), kind(path, BUSY):
                 raise RuntimeError
     assert str(path) not in open_files()
 
@@ -202,7 +177,7 @@ def test_no_descriptor_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_file_system_without_locks_is_used_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: Any, busy: str, name: str
 ) -> None:
-    failing(monkeypatch, getattr(errno, name))
+    failing(monkeypatch, name)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             with kind(tmp_path / "lock", busy) as is_locked:
@@ -214,7 +189,7 @@ def test_a_file_system_without_locks_is_used_without(
 
 @pytest.mark.parametrize("name", ["EWOULDBLOCK", "EAGAIN", "EACCES"])
 def test_a_conflict_is_a_conflict_by_any_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    failing(monkeypatch, getattr(errno, name))
+    failing(monkeypatch, name)
     with pytest.raises(BusyError, match="another `ptxdist x`"), only(tmp_path / "lock", BUSY):
         pass
 
@@ -225,7 +200,7 @@ def test_any_other_failure_says_what_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Any, name: str
 ) -> None:
     path, number = tmp_path / "lock", getattr(errno, name)
-    failing(monkeypatch, number)
+    failing(monkeypatch, name)
     with pytest.raises(StoreError) as caught, kind(path, BUSY, error=StoreError):
         pass
     assert str(caught.value) == f"{path} cannot be locked: {os.strerror(number)}"

@@ -11,7 +11,7 @@ import pytest
 from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reconciliation, Reject, read_catalog, write_catalog
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, write_manifest
 from ptxdist.cache.split import Leakage
-from ptxdist.cache.store import ARRAYS, ShardWriter, shard_path, staged, store_path, write_metadata
+from ptxdist.cache.store import ARRAYS, pending, shard_path, shard_writer, store_path, write_metadata
 from ptxdist.labels import rle
 
 SIDE_PX = 128  # of the "original" images
@@ -60,10 +60,10 @@ def make_cache(folder: Path, train: int = 6, val: int = 4) -> Path:
         checksums = []
         for name in ARRAYS:
             path = shard_path(store, name, 0)
-            with ShardWriter(path, len(cases), size) as writer:
+            with shard_writer(path, len(cases), size) as writer:
                 for row, sample in enumerate(blocks[name]):
                     writer.put(row, sample)
-            staged(path).replace(path)
+            pending(path).replace(path)
             checksums.append(writer.crc32c)
         write_metadata(store, size, {"case_id": np.array([case.case_id for case in cases])})
         sizes[size] = StoreRecord(True, len(cases), f"f{size}", (ShardRecord("0", *checksums),))

@@ -12,17 +12,17 @@ of a removed one or goes to the end.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ptxdist import files
 from ptxdist.cache.scan import ScannedFile, scan
 from ptxdist.cache.split import FOLDS, Leakage, assign_folds, measure_leakage
 from ptxdist.dicom.radiograph import Header, hash_text
 from ptxdist.errors import CatalogError, LabelError, SettingsError, StoreError
-from ptxdist.executor import Spread, here
+from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 from ptxdist.labels.dialect import SIIM, Dialect, detect_dialect, parse_dialect, to_siim
 from ptxdist.labels.tables import MaskFolder, line_of, read_labels, read_mask_folder, read_patients
@@ -144,7 +144,7 @@ def build_catalog(
     salt: bytes = b"",
     dialect: str | None = None,
     skip: Collection[Path] = (),
-    spread: Spread = here,
+    executor: Executor = serial,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> Catalog:
     """Read the headers below `images`, join them with the tables, and split; `on_file` hears (files done, files).
@@ -158,15 +158,15 @@ def build_catalog(
     written_as = parse_dialect(dialect) if dialect else None
     if written_as and labels.is_dir():
         raise SettingsError(f"{labels} holds mask images, which have no dialect; leave out --dialect {dialect}")
-    folder = read_mask_folder(labels, spread) if labels.is_dir() else None
+    folder = read_mask_folder(labels, executor) if labels.is_dir() else None
     table = folder.masks if folder else read_labels(labels)
     patient_of = read_patients(patients) if patients else {}
-    files, others = scan(images, salt=salt, skip=(*skip, labels), spread=spread, on_file=on_file)
+    scanned, others = scan(images, salt=salt, skip=(*skip, labels), executor=executor, on_file=on_file)
     headers: dict[str, tuple[Header, ScannedFile]] = {}
     paths: dict[str, str] = {}
     rejects: list[Reject] = []
     duplicates = 0
-    for found in files:
+    for found in scanned:
         header = found.header
         if header is None:
             rejects.append(Reject(found.path, found.reason))
@@ -181,7 +181,7 @@ def build_catalog(
             # No path in a reason: reasons are kept in the cache, and folders may be named after patients.
             rejects.append(Reject(found.path, f"has another content than the file used for its id {header.case_id}"))
     if not headers:
-        raise CatalogError(f"{images}: none of {len(files)} files is usable; the first one {rejects[0].reason}")
+        raise CatalogError(f"{images}: none of {len(scanned)} files is usable; the first one {rejects[0].reason}")
     if not headers.keys() & table.keys():
         raise CatalogError(
             f"none of the {len(headers)} images in {images} has a row in {labels}: do both belong to the same data set?"
@@ -211,7 +211,7 @@ def build_catalog(
     missing = tuple(case_id for case_id in table if case_id not in cases)
     return Catalog(
         cases=(*rows, *(case for case in split if case.masks is None)),
-        reconciliation=_reconcile(table, written_as, split, len(files), others, duplicates, len(missing)),
+        reconciliation=_reconcile(table, written_as, split, len(scanned), others, duplicates, len(missing)),
         leakage=leakage_of(split, grouped_by),
         rejects=tuple(rejects),
         missing=missing,
@@ -337,7 +337,7 @@ def _reconcile(
 
 
 def write_catalog(catalog: Catalog, path: Path) -> None:
-    """Write the file in one step: it is there whole, or the former one stays. Paths are left out."""
+    """Write catalog.jsonl atomically, without paths."""
     head = {
         "schema": SCHEMA,
         "reconciliation": asdict(catalog.reconciliation),
@@ -350,13 +350,8 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
         "seed": catalog.seed,
         "folds": catalog.folds,
     }
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for record in (head, *map(vars, catalog.cases)):
-            file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    lines = (json.dumps(record) + "\n" for record in (head, *map(vars, catalog.cases)))
+    files.write_whole(path, "".join(lines), error=None)
 
 
 def read_catalog(cache: Path) -> Catalog:

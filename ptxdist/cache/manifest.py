@@ -5,14 +5,13 @@ Owns: manifest.json and the schema number. Refuses: a manifest that is damaged o
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ptxdist import files
 from ptxdist.errors import StoreError
 
 SCHEMA = 2
@@ -91,19 +90,9 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:
-    """Write the manifest in one step."""
-    temporary = cache / (MANIFEST + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(manifest_text(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(cache / MANIFEST)
+    """Write manifest.json atomically."""
+    files.write_whole(cache / MANIFEST, manifest_text(manifest), error=None)
 
 
 def _content_sum(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a small file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return files.sha256(json.dumps(content, sort_keys=True).encode())

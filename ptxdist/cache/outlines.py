@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.store import open_store
@@ -94,9 +95,5 @@ def encode(picture: Colour, suffix: str) -> bytes:
 
 
 def save(picture: Colour, path: Path) -> None:
-    """Write a picture; StoreError when the disk refuses."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(encode(picture, path.suffix))
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
+    """Write a picture as PNG or JPEG, by the suffix of `path`; StoreError when that fails."""
+    files.write_whole(path, encode(picture, path.suffix), sync=False, error=StoreError)

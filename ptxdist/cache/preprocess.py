@@ -8,9 +8,6 @@ store is complete. Whatever is interrupted, the manifest never promises more tha
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -20,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ptxdist import files, locks
 from ptxdist.cache.catalog import (
     FILE_NAME,
     Case,
@@ -32,7 +30,7 @@ from ptxdist.cache.catalog import (
 )
 from ptxdist.cache.duplicates import COLUMNS, SIDE_PX, near_duplicates, thumbnail
 from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
-from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, sha256_of, write_manifest
+from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
 from ptxdist.cache.render import Shard, shard_fingerprint, write_shard
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import (
@@ -40,21 +38,19 @@ from ptxdist.cache.store import (
     SHARD_CASES,
     damaged_rows,
     map_shard,
+    pending,
     shard_cases,
     shard_path,
-    staged,
     store_path,
-    unfinished,
     write_metadata,
 )
 from ptxdist.config import fingerprint
 from ptxdist.errors import BusyError, CatalogError, StoreError
-from ptxdist.executor import Spread, processes
+from ptxdist.executor import Executor, processes
 
 MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
 MISSING = "missing.csv"
-LOCK = ".lock"
 SALT = "salt"
 TABLES = (FILE_NAME, MISSING, REJECTS, DUPLICATES, SALT)
 
@@ -86,7 +82,7 @@ def preprocess(
     folds: int = FOLDS,
     seed: int = 0,
     dialect: str | None = None,
-    spread: AbstractContextManager[Spread] | None = None,
+    executor: AbstractContextManager[Executor] | None = None,
     workers: int = 1,
     on_progress: Progress = lambda step, done, total: None,
 ) -> PreprocessResult:
@@ -98,9 +94,9 @@ def preprocess(
     files cannot be used; StoreError when the disk is full or a worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
-    is_new = not (out / LOCK).is_file()
+    is_new = not (out / locks.LOCK).is_file()
     try:
-        with ExitStack() as held, spread or processes(workers) as work:
+        with ExitStack() as held, executor or processes(workers) as work:
             if not is_new:
                 held.enter_context(exclusive(out))
             # Everything that can be wrong with the tables and the headers is found before the first byte is written.
@@ -118,7 +114,7 @@ def preprocess(
                 salt=salt,
                 dialect=dialect,
                 skip=[out] if out.resolve().is_relative_to(images.resolve()) else (),
-                spread=work,
+                executor=work,
                 on_file=lambda done, total: on_progress("headers", done, total),
             )
             if is_new:
@@ -149,7 +145,7 @@ def _write_cache(
     images: Path,
     out: Path,
     sizes: tuple[int, ...],
-    spread: Spread,
+    executor: Executor,
     on_progress: Progress,
 ) -> PreprocessResult:
     _refuse_too_many(catalog.rejects, catalog, out)
@@ -169,7 +165,7 @@ def _write_cache(
     for number, missing in todo.items():
         paths = [catalog.paths.get(case.case_id, "") for case in blocks[number]]
         tasks.append((Shard(number, blocks[number], paths, images), out, missing))
-    for number, written in spread(write_shard, tasks):
+    for number, written in executor(write_shard, tasks):
         for size, record in written.items():
             records[size][number] = record
             entry = manifest.sizes.get(size, StoreRecord())
@@ -203,15 +199,13 @@ def _kept_shards(
     store, entry = store_path(out, size), manifest.sizes.get(size, StoreRecord())
     kept: dict[int, ShardRecord] = {}
     for number, source in enumerate(prints):
-        for array in ARRAYS:
-            unfinished(shard_path(store, array, number)).unlink(missing_ok=True)
         for record in (*entry.staged[number : number + 1], *entry.shards[number : number + 1]):
             if record is not None and record.fingerprint == source and _is_there(store, size, number, record):
                 kept[number] = record
                 break
         else:
             for array in ARRAYS:
-                staged(shard_path(store, array, number)).unlink(missing_ok=True)
+                pending(shard_path(store, array, number)).unlink(missing_ok=True)
         if entry.shards or entry.staged:
             on_progress(f"check of {size} px", number + 1, len(prints))
     return kept
@@ -223,9 +217,9 @@ def _is_there(store: Path, size: int, number: int, record: ShardRecord) -> bool:
     for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
         path = shard_path(store, array, number)
         if not damaged_rows(path, size, sums):
-            staged(path).unlink(missing_ok=True)
+            pending(path).unlink(missing_ok=True)
         else:
-            whole = whole and not damaged_rows(staged(path), size, sums)
+            whole = whole and not damaged_rows(pending(path), size, sums)
     return whole
 
 
@@ -287,7 +281,7 @@ def _put_in_place(
             for array in ARRAYS:
                 path = shard_path(store_path(out, size), array, number)
                 with suppress(FileNotFoundError):
-                    staged(path).replace(path)
+                    files.move(pending(path), path)
         _renew_metadata(out, size, manifest, cases)
         manifest.sizes[size] = StoreRecord(
             True, len(cases), source[size], tuple(records[size][number] for number in range(len(blocks)))
@@ -299,10 +293,10 @@ def _put_in_place(
     leakage = replace(catalog.leakage, near_duplicates=pairs, near_duplicates_shared=shared)
     catalog = replace(catalog, leakage=leakage)
     _write_rejects(out, catalog.rejects)
-    _write_table(out / MISSING, ("ImageId",), [(case_id,) for case_id in catalog.missing])
+    files.write_table(out / MISSING, ("ImageId",), [(case_id,) for case_id in catalog.missing], error=None)
     write_catalog(catalog, out / FILE_NAME)
     for name in TABLES:
-        manifest.files[name] = sha256_of(out / name)
+        manifest.files[name] = files.sha256(out / name)
     write_manifest(out, manifest)
     return catalog
 
@@ -333,22 +327,20 @@ def _find_duplicates(cases: Sequence[Case], out: Path, size: int) -> tuple[int, 
         small[place] = thumbnail(block[offset])
     pairs = [(cases[rows[i]], cases[rows[j]]) for i, j in near_duplicates(small)]
     table = [(a.case_id, b.case_id, a.split, b.split, str(a.group == b.group).lower()) for a, b in pairs]
-    _write_table(out / DUPLICATES, COLUMNS, table)
+    files.write_table(out / DUPLICATES, COLUMNS, table, error=None)
     return sum(a.split != b.split for a, b in pairs), len(pairs)
 
 
 def _is_whole(out: Path, name: str, manifest: Manifest) -> bool:
-    return (out / name).is_file() and manifest.files.get(name) == sha256_of(out / name)
+    return (out / name).is_file() and manifest.files.get(name) == files.sha256(out / name)
 
 
 @contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """The only writer of a cache; BusyError when there is another one."""
-    with open(out / LOCK, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BusyError(f"another `ptxdist preprocess` is writing to {out}; wait for it or stop it") from None
+    """Lock a cache for writing and remove what killed writers have left in it; BusyError when it is locked already."""
+    busy = f"another `ptxdist preprocess` is writing to {out}; wait for it or stop it"
+    with locks.only(out / locks.LOCK, busy, error=StoreError):
+        files.remove_leftovers(out)
         yield
 
 
@@ -361,21 +353,12 @@ def _keep_salt(path: Path, salt: bytes) -> None:
     """Store the salt of a new cache; BusyError when another run has given it one since this run looked."""
     former = read_salt(path.parent)
     if former and former != salt:
-        raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; run the command again")
+        raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; rerun the command")
     if former:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.touch(mode=0o600)
-    temporary.write_bytes(salt)
-    temporary.replace(path)
+    files.write_whole(path, salt, mode=0o600, error=None)
 
 
 def _write_rejects(out: Path, rejects: Sequence[Reject]) -> None:
-    _write_table(out / REJECTS, ("path", "reason"), [(reject.path, reject.reason) for reject in rejects])
-
-
-def _write_table(path: Path, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    os.replace(temporary, path)
+    rows = [(reject.path, reject.reason) for reject in rejects]
+    files.write_table(out / REJECTS, ("path", "reason"), rows, error=None)

@@ -20,7 +20,7 @@ import numpy as np
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.manifest import ShardRecord
 from ptxdist.cache.scan import digest_of
-from ptxdist.cache.store import ARRAYS, ShardWriter, crc32c, shard_path, store_path
+from ptxdist.cache.store import ARRAYS, crc32c, shard_path, shard_writer, store_path
 from ptxdist.config import fingerprint
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
@@ -70,10 +70,10 @@ def shard_fingerprint(cases: Sequence[Case], size_px: int) -> str:
 def write_shard(shard: Shard, out: Path, sizes_px: Sequence[int]) -> tuple[int, dict[int, ShardRecord]]:
     """One task of `preprocess`: decode each file once and write the shard at each size."""
     rejects: list[tuple[str, DicomError]] = []
-    with ExitStack() as files:
+    with ExitStack() as open_files:
         writers = {
-            (size, array): files.enter_context(
-                ShardWriter(shard_path(store_path(out, size), array, shard.number), len(shard.cases), size)
+            (size, array): open_files.enter_context(
+                shard_writer(shard_path(store_path(out, size), array, shard.number), len(shard.cases), size)
             )
             for size in sizes_px
             for array in ARRAYS

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ptxdist.dicom.radiograph import Header, read_bytes, read_header
 from ptxdist.errors import CatalogError, DicomError
-from ptxdist.executor import Spread, here
+from ptxdist.executor import Executor, serial
 
 DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
 _FILES_A_TASK = 64
@@ -39,7 +39,7 @@ def scan(
     *,
     salt: bytes = b"",
     skip: Collection[Path] = (),
-    spread: Spread = here,
+    executor: Executor = serial,
     on_file: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[list[ScannedFile], int]:
     """Every candidate below `root` in the order of the paths, and the number of other files.
@@ -57,7 +57,7 @@ def scan(
     tasks = [(root, start, names[start : start + _FILES_A_TASK], salt) for start in starts]
     found: dict[int, list[ScannedFile]] = {}
     done = 0
-    for start, files in spread(_scan_files, tasks, light=True):
+    for start, files in executor(_scan_files, tasks, light=True):
         found[start] = files
         done += len(files)
         on_file(done, len(names))

@@ -20,18 +20,18 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.cache.manifest import SCHEMA, read_manifest, sha256_of
+from ptxdist import files
+from ptxdist.cache.manifest import SCHEMA, read_manifest
 from ptxdist.errors import StoreError
 
 SHARD_CASES = 128
@@ -71,32 +71,29 @@ def crc32c(sample: Samples) -> str:
     return f"{google_crc32c.value(np.ascontiguousarray(sample)):08x}"
 
 
-def unfinished(path: Path) -> Path:
-    """Where a shard is being written; after a kill, a part of one."""
-    return path.with_name(path.name + ".tmp")
-
-
-def staged(path: Path) -> Path:
-    """Where a shard waits, whole, until all that are to be renewed are written: the former store stays readable."""
+def pending(path: Path) -> Path:
+    """Where a complete new shard waits until all shards of the run are written; the former store stays readable."""
     return path.with_name(path.name + ".new")
 
 
-class ShardWriter:
-    """One shard file in the making: a context that leaves a whole staged file, or none.
+@contextmanager
+def shard_writer(path: Path, cases: int, size_px: int) -> Iterator[ShardWriter]:
+    """Write one shard file; after the block it is pending, or after an exception nothing is left of it.
 
-    Rows that are never put, and all-zero ones, are holes. On leaving, the file is flushed to disk and renamed.
+    Rows that are never put, and all-zero ones, are holes.
     """
+    with files.replacing(pending(path), error=None) as temporary, open(temporary, "wb", buffering=0) as file:
+        writer = ShardWriter(file.fileno(), cases, size_px)
+        yield writer
+        writer.write_index()
 
-    def __init__(self, path: Path, cases: int, size_px: int) -> None:
-        self._path = staged(path)
-        self._temporary = unfinished(path)
-        self._bytes, self._cases = size_px * size_px, cases
+
+class ShardWriter:
+    """The samples of one shard file that is being written."""
+
+    def __init__(self, descriptor: int, cases: int, size_px: int) -> None:
+        self._descriptor, self._cases, self._bytes = descriptor, cases, size_px * size_px
         self._sums = [crc32c(np.zeros((size_px, size_px), np.uint8))] * cases
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._temporary, "wb", buffering=0)  # noqa: SIM115  closed in __exit__
-
-    def __enter__(self) -> ShardWriter:
-        return self
 
     def put(self, row: int, sample: Samples) -> None:
         """Write one sample, uint8 (size, size); rows come in any order."""
@@ -105,28 +102,19 @@ class ShardWriter:
             self._write(content.data.cast("B"), row * self._bytes)
             self._sums[row] = crc32c(content)
 
+    def write_index(self) -> None:
+        """Write the zarr index behind the samples."""
+        data, index = shard_layout(self._cases, self._bytes)
+        self._write(memoryview(index), data)
+
     @property
     def crc32c(self) -> str:
         """The checksums of all samples, one after the other."""
         return "".join(self._sums)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with ExitStack() as undo:
-            undo.callback(self._temporary.unlink, missing_ok=True)
-            with self._file:
-                if kind is not None:
-                    return
-                data, index = shard_layout(self._cases, self._bytes)
-                self._write(memoryview(index), data)
-                os.fsync(self._file.fileno())
-            self._temporary.replace(self._path)
-            undo.pop_all()
-
     def _write(self, part: memoryview, offset: int) -> None:
         while part:
-            written = os.pwrite(self._file.fileno(), part, offset)
+            written = os.pwrite(self._descriptor, part, offset)
             part, offset = part[written:], offset + written
 
 
@@ -182,13 +170,11 @@ def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDAr
             )
             array[:] = values.astype(object) if text else values
         zarr.consolidate_metadata(group.store)
-    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
-    files.sort(key=lambda path: path == Path("zarr.json"))
-    sums = {path.as_posix(): sha256_of(draft / path) for path in files}
-    for path in files:
-        target = store / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        (draft / path).replace(target)
+    paths = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
+    paths.sort(key=lambda path: path == Path("zarr.json"))
+    sums = {path.as_posix(): files.sha256(draft / path) for path in paths}
+    for path in paths:
+        files.move(draft / path, store / path)
     shutil.rmtree(draft)
     for name in ARRAYS:  # shards of cases that are no longer there
         for folder in (store / name / "c").iterdir():

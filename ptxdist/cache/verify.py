@@ -11,14 +11,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptxdist import files
 from ptxdist.cache.catalog import Case, read_catalog
-from ptxdist.cache.manifest import MANIFEST, Manifest, ShardRecord, read_manifest, sha256_of, write_manifest
+from ptxdist.cache.manifest import MANIFEST, Manifest, ShardRecord, read_manifest, write_manifest
 from ptxdist.cache.preprocess import coordinates, exclusive, shards
 from ptxdist.cache.render import Shard, differing_cases, write_shard
 from ptxdist.cache.scan import scan
-from ptxdist.cache.store import ARRAYS, damaged_rows, shard_path, staged, store_path, write_metadata
+from ptxdist.cache.store import ARRAYS, damaged_rows, pending, shard_path, store_path, write_metadata
 from ptxdist.errors import StoreError
-from ptxdist.executor import Spread, here
+from ptxdist.executor import Executor, serial
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,7 +57,7 @@ def verify(
 def _damage_of(path: Path, sum_: str) -> str:
     """What is wrong with a small file that must have this sha256; "" for nothing."""
     try:
-        return "" if sha256_of(path) == sum_ else "has another checksum than when it was written"
+        return "" if files.sha256(path) == sum_ else "has another checksum than when it was written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -83,14 +84,14 @@ def _compare(
 
 
 def verify_source(
-    cache: Path, images: Path, *, spread: Spread = here, on_progress: Progress = lambda step, done, total: None
+    cache: Path, images: Path, *, executor: Executor = serial, on_progress: Progress = lambda step, done, total: None
 ) -> list[Damage]:
     """Decode every file again and compare what comes out with the manifest: does the cache still show these files?
 
     Files are found by their content, wherever below `images` they are now.
     """
     manifest, blocks = _finished(cache), shards(read_catalog(cache).labelled)
-    paths = _find(images, blocks, spread, on_progress)
+    paths = _find(images, blocks, executor, on_progress)
     tasks = [
         (
             Shard(number, block, [paths.get(case.digest, "") for case in block], images),
@@ -100,7 +101,7 @@ def verify_source(
     ]
     digest_of = {case.case_id: case.digest for block in blocks for case in block}
     damages, done = {}, 0
-    for number, found in spread(differing_cases, tasks):
+    for number, found in executor(differing_cases, tasks):
         damages[number] = [
             Damage("", reason if digest_of[name] in paths else "its file is gone or was changed", (name,))
             for name, reason in found.items()
@@ -114,7 +115,7 @@ def repair(
     cache: Path,
     images: Path | None,
     *,
-    spread: Spread = here,
+    executor: Executor = serial,
     on_progress: Progress = lambda step, done, total: None,
 ) -> list[Damage]:
     """Mend what `verify` finds, from the catalog and the image files; returns what was wrong.
@@ -125,12 +126,12 @@ def repair(
     _finished(cache)  # before a lock is put into a folder that is no cache
     try:
         with exclusive(cache):
-            return _repair(cache, images, spread, on_progress)
+            return _repair(cache, images, executor, on_progress)
     except OSError as error:
         raise StoreError(f"{cache}: writing stopped: {error.strerror}; the same command goes on from there") from error
 
 
-def _repair(cache: Path, images: Path | None, spread: Spread, on_progress: Progress) -> list[Damage]:
+def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: Progress) -> list[Damage]:
     damages, manifest = verify(cache, on_progress=on_progress), _finished(cache)
     names = {damage.path for damage in damages}
     if lost := sorted(name for name in names if "/" not in name):
@@ -144,7 +145,7 @@ def _repair(cache: Path, images: Path | None, spread: Spread, on_progress: Progr
     if broken and images is None:
         raise StoreError(f"{len(broken)} shards are damaged; give the image files with --source to make them anew")
     if broken and images is not None:
-        paths = _find(images, [blocks[number] for number in broken], spread, on_progress)
+        paths = _find(images, [blocks[number] for number in broken], executor, on_progress)
         tasks = [
             (
                 Shard(number, blocks[number], [paths.get(case.digest, "") for case in blocks[number]], images),
@@ -153,7 +154,7 @@ def _repair(cache: Path, images: Path | None, spread: Spread, on_progress: Progr
             )
             for number, sizes in broken.items()
         ]
-        for number, made in spread(write_shard, tasks):
+        for number, made in executor(write_shard, tasks):
             _replace_shard(cache, number, broken[number], made)
     for size in manifest.sizes:
         store = store_path(cache, size)
@@ -172,9 +173,9 @@ def _replace_shard(cache: Path, number: int, expected: dict[int, ShardRecord], m
         for array in ARRAYS:
             path = shard_path(store_path(cache, size), array, number)
             if same:
-                staged(path).replace(path)
+                files.move(pending(path), path)
             else:
-                staged(path).unlink()
+                pending(path).unlink()
         if not same:
             raise StoreError(
                 f"{store_path(cache, size)}: shard {number} comes out differently from the files given with --source; "
@@ -195,11 +196,11 @@ def _finished(cache: Path, sizes_px: Iterable[int] | None = None) -> Manifest:
     return manifest
 
 
-def _find(images: Path, blocks: Sequence[Sequence[Case]], spread: Spread, on_progress: Progress) -> dict[str, str]:
+def _find(images: Path, blocks: Sequence[Sequence[Case]], executor: Executor, on_progress: Progress) -> dict[str, str]:
     """Path below `images` of the cases' files, by the digest of their bytes."""
     wanted = {case.digest for block in blocks for case in block}
-    files, _ = scan(images, spread=spread, on_file=lambda done, total: on_progress("headers", done, total))
-    return {file.digest: file.path for file in files if file.digest in wanted}
+    found, _ = scan(images, executor=executor, on_file=lambda done, total: on_progress("headers", done, total))
+    return {file.digest: file.path for file in found if file.digest in wanted}
 
 
 def refuse_damaged(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, PLACE, json_option, spread_over
+from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, PLACE, executor_for, json_option
 from ptxdist.errors import SettingsError, StoreError
 
 
@@ -93,7 +93,7 @@ def preprocess(
             sizes_px=sizes,
             folds=folds,
             dialect=dialect,
-            spread=spread_over(workers, address),
+            executor=executor_for(workers, address),
             on_progress=update,
         )
     if as_json:
@@ -139,14 +139,14 @@ def verify(
 
     if repair and "://" in str(cache):
         raise SettingsError(f"--repair mends folders; `ptxdist preprocess --out {cache}` mends what is there")
-    with console.progress() as update, spread_over(workers, address) as spread:
+    with console.progress() as update, executor_for(workers, address) as executor:
         cache = local_cache(cache, on_progress=update)
         if repair:
-            damages = checks.repair(cache, source, spread=spread, on_progress=update)
+            damages = checks.repair(cache, source, executor=executor, on_progress=update)
         else:
             damages = checks.verify(cache, on_progress=update)
         if source is not None and (repair or not damages):
-            left = checks.verify_source(cache, source, spread=spread, on_progress=update)
+            left = checks.verify_source(cache, source, executor=executor, on_progress=update)
         else:
             left = [] if repair else damages
     if as_json:

@@ -14,7 +14,7 @@ import click
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from ptxdist.executor import Spread
+    from ptxdist.executor import Executor
 
 
 class Place(click.Path):
@@ -38,7 +38,7 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
-def spread_over(workers: int, address: str | None) -> AbstractContextManager[Spread]:
+def executor_for(workers: int, address: str | None) -> AbstractContextManager[Executor]:
     """Processes on this machine, or with an address the nodes of a Ray cluster."""
     if address is None:
         from ptxdist.executor import processes

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, FILE, FOLDER, PLACE, json_option, spread_over
+from ptxdist.cli.options import ADDRESS, FILE, FOLDER, PLACE, executor_for, json_option
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def predict(
     from dataclasses import asdict
 
     from ptxdist import console
-    from ptxdist.executor import here
+    from ptxdist.executor import serial
     from ptxdist.predict.folder import predict_files
     from ptxdist.predict.predictor import Predictor
     from ptxdist.records import OperatingPoint
@@ -69,7 +69,7 @@ def predict(
         min_area_px=point.min_area_px if min_area is None else min_area,
         bottom=point.bottom if threshold is None else threshold,
     )
-    with console.progress() as update, spread_over(workers, address) as spread:
+    with console.progress() as update, executor_for(workers, address) as executor:
         result = predict_files(
             paths,
             out.absolute(),
@@ -77,7 +77,7 @@ def predict(
             [path.absolute() for path in models],
             device=device,  # type: ignore[arg-type]
             outputs=write,
-            spread=here if workers == 1 and address is None else spread,
+            executor=serial if workers == 1 and address is None else executor,
             workers=workers,
             on_progress=update,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from ptxdist.cluster.connection import connection
 from ptxdist.errors import ClusterError, PtxdistError
-from ptxdist.executor import Result, Spread
+from ptxdist.executor import Executor, Result
 
 _END_S = 30.0  # for running tasks to end by themselves after an error; then their processes are killed
 _AGAIN_S = 1.0
@@ -21,8 +21,8 @@ _AHEAD = 4  # tasks given out for each CPU of the cluster: enough for none to wa
 
 
 @contextmanager
-def ray_tasks(address: str) -> Iterator[Spread]:
-    """A Spread over the cluster at `address` (`host:6379`, `ray://host:10001`, or `auto` for the one this node is in).
+def ray_tasks(address: str) -> Iterator[Executor]:
+    """Executor over the cluster at `address` (`host:6379`, `ray://host:10001`, or `auto` for the one this node is in).
 
     A task whose node dies is done again elsewhere by Ray. Raises ClusterError when there is no cluster to be reached.
     """

@@ -23,7 +23,7 @@ import numpy as np
 
 from ptxdist.dicom.png import SIGNATURE, decode_png, read_png_header
 from ptxdist.errors import DicomError, LabelError
-from ptxdist.executor import Spread, here
+from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 
 NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}\.png$")  # NIH ChestX-ray14: the first eight digits are the patient
@@ -89,7 +89,7 @@ def _check_empty_fields(path: Path, empty_line: int, minus_line: int, rows: bool
         raise LabelError(f"{path}: the field for the mask is empty in every row; '-1' means no pneumothorax")
 
 
-def read_mask_folder(folder: Path, spread: Spread = here) -> MaskFolder:
+def read_mask_folder(folder: Path, executor: Executor = serial) -> MaskFolder:
     """Masks of the PNG files `<image id>.png` in a folder or below it, in the order of their paths.
 
     A px is inside the mask when it is brighter than half of what its bits can hold (over 127 of 255); a file with no
@@ -98,7 +98,7 @@ def read_mask_folder(folder: Path, spread: Spread = here) -> MaskFolder:
     """
     paths = _find_masks(folder)
     starts = range(0, len(paths), _FILES_A_TASK)
-    found = dict(spread(_read_masks, [(folder, start, paths[start : start + _FILES_A_TASK]) for start in starts]))
+    found = dict(executor(_read_masks, [(folder, start, paths[start : start + _FILES_A_TASK]) for start in starts]))
     read = dict(zip((path.stem for path in paths), (mask for start in starts for mask in found[start]), strict=True))
     return MaskFolder(
         {case_id: () if text == rle.EMPTY else (text,) for case_id, (text, _) in read.items()},

@@ -175,8 +175,8 @@ def _draw_all(
     chunks = [(start, folder, tasks[start : start + CHUNK], seed) for start in range(0, len(tasks), CHUNK)]
     results: dict[int, list[tuple[str, list[str]]]] = {}
     done = 0
-    with processes(workers) as spread:
-        for start, rows in spread(_write_chunk, chunks):
+    with processes(workers) as executor:
+        for start, rows in executor(_write_chunk, chunks):
             results[start] = rows
             done += len(rows)
             if on_image:

@@ -32,7 +32,7 @@ from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
 from ptxdist.dicom.spacing import read_spacing
 from ptxdist.errors import CatalogError, DicomError, RunError
-from ptxdist.executor import Spread, here
+from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.inputs import FoundInput, find_inputs, look_at, refuse_repeated
@@ -100,7 +100,7 @@ def predict_files(
     *,
     device: Device = "auto",
     outputs: Sequence[str] = ("masks", "overlays"),
-    spread: Spread = here,
+    executor: Executor = serial,
     workers: int = 1,
     on_progress: Progress = lambda what, done, total: None,
 ) -> PredictResult:
@@ -117,7 +117,7 @@ def predict_files(
         _settle(out, predictor)
         tasks = [(start, inputs[start : start + 64]) for start in range(0, len(inputs), 64)]
         looked: dict[int, list[FoundInput]] = {}
-        for start, part in spread(look_at, tasks, light=True):
+        for start, part in executor(look_at, tasks, light=True):
             looked[start] = part
             on_progress("headers", sum(map(len, looked.values())), len(inputs))
         kept, refused = refuse_repeated([item for start, _ in tasks for item in looked[start]])
@@ -130,11 +130,11 @@ def predict_files(
         before = len(findings)
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
         how = How(tuple(map(str, models)), device, predictor.operating_point, tuple(outputs), out, threads)
-        if workers == 1 and spread is here:
+        if workers == 1 and executor is serial:
             results = _work(predictor, how, left)
         else:
             chunks = [(how, left[start : start + _FILES_A_TASK]) for start in range(0, len(left), _FILES_A_TASK)]
-            results = (pair for chunk in spread(predict_chunk, chunks) for pair in chunk)
+            results = (pair for chunk in executor(predict_chunk, chunks) for pair in chunk)
         for number, (item, result) in enumerate(results, start=1):
             if isinstance(result, Finding):
                 findings[item.case_id] = result

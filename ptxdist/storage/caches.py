@@ -14,7 +14,6 @@ last the manifest that says that all is complete.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,11 +22,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
-from io import TextIOWrapper
 from pathlib import Path
 
+from ptxdist import files, locks
 from ptxdist.cache.manifest import (
     MANIFEST,
     Manifest,
@@ -52,7 +51,7 @@ _SENT = ".sent"
 _CHECKED = ".checked.json"
 
 Progress = Callable[[str, int, int], None]
-_held: dict[Path, TextIOWrapper] = {}
+_held: dict[Path, ExitStack] = {}  # locks of the folders that this process uses, until it ends
 
 
 def local_cache(
@@ -82,13 +81,15 @@ def local_cache(
             raise StoreError(
                 f"{remote.url} has no finished store of {size} px; make it with `ptxdist preprocess … --size {size}`"
             )
-    folder = use(f"cache-{key_of(remote.url)}-{hashlib.sha256(content).hexdigest()[:12]}", data)
-    with alone(folder):
-        folder.mkdir(exist_ok=True)
-        _write(folder / MANIFEST, content)
+    folder = use(f"cache-{key_of(remote.url)}-{files.sha256(content)[:12]}", data)
+    with alone(folder) as is_locked:
+        if is_locked:
+            files.remove_leftovers(folder)
+        files.write_whole(folder / MANIFEST, content, sync=False, error=StoreError)
         if not token or not _was_checked(folder, token, sizes):
             _fill(remote, folder, manifest, sizes, data, on_progress)
-            _write(folder / _CHECKED, json.dumps({"token": token, "sizes": sizes}).encode())
+            checked = json.dumps({"token": token, "sizes": sizes})
+            files.write_whole(folder / _CHECKED, checked, sync=False, error=StoreError)
     return folder
 
 
@@ -98,7 +99,7 @@ def remote_digest(url: str) -> str:
     content = remote.read(MANIFEST)
     if content is None or not any(entry.complete for entry in parse_manifest(content, url).sizes.values()):
         raise StoreError(f"{remote.url} is not a finished ptxdist cache")
-    return hashlib.sha256(content).hexdigest()
+    return files.sha256(content)
 
 
 def _fill(
@@ -113,7 +114,7 @@ def _fill(
     fetched = Counter[str]()
     while damages := verify(folder, sizes_px=sizes, on_progress=on_progress):
         if not fetched:
-            _make_room(folder, sum(2 * manifest.sizes[size].cases * size**2 for size in sizes), data)
+            _free_space(folder, sum(2 * manifest.sizes[size].cases * size**2 for size in sizes), data)
         for damage in damages:
             if fetched[damage.path] == _TRIES:
                 raise StoreError(
@@ -149,7 +150,7 @@ def working_cache(place: str | Path, on_progress: Progress = lambda step, done, 
         if content is not None and not _is_known(folder, content):
             shutil.rmtree(folder, ignore_errors=True)
             names = remote.list()
-            _make_room(folder, sum(size for size, _ in names.values()))
+            _free_space(folder, sum(size for size, _ in names.values()))
             remote.fetch(names.keys() - {LEASE}, folder, lambda done, total: on_progress("copies", done, total))
             _note(folder, content)
         yield folder
@@ -195,8 +196,8 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
         theirs.files.pop(name, None)
     tell(manifest_text(theirs).encode())
     told, left = time.monotonic(), Counter(changed.values())
-    files = {name: folder / name for name in changed}
-    for name, _ in remote.sending(files, lambda done, total: on_progress("shards sent", done, total)):
+    paths = {name: folder / name for name in changed}
+    for name, _ in remote.sending(paths, lambda done, total: on_progress("shards sent", done, total)):
         size, number = changed[name]
         left[size, number] -= 1
         if not left[size, number]:  # so that a run after a kill sends the rest only
@@ -235,12 +236,12 @@ def _record(manifest: Manifest, size: int, number: int) -> ShardRecord | None:
 def _note(folder: Path, manifest: bytes) -> None:
     """Remember that the folder is at least as new as a remote manifest."""
     with open(folder / _SENT, "a") as file:
-        file.write(hashlib.sha256(manifest).hexdigest() + "\n")
+        file.write(files.sha256(manifest) + "\n")
 
 
 def _is_known(folder: Path, manifest: bytes) -> bool:
     with suppress(FileNotFoundError):
-        return hashlib.sha256(manifest).hexdigest() in (folder / _SENT).read_text().split()
+        return files.sha256(manifest) in (folder / _SENT).read_text().split()
     return False
 
 
@@ -253,8 +254,9 @@ def use(name: str, data: DataSettings | None = None) -> Path:
         raise StoreError(f"{root} is somebody else's; set PTXDIST_STAGING to a folder of your own")
     lock = _beside(root / name, "use")
     if lock not in _held:
-        _held[lock] = open(lock, "a")  # noqa: SIM115  until this process ends
-        fcntl.flock(_held[lock], fcntl.LOCK_SH)
+        with ExitStack() as held:
+            held.enter_context(locks.shared(lock, error=StoreError))
+            _held[lock] = held.pop_all()
     os.utime(lock)
     return root / name
 
@@ -263,25 +265,23 @@ def _beside(folder: Path, kind: str) -> Path:
     return folder.with_name(f"{folder.name}.{kind}")
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """The only process of this node that fills a folder; others wait."""
-    with open(_beside(folder, "lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def alone(folder: Path) -> AbstractContextManager[bool]:
+    """Lock a folder for filling it; other processes of this node wait."""
+    return locks.only(_beside(folder, "lock"), error=StoreError)
 
 
-def _make_room(folder: Path, needed: int, data: DataSettings | None = None) -> None:
+def _free_space(folder: Path, needed: int, data: DataSettings | None = None) -> None:
     """Remove what nobody uses, the longest unused first, until `needed` bytes fit the limit; StoreError if full."""
     there = {path.with_suffix(""): _bytes(path.with_suffix("")) for path in folder.parent.glob("*.use")}
     missing = needed - there.pop(folder, 0)
     total = sum(there.values()) + needed - (data or DataSettings()).staging_gb * _GB
     for path in sorted(there, key=lambda path: _beside(path, "use").stat().st_mtime):
         if total > 0:
-            with open(_beside(path, "use")) as lock, suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-                total -= there[path]
+            lock = locks.only(_beside(path, "use"), "in use", error=StoreError)
+            with suppress(BusyError, StoreError), lock as is_locked:
+                if is_locked:  # else the copy may be in use
+                    shutil.rmtree(path, ignore_errors=True)
+                    total -= there[path]
     if missing > (free := shutil.disk_usage(folder.parent).free):
         raise StoreError(
             f"{folder.parent} has {free / _GB:.1f} GB free and a copy needs {missing / _GB:.1f}; "
@@ -291,12 +291,6 @@ def _make_room(folder: Path, needed: int, data: DataSettings | None = None) -> N
 
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
 
 
 def key_of(url: str) -> str:

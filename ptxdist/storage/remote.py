@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ptxdist import files
 from ptxdist.errors import StorageError
 
 if TYPE_CHECKING:
@@ -109,19 +110,19 @@ class Remote:
 
         return self._insist("", names)
 
-    def send(self, files: Mapping[str, Path]) -> None:
+    def send(self, paths: Mapping[str, Path]) -> None:
         """Write files, several at a time; each is there whole or as it was before."""
-        for _ in self.sending(files):
+        for _ in self.sending(paths):
             pass
 
     def sending(
-        self, files: Mapping[str, Path], on_sent: OnCount = lambda done, total: None
+        self, paths: Mapping[str, Path], on_sent: OnCount = lambda done, total: None
     ) -> Iterable[tuple[str, str]]:
         """As `send`; yields name and version of each that has been written. Files gone meanwhile are left out."""
 
         def put(name: str) -> tuple[str, str]:
             try:
-                file = open(files[name], "rb")  # noqa: SIM115  closed below
+                file = open(paths[name], "rb")  # noqa: SIM115  closed below
             except FileNotFoundError:
                 return name, ""
 
@@ -132,7 +133,7 @@ class Remote:
             with file:
                 return name, self._insist(name, whole)
 
-        return (result for result in _each(put, files, on_sent) if result[1])
+        return (result for result in _each(put, paths, on_sent) if result[1])
 
     def fetch(self, names: Iterable[str], folder: Path, on_fetched: OnCount = lambda done, total: None) -> None:
         """Read objects into files of the same names below `folder`, several at a time; those not there are left out.
@@ -148,25 +149,22 @@ class Remote:
             self._insist(listed[0], lambda: self._store.delete(listed))
 
     def _fetch(self, name: str, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        try:
-            for _ in range(_TRIES):
-                with suppress(ConflictError):
-                    if self._read_into(name, part):
-                        part.replace(path)
-                    return
-        finally:
-            part.unlink(missing_ok=True)
-        raise StorageError(f"{self.url}/{name} is written while it is read, again and again; try again later")
-
-    def _read_into(self, name: str, part: Path) -> bool:
-        """Write one version of an object into a file; False when there is none, ConflictError when it was replaced."""
-        from obstore.exceptions import PreconditionError
-
         def head() -> Any:
             with suppress(FileNotFoundError):
                 return self._store.head(name)
+
+        for _ in range(_TRIES):
+            meta = self._insist(name, head)
+            if meta is None:
+                return
+            with suppress(ConflictError), files.replacing(path, error=StorageError) as temporary:
+                self._read_into(temporary, name, meta)
+                return
+        raise StorageError(f"{self.url}/{name} changes while it is read, {_TRIES} times in a row; try again later")
+
+    def _read_into(self, path: Path, name: str, meta: Any) -> None:
+        """Write one version of an object into a file; ConflictError when the object is replaced meanwhile."""
+        from obstore.exceptions import PreconditionError
 
         def piece() -> Any:
             try:
@@ -174,16 +172,10 @@ class Remote:
             except (PreconditionError, FileNotFoundError):
                 raise ConflictError(name) from None
 
-        meta = self._insist(name, head)
-        if meta is None:
-            return False
-        with open(part, "wb") as file:
+        with open(path, "wb") as file:
             while (start := file.tell()) < meta["size"]:  # in pieces, since a request is bounded in time
                 options: Any = {"range": (start, start + _PIECE_BYTES), "if_match": meta["e_tag"]}
                 file.write(self._insist(name, piece))
-            file.flush()
-            os.fsync(file.fileno())
-        return True
 
     def _insist(self, name: str, action: Callable[[], Result]) -> Result:
         """Try until it succeeds or patience ends; StorageError says what was the matter."""
@@ -209,10 +201,9 @@ class Remote:
 
 
 def _open(bucket: str, prefix: str, patience_s: float) -> S3Store:
-    try:
-        from obstore.store import S3Store
-    except ImportError as error:
-        raise StorageError("object stores need a package that is not installed: pip install 'ptxdist[s3]'") from error
+    files.require_extra("s3", "an object store", "obstore", error=StorageError)
+    from obstore.store import S3Store
+
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     silence = min(_SILENCE_S, patience_s)
     return S3Store(

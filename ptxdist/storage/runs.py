@@ -13,15 +13,15 @@ there. So whoever reads finds what a killed run on a local disk would have left.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from ptxdist import files, locks
 from ptxdist.config import DataSettings
 from ptxdist.errors import BusyError, RunError, StorageError
 from ptxdist.rundir import CHECKPOINTS, EVALUATION, LOCK, RAY_LOG, RESULT, SETTINGS, stage_folder
@@ -86,8 +86,8 @@ class Mirror:
                 known, there = self._known(part), self._local(part)
                 new = [name for name, found in there.items() if known.get(name, [])[:2] != found]
                 for last in (False, True):
-                    files = {name: self.folder / name for name in new if name.endswith(_LAST) is last}
-                    for name, version in self.remote.sending(files):
+                    paths = {name: self.folder / name for name in new if name.endswith(_LAST) is last}
+                    for name, version in self.remote.sending(paths):
                         known[name] = [*there[name], version]
                         self._remember(part, known)
                 gone = known.keys() - there.keys()
@@ -127,7 +127,7 @@ class Mirror:
         """What this folder is known by to its remote one; drawn when it has none."""
         path = self.base / "token"
         if not path.is_file():
-            path.write_text(secrets.token_hex(8))
+            files.write_whole(path, secrets.token_hex(8), error=None)
         return path.read_text()
 
     def _local(self, part: str) -> dict[str, list[int | str]]:
@@ -156,9 +156,7 @@ class Mirror:
         return {}
 
     def _remember(self, part: str, known: Known) -> None:
-        temporary = self._journal(part).with_suffix(".tmp")
-        temporary.write_text(json.dumps(known))
-        temporary.replace(self._journal(part))
+        files.write_whole(self._journal(part), json.dumps(known), sync=False, error=None)
 
     def _journal(self, part: str) -> Path:
         return self.base / f"sent-{part.strip('/').replace('/', '-')}.json"
@@ -209,12 +207,6 @@ def is_run(url: str) -> bool:
     return Remote(url).read(SETTINGS) is not None
 
 
-@contextmanager
-def _only_driver(base: Path) -> Iterator[None]:
+def _only_driver(base: Path) -> AbstractContextManager[bool]:
     """The only training of a run on this node; those on others know each other by the lease."""
-    with open(base / "driver", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BusyError("another ptxdist trains this run on this machine; wait for it or stop it") from None
-        yield
+    return locks.only(base / "driver", "another ptxdist trains this run on this machine; wait for it or stop it")

@@ -46,12 +46,12 @@ from torch.utils.data import DataLoader, Dataset
 from ptxdist.cache.store import (
     ARRAYS,
     SHARD_CASES,
-    ShardWriter,
     Store,
     map_shard,
+    pending,
     shard_count,
     shard_path,
-    staged,
+    shard_writer,
     store_path,
     write_metadata,
 )
@@ -72,10 +72,10 @@ def make_store(folder: Path, size_px: int, cases: int) -> Store:
     for shard in range(shard_count(cases)):
         for name in ARRAYS:
             file = shard_path(path, name, shard)
-            with ShardWriter(file, SHARD_CASES, size_px) as writer:
+            with shard_writer(file, SHARD_CASES, size_px) as writer:
                 for row in range(SHARD_CASES):
                     writer.put(row, random.integers(0, 256, (size_px, size_px), dtype=np.uint8))
-            staged(file).replace(file)
+            pending(file).replace(file)
     write_metadata(path, size_px, {"case_id": np.arange(cases).astype(str)})
     arrays = [
         tuple(map_shard(shard_path(path, name, n), SHARD_CASES, size_px)[0] for n in range(shard_count(cases)))

@@ -19,7 +19,7 @@ from ptxdist.cache import render
 from ptxdist.cache.catalog import REMOVED, Case, Catalog, build_catalog
 from ptxdist.cache.render import Shard, differing_cases, fit_square, resize, shard_fingerprint, write_shard
 from ptxdist.cache.scan import digest_of
-from ptxdist.cache.store import ARRAYS, damaged_rows, map_shard, shard_path, staged, store_path
+from ptxdist.cache.store import ARRAYS, damaged_rows, map_shard, pending, shard_path, store_path
 from ptxdist.labels import rle
 
 SIZES = (32, 64)
@@ -135,7 +135,7 @@ def shard(small_catalog: Catalog, small_dataset) -> Shard:  # type: ignore[no-un
 
 
 def samples(out: Path, size: int, cases: int, array: str) -> npt.NDArray[np.uint8]:
-    return map_shard(staged(shard_path(store_path(out, size), array, 0)), cases, size)[0]
+    return map_shard(pending(shard_path(store_path(out, size), array, 0)), cases, size)[0]
 
 
 def test_a_shard_holds_the_samples_of_its_files_and_masks(shard: Shard, small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -157,7 +157,7 @@ def test_a_shard_holds_the_samples_of_its_files_and_masks(shard: Shard, small_da
             )
             assert np.abs(mask - expected).max() <= 1
         for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
-            assert damaged_rows(staged(shard_path(store_path(tmp_path, size), array, 0)), size, sums) == {}
+            assert damaged_rows(pending(shard_path(store_path(tmp_path, size), array, 0)), size, sums) == {}
 
 
 def test_geometry_maps_a_mask_back_to_its_image(shard: Shard, small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -112,8 +112,8 @@ def test_file_name_that_is_no_utf8_is_read_as_any_other(tmp_path: Path, write_di
 def test_spread_over_processes_the_scan_is_the_same(many_dataset) -> None:  # type: ignore[no-untyped-def]
     heard: list[tuple[int, int]] = []
     alone, others = scan(many_dataset.dicom, salt=b"s")
-    with processes(2) as spread:
-        together = scan(many_dataset.dicom, salt=b"s", spread=spread, on_file=lambda *step: heard.append(step))
+    with processes(2) as executor:
+        together = scan(many_dataset.dicom, salt=b"s", executor=executor, on_file=lambda *step: heard.append(step))
     assert together == (alone, others)
     assert [file.path for file in alone] == sorted(path.name for path in many_dataset.dicom.iterdir())
     assert all(isinstance(file, ScannedFile) and file.header for file in alone)

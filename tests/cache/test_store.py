@@ -24,12 +24,12 @@ from ptxdist.cache.store import (
     ARRAYS,
     GEOMETRY,
     SHARD_CASES,
-    ShardWriter,
     damaged_rows,
     open_store,
+    pending,
     shard_count,
     shard_path,
-    staged,
+    shard_writer,
     store_path,
     write_metadata,
 )
@@ -42,10 +42,10 @@ EDGES = [1, 15, 16, 17, 127, 128, 129, 143, 144, 145, 255, 256, 257]
 def write_array(store: Path, array: str, shard: int, samples: Block, order: list[int] | None = None) -> str:
     """One shard in its place, its rows put in the given order; its checksums."""
     path = shard_path(store, array, shard)
-    with ShardWriter(path, len(samples), samples.shape[1]) as writer:
+    with shard_writer(path, len(samples), samples.shape[1]) as writer:
         for row in order or range(len(samples)):
             writer.put(row, samples[row])
-    staged(path).replace(path)
+    pending(path).replace(path)
     return writer.crc32c
 
 
@@ -171,21 +171,21 @@ def test_shard_writer_that_fails_leaves_nothing_behind(
 
     if moment == "when it is closed":
         monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), ShardWriter(path, 3, 4) as writer:  # noqa: PT012
+    with pytest.raises(OSError, match="No space left"), shard_writer(path, 3, 4) as writer:  # noqa: PT012
         writer.put(0, noise(1, 4, seed=1)["image"][0])
         if moment == "while samples are put":
             full(0)
     assert file_bytes(tmp_path) == before
 
 
-def test_shard_is_staged_until_it_is_put_in_place(tmp_path: Path) -> None:
+def test_shard_is_pending_until_it_is_put_in_place(tmp_path: Path) -> None:
     path = shard_path(tmp_path, "image", 0)
-    with ShardWriter(path, 3, 4) as writer:
+    with shard_writer(path, 3, 4) as writer:
         writer.put(0, noise(1, 4)["image"][0])
         assert not path.exists()
-        assert not staged(path).exists()
+        assert not pending(path).exists()
     assert not path.exists()
-    assert damaged_rows(staged(path), 4, writer.crc32c) == {}
+    assert damaged_rows(pending(path), 4, writer.crc32c) == {}
 
 
 def test_metadata_of_the_arrays_are_golden(tmp_path: Path) -> None:

@@ -176,8 +176,8 @@ def test_source_that_is_unchanged_or_moved_is_right(cache: Path, dicom: Path) ->
     first, second, *_ = sorted(dicom.rglob("*.dcm"))
     shutil.move(first, dicom / "elsewhere.dcm")
     shutil.move(second, second.with_name("other name"))
-    with processes(2) as spread:
-        assert verify_source(cache, dicom, spread=spread) == []
+    with processes(2) as executor:
+        assert verify_source(cache, dicom, executor=executor) == []
 
 
 def test_changed_and_removed_source_files_are_named(cache: Path, dicom: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]

@@ -54,13 +54,13 @@ def test_a_cache_made_by_tasks_on_two_nodes_has_the_same_bytes(cluster: Cluster,
     heard: list[str] = []
     preprocess(
         data.dicom, data.labels, there, patients=data.patients, sizes_px=(32, 48),
-        spread=ray_tasks(cluster.address), on_progress=lambda step, done, total: heard.append(step),
+        executor=ray_tasks(cluster.address), on_progress=lambda step, done, total: heard.append(step),
     )  # fmt: skip
     assert digests(here) == digests(there)
     assert {"headers", "images"} <= set(heard)
     assert verify(there) == []
-    with ray_tasks(cluster.address) as spread:
-        assert verify_source(there, data.dicom, spread=spread) == []
+    with ray_tasks(cluster.address) as executor:
+        assert verify_source(there, data.dicom, executor=executor) == []
 
 
 def test_predictions_made_by_tasks_on_two_nodes_have_the_same_bytes(
@@ -70,8 +70,10 @@ def test_predictions_made_by_tasks_on_two_nodes_have_the_same_bytes(
     files = sorted(small_dataset.dicom.rglob("*.dcm"))[:6]
     predictor, here, there = Predictor.load(finished_run, device="cpu"), tmp_path / "here", tmp_path / "there"
     command.predict_files(files, here, predictor, [finished_run], device="cpu")
-    with ray_tasks(cluster.address) as spread:
-        result = command.predict_files(files, there, predictor, [finished_run], device="cpu", spread=spread, workers=2)
+    with ray_tasks(cluster.address) as executor:
+        result = command.predict_files(
+            files, there, predictor, [finished_run], device="cpu", executor=executor, workers=2
+        )
     assert result.predicted == 6
     assert digests(here) == digests(there)
 
@@ -82,8 +84,8 @@ def test_tasks_are_spread_over_the_nodes_and_all_come_back(cluster: Cluster) -> 
 
         return number, ray.get_runtime_context().get_node_id()
 
-    with ray_tasks(cluster.address) as spread:
-        done = dict(spread(node_of, [(number,) for number in range(40)]))
+    with ray_tasks(cluster.address) as executor:
+        done = dict(executor(node_of, [(number,) for number in range(40)]))
     assert sorted(done) == list(range(40))
     assert len(set(done.values())) == 2
 
@@ -92,8 +94,8 @@ def test_a_refusal_in_a_task_is_the_callers(cluster: Cluster) -> None:
     def refuse(number: int) -> int:
         raise StoreError(f"task {number} refuses")
 
-    with pytest.raises(StoreError, match="task 3 refuses"), ray_tasks(cluster.address) as spread:
-        list(spread(refuse, [(3,)]))
+    with pytest.raises(StoreError, match="task 3 refuses"), ray_tasks(cluster.address) as executor:
+        list(executor(refuse, [(3,)]))
 
 
 def test_after_a_refusal_no_task_writes_any_more(cluster: Cluster, tmp_path: Path) -> None:
@@ -104,9 +106,9 @@ def test_after_a_refusal_no_task_writes_any_more(cluster: Cluster, tmp_path: Pat
             (tmp_path / f"{number}-{second}").touch()
             time.sleep(0.1)
 
-    with ray_tasks(cluster.address) as spread:
+    with ray_tasks(cluster.address) as executor:
         with pytest.raises(StoreError, match="task 0 refuses"):
-            list(spread(write_or_refuse, [(number,) for number in range(4)]))
+            list(executor(write_or_refuse, [(number,) for number in range(4)]))
         written = sorted(tmp_path.iterdir())
         time.sleep(0.5)
         assert sorted(tmp_path.iterdir()) == written
@@ -123,10 +125,10 @@ def test_a_slow_machine_does_not_hold_up_the_others(cluster: Cluster) -> None:
         time.sleep(1.0 if here == slow else 0.1)
         return here
 
-    with ray_tasks(cluster.address) as spread:
-        list(spread(work, [(number,) for number in range(4)]))  # workers are up
+    with ray_tasks(cluster.address) as executor:
+        list(executor(work, [(number,) for number in range(4)]))  # workers are up
         started = time.monotonic()
-        done = list(spread(work, [(number,) for number in range(40)]))
+        done = list(executor(work, [(number,) for number in range(40)]))
         seconds = time.monotonic() - started
     # Ten times as slow: at best it does 4 of 40 and all is over after 3.7 s, in equal shares after 20 s.
     assert done.count(slow) <= 8, done.count(slow)

@@ -168,11 +168,11 @@ def test_more_masks_than_a_task_holds_are_read_in_order_by_processes_too(tmp_pat
     found = read_mask_folder(tmp_path)
     assert list(found.masks) == [f"1.{number:03}" for number in range(150)]
     assert [case_id for case_id, texts in found.masks.items() if not texts] == ["1.007"]
-    with processes(2) as spread:
-        assert read_mask_folder(tmp_path, spread) == found
+    with processes(2) as executor:
+        assert read_mask_folder(tmp_path, executor) == found
         (tmp_path / "1.149.png").write_bytes(b"nothing")
         with pytest.raises(LabelError, match=r"the mask image 1\.149\.png is not a PNG"):
-            read_mask_folder(tmp_path, spread)
+            read_mask_folder(tmp_path, executor)
 
 
 def test_masks_of_the_png_mirror_are_the_tables(real_data: Path) -> None:

@@ -199,9 +199,9 @@ def test_processes_write_the_same_bytes(
     done: Path, predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command, "_FILES_A_TASK", 3)
-    with processes(2) as spread:
+    with processes(2) as executor:
         predict_files(
-            [images], tmp_path / "out", predictor, [finished_run], device="cpu", spread=spread, workers=2,
+            [images], tmp_path / "out", predictor, [finished_run], device="cpu", executor=executor, workers=2,
             outputs=("masks", "overlays"),
         )  # fmt: skip
     found, whole = contents(tmp_path / "out"), contents(done)
