@@ -9,9 +9,6 @@ from (seed, index of the image), so it does not depend on the workers.
 
 from __future__ import annotations
 
-import csv
-import os
-import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
+from ptxdist import files
 from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
@@ -87,24 +85,15 @@ def write_phantoms(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder; name another one or delete it, nothing was written")
     tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
-    part = out.with_name(f".{out.name}.part-{os.getpid()}")
-    part.mkdir(parents=True)
-    try:
-        rows = _draw_all(part / "dicom-images", tasks, seed, workers, on_image)
-        with (part / "train-rle.csv").open("w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(LABEL_HEADER)
-            table.writerows((name, text) for name, texts in rows for text in texts)
-        with (part / "patients.csv").open("w", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")
-            table.writerow(("ImageId", "PatientId"))
-            table.writerows((name, f"{task.patient:08d}") for task, (name, _) in zip(tasks, rows, strict=True))
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    with files.replacing_folder(out, error=None) as folder:
+        rows = _draw_all(folder / "dicom-images", tasks, seed, workers, on_image)
+        labelled = [(name, text) for name, texts in rows for text in texts]
+        owners = [(name, f"{task.patient:08d}") for task, (name, _) in zip(tasks, rows, strict=True)]
+        for name, header, table in (
+            ("train-rle.csv", LABEL_HEADER, labelled),
+            ("patients.csv", ("ImageId", "PatientId"), owners),
+        ):
+            files.write_table(folder / name, header, table, lineterminator="\n", sync=False, error=None)
     positives = sum(task.positive for task in tasks)
     unlabelled = sum(not task.rows for task in tasks)
     return PhantomResult(
