@@ -1,1 +1,1 @@
-"""One DICOM or PNG file to one radiograph."""
+"""Reading one DICOM or PNG file as one radiograph."""

@@ -1,12 +1,12 @@
-"""What a compressed image says of itself, looked at before and after it is decoded.
+"""Checks of a compressed image before and after it is decoded.
 
-Owns: the markers of JPEG (ITU-T T.81), JPEG-LS (T.87) and JPEG 2000 (T.800) as far as they tell size, depth and end.
-Refuses: streams without a beginning or an end. Called by: `pixels`.
+Owns: the markers of JPEG (ITU-T T.81), JPEG-LS (T.87) and JPEG 2000 (T.800) that give size, bit depth and end.
+Refuses: streams without a start or an end.
 
-Decoders allocate what the stream claims, whatever the DICOM header says, and the one of JPEG Lossless and Extended
-takes a cut or damaged stream for a sound one. So the codes are followed here: those of the whole image must fill the
-stream to its last byte. In JPEG Lossless their lengths follow from the decoded values, which numpy works out quickly;
-JPEG Extended has to be read code by code, about a second for a large image, and is rare.
+Decoders allocate the size that the stream claims, whatever the DICOM header says, and the decoder of JPEG Lossless and
+Extended accepts truncated and damaged streams. Therefore this module follows the Huffman codes: those of the whole
+image must fill the stream to its last byte. In JPEG Lossless their lengths follow from the decoded values, which numpy
+computes quickly. JPEG Extended is rare and has to be read code by code, which takes about a second for a large image.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ MAX_TILES = 65535  # what T.800 allows
 
 @dataclass(frozen=True)
 class Stream:
-    """Size and depth of a compressed image; what follows `tiles` is there for JPEG only.
+    """Size and bit depth of a compressed image; the fields after `tiles` are set for JPEG only.
 
-    `process` is its frame marker (0 for JPEG 2000), `tiles` the number of tiles of JPEG 2000, `scan` and `end` are the
-    bounds of the entropy-coded data, `dc` and `ac` the Huffman codes (length, symbol) in their order, `shift` is the
-    point transform (lowest bits left out), `interval` the restart interval in px or blocks, or 0.
+    `process` is the frame marker (0 for JPEG 2000), `tiles` the number of tiles of JPEG 2000. `scan` and `end` are the
+    byte range of the entropy-coded data, `dc` and `ac` the Huffman codes (length, symbol) in their order, `shift` is
+    the point transform (number of lowest bits left out), `interval` the restart interval in pixels or blocks, or 0.
     """
 
     rows: int
@@ -56,12 +56,12 @@ class Stream:
 
 
 def read_jpeg(frame: bytes) -> Stream:
-    """Read the markers of a JPEG or JPEG-LS stream up to its first scan, and find its end.
+    """Read the markers of a JPEG or JPEG-LS stream up to its first scan, and find its end mark.
 
-    Raises DicomError when it does not start or end as one, or is damaged in between.
+    Raises DicomError when the start or the end mark is missing, or a marker before the scan is damaged.
     """
     if frame[:2] != b"\xff\xd8":
-        raise DicomError("has damaged pixel data (no JPEG stream where one should begin)")
+        raise DicomError("has damaged pixel data (there is no JPEG stream at its start)")
     size: tuple[int, int, int, int, int] | None = None
     tables: dict[int, Codes] = {}
     position, interval = 2, 0
@@ -70,7 +70,7 @@ def read_jpeg(frame: bytes) -> Stream:
         segment = frame[start:after]
         if marker in _SOF:
             if len(segment) < 6 or size is not None:
-                raise DicomError("has damaged JPEG data (its size is not clear)")
+                raise DicomError("has damaged JPEG data (it states its size more than once)")
             rows, columns = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
             size = (rows, columns, segment[5], segment[0], marker)
         elif marker == _DHT:
@@ -84,13 +84,13 @@ def read_jpeg(frame: bytes) -> Stream:
         raise DicomError("has damaged JPEG data (its size is missing)")
     end = frame.rfind(b"\xff\xd9", after)
     if end < 0:
-        raise DicomError("has JPEG data that are cut off (their end mark is missing)")
+        raise DicomError("has JPEG data that are cut off (the end mark is missing)")
     dc, ac = tables.get(segment[2] >> 4, ()), tables.get(0x10 | segment[2] & 15, ())
     return Stream(*size, 1, after, end, dc, ac, segment[-3], segment[-1] & 15, interval)
 
 
 def _segment(frame: bytes, position: int) -> tuple[int, int, int]:
-    """Marker at a position, start and end of what it holds."""
+    """Marker code at a position, and start and end of its segment's content."""
     start = position
     while frame[start : start + 2] == b"\xff\xff":  # fill bytes
         start += 1
@@ -101,7 +101,7 @@ def _segment(frame: bytes, position: int) -> tuple[int, int, int]:
 
 
 def _codes(segment: bytes) -> dict[int, Codes]:
-    """Huffman codes by the number of their table, to which 16 is added for those of AC."""
+    """Huffman codes by table number, plus 16 for AC tables."""
     tables = {}
     while len(segment) >= 17:
         counts = segment[1:17]
@@ -112,16 +112,16 @@ def _codes(segment: bytes) -> dict[int, Codes]:
 
 
 def read_jpeg_2000(frame: bytes) -> Stream:
-    """Read the size of a JPEG 2000 stream, bare or in a JP2 file; DicomError when there is none."""
+    """Read the size of a JPEG 2000 stream, raw or in a JP2 file. Raises DicomError when there is no valid one."""
     start = frame.find(_JPEG_2000, 0, 4096)
     size = frame[start + 8 : start + 45]
     if start < 0 or len(size) < 37:
-        raise DicomError("has damaged pixel data (no JPEG 2000 stream where one should begin)")
+        raise DicomError("has damaged pixel data (there is no JPEG 2000 stream at its start)")
     right, bottom, left, top, tile_width, tile_height = (
         int.from_bytes(size[i : i + 4], "big") for i in range(0, 24, 4)
     )
     if not (tile_width and tile_height and right > left and bottom > top) or size[35:] != b"\1\1":
-        raise DicomError("has damaged JPEG 2000 data (its size makes no sense)")
+        raise DicomError("has damaged JPEG 2000 data (its size is invalid)")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
     return Stream(bottom - top, right - left, int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, tiles=tiles)
 
@@ -129,20 +129,20 @@ def read_jpeg_2000(frame: bytes) -> Stream:
 def lossless_is_whole(frame: bytes, stream: Stream, pixels: npt.NDArray[np.unsignedinteger]) -> bool:
     """Whether decoded values (rows, columns) account for every bit of their JPEG Lossless stream (T.81 H.1).
 
-    A bit that flips in the code of a value nearly always changes how many bits follow. What cannot be found this way
-    is a flip in the bits behind a code, which alters a value and leaves all lengths as they are.
+    A flipped bit in the code of a value nearly always changes how many bits follow. A flip in the bits after a code is
+    not detected: it alters a value and leaves all lengths as they are.
     """
     parts = _parts(frame, stream)
     interval = stream.interval or stream.rows * stream.columns
     if interval % stream.columns:
-        return True  # not allowed, and not worth a decoder of our own
+        return True  # T.81 does not allow it; not checked
     taken = _bits(stream, pixels, interval // stream.columns)
     bits = np.add.reduceat(taken, np.arange(0, pixels.size, interval), dtype=np.int64)
     return all(map(_filled, parts, bits.tolist())) and len(parts) == len(bits)
 
 
 def sequential_is_whole(frame: bytes, stream: Stream) -> bool:
-    """Whether a sequential JPEG stream of one component has all its blocks and nothing else (T.81 F.2.2)."""
+    """Whether a sequential JPEG stream of one component contains all its blocks and nothing else (T.81 F.2.2)."""
     blocks = -(-stream.rows // 8) * -(-stream.columns // 8)
     interval = stream.interval or blocks
     parts = _parts(frame, stream)
@@ -156,13 +156,13 @@ def sequential_is_whole(frame: bytes, stream: Stream) -> bool:
 
 @lru_cache(maxsize=16)
 def _by_bits(codes: Codes) -> list[int]:
-    """Length and symbol of the code (length * 256 + symbol) that 16 bits begin with; 0 where there is none."""
+    """Table from 16 bits to the code that they start with (length * 256 + symbol); 0 where there is none."""
     table = [length << 8 | symbol for length, symbol in codes for _ in range(1 << (16 - length))]
     return (table + [0] * 0x10000)[:0x10000]
 
 
 def _bits_of_blocks(part: bytes, blocks: int, dc: list[int], ac: list[int]) -> int | None:
-    """Number of bits that so many blocks take; None when a code is unknown or the data end too early."""
+    """Number of bits that `blocks` blocks take; None when a code is unknown or the data end too early."""
     data = part.replace(b"\xff\0", b"\xff")
     end, position = 8 * len(data), 0
     data += b"\0\0\0"
@@ -189,25 +189,25 @@ def _bits_of_blocks(part: bytes, blocks: int, dc: list[int], ac: list[int]) -> i
 
 
 def _parts(frame: bytes, stream: Stream) -> list[bytes]:
-    """Entropy-coded data between the restart markers."""
+    """The entropy-coded data, split at the restart markers."""
     return re.split(rb"\xff+[\xd0-\xd7]", frame[stream.scan : stream.end].rstrip(b"\xff"))
 
 
 def _filled(part: bytes, bits: int) -> bool:
-    """Whether so many bits fill a part of the scan, without a marker in it, to its last byte; the rest is padding."""
+    """Whether `bits` bits and padding fill a part of the scan to its last byte, and no marker is in it."""
     if re.search(rb"\xff[^\0]", part):
         return False
     size, padding = -(-bits // 8), -bits % 8
     rest = (part.removesuffix(b"\0") if part.endswith(b"\xff\0") else part)[-1:]
     ones = (1 << padding) - 1
-    # T.81 pads with ones; zeros do no harm.
+    # T.81 pads with ones; zeros are accepted.
     return len(part) - part.count(b"\xff\0") == size and bool(rest) and rest[0] & ones in (0, ones)
 
 
 def _bits(stream: Stream, pixels: npt.NDArray[np.unsignedinteger], restart_rows: int) -> npt.NDArray[np.uint8]:
-    """Number of bits that each value takes, flat."""
+    """Number of bits that each value takes, uint8 (rows * columns,)."""
     difference = np.arange(0x10000, dtype=np.uint16).view(np.int16).astype(np.int32)
-    category = np.frexp(np.abs(difference))[1]  # bits of the absolute difference; 16 stands for 32768, with none behind
+    category = np.frexp(np.abs(difference))[1]  # bits of the absolute difference; 16 means 32768, without further bits
     lengths = {symbol: length for length, symbol in stream.dc}
     code = np.array([lengths.get(symbol, 0) for symbol in range(17)], np.uint8)
     bits_of = (code[category] + np.where(category == 16, 0, category)).astype(np.uint8)
@@ -222,7 +222,7 @@ def _bits(stream: Stream, pixels: npt.NDArray[np.unsignedinteger], restart_rows:
 
 
 def _predicted(block: npt.NDArray[np.int32], first: int, stream: Stream, restart_rows: int) -> npt.NDArray[np.int32]:
-    """Prediction of each value of some rows from its neighbours (T.81 table H.1); `first` is the row they start at."""
+    """Prediction of each value of a block from its neighbours (T.81 table H.1); the block starts at row `first`."""
     left, above, corner = block[1:, :-1], block[:-1, 1:], block[:-1, :-1]
     expected = np.empty_like(block)
     expected[1:, 0] = block[:-1, 0]

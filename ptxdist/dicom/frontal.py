@@ -1,11 +1,11 @@
-"""Header of a file -> does it say that this is a frontal chest radiograph?
+"""Check of a DICOM header for a frontal chest radiograph, for files that are uploaded to the viewer.
 
-Owns: that rule. Refuses: what says that it shows something else (DicomError). Called by: `predict.server`.
+Owns: that rule. Refuses: files whose header names another modality, body part or view (DicomError).
 
-`preprocess` and `predict` take every grayscale image: who names a file or a folder knows what it is. Onto a page
-anything can be dropped, and a network gives an answer to anything. So the modality has to be one of radiography (PS3.3
-C.7.3.1.1.1), and body part (PS3.16 annex L) and view position must not name another part or another view. Where these
-two are missing, or say what no standard knows, the file is taken: many sound files do.
+`preprocess` and `predict` accept every grayscale image, since their user has chosen the files. Any file can be dropped
+on the viewer's page, and a network gives an answer to any image. Therefore the modality has to be one of radiography
+(PS3.3 C.7.3.1.1.1), and body part (PS3.16 annex L) and view position must not name another part or another view. Files
+in which these two are missing or are not defined in the standard are accepted: many valid files have such headers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ptxdist.dicom.tags import read_tags
 from ptxdist.errors import DicomError
 
 MODALITIES = ("CR", "DX", "RG")
-# Words of the standard, which may be repeated in a sentence; any other one may be a name.
+# Terms of the standard, which a message may repeat; any other value may be a name.
 _OTHER_MODALITIES = frozenset({
     "CT", "ES", "IO", "MG", "MR", "NM", "OP", "OT", "PR", "PT", "PX", "RF", "RTIMAGE", "SEG", "SR", "US", "XA", "XC",
 })  # fmt: skip
@@ -35,12 +35,15 @@ _OTHER_VIEWS = frozenset({"LL", "RL", "LLO", "RLO", "LAT", "LATERAL", "OBLIQUE"}
 
 
 def refuse_other_than_chest(content: bytes) -> None:
-    """DicomError, with the reason, for a file's content that is no DICOM image or says that it is no frontal chest."""
+    """Raise DicomError, with the reason, unless a file's content is DICOM and may be a frontal chest radiograph.
+
+    The pixels are not decoded.
+    """
     if not content:
         raise DicomError("is empty (0 bytes)")
     if content.startswith(SIGNATURE):
-        raise DicomError("is a PNG, which does not say what it shows; give a DICOM file, or use `ptxdist predict`")
-    read_header(content, b"")  # what is no single grayscale image has a better reason of its own
+        raise DicomError("is a PNG, which does not say what it shows; give a DICOM file or use `ptxdist predict`")
+    read_header(content, b"")  # gives a more specific reason for what is no single grayscale image
     file = read_tags(content, pixels=False)
     modality = file.text(tags.MODALITY).upper()
     if modality not in MODALITIES:
@@ -49,7 +52,7 @@ def refuse_other_than_chest(content: bytes) -> None:
     words = re.findall(r"[A-Z]+", file.text(tags.BODY_PART).upper())
     other = _OTHER_PARTS.intersection([*words, "".join(words)])
     if other and not _CHEST.intersection(words):
-        raise DicomError(f"shows another part of the body than the chest ({min(other)})")
+        raise DicomError(f"shows another body part than the chest ({min(other)})")
     view = file.text(tags.VIEW).upper()
     if view in _OTHER_VIEWS:
-        raise DicomError(f"is a lateral or oblique view ({view}); the model was made for frontal ones (PA, AP)")
+        raise DicomError(f"is a lateral or oblique view ({view}); the model was trained on frontal views (PA, AP)")

@@ -1,17 +1,17 @@
-"""Pixel data of a file -> stored values -> grey levels.
+"""Decoding of pixel data to stored values, and of stored values to grey levels.
 
-Owns: which decoder reads which transfer syntax, and the rule from stored values to uint8. Refuses: damaged or cut pixel
-data as far as anybody can tell, and images of another size than the header says. Called by: `radiograph`.
+Owns: the decoder of each transfer syntax, and the rule from stored values to uint8. Refuses: pixel data that are
+detectably damaged or truncated, and images of another size than the header says.
 
 From stored values to uint8 (PS3.3 C.11.1, C.11.2, C.7.6.3.1.2, C.7.5.1.1.2), in this order:
-1. Unsigned values of 8 bits without rescale, window or look-up table are taken as they are.
+1. Unsigned values of 8 bits without rescale, window or look-up table stay as they are.
 2. Otherwise: modality LUT or rescale. Then the first VOI LUT, whose whole output range (its number of bits) becomes
    0..255; or else the first window, by its function LINEAR, LINEAR_EXACT or SIGMOID; or else the range of the values
-   in the image, padding (Pixel Padding Value, Range Limit) left out. What lies outside becomes 0 or 255.
+   in the image without padding (Pixel Padding Value, Range Limit). Values outside become 0 or 255.
 3. MONOCHROME1, or Presentation LUT Shape INVERSE, is inverted, so that air is dark in every Radiograph.
 
-No decoder is left to pydicom's choice. Those chosen refused the most damage among those that never crashed or hung on
-damaged streams: gdcm aborts the process, pylibjpeg-rle panics, pylibjpeg-libjpeg lets any damage to JPEG-LS pass.
+The decoders are fixed and not left to pydicom. Of those that never crashed or hung on damaged streams, the ones chosen
+detected the most damage: gdcm aborts the process, pylibjpeg-rle panics, pylibjpeg-libjpeg accepts damaged JPEG-LS.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NATIVE = (
 )
 _LIBJPEG = (uid.JPEGExtended12Bit, uid.JPEGLossless, uid.JPEGLosslessSV1)
 _OPENJPEG = (uid.JPEG2000Lossless, uid.JPEG2000, uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
-# Transfer syntax -> name of pydicom's plugin ("" for none), and the package that does the work.
+# Transfer syntax: name of pydicom's plugin ("" for none), and the package that decodes.
 _DECODERS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_NATIVE, ("", "pydicom")),
     uid.RLELossless: ("pydicom", "pydicom"),
@@ -52,7 +52,7 @@ _DECODERS: dict[str, tuple[str, str]] = {
     **dict.fromkeys((uid.JPEGLSLossless, uid.JPEGLSNearLossless), ("pyjpegls", "pyjpegls")),
     **dict.fromkeys(_OPENJPEG, ("pylibjpeg", "pylibjpeg-openjpeg")),
 }
-# The frame markers that are read. Progressive images occur as Baseline, and its decoder is strict with them as well.
+# Accepted frame markers. Progressive images occur as Baseline, and its decoder is strict with them as well.
 _PROCESSES = {
     uid.JPEGBaseline8Bit: {*codestream.SOF_SEQUENTIAL, codestream.SOF_PROGRESSIVE},
     uid.JPEGExtended12Bit: codestream.SOF_SEQUENTIAL,
@@ -66,14 +66,14 @@ _BLOCK_ROWS = 256
 
 @cache
 def decoder_of(syntax: str) -> str:
-    """Name and version of the package that decodes a transfer syntax; DicomError for one that is not read."""
+    """Name and version of the package that decodes a transfer syntax. Raises DicomError when none does."""
     if syntax not in _DECODERS:
-        raise DicomError(f"is encoded as {_name(syntax)}, which is not read")
+        raise DicomError(f"is encoded as {_name(syntax)}, which is not supported")
     package = _DECODERS[syntax][1]
     try:
         return f"{package} {version(package)}"
     except PackageNotFoundError:
-        raise DicomError(f"is encoded as {_name(syntax)}, which takes the package {package}: install it") from None
+        raise DicomError(f"is encoded as {_name(syntax)}, which needs the package {package}: install it") from None
 
 
 def _name(syntax: str) -> str:
@@ -89,17 +89,17 @@ def decode(file: Tags, rows: int, columns: int) -> Stored:
         raise DicomError("has no pixel data")
     if file.encapsulated == (file.syntax in _NATIVE):
         found = "compressed" if file.encapsulated else "not compressed"
-        raise DicomError(f"contradicts itself: its pixel data are {found}, against its transfer syntax")
+        raise DicomError(f"contradicts itself: its pixel data are {found}, its transfer syntax says otherwise")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.filterwarnings("error", "The decoded RLE segment")  # has other than the expected length
+            warnings.filterwarnings("error", "The decoded RLE segment")  # … is not of the expected length
             if not file.encapsulated:
                 return _native(file, rows, columns)
             return _compressed(file, rows, columns)
     except DicomError:
         raise
-    except Exception as error:  # each decoder has errors of its own
+    except Exception as error:  # each decoder raises errors of its own
         reason = str(error).splitlines()[-1].strip()[:120] if str(error) else type(error).__name__
         raise DicomError(f"has damaged pixel data ({_name(file.syntax)}: {reason})") from error
 
@@ -108,26 +108,26 @@ def _native(file: Tags, rows: int, columns: int) -> Stored:
     row_bytes = columns * file.whole(tags.BITS_ALLOCATED, 0) // 8
     there, expected = len(file.values[tags.PIXEL_DATA]), rows * row_bytes
     if there < expected:
-        raise DicomError(f"is cut off: {there:,} of {expected:,} bytes of pixel data are there")
-    if there > expected + row_bytes:  # a little padding is common; more means that the size is wrong
-        raise DicomError(f"has {there:,} bytes of pixel data, but {columns}x{rows} px take {expected:,}")
+        raise DicomError(f"is cut off: it has {there:,} of {expected:,} bytes of pixel data")
+    if there > expected + row_bytes:  # some padding is common; more means that the size is wrong
+        raise DicomError(f"has {there:,} bytes of pixel data, but {columns}x{rows} pixels take {expected:,}")
     return _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA][: expected + expected % 2]), rows, columns)
 
 
 def _compressed(file: Tags, rows: int, columns: int) -> Stored:
     frame = file.frame()
     if file.syntax == uid.RLELossless:
-        # pydicom unpacks all runs before it counts: a sound stream is not twice as long as what it holds.
+        # pydicom unpacks all runs before it counts; a valid stream is at most twice as long as its content.
         if len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64:
             raise DicomError("has more run-length data than its size allows")
         return _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns)
     stream = codestream.read_jpeg_2000(frame) if file.syntax in _OPENJPEG else codestream.read_jpeg(frame)
     _check(stream, file, rows, columns)
     if file.syntax == uid.JPEGBaseline8Bit:
-        # strict: what libjpeg only warns of (bytes too few or too many, codes that do not exist) is an error.
+        # strict: what libjpeg only warns about (too few or too many bytes, unknown codes) is an error.
         pixels = simplejpeg.decode_jpeg(frame, colorspace="GRAY", strict=True)[:, :, 0]
         return np.asarray(pixels.view(np.int8) if file.whole(tags.SIGNED, 0) == 1 else pixels)
-    # The stream knows better than the header how its values are stored.
+    # How values are stored follows from the stream, since headers are often wrong about it.
     allocated = 8 if stream.bits <= 8 else 16
     pixels = _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns, allocated, stream.bits)
     whole = True
@@ -136,25 +136,25 @@ def _compressed(file: Tags, rows: int, columns: int) -> Stored:
     elif stream.process in codestream.SOF_SEQUENTIAL:
         whole = codestream.sequential_is_whole(frame, stream)
     if not whole:
-        raise DicomError("has damaged JPEG data (its codes do not add up to its length)")
+        raise DicomError("has damaged JPEG data (its codes do not fill its length)")
     return pixels
 
 
 def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:
-    """DicomError when a compressed image is not what the header announces."""
+    """Raise DicomError when a compressed image contradicts the header."""
     if (stream.rows, stream.columns) != (rows, columns):
-        raise DicomError(f"holds an image of {stream.columns}x{stream.rows} px, but its header says {columns}x{rows}")
+        raise DicomError(f"contains {stream.columns}x{stream.rows} pixels, but its header says {columns}x{rows}")
     if stream.tiles > codestream.MAX_TILES:
         raise DicomError(f"has damaged JPEG 2000 data ({stream.tiles:,} tiles)")
     if stream.components != 1:
-        raise DicomError(f"is not grayscale (its compressed image has {stream.components} samples per px)")
+        raise DicomError(f"is not grayscale (its compressed image has {stream.components} samples per pixel)")
     if stream.process not in _PROCESSES.get(file.syntax, {0}):
-        raise DicomError(f"says that it is encoded as {_name(file.syntax)}, but its image is not")
+        raise DicomError(f"has the transfer syntax {_name(file.syntax)}, but its image is encoded otherwise")
     if stream.process == codestream.SOF_LOSSLESS and stream.shift:
-        raise DicomError("is JPEG Lossless without its lowest bits, which is not read")
+        raise DicomError("is JPEG Lossless without its lowest bits (point transform), which is not supported")
     allowed = 8 if file.syntax == uid.JPEGBaseline8Bit else file.whole(tags.BITS_ALLOCATED, 0)
     if not 2 <= stream.bits <= allowed:
-        raise DicomError(f"holds an image of {stream.bits} bits per px where at most {allowed} fit")
+        raise DicomError(f"contains an image of {stream.bits} bits per pixel, but at most {allowed} are allowed")
 
 
 def _by_pydicom(
@@ -184,9 +184,9 @@ def _bits_stored(file: Tags) -> int:
 
 
 def to_uint8(stored: Stored, file: Tags) -> Pixels:
-    """Grey levels of stored values, by the rule at the top of this module; same shape, 0..255, air dark.
+    """Grey levels of stored values by the rule at the top of this module: uint8, same shape, air dark.
 
-    Raises DicomError for a window, rescale or look-up table that makes no sense.
+    Raises DicomError for an invalid window, rescale or look-up table.
     """
     inverse = file.text(tags.PHOTOMETRIC) == "MONOCHROME1" or file.text(tags.LUT_SHAPE) == "INVERSE"
     slope, intercept = file.decimal(tags.SLOPE), file.decimal(tags.INTERCEPT)
@@ -197,7 +197,7 @@ def to_uint8(stored: Stored, file: Tags) -> Pixels:
     if stored.dtype == np.uint8 and file.whole(tags.BITS_STORED, 8) >= 8 and plain:
         return np.ascontiguousarray(255 - stored if inverse else stored)
 
-    # There are only 256 or 65,536 different stored values: the rule is worked out once for each of them.
+    # There are only 256 or 65,536 different stored values: the rule is computed once for each of them.
     kind = np.dtype(f"u{stored.dtype.itemsize}")
     number = np.arange(256**stored.dtype.itemsize).astype(kind).view(stored.dtype)
     values = number.astype(np.float64)
@@ -229,12 +229,12 @@ def to_uint8(stored: Stored, file: Tags) -> Pixels:
 
 
 def _blocks(array: Stored, kind: np.dtype[Any]) -> list[Stored]:
-    """Blocks of rows, each small enough that indexing with it takes little memory."""
+    """Blocks of rows, small enough that indexing with one takes little memory."""
     return [array[start : start + _BLOCK_ROWS].view(kind) for start in range(0, len(array), _BLOCK_ROWS)]
 
 
 def _padding(number: Stored, file: Tags) -> npt.NDArray[np.bool_]:
-    """Which stored values are padding; the header gives 16 bits, of which the pixels have the stored ones."""
+    """Which stored values are padding. The header gives 16 bits, of which the pixels have the stored ones."""
     if not file.values.get(tags.PADDING):
         return np.zeros(len(number), bool)
     bits = min(_bits_stored(file), 8 * number.dtype.itemsize)
@@ -251,10 +251,10 @@ def _through(lut: Lut, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float6
 
 
 def _window(x: npt.NDArray[np.float64], center: float | None, width: float, function: str) -> npt.NDArray[np.float64]:
-    """Values through a window, 0..1 and beyond (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
+    """Values through a window; those inside become 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3)."""
     exact = function in ("SIGMOID", "LINEAR_EXACT")
     if center is None or width <= 0 or (width < 1 and not exact):
-        raise DicomError("has a window without a center or of no width")
+        raise DicomError("has a window without a center or without a width")
     if function == "SIGMOID":
         return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - center) / width, -700.0, 700.0))))
     if function == "LINEAR_EXACT":

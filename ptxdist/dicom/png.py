@@ -1,7 +1,10 @@
-"""PNG files, as the challenge's mirror has them: size and grey levels.
+"""Size and grey levels of PNG files, as in the PNG mirror of the challenge.
 
-Owns: the chunks of a PNG (ISO/IEC 15948). Refuses: colour, transparency, palettes, damage (a wrong checksum, a missing
-end), sizes beyond `max_pixels`. Called by: `radiograph`.
+Owns: the chunks of a PNG (ISO/IEC 15948). Refuses: colour, transparency, palettes, animations, damage (a wrong
+checksum, a missing end), sizes above `max_pixels`.
+
+Checksums are verified here and not by Pillow's `verify`, which accepts a file that lacks its last bytes, overlooks
+transparency and animation after the image data, and names neither the checksum nor the truncation.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from PIL import Image
 from ptxdist.errors import DicomError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-# cv2 is a fifth faster here, but says what it finds wrong on the standard error stream.
+# cv2 is a fifth faster, but prints what it finds wrong to standard error.
 DECODER = f"pillow {PIL.__version__}"
 _GRAY, _COLOUR = 0, 2
 _DAMAGED = "is a damaged PNG"
@@ -28,7 +31,7 @@ _DAMAGED = "is a damaged PNG"
 
 @dataclass(frozen=True)
 class PngHeader:
-    """Size in px, bits per sample, and whether three colour channels are stored."""
+    """Size in pixels, bits per sample, and whether three colour channels are stored."""
 
     rows: int
     columns: int
@@ -37,14 +40,18 @@ class PngHeader:
 
 
 def read_png_header(content: bytes, max_pixels: int, *, mask: bool = False) -> PngHeader:
-    """Read the first chunk; DicomError when it is damaged or no radiograph (nor a `mask`, which may have 1 bit)."""
+    """Read the first chunk; the first 33 bytes of the content are enough.
+
+    8 bits are accepted, 16 in grayscale, and 1 in grayscale for a `mask`. Raises DicomError for anything else, for a
+    damaged chunk, and for more than `max_pixels` pixels.
+    """
     if len(content) < 33 or content[8:16] != b"\0\0\0\rIHDR" or not _sound(content, 8, 13):
         raise DicomError(f"{_DAMAGED} (its header cannot be read)")
     columns, rows, bits, kind = struct.unpack_from(">LLBB", content, 16)
     if rows < 1 or columns < 1:
         raise DicomError(f"{_DAMAGED} (it has no size)")
     if rows * columns > max_pixels:
-        raise DicomError(f"claims {columns}x{rows} px, more than the {max_pixels:,} px that are accepted")
+        raise DicomError(f"claims {columns}x{rows} pixels; at most {max_pixels:,} are accepted")
     if kind not in (_GRAY, _COLOUR):
         raise DicomError("is a PNG with a palette or transparency; only plain grayscale is accepted")
     if bits != 8 and (bits, kind) not in ((16, _GRAY), *[(1, _GRAY)] * mask):
@@ -53,7 +60,10 @@ def read_png_header(content: bytes, max_pixels: int, *, mask: bool = False) -> P
 
 
 def decode_png(content: bytes, header: PngHeader) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Stored values (rows, columns); three equal colour channels count as one. DicomError when damaged or coloured."""
+    """Stored values (rows, columns); three equal colour channels count as one.
+
+    Raises DicomError when the file is damaged, coloured, transparent or animated.
+    """
     _check_chunks(content)
     try:
         with warnings.catch_warnings():

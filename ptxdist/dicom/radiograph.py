@@ -1,9 +1,8 @@
-"""One DICOM (or PNG) file -> Radiograph: 8-bit pixels and the header fields ptxdist uses.
+"""Reading one DICOM or PNG file as a `Radiograph`: 8-bit pixels and the header fields that ptxdist uses.
 
-Owns: what is taken for a radiograph, and which header fields are kept. Refuses: everything that is not one single-frame
-grayscale image, with a reason that ends up in rejects.csv. Called by: `catalog` (headers), `preprocess` and
-`predict.folder` (pixels). How a file is parsed stands in `tags`, which decoder reads it and how its stored values
-become grey levels in `pixels`, what a compressed image says of itself in `codestream`, and the PNG mirror in `png`.
+Owns: what counts as a radiograph, and which header fields are kept. Refuses: everything but one single-frame grayscale
+image, with a reason that is written to rejects.csv. `tags` parses the file, `pixels` decodes it and computes the grey
+levels, `codestream` checks compressed images, and `png` reads PNG files.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from ptxdist.dicom.png import DECODER, SIGNATURE, decode_png, read_png_header
 from ptxdist.dicom.tags import Tags, read_tags
 from ptxdist.errors import DicomError
 
-MAX_PIXELS = 64 * 1024 * 1024  # a radiograph of 8k x 8k; anything above is refused before it is decoded
+MAX_PIXELS = 64 * 1024 * 1024  # a radiograph of 8k x 8k; anything above is rejected before it is decoded
 MAX_BYTES = 1024 * 1024 * 1024
-CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # what may name a file anywhere, and holds every UID
+CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # valid as a file name everywhere; every UID matches
 
 
 @dataclass(frozen=True)
 class Header:
-    """What ptxdist keeps of a file's header; `patient` is a salted hash, never an identifier.
+    """What ptxdist keeps of a file's header. `patient` is a salted hash, never an identifier; "" without a PatientID.
 
-    `decoder` is the name and version of the package that decodes the pixels. A PNG has its file's stem as `case_id`,
-    and "" or None for what it cannot know.
+    `age` is in years. `decoder` is the name and version of the package that decodes the pixels. The `case_id` of a PNG
+    is the stem of its file name; the fields that a PNG does not have are "" or None.
     """
 
     case_id: str
@@ -53,9 +52,9 @@ class Radiograph:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Content of a regular file; never waits for one that is none (a pipe, a device).
+    """Content of a regular file; never waits for a pipe or a device.
 
-    DicomError when it cannot be read, is no regular file, is empty, or has more than `MAX_BYTES` bytes.
+    Raises DicomError when it cannot be read, is not a regular file, is empty, or has more than `MAX_BYTES` bytes.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
@@ -63,7 +62,7 @@ def read_bytes(path: Path) -> bytes:
             if not stat.S_ISREG(status.st_mode):
                 raise DicomError("is not a regular file")
             if status.st_size > MAX_BYTES:
-                raise DicomError(f"has {status.st_size:,} bytes, more than the {MAX_BYTES:,} that are accepted")
+                raise DicomError(f"has {status.st_size:,} bytes; at most {MAX_BYTES:,} are accepted")
             content = file.read(status.st_size + 1)
     except OSError as error:
         raise DicomError(f"cannot be read: {error.strerror}") from error
@@ -75,16 +74,16 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _open_at_once(path: str, flags: int) -> int:
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening some devices does something
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device can have effects
         raise DicomError("is not a regular file")
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
-    """Header of a file's content, its pixels left alone; `salt` keys the hash of the PatientID.
+    """Header of a file's content; the pixels are not decoded. `salt` keys the hash of the PatientID.
 
     `name` is the file's name, which a PNG needs. Raises DicomError when the content is neither DICOM nor PNG, has no
-    image, or has one that ptxdist does not take.
+    image, or has one that ptxdist does not accept.
     """
     if content.startswith(SIGNATURE):
         return _png_header(content, name)
@@ -92,9 +91,9 @@ def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
 
 
 def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiograph:
-    """Decode a file's content by the rule at the top of `pixels`; a PNG of 16 bits spans the range of its values.
+    """Decode a file's content by the rule at the top of `pixels`; the range of a 16-bit PNG's values becomes 0..255.
 
-    Raises DicomError as `read_header`, and when pixel data are missing, cut off, damaged or of another size.
+    Raises DicomError as `read_header`, and when pixel data are missing, truncated, damaged or of another size.
     """
     if content.startswith(SIGNATURE):
         header = _png_header(content, name)
@@ -107,7 +106,7 @@ def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiog
 
 def _png_header(content: bytes, name: str) -> Header:
     if not Path(name).stem:
-        raise DicomError("is a PNG, which has no id of its own, and its file name is not known")
+        raise DicomError("is a PNG, which contains no id, and its file name is not known")
     png = read_png_header(content, MAX_PIXELS)
     return Header(Path(name).stem, "", png.rows, png.columns, "", "", None, DECODER)
 
@@ -115,15 +114,15 @@ def _png_header(content: bytes, name: str) -> Header:
 def _header(file: Tags, salt: bytes) -> Header:
     rows, columns = file.whole(tags.ROWS, 0), file.whole(tags.COLUMNS, 0)
     if rows < 1 or columns < 1:
-        raise DicomError("holds no image (Rows or Columns missing)")
+        raise DicomError("contains no image (Rows or Columns is missing)")
     if rows * columns > MAX_PIXELS:
-        raise DicomError(f"claims {columns}x{rows} px, more than the {MAX_PIXELS:,} px that are accepted")
+        raise DicomError(f"claims {columns}x{rows} pixels; at most {MAX_PIXELS:,} are accepted")
     _refuse_other_images(file)
     case_id = file.text(tags.SOP_INSTANCE)
     if not case_id:
         raise DicomError("has no SOPInstanceUID")
     if not CASE_ID.fullmatch(case_id):
-        raise DicomError("has a SOPInstanceUID that is none")
+        raise DicomError("has an invalid SOPInstanceUID")
     patient = file.text(tags.PATIENT_ID)
     return Header(
         case_id=case_id,
@@ -138,26 +137,26 @@ def _header(file: Tags, salt: bytes) -> Header:
 
 
 def hash_text(text: str, salt: bytes) -> str:
-    """Salted hash of a patient: who is the same, not who it is."""
+    """Salted hash of a patient id, 16 hex digits: equal for the same patient, and no way back to the id."""
     return hashlib.blake2b(text.encode(), key=salt[:64], digest_size=8).hexdigest()
 
 
 def _refuse_other_images(file: Tags) -> None:
-    """DicomError for what is not one grayscale image of 8 or 16 bits."""
+    """Raise DicomError for everything but one grayscale image of 8 or 16 bits."""
     frames = file.decimal(tags.FRAMES)
     if frames not in (None, 1):
         raise DicomError(f"has {frames:g} frames; only single images are accepted")
     samples, photometric = file.whole(tags.SAMPLES, 1), file.text(tags.PHOTOMETRIC)
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):
-        # A damaged value could hold anything, and this sentence ends up in a table.
-        shown = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "no known photometric value"
-        raise DicomError(f"is not grayscale ({samples} samples per px, {shown})")
+        # A damaged value may contain anything, and this sentence is written to a table.
+        shown = photometric if re.fullmatch(r"[A-Z0-9_ ]{1,16}", photometric) else "unknown photometric interpretation"
+        raise DicomError(f"is not grayscale ({samples} samples per pixel, {shown})")
     allocated = file.whole(tags.BITS_ALLOCATED, 0)
     stored = file.whole(tags.BITS_STORED, allocated)
     if allocated not in (8, 16):
-        raise DicomError(f"has {allocated} bits per px; only images of 8 or 16 are accepted")
+        raise DicomError(f"has {allocated} bits per pixel; only images of 8 or 16 are accepted")
     if not 1 <= stored <= allocated or file.whole(tags.SIGNED, 0) > 1:
-        raise DicomError(f"contradicts itself ({stored} of {allocated} bits per px stored, signed or not is unclear)")
+        raise DicomError(f"contradicts itself ({stored} of {allocated} bits per pixel stored, or unclear sign)")
 
 
 def _word(text: str) -> str:
@@ -166,7 +165,7 @@ def _word(text: str) -> str:
 
 
 def _age(text: str) -> int | None:
-    """Years from an age string: `062Y` as the standard has it, or the `62` of the challenge; None if neither."""
+    """Years from an age string: `062Y` as in the standard or `62` as in the challenge; None if neither."""
     text = text.upper()
     if not text.isascii():
         return None

@@ -1,12 +1,11 @@
-"""Header of a radiograph -> how large its px are, where that can be trusted.
+"""Size of a radiograph's pixels in mm, where the header can be trusted.
 
-Owns: the rule from spacing tags to mm (PS3.3 10.7.1, C.8.11.4). Refuses: nothing; what cannot be trusted has a reason.
-Called by: `predict.folder`, `predict.dicom_seg`.
+Owns: the rule from spacing tags to mm (PS3.3 10.7.1, C.8.11.4). A spacing that cannot be trusted has a reason instead.
 
-Detector px (Imager Pixel Spacing) show what lies before the detector magnified, by a few per cent in a chest; with the
-Estimated Radiographic Magnification Factor it is divided out. Pixel Spacing means the patient only with a calibration
-type; equal to the detector's it means the detector; alone it may mean anything. Secondary captures, such as the
-challenge's, are often resized and keep the spacing of the original.
+Imager Pixel Spacing holds in the plane of the detector, on which the patient appears magnified, by a few per cent in a
+chest; the Estimated Radiographic Magnification Factor divides this out. Pixel Spacing holds in the patient only with a
+calibration type; if it equals Imager Pixel Spacing, it holds on the detector; alone, its plane is unknown. Secondary
+captures, such as the challenge's, are often resized and keep the spacing of the original.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from pydicom.uid import SecondaryCaptureImageStorage
 
 from ptxdist.dicom.png import SIGNATURE
 
-_CHEST_MM = (80.0, 600.0)  # from a newborn's detector to beyond the largest one (430 mm, tilted or stitched)
+_CHEST_MM = (80.0, 600.0)  # from a detector for newborns to beyond the largest one (430 mm, tilted or stitched)
 
 
 @dataclass(frozen=True)
 class Spacing:
-    """Size of a px in mm down a column and along a row, and the plane it holds for: "patient" or "detector".
+    """Size of a pixel in mm down a column and along a row, and its plane: "patient" or "detector".
 
-    `reason` says why nothing can be said; then the others are None and "".
+    `reason` says why the size is unknown; then the other fields are None and "".
     """
 
     row_mm: float | None = None
@@ -37,14 +36,14 @@ class Spacing:
     reason: str = ""
 
     def area_mm2(self, area_px: int) -> float | None:
-        """Area of so many px in mm²; None where the spacing cannot be trusted."""
+        """Area of `area_px` pixels in mm²; None where the size of a pixel is unknown."""
         return None if self.row_mm is None or self.column_mm is None else area_px * self.row_mm * self.column_mm
 
 
 def read_spacing(content: bytes) -> Spacing:
-    """Spacing of a file that is known to be a radiograph (DICOM or PNG)."""
+    """Spacing of a file that was read as a radiograph (DICOM or PNG); never raises."""
     if content.startswith(SIGNATURE):
-        return Spacing(reason="a PNG does not say how large its px are")
+        return Spacing(reason="a PNG does not say how large its pixels are")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -54,7 +53,7 @@ def read_spacing(content: bytes) -> Spacing:
 
 
 def spacing_of(header: pydicom.Dataset) -> Spacing:
-    """Spacing by a header, in the order of trust."""
+    """Spacing from a header, by the rule at the top of this module."""
     if str(header.get("SOPClassUID", "")).startswith(str(SecondaryCaptureImageStorage)):
         return Spacing(reason="a Secondary Capture may have been resized, and its spacing then belongs to another size")
     pixel, detector = _pair(header, "PixelSpacing"), _pair(header, "ImagerPixelSpacing")
@@ -63,7 +62,7 @@ def spacing_of(header: pydicom.Dataset) -> Spacing:
         return _plausible(header, pixel, "patient")
     if detector is None:
         return Spacing(
-            reason="Pixel Spacing without a calibration does not say which plane it means" if pixel else "no spacing"
+            reason="Pixel Spacing without a calibration does not say in which plane it holds" if pixel else "no spacing"
         )
     if pixel and not all(math.isclose(*both, rel_tol=1e-3) for both in zip(pixel, detector, strict=True)):
         return Spacing(reason="Pixel Spacing and Imager Pixel Spacing differ, and nothing says why")

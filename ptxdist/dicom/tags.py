@@ -1,13 +1,12 @@
-"""Content of a DICOM file -> Tags: the few values that ptxdist uses, still as the file has them.
+"""Parsing of a DICOM file into `Tags`: the few values that ptxdist uses, as bytes.
 
-Owns: the numbers of DICOM tags and the way to them through the file (PS3.5 and PS3.10): file meta information, explicit
-and implicit encoding, both byte orders, the deflated syntax, the fragments of a compressed image. Refuses: what is not
-DICOM, what ends too early, what inflates beyond all bounds. Called by: `radiograph`, which judges the values,
-and `pixels`.
+Owns: the numbers of DICOM tags and how to find them in a file (PS3.5 and PS3.10): file meta information, explicit and
+implicit encoding, both byte orders, the deflated syntax, the fragments of a compressed image. Refuses: content that is
+not DICOM, ends too early, or inflates to more than `MAX_INFLATED` bytes.
 
 There are two parsers. Nearly every radiograph is explicit little endian with plain values up to its pixels; `_walk`
-finds the wanted ones among them in a thirtieth of pydicom's time. As soon as it meets anything else it gives up, and
-pydicom reads the file. No value is ever part of an error message: any of them may be a patient's name.
+finds the wanted ones among them in a thirtieth of pydicom's time. It returns None for any other file, which pydicom
+then reads. No value is ever part of an error message: any of them may be a patient's name.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _WANTED = frozenset(
     | {BITS_STORED, SIGNED, PADDING, PADDING_LIMIT, WINDOW_CENTER, WINDOW_WIDTH, WINDOW_FUNCTION, INTERCEPT, SLOPE}
     | {LUT_SHAPE, PIXEL_DATA, MODALITY, BODY_PART}
 )
-MAX_INFLATED = 160 * 1024 * 1024  # 64 million px of 16 bits, and room for a header
+MAX_INFLATED = 160 * 1024 * 1024  # 64 million pixels of 16 bits, and a header
 
 _UNDEFINED = 0xFFFFFFFF
 # Value representations with four bytes of length, and with two (PS3.5 7.1.2).
@@ -64,10 +63,10 @@ _element = struct.Struct("<HH2sH").unpack_from
 _long = struct.Struct("<L").unpack_from
 _item = {True: struct.Struct("<HHL").unpack_from, False: struct.Struct(">HHL").unpack_from}
 
-# pydicom logs a traceback for each image that it cannot decode. The reason is ours to report, in one line.
+# pydicom logs a traceback for each image that it cannot decode; ptxdist reports the reason in one line.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
-_CUT_OFF = "is cut off or damaged: the file ends in the midst of its data"
+_CUT_OFF = "is cut off or damaged: the file ends within a value"
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Lut:
 class Tags:
     """Values of one file by tag, as bytes; `syntax` is the UID of its transfer syntax.
 
-    Without pixels, only the values up to (0028,0103) are there. `encapsulated` says that the pixel data are fragments
-    of a compressed image; `pixel_vr` is their value representation.
+    When read without pixels, only the values up to (0028,0103) are included. `encapsulated` says that the pixel data
+    are fragments of a compressed image; `pixel_vr` is their value representation.
     """
 
     syntax: str
@@ -96,29 +95,38 @@ class Tags:
     voi_lut: Lut | None = None
 
     def text(self, tag: int) -> str:
-        """Value as text without the blanks around it; "" when it is missing."""
+        """Value as text, stripped of blanks and zero bytes; "" when it is missing."""
         return bytes(self.values.get(tag, b"")).decode("latin-1").strip(" \0")
 
     def whole(self, tag: int, default: int) -> int:
-        """Value of a binary integer (US or SS, read as unsigned), or `default` when it is missing or empty."""
+        """Value of a binary integer (US or SS, read as unsigned), or `default` when it is missing or empty.
+
+        Raises DicomError when it does not have 2 or 4 bytes.
+        """
         value = bytes(self.values.get(tag, b""))
         if len(value) not in (0, 2, 4):
-            raise DicomError(f"has no plain number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
+            raise DicomError(f"has an invalid number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
         return int.from_bytes(value, "little" if self.little_endian else "big") if value else default
 
     def decimal(self, tag: int) -> float | None:
-        """First value of a decimal string (DS or IS), or None when it is missing or empty."""
+        """First value of a decimal string (DS or IS), or None when it is missing or empty.
+
+        Raises DicomError when it is not a finite number.
+        """
         text = self.text(tag).split("\\")[0].strip()
         try:
             value = float(text) if text else 0.0
         except ValueError:
             value = float("nan")
         if not isfinite(value):
-            raise DicomError(f"has no number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
+            raise DicomError(f"has an invalid number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
         return value if text else None
 
     def frame(self) -> bytes:
-        """The one compressed image: its fragments, joined (PS3.5 A.4)."""
+        """The compressed image: its fragments, joined (PS3.5 A.4).
+
+        Raises DicomError when there is none or more than one, or the fragments are damaged or truncated.
+        """
         data = memoryview(self.values[PIXEL_DATA])
         position, fragments = 0, list[memoryview]()
         while position + 8 <= len(data):
@@ -127,21 +135,21 @@ class Tags:
             if (group, element) == (0xFFFE, 0xE0DD):
                 break
             if (group, element) != (0xFFFE, 0xE000):
-                raise DicomError("has damaged pixel data (no fragment where one should begin)")
+                raise DicomError("has damaged pixel data (a fragment has no item tag)")
             if length > len(data) - position:
                 raise DicomError(_CUT_OFF)
             fragments.append(data[position : position + length])
             position += length
         if len(fragments) < 2 or not any(map(len, fragments[1:])):
             raise DicomError("has no pixel data")
-        # An offset table of several entries, or a fragment that begins as the first one does.
+        # An offset table of several entries, or another fragment that starts like the first one.
         if len(fragments[0]) > 4 or any(fragment[:4] == fragments[1][:4] for fragment in fragments[2:]):
             raise DicomError("has several frames; only single images are accepted")
         return b"".join(fragments[1:])
 
 
 def read_tags(content: bytes, *, pixels: bool) -> Tags:
-    """Parse a file's content, without its pixel data and what describes their grey levels unless `pixels`.
+    """Parse a file's content; with `pixels`, also its pixel data and the tags of their grey levels.
 
     Raises DicomError when the content is not DICOM, ends too early, or inflates to more than `MAX_INFLATED` bytes.
     """
@@ -155,7 +163,7 @@ def read_tags(content: bytes, *, pixels: bool) -> Tags:
 
 
 def _file_meta(content: bytes) -> tuple[str, int]:
-    """Transfer syntax, and where the data set begins."""
+    """Transfer syntax, and the position of the data set."""
     if content[128:132] != b"DICM":
         return _guess_syntax(content), 0
     position, syntax = 132, None
@@ -170,12 +178,15 @@ def _file_meta(content: bytes) -> tuple[str, int]:
             syntax = content[position : position + length].decode("latin-1").strip(" \0")
         position += length
     if not syntax:
-        raise DicomError("does not say how it is encoded (no Transfer Syntax UID)")
+        raise DicomError("does not say how it is encoded (it has no Transfer Syntax UID)")
     return syntax, position
 
 
 def _guess_syntax(content: bytes) -> str:
-    """Transfer syntax of a bare data set, as old devices write it; it must start with group 0008 and name itself."""
+    """Transfer syntax of a file without a header, as old devices write it.
+
+    It must start with group 0008 and have SOP class and instance UIDs. Raises DicomError for anything else.
+    """
     refusal = DicomError("is not a DICOM file (no DICM prefix)")
     if len(content) < 256 or content[:2] != b"\10\0" or content[3] != 0:
         raise refusal
@@ -197,14 +208,14 @@ def _inflate(deflated: bytes) -> bytes:
     except zlib.error:
         raise DicomError("is damaged: its deflated data set cannot be inflated") from None
     if inflater.unconsumed_tail:
-        raise DicomError(f"inflates to more than the {MAX_INFLATED:,} bytes that are accepted")
+        raise DicomError(f"inflates to more than the limit of {MAX_INFLATED:,} bytes")
     if not inflater.eof:
         raise DicomError(_CUT_OFF)
     return inflated
 
 
 def _explicit(content: bytes, position: int) -> tuple[int, bytes, int, int] | None:
-    """Tag, VR, length and beginning of the value of an explicit little endian element; None when it has no known VR."""
+    """Tag, VR, length and position of the value of an explicit little endian element; None for an unknown VR."""
     group, element, vr, length = _element(content, position)
     position += 8
     if vr in _LONG_VRS:
@@ -218,7 +229,7 @@ def _explicit(content: bytes, position: int) -> tuple[int, bytes, int, int] | No
 
 
 def _walk(content: bytes, position: int, last: int, syntax: str) -> Tags | None:
-    """Tags up to and with `last` of an explicit little endian data set; None when anything about it is unusual."""
+    """Tags up to and including `last` of an explicit little endian data set; None when pydicom has to read it."""
     values: dict[int, bytes | memoryview] = {}
     end, former = len(content), 0x0002FFFF
     while position < end:
@@ -250,7 +261,7 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
     stream.seek(start)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd values are common and harmless here
+            warnings.simplefilter("ignore")  # invalid values are common and harmless
             dataset = read_dataset(stream, implicit, little, stop_when=lambda tag, vr, length: tag > last)
         values = {tag: _raw_value(dataset.get_item(tag)) for tag in _WANTED if tag in dataset}
         tags = Tags(syntax, values, little)
@@ -261,13 +272,13 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
         raise
     except Exception as error:  # pydicom raises almost anything on damaged files
         raise DicomError(f"is a damaged DICOM file ({type(error).__name__})") from error
-    if not len(dataset):  # where the file ends inside a value, pydicom drops all of them
+    if not len(dataset):  # pydicom drops all values when the file ends within one
         raise DicomError(_CUT_OFF)
     return tags if last < VOI_LUTS else _with_luts(tags, dataset)
 
 
 def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
-    if not isinstance(element, RawDataElement):  # a text that pydicom has met on its way
+    if not isinstance(element, RawDataElement):  # a text that pydicom has already converted
         return str((element and element.value) or "").encode()
     value = element.value or b""
     if element.length not in (len(value), _UNDEFINED):
@@ -287,7 +298,7 @@ def _with_luts(tags: Tags, dataset: pydicom.Dataset) -> Tags:
 
 
 def _lut(dataset: pydicom.Dataset, tag: int, signed: bool, little: bool) -> Lut | None:
-    """First table of a sequence. Its first input is signed by its VR, or, where there is none, by `signed`."""
+    """First table of a sequence. Its VR, or else `signed`, says whether its first input is signed."""
     if tag not in dataset or not dataset[tag].value:
         return None
     descriptor, data = (dataset[tag].value[0].get_item(inner) for inner in (LUT_DESCRIPTOR, LUT_DATA))

@@ -1,4 +1,4 @@
-"""What a compressed image says of itself is read right, and JPEG Lossless accounts for each of its bits."""
+"""Size, depth and end of compressed images are read right, and JPEG Lossless accounts for each of its bits."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_size_and_depth_of_jpeg_2000_bare_and_in_a_file(file_of, bits: int) -> N
         (lambda f: f[:60], "its header cannot be read"),
         (lambda f: f[:-2], "end mark is missing"),
         (lambda f: f.replace(b"\xff\xc3", b"\xff\xe3"), "its size is missing"),
-        (lambda f: f.replace(b"\xff\xc4", f[2 : f.index(b"\xff\xc4")] + b"\xff\xc4"), "its size is not clear"),
+        (lambda f: f.replace(b"\xff\xc4", f[2 : f.index(b"\xff\xc4")] + b"\xff\xc4"), "its size more than once"),
         (lambda f: f.replace(b"\xff\xc4", b"\x00\xc4"), "its header cannot be read"),
     ],
 )
@@ -63,9 +63,9 @@ def test_damaged_jpeg_2000_is_refused(file_of) -> None:  # type: ignore[no-untyp
     for damaged, reason in (
         (frame[2:], "no JPEG 2000 stream"),
         (frame[:40], "no JPEG 2000 stream"),
-        (frame[:24] + bytes(8) + frame[32:], "its size makes no sense"),
-        (frame[:8] + bytes(4) + frame[12:], "its size makes no sense"),
-        (frame[:43] + b"\2" + frame[44:], "its size makes no sense"),
+        (frame[:24] + bytes(8) + frame[32:], "its size is invalid"),
+        (frame[:8] + bytes(4) + frame[12:], "its size is invalid"),
+        (frame[:43] + b"\2" + frame[44:], "its size is invalid"),
     ):
         with pytest.raises(DicomError, match=reason):
             read_jpeg_2000(damaged)

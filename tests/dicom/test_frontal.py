@@ -1,4 +1,4 @@
-"""What the viewer takes for a frontal chest radiograph, and the sentence for everything else."""
+"""What the viewer accepts as a frontal chest radiograph, and the message for everything else."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_a_chest_passes_however_it_is_called(tmp_path: Path, write_dicom: Write,
         ({"Modality": "CT"}, "is of modality CT; a chest radiograph is one of CR, DX, RG"),
         ({"Modality": None}, "does not name a known modality"),
         ({"Modality": "QUAGMIRE"}, "does not name a known modality"),
-        ({"BodyPartExamined": "HAND"}, r"another part of the body than the chest \(HAND\)"),
+        ({"BodyPartExamined": "HAND"}, r"another body part than the chest \(HAND\)"),
         ({"BodyPartExamined": "L-SPINE"}, r"\(LSPINE\)"),
         ({"BodyPartExamined": "Quagmire's left Knee"}, r"\(KNEE\)"),
         ({"ViewPosition": "LL"}, r"is a lateral or oblique view \(LL\)"),
         ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "is not grayscale"),
         ({"NumberOfFrames": "3"}, "has 3 frames"),
-        ({"Rows": 60000, "Columns": 60000}, "claims 60000x60000 px"),
+        ({"Rows": 60000, "Columns": 60000}, "claims 60000x60000 pixels"),
     ],
     ids=str,
 )

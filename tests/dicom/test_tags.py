@@ -141,7 +141,7 @@ def test_a_value_cut_short_is_said_to_be_cut_off(file_of, syntax: str) -> None: 
     with pytest.raises(DicomError, match="cut off"):
         read_radiograph(content[:-90])
     start = tags._file_meta(content)[1]
-    with pytest.raises(DicomError, match=r"cut off|holds no image"):  # the latter where it is a value of no interest
+    with pytest.raises(DicomError, match=r"cut off|contains no image"):  # the latter where it is a value of no interest
         read_header(content[: start + 60], b"")
     with pytest.raises(DicomError, match=r"cut off|no Transfer Syntax UID"):
         read_header(content[: start - 5], b"")
@@ -152,7 +152,7 @@ def test_a_deflated_bomb_is_not_inflated() -> None:
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = bytes(128) + b"DICM" + meta + deflater.compress(bytes(tags.MAX_INFLATED + 1000)) + deflater.flush()
     begin = time.process_time()
-    with pytest.raises(DicomError, match="inflates to more than the 167,772,160 bytes"):
+    with pytest.raises(DicomError, match="inflates to more than the limit of 167,772,160 bytes"):
         read_header(bomb, b"")
     assert time.process_time() - begin < 2
     with pytest.raises(DicomError, match="cannot be inflated"):
@@ -169,15 +169,15 @@ def test_sequences_in_sequences_without_end_are_refused(file_of) -> None:  # typ
 
 def test_damaged_numbers_are_refused_without_showing_them(file_of) -> None:  # type: ignore[no-untyped-def]
     content = file_of(IMAGE, uid.ExplicitVRLittleEndian, WindowCenter=10, WindowWidth="4321")
-    with pytest.raises(DicomError, match=r"has no number in \(0028,1051\)"):
+    with pytest.raises(DicomError, match=r"has an invalid number in \(0028,1051\)"):
         read_radiograph(content.replace(b"4321", b"Quag"))
     content = file_of(IMAGE, uid.ExplicitVRLittleEndian, NumberOfFrames="7654")
-    with pytest.raises(DicomError, match=r"has no number in \(0028,0008\)"):
+    with pytest.raises(DicomError, match=r"has an invalid number in \(0028,0008\)"):
         read_radiograph(content.replace(b"7654", b"Quag"))
     content = file_of(IMAGE, uid.ExplicitVRLittleEndian).replace(
         b"\x28\0\x10\0US\2\0\x28\0", b"\x28\0\x10\0LO\6\0Quag12"
     )
-    with pytest.raises(DicomError, match=r"has no plain number in \(0028,0010\)"):
+    with pytest.raises(DicomError, match=r"has an invalid number in \(0028,0010\)"):
         read_radiograph(content)
 
 
