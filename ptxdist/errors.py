@@ -1,31 +1,31 @@
-"""Every way ptxdist can refuse, with the exit code of each.
+"""The errors of ptxdist, with the exit code of each.
 
-    PtxdistError            1   base; never raised itself
+    PtxdistError            1   base class; never raised itself
     ├── SettingsError       3   an unknown setting, a wrong value, more workers than the global batch
-    ├── LabelError          4   a label table or a patient map that cannot be right
-    ├── DicomError          5   one file that is not a usable radiograph (becomes a row of rejects.csv)
+    ├── LabelError          4   a label table or a patient map that is invalid
+    ├── DicomError          5   one file that cannot be used as a radiograph (a row in rejects.csv)
     ├── CatalogError        6   no input found, or too much of it unusable
     ├── StoreError          7   a cache that is missing, incomplete, damaged or lacks a size
-    ├── RunError            8   a run folder that does not fit what is asked of it
+    ├── RunError            8   a run folder that does not fit the command or its settings
     ├── CheckpointError     9   a checkpoint or a weights file that cannot be used
     ├── TrainingError      10   training stopped: a worker failed, the loss is not finite
-    ├── ClusterError       11   a Ray cluster that cannot be reached or is not fit, a job that was refused
+    ├── ClusterError       11   a Ray cluster that cannot be reached or used, a job that was rejected
     ├── BusyError          12   another ptxdist process works on the same folder
-    ├── StorageError       13   an object store that cannot be reached, refuses, or stays broken
+    ├── StorageError       13   an object store that cannot be reached, rejects a request, or keeps failing
     ├── AddressError       14   an address or a port that cannot be listened on
-    └── ExportError        15   an exported network that does not compute what its checkpoint does
+    └── ExportError        15   an exported network that computes other values than its checkpoint
 
-Owns: the error classes and their exit codes. Refuses: nothing. Called by: every module; `cli` catches
-`PtxdistError` once and prints its message. A message says what was found, what was expected, where, and what to do.
-Anything that is not a PtxdistError is a defect of ptxdist and keeps its traceback (exit code 1).
-Exit code 2 is click's, for a command line that does not parse; 130 is an interruption from the keyboard.
+Owns: the error classes and their exit codes. The command line prints the message of a PtxdistError and ends with its
+exit code. A message says what was found, what was expected, where, and what to do. Any other exception is a defect of
+ptxdist and keeps its traceback (exit code 1). Exit code 2 is click's, for a command line that does not parse; 130 is an
+interruption from the keyboard.
 """
 
 from __future__ import annotations
 
 
 class PtxdistError(Exception):
-    """Base of all refusals. `exit_code` is what the command line ends with."""
+    """Base class of all errors; `exit_code` is that of the command line."""
 
     exit_code = 1
 
@@ -49,7 +49,7 @@ class DicomError(PtxdistError):
 
 
 class CatalogError(PtxdistError):
-    """The input as a whole cannot be used: no DICOM files, or too many rejects."""
+    """The input as a whole cannot be used: it has no DICOM files, or too many rejects."""
 
     exit_code = 6
 
@@ -79,7 +79,7 @@ class TrainingError(PtxdistError):
 
 
 class ClusterError(PtxdistError):
-    """A Ray cluster cannot be reached, or refused or failed a job."""
+    """A Ray cluster cannot be reached or used, or a job was rejected or failed."""
 
     exit_code = 11
 
@@ -91,18 +91,18 @@ class BusyError(PtxdistError):
 
 
 class StorageError(PtxdistError):
-    """An object store cannot be reached, refuses what is asked of it, or does not recover in time."""
+    """An object store cannot be reached, rejects a request, or does not recover in time."""
 
     exit_code = 13
 
 
 class AddressError(PtxdistError):
-    """A server cannot listen where it was told to."""
+    """A server cannot listen on the given address or port."""
 
     exit_code = 14
 
 
 class ExportError(PtxdistError):
-    """An exported network does not compute what its checkpoint does; nothing was written."""
+    """An exported network computes other values than its checkpoint; nothing was written."""
 
     exit_code = 15

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import struct
 import warnings
+import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from io import BytesIO
 
 import numpy as np
@@ -88,6 +90,12 @@ def jpeg_lossless() -> JpegLossless:
 
 
 def _compressed(pixels: Image, syntax: str, bits: int) -> bytes:
+    return _encoded(pixels.tobytes(), pixels.dtype, pixels.shape, syntax, bits)
+
+
+@lru_cache(maxsize=256)  # the same few images are encoded hundreds of times
+def _encoded(content: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...], syntax: str, bits: int) -> bytes:
+    pixels = np.frombuffer(content, dtype).reshape(shape)
     match syntax:
         case uid.JPEGBaseline8Bit:
             return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[..., None]), quality=95, colorspace="GRAY"))
@@ -113,6 +121,14 @@ def _compressed(pixels: Image, syntax: str, bits: int) -> bytes:
         **options.get(syntax, {}),
     )
     return bytes(encoded)
+
+
+def deflated_bomb(size: int) -> bytes:
+    """A short DICOM file whose deflated data set inflates to at least `size` zeros."""
+    deflate = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
+    block = deflate.compress(bytes(2**20)) + deflate.flush(zlib.Z_FULL_FLUSH)  # independent of what is before it
+    meta = b"\2\0\x10\0UI\x16\x00" + b"1.2.840.10008.1.2.1.99"
+    return bytes(128) + b"DICM" + meta + block * (size // 2**20 + 1) + deflate.flush()
 
 
 def _jpeg_lossless(pixels: Image, bits: int, *, predictor: int = 1, restart_rows: int = 0) -> bytes:

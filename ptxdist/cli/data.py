@@ -1,6 +1,6 @@
-"""The commands around data: phantom, preprocess, verify; parse, call, print.
+"""The data commands: phantom, preprocess, verify. Each parses its options, calls one function, and prints the result.
 
-Owns: their options. Refuses: command lines that do not parse. Called by: click.
+Owns: their options.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from ptxdist.errors import SettingsError, StoreError
 
 @click.command()
 @click.argument("out", type=FOLDER)
-@click.option("--cases", type=int, default=300, show_default=True, help="Images to draw; with --labels, 0 means all.")
-@click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--positive-share", type=float, default=0.2215, show_default=True, help="Share with a pneumothorax.")
+@click.option("--cases", type=int, default=300, show_default=True, help="Number of images; with --labels, 0 means all.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Another seed gives other images.")
+@click.option(
+    "--positive-share", type=float, default=0.2215, show_default=True, help="Share of images with a pneumothorax."
+)
 @click.option("--labels", type=FILE, help="Draw images for the ids and masks of this label table.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @json_option
@@ -50,13 +52,23 @@ def phantom(
 
 
 @click.command()
-@click.option("--dicom", type=FOLDER, required=True, help="Folder with DICOM files, nested as they are; or PNG images.")
-@click.option("--labels", type=FILE, required=True, help="CSV: ImageId, EncodedPixels; or a folder of mask PNGs.")
-@click.option("--out", type=PLACE, required=True, help="The cache to make or to renew; a folder, or s3://….")
-@click.option("--patients", type=FILE, help="CSV: image id, patient; keeps patients on one side of the split.")
-@click.option("--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True)
-@click.option("--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Fold 0 is held out.")
-@click.option("--dialect", help="How masks are written, such as relative-columns.  [default: found out and proven]")
+@click.option("--dicom", type=FOLDER, required=True, help="Folder of DICOM files or PNG images, also nested.")
+@click.option("--labels", type=FILE, required=True, help="CSV with ImageId, EncodedPixels; or a folder of mask PNGs.")
+@click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
+@click.option("--patients", type=FILE, help="CSV with image id, patient; no patient is in two folds.")
+@click.option(
+    "--size",
+    "sizes",
+    type=click.IntRange(32),
+    multiple=True,
+    default=(256, 512),
+    show_default=True,
+    help="Side of the images in pixels; may be repeated.",
+)
+@click.option(
+    "--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Number of folds; fold 0 is held out."
+)
+@click.option("--dialect", help="Encoding of the masks, such as relative-columns.  [default: detected]")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @click.option("--address", help=ADDRESS)
 @json_option
@@ -72,9 +84,9 @@ def preprocess(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Turn DICOM files and a label table into a training cache.
+    """Convert DICOM files and a label table to a training cache.
 
-    Run it again after anything changed: only what is concerned is made anew.
+    Rerun it after any change or interruption: finished and unchanged parts are skipped.
 
     Example: ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv --out cache
     """
@@ -103,22 +115,22 @@ def preprocess(
         console.show_catalog(result.catalog)
         if rejects := result.catalog.rejects:
             console.say(
-                f"{len(rejects)} files could not be used, see {folder / 'rejects.csv'}; "
+                f"warning: {len(rejects)} files were rejected, see {folder / 'rejects.csv'}; "
                 f"the first one: {rejects[0].path} {rejects[0].reason}"
             )
         if result.dealt_anew:
             console.say(
-                "warning: the former catalog.jsonl was damaged or of another version: the cases were put in order and "
-                "split anew, and runs on the former split are not comparable with new ones"
+                "warning: the previous catalog.jsonl was damaged or of another version: the cases were sorted and "
+                "split again, and runs on the previous split are not comparable with new ones"
             )
         done = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
-        console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} px: {done}")
+        console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} pixels: {done}")
 
 
 @click.command()
 @click.argument("cache", type=PLACE)
-@click.option("--source", type=FOLDER, help="The image files: are they still what the cache shows?")
-@click.option("--repair", is_flag=True, help="Make anew what is broken, from --source.")
+@click.option("--source", type=FOLDER, help="Folder of the image files; the cache is compared with them.")
+@click.option("--repair", is_flag=True, help="Rewrite damaged parts from --source.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @click.option("--address", help=ADDRESS)
 @json_option
@@ -127,9 +139,9 @@ def verify(
 ) -> None:
     """Check every byte of a cache against its checksums, and with --source against the image files.
 
-    A cache in an object store is copied first; what is wrong there is mended by `preprocess`.
+    A cache in an object store is copied first; `preprocess` repairs it.
 
-    Ends with exit code 7 when something is wrong and was not mended.
+    Ends with exit code 7 when something is wrong and was not repaired.
 
     Example: ptxdist verify cache --source dicom-images-train --repair
     """
@@ -138,7 +150,7 @@ def verify(
     from ptxdist.storage.caches import local_cache
 
     if repair and "://" in str(cache):
-        raise SettingsError(f"--repair mends folders; `ptxdist preprocess --out {cache}` mends what is there")
+        raise SettingsError(f"--repair works on folders; repair this cache with `ptxdist preprocess --out {cache}`")
     with console.progress() as update, executor_for(workers, address) as executor:
         cache = local_cache(cache, on_progress=update)
         if repair:

@@ -1,6 +1,6 @@
-"""What several commands share: types of arguments, the `--json` option, who does the work.
+"""Argument types, options and executors that several commands share.
 
-Owns: the words of options that stand in more than one command. Refuses: nothing. Called by: the modules of commands.
+Owns: the help texts of options that are in more than one command.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 
 class Place(click.Path):
-    """A folder, or the address of one in an object store, which stays a text: `Path` would take a slash from it."""
+    """A folder, or an address in an object store, which stays a string: `Path` would remove one of its slashes."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click does; an address as it is."""
+        """Return an address as it is, and anything else as click does."""
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
 PLACE = Place(path_type=Path)
-CORES = "Processes.  [default: one per core]"
-ADDRESS = "A Ray cluster to do the work, on storage that its nodes share.  [default: this machine]"
+CORES = "Number of processes.  [default: one per core]"
+ADDRESS = "Ray cluster that does the work; its nodes must share the storage.  [default: this machine]"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def json_option(command: Command) -> Command:
-    """`--json`: the result on stdout as JSON."""
+    """Add `--json`, which prints the result on stdout as JSON."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
 
 
 def executor_for(workers: int, address: str | None) -> AbstractContextManager[Executor]:
-    """Processes on this machine, or with an address the nodes of a Ray cluster."""
+    """Executor with processes on this machine, or with an address, on the nodes of a Ray cluster."""
     if address is None:
         from ptxdist.executor import processes
 

@@ -1,1 +1,1 @@
-"""Label tables and mask folders to masks."""
+"""Reading masks from label tables and folders of mask images."""

@@ -1,7 +1,7 @@
-"""How a label table writes its masks: four dialects of run-length text, and the proof of which one a table uses.
+"""Detection of the encoding of a label table's masks: one of four dialects of run-length text.
 
-Owns: the dialects, their translation into the challenge's (`rle`), and the choice. Refuses: a table that looks wrong in
-every dialect. Called by: `catalog` and `cli`. What a reading looks like, and what cannot be right, is `evidence`'s.
+Owns: the dialects, their conversion to the challenge's (`rle`), and the choice between them. Refuses: a table that fits
+no dialect. `evidence` measures a table read in one dialect, and finds what is wrong with it.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ptxdist.labels.rle import Spans, Starts
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a mask is written: pairs `start length`, the px numbered down the columns or along the rows of the image.
+    """An encoding of masks: pairs `start length`, pixels numbered down the columns or along the rows of the image.
 
-    A relative start is the gap from the end of the former run, an absolute one the number of a px, the first being 1.
+    A relative start is the gap from the end of the previous run, an absolute one the number of a pixel, counted from 1.
     """
 
     starts: Starts
@@ -29,7 +29,7 @@ class Dialect:
 
     @property
     def name(self) -> str:
-        """Such as `relative-columns`."""
+        """For example `relative-columns`."""
         return f"{self.starts}-{self.order}"
 
 
@@ -38,19 +38,19 @@ DIALECTS = (SIIM, Dialect("relative", "rows"), Dialect("absolute", "columns"), D
 
 
 def parse_dialect(name: str) -> Dialect:
-    """The dialect of this name; SettingsError names the four when there is none."""
+    """The dialect of this name. Raises SettingsError, which lists the four names, when there is none."""
     for dialect in DIALECTS:
         if dialect.name == name:
             return dialect
     known = ", ".join(dialect.name for dialect in DIALECTS)
-    raise SettingsError(f"unknown dialect of a label table: {name!r}; expected one of {known}")
+    raise SettingsError(f"unknown mask encoding --dialect {name!r}; expected one of {known}")
 
 
 def to_siim(text: str, dialect: Dialect, rows: int, columns: int) -> str:
-    """The same mask as the challenge writes it, touching runs joined; `-1` stays.
+    """The same mask in the challenge's dialect, with adjacent runs joined; `-1` stays `-1`.
 
-    A text that is in the challenge's dialect already comes back as it is, without blanks around it and unchecked.
-    Raises LabelError as `rle.read_spans`.
+    `rows` and `columns` are those of the image. A text in the challenge's dialect is only stripped of blanks, and not
+    checked. Raises LabelError as `rle.read_spans`.
     """
     if dialect == SIIM:
         return text.strip()
@@ -59,14 +59,14 @@ def to_siim(text: str, dialect: Dialect, rows: int, columns: int) -> str:
 
 
 def _down_columns(spans: Spans, rows: int, columns: int) -> Spans:
-    """Spans down the columns of a mask from those along its rows; only the rows that it touches are drawn."""
+    """Spans down the columns of a mask from those along its rows; draws only the rows that it touches."""
     if len(spans) == 0:
         return spans
     first, last = int(spans[0, 0]) // columns, (int(spans[-1, 1]) - 1) // columns + 1
     edges = np.zeros((last - first) * columns + 1, np.int8)
     edges[spans[:, 0] - first * columns] += 1
     edges[spans[:, 1] - first * columns] -= 1
-    lines = last - first + 1  # one more, which is empty, so that no run goes on in the next column
+    lines = last - first + 1  # one empty row more, so that no run continues in the next column
     down = np.zeros((columns, lines), np.int8)
     down[:, :-1] = np.cumsum(edges[:-1]).reshape(-1, columns).T
     column, row = np.divmod(np.flatnonzero(np.diff(down.reshape(-1), prepend=0)), lines)
@@ -78,9 +78,9 @@ def _down_columns(spans: Spans, rows: int, columns: int) -> Spans:
 
 @dataclass(frozen=True)
 class Detection:
-    """The dialect of a table, whether somebody named it (`given`), what is proven, and why, in short sentences.
+    """The dialect of a table, whether the user gave it (`given`), what is proven, and the evidence in short sentences.
 
-    What is not proven is not contradicted either: there are too few masks to rule out the others.
+    Not proven means that there are too few masks to rule out the other dialects.
     """
 
     dialect: Dialect
@@ -99,47 +99,48 @@ def detect_dialect(
 ) -> Detection:
     """Find the dialect of a table from the raw texts of its masks by image id, and the (rows, columns) of the files.
 
-    Masks of images without a file do not have to fit; they are further evidence, and only where all files have one
-    size, which is then taken for theirs. Where there are too few masks to tell, the dialect nearest to the challenge's
-    is taken, and the evidence says so. A `dialect` that is given is not judged, but its masks have to fit. `where`
-    names the place of a mask for an error, from its image id and text. Raises LabelError without any size, for a mask
-    that does not fit where most do, and when the table looks wrong in every dialect.
+    Masks of images without a file do not have to fit; they add evidence only if all files have the same size, which is
+    then assumed for them. With too few masks to decide, the dialect nearest to the challenge's is chosen, and the
+    evidence says so. A given `dialect` is not judged, but its masks have to fit. `where` returns the place of a mask
+    for an error message, from its image id and text. Raises LabelError without any size, for a mask that does not fit
+    where most do, and when the table fits no dialect.
     """
     if not sizes:
-        raise LabelError("the dialect of a label table cannot be told without the size of a single image")
+        raise LabelError("the mask encoding of a label table cannot be detected without the size of any image")
     tried = (dialect,) if dialect else DIALECTS
     fits = {starts: fit_masks(masks, sizes, starts) for starts in dict.fromkeys(each.starts for each in tried)}
-    best = min(tried, key=lambda each: len(fits[each.starts].misfits))  # the first one of equals
+    best = min(tried, key=lambda each: len(fits[each.starts].misfits))  # the first of equals
     fit = fits[best.starts]
     if fit.misfits and (dialect or 2 * len(fit.misfits) <= fit.masks):
         case_id, text, reason = fit.misfits[0]
         raise LabelError(
-            f"{where(case_id, text)}: the mask of {case_id} does not fit its image: {reason} (read as {best.name}, as "
-            f"{fit.masks - len(fit.misfits)} of {fit.masks} masks can be; --dialect NAME reads the table as another)"
+            f"{where(case_id, text)}: the mask of {case_id} does not fit its image: {reason} (read as {best.name}, "
+            f"which fits {fit.masks - len(fit.misfits)} of {fit.masks} masks; correct the mask, or give another "
+            "encoding with --dialect)"
         )
     readings = {each: measure(each.name, each.order, fits[each.starts]) for each in tried}
     if dialect:
         fault = readings[dialect].fault
-        doubt = [f"the table looks wrong as {dialect.name}, which was asked for: {fault}"] if fault else []
+        doubt = [f"the table looks wrong as {dialect.name}, which was given: {fault}"] if fault else []
         evidence = (*_describe(readings[dialect]), *doubt)
         return Detection(dialect, True, False, False, evidence, tuple(readings.values()))
     return _conclude(readings)
 
 
 def _conclude(readings: Mapping[Dialect, Reading]) -> Detection:
-    """The first dialect without a fault; the faults of the others are the proof."""
+    """Choose the first dialect without a fault; the faults of the others are the proof."""
     sound = [each for each in DIALECTS if not readings[each].fault]
     if not sound:
         raise LabelError(
-            "the label table looks wrong in every dialect: "
+            "the label table fits no mask encoding: "
             + "; ".join(f"{reading.dialect}: {reading.fault}" for reading in readings.values())
-            + ". If you know how its masks are written, name it with --dialect NAME"
+            + ". If you know the encoding of its masks, give it with --dialect"
         )
     chosen = sound[0]  # the nearest to the challenge's
     others = [each for each in DIALECTS if each.starts != chosen.starts]
     twin = next(each for each in DIALECTS if each.starts == chosen.starts and each != chosen)
     verdicts = [
-        f"not ruled out: {rival.name}; {chosen.name} is taken, which is nearer to the challenge's"
+        f"not ruled out: {rival.name}; {chosen.name} is assumed, which is nearer to the challenge's"
         if rival in sound
         else f"not {rival.name}: {readings[rival].fault}"
         for rival in ((others[0], twin) if readings[chosen].masks else ())
@@ -155,9 +156,9 @@ def _conclude(readings: Mapping[Dialect, Reading]) -> Detection:
 
 
 def _describe(reading: Reading) -> list[str]:
-    """What was measured, in sentences."""
+    """The measurements, in sentences."""
     if not reading.masks:
-        return ["there is no mask to tell the dialect by"]
+        return ["there is no mask to detect the encoding from"]
     found = [f"{reading.masks - reading.misfits:,} of {reading.masks:,} masks fit their image"]
     if reading.line_share is not None:
         line = reading.dialect.rpartition("-")[2].removesuffix("s")
@@ -168,9 +169,9 @@ def _describe(reading: Reading) -> list[str]:
         found.append(f"the best constant mask has a mean Dice of {reading.constant_dice:.2f}")
     if reading.left_right is not None:
         found.append(
-            f"the mean mask is {reading.left_right:.2f} like its left-right mirror and {reading.up_down:.2f} like its "
-            "up-down mirror"
+            f"the mean mask correlates {reading.left_right:.2f} with its left-right mirror and {reading.up_down:.2f} "
+            "with its up-down mirror"
         )
     if reading.images < ENOUGH_IMAGES:
-        found.append(f"too few positive images to judge areas and anatomy ({reading.images}, from {ENOUGH_IMAGES} on)")
+        found.append(f"too few positive images to judge areas and anatomy ({reading.images} of {ENOUGH_IMAGES})")
     return found

@@ -1,14 +1,14 @@
-"""What the masks of a label table look like when they are read in one way, and what cannot be right about it.
+"""Measurements of a label table's masks when they are read in one dialect, and the faults that these show.
 
-Owns: the measures of a reading, and their limits. Refuses: nothing; a fault is a result. Called by: `dialect`.
+Owns: the measures of a reading, and their limits.
 
-A wrong reading is silent: masks come out, only elsewhere. What shows it:
-- masks run past their image, or their runs are not in order (tells relative from absolute starts);
-- neighbouring runs do not start one line of the image apart (tells columns from rows too, where images are oblong);
+Reading masks in a wrong dialect raises no error: it gives masks in wrong places. Its signs are:
+- masks extend past their image, or their runs are not in order (distinguishes relative from absolute starts);
+- neighbouring runs do not start one line of the image apart (also distinguishes columns from rows in oblong images);
 - the masks are far too small or far too large;
-- one constant mask would fit them all, as when every mask lands at the start of the image;
-- the masks lie on their side: rightly read, their mean shows two lungs side by side, alike in the left-right mirror and
-  not in the up-down one (tells columns from rows where images are square, and all else is alike).
+- one constant mask would fit them all, because every mask is at the start of the image;
+- the masks lie on their side: when read correctly, their mean shows two lungs side by side, similar to its left-right
+  mirror and not to its up-down mirror (distinguishes columns from rows in square images, where all else is equal).
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from ptxdist.errors import LabelError
 from ptxdist.labels import rle
 from ptxdist.labels.rle import Spans, Starts
 
-# Limits, each with what was measured on the 2,669 positive images of the challenge's table. Of 5,000 random samples of
-# 50 (191), 97 % (100 %) were surely upright, of samples of whole patients 82 % (99 %), and none lay on its side.
+# Limits, each with the value measured on the 2,669 positive images of the challenge's table. Of 5,000 random samples of
+# 50 (191) images, 97 % (100 %) were clearly upright, of samples of whole patients 82 % (99 %); none lay on its side.
 ENOUGH_IMAGES = 50  # fewer are not judged by areas, constant mask or anatomy
 ENOUGH_RUNS = 100  # fewer pairs of neighbours are not judged; one mask has 128 runs (median)
 LINE_SHARE = 0.5  # of neighbours start one line apart: 0.94 (0.82 along rows); 0.001 with wrong starts
 SMALL_AREA, LARGE_AREA = 1 / 2000, 1 / 4  # the median is 0.008 of the image, the ninth decile 0.03; 0.0001 if wrong
 CONSTANT_DICE = 0.5  # 0.14, in 50 images at most 0.41; with wrong starts 0.60 (0.68 along rows), at least 0.54
-MIRROR_LEAD = 0.4  # of the likeness to the left-right mirror, 0.91, over that to the up-down mirror, -0.12
-VALLEY = 0.8  # the middle columns of the mean hold 0.40 of the lower of the two peaks beside them
+MIRROR_LEAD = 0.4  # of the correlation with the left-right mirror, 0.91, over that with the up-down mirror, -0.12
+VALLEY = 0.8  # the middle columns of the mean have 0.40 of the lower of the two peaks beside them
 _SAMPLE = 500
 _GRID, _CELLS = 64, 16
-_POSITIONS = 2**20  # the constant mask is searched on at most so many positions
+_POSITIONS = 2**20  # the constant mask is searched on at most this many positions
 
 Order = Literal["columns", "rows"]
 Floats = npt.NDArray[np.float64]
@@ -46,12 +46,12 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Reading:
-    """A table read in one dialect; None stands for what there are too few masks to measure.
+    """A table read in one dialect; a measure is None when there are too few masks.
 
     `misfits` of `masks` do not fit their image. Measured on a sample of `images`: the share of neighbouring runs that
-    start one line apart; the masks' share of their image (median, and ninth decile); mean Dice of the best constant
-    mask; how like the mean mask is to its left-right and its up-down mirror (1 is equal, 0 unlike); what its middle
-    columns hold, as a share of the lower of the peaks on both sides. `fault` says why it cannot be right, "" if it can.
+    start one line apart; the masks' share of their image (median and ninth decile); mean Dice of the best constant
+    mask; correlation of the mean mask with its left-right and its up-down mirror; its value in the middle columns as a
+    share of the lower of the peaks on both sides. `fault` says why the dialect must be wrong; "" when nothing does.
     """
 
     dialect: str
@@ -80,8 +80,10 @@ class MaskedImage:
 
 @dataclass(frozen=True)
 class Fit:
-    """The masks read with one kind of starts: how many there are, (image id, text, reason) of those that do not fit
-    their image, and a sample of the images. Whether columns or rows are meant makes no difference to any of it.
+    """The masks read with one kind of starts; the same for columns and rows.
+
+    `masks` is their number, `misfits` are (image id, text, reason) of those that do not fit their image, `images` is a
+    sample of the images.
     """
 
     masks: int
@@ -90,12 +92,12 @@ class Fit:
 
     @cached_property
     def area_shares(self) -> list[float]:
-        """Share of each image of the sample that its masks cover."""
+        """Share of each sampled image that its masks cover, 0..1."""
         return [float(np.diff(image.union).sum()) / (image.rows * image.columns) for image in self.images]
 
     @cached_property
     def constant_dice(self) -> float | None:
-        """As `_constant_dice`, worked out once for columns and rows."""
+        """As `_constant_dice`, computed once for columns and rows."""
         return _constant_dice(self.images)
 
 
@@ -103,7 +105,7 @@ def fit_masks(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], sta
     """Read the masks by image id for images of these (rows, columns), and sample up to 500 positive images.
 
     Masks of images with a size are counted, and all of them have to fit. The others only fill up the sample, and only
-    where all sizes are equal, which is then taken for theirs.
+    if all sizes are equal; they are then assumed to have that size.
     """
     one_size = next(iter(sizes.values())) if len(set(sizes.values())) == 1 else None
     owned = [case_id for case_id in masks if masks[case_id] and case_id in sizes]
@@ -126,7 +128,7 @@ def fit_masks(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], sta
 
 
 def _spaced(names: Sequence[str], most: int) -> list[str]:
-    """At most so many of the names, evenly spaced."""
+    """At most `most` of the names, evenly spaced."""
     places = np.linspace(0, len(names), min(len(names), most), endpoint=False).astype(int)
     return [names[place] for place in places]
 
@@ -143,7 +145,7 @@ def _unite(masks: Sequence[Spans]) -> Spans:
 
 
 def measure(dialect: str, order: Order, fit: Fit) -> Reading:
-    """Measure one reading; where masks do not fit their image, that is fault enough. `dialect` is its name."""
+    """Measure the masks in one order; `dialect` is its name. Masks that do not fit their image are a fault at once."""
     reading = Reading(dialect, fit.masks, len(fit.misfits), len(fit.images))
     if fit.misfits:
         counts = f"{reading.misfits:,} of {reading.masks:,} masks do not fit their image"
@@ -177,16 +179,16 @@ def _fault(reading: Reading, order: Order, sideways: bool = False) -> str:
         return f"one constant mask fits them all (mean Dice {reading.constant_dice:.2f})"
     if sideways:
         return (
-            f"the masks lie on their side: their mean is {reading.up_down:.2f} like its up-down mirror, as two lungs "
-            f"are to the left-right one, and {reading.left_right:.2f} like that"
+            f"the masks lie on their side: their mean correlates {reading.up_down:.2f} with its up-down mirror and "
+            f"{reading.left_right:.2f} with its left-right mirror; for two lungs it is the other way round"
         )
     return ""
 
 
 def _line_share(images: Sequence[MaskedImage], order: Order) -> float | None:
-    """Share of neighbouring runs that start one line apart, within a sixteenth; of oblong images where there are any.
+    """Share of neighbouring runs that start one line apart, within a sixteenth; in oblong images if there are enough.
 
-    A line has as many px as the image has rows when they are numbered down the columns.
+    A line has as many pixels as the image has rows when they are numbered down the columns.
     """
     near, pairs = {True: 0, False: 0}, {True: 0, False: 0}
     for image in images:
@@ -202,7 +204,10 @@ def _line_share(images: Sequence[MaskedImage], order: Order) -> float | None:
 
 
 def _constant_dice(images: Sequence[MaskedImage]) -> float | None:
-    """Mean Dice of the best constant mask, among those px that so and so many masks share; of the commonest size."""
+    """Mean Dice of the best constant mask in images of the most common size; None with too few of them.
+
+    The candidates are the pixels that at least so many masks share, for 16 numbers of masks.
+    """
     (rows, columns), count = Counter((image.rows, image.columns) for image in images).most_common(1)[0]
     if count < ENOUGH_IMAGES:
         return None
@@ -215,20 +220,20 @@ def _constant_dice(images: Sequence[MaskedImage]) -> float | None:
     shared = np.cumsum(np.bincount(begins, minlength=length) - np.bincount(ends, minlength=length))
     scores = []
     for least in np.unique(np.geomspace(1, max(1, shared.max()), 16).astype(int)):
-        before = np.concatenate(([0], np.cumsum(shared >= least)))  # px of the constant mask before each position
+        before = np.concatenate(([0], np.cumsum(shared >= least)))  # pixels of the constant mask before each position
         common = np.add.reduceat(before[ends] - before[begins], firsts)
         scores.append(float((2 * common / (areas + before[-1])).mean()))
     return max(scores)
 
 
 def _mean_mask(images: Sequence[MaskedImage], order: Order) -> Floats:
-    """Mean of the masks, each of the same weight, float64 (16, 16): rows from the top, columns from the left."""
+    """Mean of the masks with equal weights, float64 (16, 16): rows from the top, columns from the left."""
     total = np.zeros((_GRID, _GRID))
     for image in images:
         lines, along = (image.columns, image.rows) if order == "columns" else (image.rows, image.columns)
         centres = (np.arange(_GRID) + 0.5) / _GRID
         positions = ((centres * lines).astype(int)[:, None] * along + (centres * along).astype(int)).reshape(-1)
-        # The edges before a position are odd in number where it is inside.
+        # The number of edges before a position is odd where it is inside.
         passed = np.bincount(np.searchsorted(positions, image.union.reshape(-1)), minlength=len(positions) + 1)
         inside = (np.cumsum(passed[:-1]) % 2).reshape(_GRID, _GRID)
         total += inside / max(1, inside.sum())
@@ -237,7 +242,7 @@ def _mean_mask(images: Sequence[MaskedImage], order: Order) -> Floats:
 
 
 def _stance(mean: Floats) -> tuple[float, float, float]:
-    """How like a mean mask is to its left-right and its up-down mirror, and how full its middle is beside the peaks."""
+    """Correlation of a mean mask with its left-right and its up-down mirror, and its middle relative to the peaks."""
     centred = mean - mean.mean()
     power = float((centred**2).sum()) or 1.0
     profile = mean.sum(axis=0)
@@ -251,5 +256,5 @@ def _stance(mean: Floats) -> tuple[float, float, float]:
 
 
 def _stands(left_right: float, up_down: float, valley: float) -> bool:
-    """Whether a mean mask is surely that of two lungs side by side."""
+    """Whether a mean mask clearly shows two lungs side by side."""
     return left_right - up_down >= MIRROR_LEAD and valley < VALLEY

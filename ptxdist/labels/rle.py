@@ -1,11 +1,9 @@
-"""SIIM run-length text <-> mask.
+"""Conversion between masks and the run-length text of the SIIM-ACR challenge.
 
-Owns: the text format. A mask is pairs `gap length` separated by blanks: the gap counts px from the end of the former
-run (the first one from px 0), px run down the columns of the image, and `-1` stands for the empty mask (rules page of
-the SIIM-ACR Pneumothorax Segmentation challenge). Refuses: texts that are not such pairs, and runs past the image.
-Called by: `tables`, `dialect`, `cache`, `phantoms.dataset`, and `train`, `report` and `predict` for truth and
-predictions at the original resolution. Tables that write their runs in another way are turned into this format by
-`dialect`.
+Owns: the text format. A mask is pairs `gap length` separated by blanks. The gap counts pixels from the end of the
+previous run (the first one from pixel 0), pixels are numbered down the columns of the image, and `-1` is the empty
+mask (rules page of the SIIM-ACR Pneumothorax Segmentation challenge). Refuses: text that is not such pairs, and runs
+past the image. `dialect` converts tables in other encodings to this format.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ Starts = Literal["relative", "absolute"]
 
 
 def parse(text: str) -> Runs:
-    """Runs of a text as int64 (n, 2): gap and length in px; (0, 2) for the empty mask `-1`.
+    """Runs of a text as int64 (n, 2): gap and length in pixels; (0, 2) for the empty mask `-1`.
 
     Blanks around the text are ignored. Raises LabelError when the text is not `-1` or pairs of integers with gaps
     of at least 0 and lengths of at least 1.
@@ -40,48 +38,48 @@ def parse(text: str) -> Runs:
         raise LabelError(f"run-length text must be '-1' or pairs of numbers, found {len(numbers)}: {_shorten(text)}")
     runs = numbers.reshape(-1, 2)
     if (runs[:, 0] < 0).any() or (runs[:, 1] < 1).any():
-        raise LabelError(f"run-length text has a negative gap or a run without length: {_shorten(text)}")
+        raise LabelError(f"run-length text has a negative gap or a run of length 0: {_shorten(text)}")
     return runs
 
 
 def _numbers(text: str) -> npt.NDArray[np.int64]:
     if text.strip() and not text.strip(_PLAIN):
-        numbers = np.fromstring(text, np.int64, sep=" ")  # five times faster, but takes any text and caps its numbers
+        numbers = np.fromstring(text, np.int64, sep=" ")  # five times faster, but accepts any text and clips
         if numbers.max() < 2**62:
             return numbers
     try:
-        if "_" in text:  # an integer to numpy (1_000), but not in this format
+        if "_" in text:  # numpy accepts 1_000; this format does not
             raise ValueError
         return np.array(text.split(), dtype=np.int64)
     except (ValueError, OverflowError):
-        raise LabelError(f"run-length text holds something that is not an integer: {_shorten(text)}") from None
+        raise LabelError(f"run-length text contains something that is not an integer: {_shorten(text)}") from None
 
 
 def read_spans(text: str, starts: Starts, height: int, width: int) -> Spans:
-    """Begin and end of each run as int64 (n, 2), increasing, in px from 0 in the order of the text; (0, 2) for `-1`.
+    """Start and end of each run as int64 (n, 2), increasing, in pixels from 0 in the order of the text.
 
-    With "relative" starts, the format of this module, a number is the gap from the end of the former run; with
-    "absolute" ones it is the number of a px, the first being 1, as in most other tables. Raises LabelError as `parse`,
+    (0, 2) for `-1`. A "relative" start is the gap from the end of the previous run, the format of this module; an
+    "absolute" start is the number of a pixel, counted from 1, as in most other tables. Raises LabelError as `parse`,
     for a run past the image, and for absolute starts that are 0 or do not increase.
     """
     if starts == "relative":
         return np.cumsum(_parse_inside(text, height, width).reshape(-1)).reshape(-1, 2)
     runs, size = parse(text), height * width
     if (runs > size).any() or (runs.sum(axis=1) - 1 > size).any():
-        end = max(start - 1 + length for start, length in runs.tolist())  # Python's integers, which cannot overflow
-        raise LabelError(f"a run ends at px {end}, past the {width}x{height} image ({size} px)")
+        end = max(start - 1 + length for start, length in runs.tolist())  # Python's integers cannot overflow
+        raise LabelError(f"a run ends at pixel {end}, past the {width}x{height} image ({size} pixels)")
     spans = np.column_stack((runs[:, 0], runs.sum(axis=1))) - 1
     if (spans[:, 0] < 0).any():
-        raise LabelError("a run starts at px 0, but absolute starts count from 1")
+        raise LabelError("a run starts at pixel 0, but absolute starts count from 1")
     if (spans[1:, 0] < spans[:-1, 1]).any():
         raise LabelError("absolute starts do not increase, or runs overlap")
     return spans
 
 
 def decode_columns(texts: Sequence[str], height: int, width: int, value: int = 1) -> Mask:
-    """Union of the masks as uint8 (width, height), 0 or `value`: the transposed image, the order of the format.
+    """Union of the masks as uint8 (width, height), 0 or `value`: transposed, as in the format.
 
-    No texts, or only `-1`, give zeros. Raises LabelError when a run ends past the last px of the image.
+    No texts, or only `-1`, give zeros. Raises LabelError as `parse`, and when a run ends past the last pixel.
     """
     mask = np.zeros(height * width, np.uint8)
     for text in texts:
@@ -94,20 +92,20 @@ def decode_columns(texts: Sequence[str], height: int, width: int, value: int = 1
 
 
 def decode(texts: str | Sequence[str], height: int, width: int) -> Mask:
-    """Union of the masks of one image as uint8 (height, width) of 0 and 1; errors as `decode_columns`."""
+    """Union of the masks of one image as uint8 (height, width), 0 or 1. Empty case and errors as `decode_columns`."""
     return np.ascontiguousarray(decode_columns([texts] if isinstance(texts, str) else texts, height, width).T)
 
 
 def encode(mask: npt.NDArray[np.generic]) -> str:
-    """Run-length text of a mask (height, width), everything but 0 being inside; `-1` when nothing is."""
+    """Run-length text of a mask (height, width) of any dtype; all values but 0 are inside. `-1` for an empty mask."""
     flat = np.asarray(mask).T.reshape(-1) != 0
     return encode_spans(np.flatnonzero(np.diff(flat, prepend=False, append=False)).reshape(-1, 2))
 
 
 def encode_spans(spans: Spans) -> str:
-    """Text of the spans int64 (n, 2) of a mask: begin and end of each run in px down the columns; `-1` for none.
+    """Run-length text of the spans int64 (n, 2) of a mask: start and end of each run in pixels down the columns.
 
-    Spans must increase and not overlap; those that touch become one run.
+    `-1` for no spans. Spans must increase and not overlap; adjacent ones become one run.
     """
     if len(spans) == 0:
         return EMPTY
@@ -117,14 +115,14 @@ def encode_spans(spans: Spans) -> str:
 
 
 def overlap(texts: Sequence[str], starts: Starts = "relative") -> bool:
-    """Whether a px belongs to more than one of the masks, whatever the size of their image. Errors as `read_spans`."""
+    """Whether any pixel belongs to more than one of the masks; no size is needed. Errors as `read_spans`."""
     spans = np.concatenate([np.zeros((0, 2), np.int64), *(read_spans(text, starts, 2**62, 1) for text in texts)])
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     return bool((spans[1:, 0] < np.maximum.accumulate(spans[:, 1])[:-1]).any())
 
 
 def area_px(texts: Sequence[str], height: int, width: int) -> int:
-    """Area of the union of the masks in px; overlapping masks count once. Errors as `decode_columns`."""
+    """Area of the union of the masks in pixels; 0 for no texts. Errors as `decode_columns`."""
     if not texts:
         return 0
     if len(texts) == 1:
@@ -134,9 +132,9 @@ def area_px(texts: Sequence[str], height: int, width: int) -> int:
 
 def _parse_inside(text: str, height: int, width: int) -> Runs:
     runs = parse(text)
-    end, size = sum(runs.reshape(-1).tolist()), height * width  # Python's integers, which cannot overflow
+    end, size = sum(runs.reshape(-1).tolist()), height * width  # Python's integers cannot overflow
     if end > size:
-        raise LabelError(f"a run ends at px {end}, past the {width}x{height} image ({size} px)")
+        raise LabelError(f"a run ends at pixel {end}, past the {width}x{height} image ({size} pixels)")
     return runs
 
 

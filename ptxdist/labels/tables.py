@@ -1,8 +1,7 @@
-"""Label tables, folders of mask images and patient maps -> plain dictionaries.
+"""Reading label tables, folders of mask images, and patient maps as dictionaries.
 
-Owns: the columns of the CSV files, and what a px of a mask image means. Refuses: tables and folders that cannot be
-right (LabelError with the line or the file). Called by: `catalog` and `phantoms.dataset`. How a table writes its runs
-is `dialect`'s.
+Owns: the columns of the CSV files, and the meaning of pixel values in mask images. Refuses: malformed or contradictory
+tables and folders (LabelError with the line or the file). `dialect` finds the encoding of a table's masks.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _FILES_A_TASK = 64
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """A folder of mask images: by image id, the texts as `rle` writes them (() for an all-black mask), and the sizes.
+    """A folder of mask images: by image id, the run-length texts of `rle` (() for an all-black mask), and the sizes.
 
-    `sizes` are the (rows, columns) of the mask images; a mask belongs to an image of the same size only.
+    `sizes` are the (rows, columns) of the mask images; a mask fits only an image of the same size.
     """
 
     masks: dict[str, tuple[str, ...]]
@@ -46,10 +45,10 @@ def read_labels(path: Path) -> dict[str, tuple[str, ...]]:
     """Run-length texts of each image id of a label table, in the order of the table; () for a negative image.
 
     Reads `ImageId,EncodedPixels` with or without the challenge's blanks, a BOM, a header or gzip. A negative image has
-    `-1`, or an empty field where the whole table does it that way, as other challenges do; a table with both is
-    refused, since an empty field beside `-1` may be an image that nobody looked at. Of a folder, the masks of
-    `read_mask_folder`. Raises LabelError with the line for missing columns, malformed runs, and an id that has both a
-    mask and none.
+    `-1`, or an empty field if the whole table is written so, as in other challenges; a table with both is rejected,
+    since an empty field beside `-1` may be an image without a label. For a folder, returns the masks of
+    `read_mask_folder`. Raises LabelError with the line for missing columns, malformed runs, and an id that has rows
+    with and without a mask.
     """
     if path.is_dir():
         return read_mask_folder(path).masks
@@ -77,24 +76,28 @@ def read_labels(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _check_empty_fields(path: Path, empty_line: int, minus_line: int, rows: bool, positive: bool) -> None:
-    """Lines are those of the first empty field and the first `-1`, 0 when there is none."""
+    """Raise LabelError unless empty fields are used consistently.
+
+    The lines are those of the first empty field and the first `-1`; 0 when there is none.
+    """
     if not rows:
         raise LabelError(f"{path}: the label table has no rows")
     if empty_line and minus_line:
         raise LabelError(
-            f"{path}, line {empty_line}: the field for the mask is empty, while line {minus_line} says '-1' for no "
-            "pneumothorax; write '-1', or remove the row of an image that nobody labelled"
+            f"{path}, line {empty_line}: the field for the mask is empty, while line {minus_line} has '-1' for no "
+            "pneumothorax; write '-1', or remove the row of an image without a label"
         )
     if empty_line and not positive:
-        raise LabelError(f"{path}: the field for the mask is empty in every row; '-1' means no pneumothorax")
+        raise LabelError(f"{path}: the field for the mask is empty in every row; write '-1' for no pneumothorax")
 
 
 def read_mask_folder(folder: Path, executor: Executor = serial) -> MaskFolder:
     """Masks of the PNG files `<image id>.png` in a folder or below it, in the order of their paths.
 
-    A px is inside the mask when it is brighter than half of what its bits can hold (over 127 of 255); a file with no
-    value but 0 and 1 is taken by these. Gray values and three equal colour channels are read. Raises LabelError when
-    there is no PNG, two have one name, or a file is damaged or no mask (its brightest px is dark, but not black).
+    A pixel is inside the mask when its value is above half of the range of its type (over 127 of 255), or is 1 in a
+    file with no other values than 0 and 1. Grayscale and three equal colour channels are read. `spread` runs the tasks.
+    Raises LabelError when there is no PNG, two have the same name, or a file is damaged or not a mask (its brightest
+    pixel is dark, but not black).
     """
     paths = _find_masks(folder)
     starts = range(0, len(paths), _FILES_A_TASK)
@@ -107,7 +110,7 @@ def read_mask_folder(folder: Path, executor: Executor = serial) -> MaskFolder:
 
 
 def _find_masks(folder: Path) -> list[Path]:
-    def unreadable(error: OSError) -> None:  # left to itself, os.walk passes over what it may not read
+    def unreadable(error: OSError) -> None:  # by default, os.walk skips folders that it cannot read
         raise LabelError(f"{folder}: a folder in it cannot be read: {error.strerror}") from error
 
     paths = sorted(
@@ -117,22 +120,22 @@ def _find_masks(folder: Path) -> list[Path]:
         if name.lower().endswith(".png") and not name.startswith(".")
     )
     if not paths:
-        raise LabelError(f"{folder}: no mask images (<image id>.png) in it or below it")
+        raise LabelError(f"{folder}: there are no mask images (<image id>.png) in it or below it")
     case_id, count = Counter(path.stem for path in paths).most_common(1)[0]
     if count > 1:
-        raise LabelError(f"{folder}: {count} mask images in it are called {case_id}; an image has one")
+        raise LabelError(f"{folder}: {count} mask images in it are named {case_id}; an image can have only one")
     return paths
 
 
 def _read_masks(folder: Path, start: int, paths: Sequence[Path]) -> tuple[int, list[tuple[str, tuple[int, int]]]]:
-    """One task: `start` comes back with the results, which arrive in any order."""
+    """One task: returns `start` with the results, since tasks finish in any order."""
     return start, [_read_mask(folder, path) for path in paths]
 
 
 def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
-    where = f"{folder}: the mask image {path.name}"  # not the folders between, which may be named after patients
+    where = f"{folder}: the mask image {path.name}"  # without the folders between, which may be named after patients
     try:
-        content = path.read_bytes() if path.is_file() else b""  # a pipe would never end
+        content = path.read_bytes() if path.is_file() else b""  # reading a pipe would never end
         if not content.startswith(SIGNATURE):
             raise DicomError("is not a PNG")
         header = read_png_header(content, MAX_PIXELS, mask=True)
@@ -143,17 +146,17 @@ def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
         raise LabelError(f"{where} {error}") from None
     brightest, half = int(values.max()), int(np.iinfo(values.dtype).max) // 2
     if 1 < brightest <= half:
-        raise LabelError(f"{where} is dark (its brightest px is {brightest}); a mask is black and white")
+        raise LabelError(f"{where} is dark (its brightest pixel is {brightest}); a mask must be black and white")
     return rle.encode(values > (half if brightest > 1 else 0)), (header.rows, header.columns)
 
 
 def line_of(path: Path, case_id: str, text: str) -> int:
-    """Line of a label table that has this run-length text for this image; 0 when none has."""
+    """Line of a label table with this run-length text for this image; 0 when there is none."""
     return next((line for line, *row in _label_rows(path) if row[0] == case_id and row[1] == text), 0)
 
 
 def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Line, image id and run-length text of each row, without the blanks around them."""
+    """Line, image id and run-length text of each row, stripped of blanks."""
     csv.field_size_limit(2**31 - 1)
     with _open_text(path) as file:
         reader = csv.reader(file)
@@ -179,7 +182,8 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
 def read_patients(path: Path) -> dict[str, str]:
     """Patient of each image id, from a CSV whose first two columns are image id and patient (with a header).
 
-    NIH image names (`00028864_007.png`) are reduced to their patient. LabelError for an id with two patients.
+    NIH image names (`00028864_007.png`) are reduced to their patient. Raises LabelError for a map without rows, a row
+    without an id or a patient, and an id with two patients.
     """
     patients: dict[str, str] = {}
     with _open_text(path) as file:
@@ -204,7 +208,7 @@ def read_patients(path: Path) -> dict[str, str]:
 
 @contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
-    """The file as text; whatever goes wrong while it is open, not only at its start, is a LabelError."""
+    """The file as text; an error while it is open becomes a LabelError."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file

@@ -1,1 +1,1 @@
-"""Synthetic data in the challenge's format."""
+"""Synthetic data sets in the challenge's format."""

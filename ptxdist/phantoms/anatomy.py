@@ -1,9 +1,8 @@
-"""Where things are in a phantom: how the patient stands, the outlines of the lungs, the masks of a pneumothorax.
+"""Shapes of a phantom: the position of the patient, the outlines of the lungs, the masks of a pneumothorax.
 
-Owns: the shapes of the synthetic images and the masks that fit them. Refuses: nothing; it draws.
-Called by: `dataset`, and `greys`, which gives the shapes their grey levels.
+Owns: the shapes of the synthetic images and the masks that fit them. `greys` gives the shapes their grey levels.
 
-Anatomy stands in units of the image side: x is the distance from the midline, growing towards the lateral chest wall,
+Anatomy is in units of the image side: x is the distance from the midline, positive towards the lateral chest wall, and
 y grows downwards.
 """
 
@@ -27,7 +26,7 @@ ANGLES = np.linspace(-np.pi, np.pi, 720, endpoint=False)  # 0 is the apex, posit
 
 
 def points(text: str) -> Points:
-    """Points (n, 2) written as `x,y x,y …`."""
+    """Points float64 (n, 2) from the text `x,y x,y …`."""
     return np.array(text.replace(",", " ").split(), np.float64).reshape(-1, 2)
 
 
@@ -45,7 +44,7 @@ class Lung:
     side: int
 
     def outline(self, angles: Points, share: Points | float = 1.0) -> Points:
-        """Points (n, 2) in px at `share` of the radius; apex at angle 0, chest wall at positive angles."""
+        """Points (n, 2) in pixels at `share` of the radius; apex at angle 0, chest wall at positive angles."""
         radius = np.interp(angles, ANGLES, self.radius_px, period=2 * np.pi) * share
         return np.asarray(
             self.centre_px + np.column_stack((self.side * radius * np.sin(angles), -radius * np.cos(angles)))
@@ -54,7 +53,7 @@ class Lung:
 
 @dataclass(frozen=True)
 class Chest:
-    """How one patient stands before the detector: view (PA or AP), tilt and size of the frame, the two lungs."""
+    """Position of one patient before the detector: view (PA or AP), tilt, size and shift, and the two lungs."""
 
     view: str
     turn: Points
@@ -63,13 +62,13 @@ class Chest:
     lungs: tuple[Lung, ...] = ()
 
     def place(self, at: Sequence[tuple[float, float]] | Points, side: int = 1, size_px: int = DRAW_PX) -> Points:
-        """Px (n, 2) of anatomy points (n, 2) on one side; side -1 is left in the image."""
+        """Pixels (n, 2) of anatomy points (n, 2) on one side; side -1 is on the left of the image."""
         centred: Points = (np.asarray(at, np.float64) - (0, 0.47)) * (side, 1) * self.scale
         return np.asarray((centred @ self.turn.T + self.shift) * size_px)
 
 
 def pose(rng: np.random.Generator, view: str) -> Chest:
-    """A chest for one image: position, size, tilt and lung outlines vary; AP images are shorter, often shifted."""
+    """A chest for one image, with random position, size, tilt and lung outlines; it is shorter in AP images."""
     tilt = np.radians(rng.normal(0, 2.0 if view == "PA" else 3.0))
     turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
     scale = rng.normal((1.0, 1.0) if view == "PA" else (1.0, 0.84), 0.045)
@@ -92,10 +91,10 @@ def pose(rng: np.random.Generator, view: str) -> Chest:
 
 
 def draw_masks(rng: np.random.Generator, chest: Chest) -> list[Image]:
-    """Masks of one pneumothorax as uint8 (1024, 1024) of 0 and 1: one in three of four cases, else several.
+    """Masks of one pneumothorax as uint8 (1024, 1024) of 0 and 1: one mask in three of four cases, else several.
 
-    The union's area follows the real table: log-normal, median 8,600 px, 300 to 161,000 px. Several masks are parts
-    of one crescent, some of them overlapping, or two crescents of one lung (apex and base).
+    The area of their union is distributed as in the challenge's table: log-normal, median 8,600 pixels, 300 to 161,000.
+    Several masks are parts of one crescent, some of them overlapping, or two crescents of one lung (apex and base).
     """
     lung = chest.lungs[rng.integers(2)]
     target_px = float(np.clip(rng.lognormal(9.06, 1.08), 300, 161_000))
@@ -122,8 +121,8 @@ def _crescent(
 ) -> list[Image]:
     """The space between the chest wall and a lung that shrank by `depth * (1 - t²)`, cut into `parts` of t in [-1, 1].
 
-    The area in polar form is quadratic in the depth, so the depth for the wanted area is solved, not searched; the
-    crescent is made longer until the depth is plausible. Parts overlap only where their ranges of t do.
+    The area in polar form is quadratic in the depth, so the depth is solved from the wanted area; the crescent is
+    lengthened until the depth is plausible. Parts overlap only where their ranges of t do.
     """
     half = 0.52 * (target_px / 8600) ** 0.45 * rng.lognormal(0, 0.2)
     t = np.linspace(-1, 1, 257)
@@ -131,7 +130,7 @@ def _crescent(
         half = min(half, 2.9)
         radii = np.interp(centre + half * t, ANGLES, lung.radius_px, period=2 * np.pi)
         linear, square = (float((radii**2 * (1 - t**2) ** power).mean() * 2 * half) for power in (1, 2))
-        edge_px = 0.9 * 2 * half * float(radii.mean())  # filling takes in the px on the outline
+        edge_px = 0.9 * 2 * half * float(radii.mean())  # filling includes the pixels on the outline
         root = linear**2 - 2 * square * max(target_px - edge_px, 0.3 * target_px)
         depth = (linear - np.sqrt(root)) / square if root > 0 else 1.0
         if depth < 0.16 + 0.22 * half or half >= 2.9:
@@ -145,21 +144,21 @@ def _crescent(
         shrunk = lung.outline(angles, 1 - min(depth, 0.92) * (1 - t**2))
         mask = fill(np.vstack((lung.outline(angles), shrunk[::-1])), SIZE_PX)
         if start == former:
-            mask[masks[-1] > 0] = 0  # both took in the px on the cut
+            mask[masks[-1] > 0] = 0  # both include the pixels on the cut
         masks.append(mask)
         former = end
     return masks
 
 
 def fill(outline: Points, size_px: int, value: int = 1) -> Image:
-    """A filled outline on uint8 (size_px, size_px); points in px, kept to a sixteenth."""
+    """A filled outline on uint8 (size_px, size_px); points in pixels, rounded to a sixteenth."""
     canvas = np.zeros((size_px, size_px), np.uint8)
     cv2.fillPoly(canvas, [fixed(outline)], value, cv2.LINE_8 if value == 1 else cv2.LINE_AA, 4)
     return canvas
 
 
 def fixed(points: Points) -> npt.NDArray[np.int32]:
-    """Points in sixteenths of a px, as cv2 draws them with shift 4."""
+    """Points in sixteenths of a pixel, as cv2 draws them with shift 4."""
     return np.asarray(np.rint(points * 16), np.int32)
 
 

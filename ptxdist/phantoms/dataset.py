@@ -1,10 +1,10 @@
-"""A synthetic data set in the shape of the SIIM-ACR one, for the demo and the tests.
+"""Writing a synthetic data set in the format of SIIM-ACR, for the demo and the tests.
 
-Owns: nested folders of JPEG Baseline DICOM files, a label table with the real table's oddities, a map of images to
-patients. Refuses: writing into a folder that holds anything. Called by: `cli` and the tests.
+Owns: nested folders of JPEG Baseline DICOM files, a label table with the oddities of the challenge's table, a map of
+images to patients. Refuses: a folder that is not empty.
 
-Where things are in a phantom is `anatomy`'s, its grey levels are `greys`'s. Everything random about an image comes
-from (seed, index of the image), so it does not depend on the workers.
+`anatomy` draws the shapes of a phantom, `greys` its grey levels. The random numbers of an image depend only on (seed,
+index of the image), and not on the workers.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from ptxdist.phantoms.anatomy import SIZE_PX, Image
 
 CHUNK = 16
 UNLABELLED_SHARE = 0.004
-LABEL_HEADER = ("ImageId", " EncodedPixels")  # the blank is the real table's
+LABEL_HEADER = ("ImageId", " EncodedPixels")  # with the blank of the challenge's table
 
 _SPACINGS_MM = ("0.139", "0.143", "0.168", "0.171", "0.194311")
 
 
 @dataclass(frozen=True)
 class PhantomResult:
-    """What was written: the folder of DICOM files, the two tables, and how many images of which kind."""
+    """What was written: the folder of DICOM files, the two tables, and the numbers of images."""
 
     dicom: Path
     labels: Path
@@ -51,7 +51,10 @@ class PhantomResult:
 
 @dataclass(frozen=True)
 class _Task:
-    """One image to draw. `texts` None: draw the masks too, or none; `rows` False: leave it out of the table."""
+    """One image to draw; `rows` says whether it is in the table.
+
+    `texts` are the masks of a given table; with None, the masks of a positive image are drawn too.
+    """
 
     index: int
     patient: int
@@ -73,17 +76,16 @@ def write_phantoms(
 ) -> PhantomResult:
     """Write `cases` phantoms under `out`: `dicom-images/<study>/<series>/<image>.dcm`, `train-rle.csv`, `patients.csv`.
 
-    `positive_share` of the labelled images show a pneumothorax; about 0.4 % of the files (at least one from 20 cases
-    on) have no row in the table. With `labels`, a label table (CSV, may be .gz), images are drawn for its ids and
-    masks instead: all of them when `cases` is 0, else the first `cases`. `on_image` hears (images done, images).
-    The files are the same for any number of `workers`. Everything is written beside `out` and renamed at
-    the end. Raises SettingsError for a wrong number, LabelError for a table that cannot be used, and RunError when
-    `out` holds anything.
+    `positive_share` of the labelled images show a pneumothorax; about 0.4 % of the files (at least one of 20 or more)
+    have no row in the table. With `labels`, a label table (CSV, may be .gz), images are drawn for its ids and masks
+    instead: all of them when `cases` is 0, else the first `cases`. `on_image` is called with (images done, images).
+    The files are the same for any number of `workers`. They are written beside `out` and renamed at the end. Raises
+    SettingsError for an invalid number, LabelError for an invalid table, and RunError when `out` is not empty.
     """
     _check(cases, seed, positive_share, labels, workers)
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not an empty folder; name another one or delete it, nothing was written")
+        raise RunError(f"{out} exists and is not an empty folder; delete it or give another one; nothing was written")
     tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
     with files.replacing_folder(out, error=None) as folder:
         rows = _draw_all(folder / "dicom-images", tasks, seed, workers, on_image)
@@ -131,7 +133,7 @@ def _plan_table(path: Path, cases: int, seed: int) -> list[_Task]:
     names = list(texts)[: cases or None]
     for name in names:
         if name in (".", "..") or set(name) & set("/\\\0"):
-            raise LabelError(f"{path}: the image id {name!r} cannot be the name of a file")
+            raise LabelError(f"{path}: the image id {name!r} cannot be a file name")
     positive = np.array([bool(texts[name]) for name in names])
     patients = _assign_patients(positive, np.random.default_rng((seed, 0, 1)))
     return [
@@ -141,7 +143,7 @@ def _plan_table(path: Path, cases: int, seed: int) -> list[_Task]:
 
 
 def _assign_patients(positive: npt.NDArray[np.bool_], rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Patient of each image: positives fall on few patients, who also own a fifth of the negatives, as in the data."""
+    """Patient of each image: few patients have all positives and a fifth of the negatives, as in the challenge."""
     patients = np.zeros(len(positive), np.int64)
 
     def deal(images: npt.NDArray[np.int64], first: int, mean: float, spread: float, most: int) -> int:
@@ -201,13 +203,15 @@ def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
     data = _encode(greys.draw_image(rng, chest, union))
     path = folder / study / series / f"{name}.dcm"
     path.parent.mkdir(parents=True)
-    with pydicom.config.disable_value_validation():  # '62' is no valid age, ID_… no valid UID: the data has both
+    with (
+        pydicom.config.disable_value_validation()
+    ):  # '62' is not a valid age and ID_… not a valid UID; the challenge has both
         _dataset(rng, (study, series, name), view, task.patient, data).save_as(path, enforce_file_format=True)
     return name, texts if task.rows else []
 
 
 def _encode(image: Image) -> bytes:
-    """JPEG of about 100 to 190 kB, like the real files."""
+    """JPEG of about 100 to 190 kB, as in the challenge."""
     data = b""
     for quality in (90, 94):
         data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()

@@ -1,9 +1,8 @@
-"""How a phantom looks: the grey levels of a drawn chest radiograph.
+"""Grey levels of a phantom, a drawn chest radiograph.
 
-Owns: soft tissue, bones, vessels, look-alikes, noise, and what a pneumothorax does to them. Refuses: nothing; it draws.
-Called by: `dataset`.
+Owns: soft tissue, bones, vessels, look-alikes, noise, and the effect of a pneumothorax on them.
 
-Soft parts are drawn at 512 px and enlarged; pneumothorax, pleural line and noise at 1024 px. Where things are comes
+Soft parts are drawn at 512 pixels and enlarged; pneumothorax, pleural line and noise are drawn at 1024. Positions come
 from `anatomy`, in its units.
 """
 
@@ -29,7 +28,7 @@ _BLADE = points("0.44,0.12 0.35,0.15 0.355,0.26 0.385,0.38 0.41,0.43 0.47,0.27")
 
 
 def draw_image(rng: np.random.Generator, chest: Chest, union: Image) -> Image:
-    """The radiograph uint8 (1024, 1024), air dark, with a pneumothorax where `union` (1024, 1024) is not 0."""
+    """The radiograph uint8 (1024, 1024), air dark, with a pneumothorax where `union` uint8 (1024, 1024) is 1."""
     air = np.maximum.reduce([fill(lung.outline(ANGLES) / 2, DRAW_PX, 255) for lung in chest.lungs])
     closed = cv2.resize(union * np.uint8(255), (DRAW_PX, DRAW_PX), interpolation=cv2.INTER_AREA)
     lungs = np.maximum(air, closed)
@@ -43,7 +42,7 @@ def draw_image(rng: np.random.Generator, chest: Chest, union: Image) -> Image:
     if union.any():
         _collapse(rng, image, union, air)
     noise = np.frombuffer(rng.bytes(SIZE_PX * SIZE_PX), np.uint8).reshape(SIZE_PX, SIZE_PX)
-    grain = cv2.GaussianBlur(noise.astype(np.float32) - 127.5, (3, 3), 0.7)  # uniform bytes blur to a near-normal grain
+    grain = cv2.GaussianBlur(noise.astype(np.float32) - 127.5, (3, 3), 0.7)  # blurred uniform bytes are nearly normal
     image += grain * np.sqrt(np.clip(image, 20, 255)) * np.float32(rng.uniform(0.0026, 0.0044))
     return np.clip(image, 0, 255).astype(np.uint8)
 
@@ -83,14 +82,14 @@ def _soft_tissue(rng: np.random.Generator, chest: Chest, lungs: Image) -> Floats
 
 
 def _exposure(rng: np.random.Generator) -> Floats:
-    """Smooth differences of exposure, about -1..1, float32 (512, 512)."""
+    """Smooth differences of exposure, about -1..1; float32 (512, 512)."""
     knots = rng.uniform(-1, 1, (4, 4)).astype(np.float32)
     wide: Floats = cv2.resize(knots, (DRAW_PX, DRAW_PX), interpolation=cv2.INTER_CUBIC)
     return wide
 
 
 def _bones(rng: np.random.Generator, chest: Chest, lungs: Image) -> Floats:
-    """Ribs, clavicles, shoulder blades and vertebrae as what they add to the picture; float32 (512, 512)."""
+    """What ribs, clavicles, shoulder blades and vertebrae add to the picture; float32 (512, 512)."""
     back, front, girdle = (np.zeros((DRAW_PX, DRAW_PX), np.uint8) for _ in range(3))
     t = np.linspace(0, 1, 24)
     first, step, slope = rng.normal((0.085, 0.075, 0.085), (0.008, 0.003, 0.015))
@@ -126,7 +125,7 @@ def _bone(canvas: Image, path: Points, width_px: int, value: int) -> None:
 
 
 def _vessels(rng: np.random.Generator, chest: Chest) -> Floats:
-    """Branching vessels from each hilum and fine lung markings, float32 (512, 512); both reach the chest wall."""
+    """Branching vessels from each hilum and fine lung markings up to the chest wall; float32 (512, 512)."""
     canvas, glow = np.zeros((DRAW_PX, DRAW_PX), np.uint8), np.zeros((DRAW_PX, DRAW_PX), np.uint8)
     t = np.linspace(0, 1, 12)[:, None]
     for lung in chest.lungs:
@@ -149,7 +148,7 @@ def _vessels(rng: np.random.Generator, chest: Chest) -> Floats:
 
 
 def _grain(rng: np.random.Generator, size_px: int, sigma_px: float) -> Floats:
-    """Band-limited noise of unit variance on float32 (512, 512): drawn at `size_px`, then enlarged."""
+    """Band-limited noise of unit variance, float32 (512, 512): drawn at `size_px`, then enlarged."""
     raw = rng.standard_normal((size_px, size_px), dtype=np.float32)
     band = cv2.GaussianBlur(raw, (0, 0), sigma_px) - cv2.GaussianBlur(raw, (0, 0), 2.5 * sigma_px)
     enlarged: Floats = cv2.resize(band / band.std(), (DRAW_PX, DRAW_PX), interpolation=cv2.INTER_CUBIC)
@@ -157,10 +156,10 @@ def _grain(rng: np.random.Generator, size_px: int, sigma_px: float) -> Floats:
 
 
 def _distractors(rng: np.random.Generator, chest: Chest) -> Floats:
-    """What looks like a pneumothorax and is none, and what lies on the patient; grey levels to add, (512, 512).
+    """Look-alikes of a pneumothorax, and objects on the patient; grey levels to add, float32 (512, 512).
 
-    Drawn with the same chances whether or not there is a pneumothorax: a skin fold (a line and a soft step with lung
-    markings beyond it), a dark apex, a side marker, tubes, electrodes.
+    A skin fold (a line and a soft step with lung markings beyond it), a dark apex, a side marker, tubes, electrodes.
+    They are as likely with a pneumothorax as without.
     """
     added = np.zeros((DRAW_PX, DRAW_PX), np.float32)
     bright = np.zeros((DRAW_PX, DRAW_PX), np.uint8)

@@ -303,8 +303,9 @@ def test_mask_past_its_image_is_refused_with_file_line_and_id(tmp_path: Path, wr
     with pytest.raises(LabelError) as caught:
         build_catalog(tmp_path, labels)
     assert str(caught.value) == (
-        f"{labels}, line 4: the mask of 1.1 does not fit its image: a run ends at px 65, past the 8x8 image (64 px) "
-        "(read as relative-columns, as 1 of 2 masks can be; --dialect NAME reads the table as another)"
+        f"{labels}, line 4: the mask of 1.1 does not fit its image: a run ends at pixel 65, past the 8x8 image "
+        "(64 pixels) (read as relative-columns, which fits 1 of 2 masks; correct the mask, or give another encoding "
+        "with --dialect)"
     )
     assert caught.value.exit_code == 4
 

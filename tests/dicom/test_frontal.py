@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from dicom_files import deflated_bomb
 
 from ptxdist.dicom.frontal import refuse_other_than_chest
+from ptxdist.dicom.tags import MAX_INFLATED
 from ptxdist.errors import DicomError
 
 GREY = np.full((64, 48), 90, np.uint8)
@@ -70,9 +71,5 @@ def test_what_is_no_dicom_is_refused() -> None:
 
 
 def test_a_bomb_is_not_inflated() -> None:
-    syntax = b"1.2.840.10008.1.2.1.99\0\0"[:22]
-    meta = b"\2\0\x10\0UI" + len(syntax).to_bytes(2, "little") + syntax
-    deflate = zlib.compressobj(9, wbits=-zlib.MAX_WBITS)
-    data = b"".join([deflate.compress(bytes(2**20)) for _ in range(161)] + [deflate.flush()])
     with pytest.raises(DicomError, match="inflates to more than"):
-        refuse_other_than_chest(bytes(128) + b"DICM" + meta + data)
+        refuse_other_than_chest(deflated_bomb(MAX_INFLATED))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import struct
 import time
 import warnings
-import zlib
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from dicom_files import deflated_bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread, uid
@@ -148,15 +148,13 @@ def test_a_value_cut_short_is_said_to_be_cut_off(file_of, syntax: str) -> None: 
 
 
 def test_a_deflated_bomb_is_not_inflated() -> None:
-    meta = b"\2\0\x10\0UI\x16\x00" + b"1.2.840.10008.1.2.1.99"
-    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
-    bomb = bytes(128) + b"DICM" + meta + deflater.compress(bytes(tags.MAX_INFLATED + 1000)) + deflater.flush()
+    bomb = deflated_bomb(tags.MAX_INFLATED)
     begin = time.process_time()
     with pytest.raises(DicomError, match="inflates to more than the limit of 167,772,160 bytes"):
         read_header(bomb, b"")
     assert time.process_time() - begin < 2
     with pytest.raises(DicomError, match="cannot be inflated"):
-        read_header(bytes(128) + b"DICM" + meta + b"\xff" * 99, b"")
+        read_header(deflated_bomb(0)[:162] + b"\xff" * 99, b"")
 
 
 def test_sequences_in_sequences_without_end_are_refused(file_of) -> None:  # type: ignore[no-untyped-def]

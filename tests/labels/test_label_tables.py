@@ -1,4 +1,4 @@
-"""Label tables and patient maps: all variants met in the wild are read alike, all else is refused with its line."""
+"""Label tables and patient maps: all known variants are read alike, all else is rejected with its line."""
 
 from __future__ import annotations
 
@@ -59,14 +59,17 @@ def test_all_variants_of_the_table_are_read_alike(tmp_path: Path, text: str) -> 
         ("ImageId,EncodedPixels\na,-1\nb,5 3\na,5 3\n", "line 4: a has a row without a mask (no pneumothorax) and"),
         ("ImageId,EncodedPixels\na,5 3\na,-1\n", "line 3: a has a row without a mask"),
         ("ImageId,EncodedPixels\na,5 3 4\n", "line 2, a: run-length text must be '-1' or pairs"),
-        ("ImageId,EncodedPixels\na,nan\n", "line 2, a: run-length text holds something that is not an integer: 'nan'"),
-        ("ImageId,EncodedPixels\na,None\n", "line 2, a: run-length text holds something that is not an integer"),
+        (
+            "ImageId,EncodedPixels\na,nan\n",
+            "line 2, a: run-length text contains something that is not an integer: 'nan'",
+        ),
+        ("ImageId,EncodedPixels\na,None\n", "line 2, a: run-length text contains something that is not an integer"),
         ("ImageId,EncodedPixels\na,-1 -1\n", "line 2, a: run-length text has a negative gap"),
         (
             "ImageId,EncodedPixels\na,5 3\nb, \nc,-1\n",
             "line 3: the field for the mask is empty, while line 4",
         ),
-        ("ImageId,EncodedPixels\nc,-1\na,5 3\nb,\nb,\n", "line 4: the field for the mask is empty, while line 2 says"),
+        ("ImageId,EncodedPixels\nc,-1\na,5 3\nb,\nb,\n", "line 4: the field for the mask is empty, while line 2 has"),
         ("ImageId,EncodedPixels\na,\nb,\n", "the field for the mask is empty in every row"),
         ("ImageId,EncodedPixels\na,5 3\na,\n", "line 3: a has a row without a mask"),
         ("ImageId,EncodedPixels\na\n", "line 2: expected an id and a run-length text"),
@@ -146,15 +149,18 @@ def test_a_folder_without_usable_masks_is_refused_without_the_names_of_its_folde
         (content[:50] + bytes([content[50] ^ 1]) + content[51:], "is a damaged PNG (a checksum is wrong)"),
         (b"", "is not a PNG"),
         (b"BM" + content, "is not a PNG"),
-        (cv2.imencode(".png", MASK // 2)[1].tobytes(), "is dark (its brightest px is 127); a mask is black and white"),
-        (cv2.imencode(".png", MASK.astype(np.uint16))[1].tobytes(), "is dark (its brightest px is 255)"),
+        (
+            cv2.imencode(".png", MASK // 2)[1].tobytes(),
+            "is dark (its brightest pixel is 127); a mask must be black and white",
+        ),
+        (cv2.imencode(".png", MASK.astype(np.uint16))[1].tobytes(), "is dark (its brightest pixel is 255)"),
         (cv2.imencode(".png", np.stack((MASK, MASK, MASK // 3), axis=2))[1].tobytes(), "is a colour PNG"),
     ):
         (person / "a.png").write_bytes(bad)
         refused(tmp_path, f"the mask image a.png {reason}", read_mask_folder)
     (person / "a.png").write_bytes(content)
     write_png(tmp_path / "other" / "a.png", MASK)
-    refused(tmp_path, "2 mask images in it are called a; an image has one", read_mask_folder)
+    refused(tmp_path, "2 mask images in it are named a; an image can have only one", read_mask_folder)
     with pytest.raises(LabelError) as caught:
         read_mask_folder(tmp_path)
     assert "Quagmire" not in str(caught.value)

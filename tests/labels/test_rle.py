@@ -24,7 +24,7 @@ def masks(draw: st.DrawFn, count: int = 1) -> list[Mask]:
 
 
 def slow_decode(text: str, height: int, width: int) -> Mask:
-    """The format as the rules page words it, px by px."""
+    """The format as the rules page words it, pixel by pixel."""
     mask, position = np.zeros((height, width), np.uint8), 0
     words = [int(word) for word in text.split()]
     for gap, length in zip(words[0::2], words[1::2], strict=True) if words != [-1] else ():
@@ -60,13 +60,15 @@ def test_run_past_the_image_is_refused(example: list[Mask], excess: int) -> None
     height, width = example[0].shape
     text = f"0 {height * width + excess}"
     for use in (rle.decode, lambda text, *size: rle.area_px([text], *size)):
-        with pytest.raises(LabelError, match=f"ends at px {height * width + excess}, past the {width}x{height} image"):
+        with pytest.raises(
+            LabelError, match=f"ends at pixel {height * width + excess}, past the {width}x{height} image"
+        ):
             use(text, height, width)
 
 
 def test_last_px_is_inside_the_image_and_the_next_one_outside() -> None:
     assert rle.decode("11 1", 3, 4)[2, 3] == 1
-    with pytest.raises(LabelError, match="px 13"):
+    with pytest.raises(LabelError, match="pixel 13"):
         rle.decode("12 1", 3, 4)
 
 
@@ -126,7 +128,7 @@ def test_no_masks_are_an_empty_mask() -> None:
         ("-1 -1", "negative gap"),
         ("-2", "found 1"),
         ("-5 3", "negative gap"),
-        ("5 0", "without length"),
+        ("5 0", "of length 0"),
         ("1.0 2", "not an integer"),
         ("1_0 2", "not an integer"),
         ("one two", "not an integer"),

@@ -83,7 +83,7 @@ def test_preprocess_writes_to_a_store_what_it_writes_to_a_folder(
     ]
     done = run("preprocess", *words, "--out", url)
     assert done.exit_code == 0, done.output
-    assert f"{url} is ready at 64, 96 px: 2 shards written" in " ".join(done.output.split())
+    assert f"{url} is ready at 64, 96 pixels: 2 shards written" in " ".join(done.output.split())
     copy = local_cache(url)
     (work,) = (path for path in (tmp_path / "staging").glob("work-*") if path.is_dir())
     assert digests(copy) == digests(work)
