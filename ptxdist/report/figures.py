@@ -1,7 +1,6 @@
-"""The charts of a report: which numbers of a run are drawn over which axes, and the words that say the same.
+"""The charts of a report: which numbers of a run are drawn over which axes, and the alternative text of each chart.
 
-Owns: choice of axes, series and alternative texts. Refuses: nothing; a chart without numbers is left out (None).
-Called by: `report`. How a chart is drawn stands in `charts`.
+Each function returns a list of charts, which is empty when there are no numbers. `charts` draws them.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ import numpy.typing as npt
 from ptxdist.records import EpochMetrics, PipelineResult, Reliability, TunedPoint
 from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
 from ptxdist.report.page import Chart, Legend, Row, Table
+from ptxdist.scores.names import DICES
 from ptxdist.scores.tables import CaseRow
 
-FEW = 10  # things in a bin of a reliability plot; with fewer its share is close to chance
-PLATEAU = 0.005  # points of the surface this close to the best one are no worse in practice
+FEW = 10  # things in a bin of a reliability plot; the share of fewer is not reliable
+PLATEAU = 0.005  # points of the surface this close to the best are equally good in practice
 _MARKED_POINTS = 40  # with more points in a line, marks would hide it
 
 
 def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> list[Chart]:
-    """Loss, Dice and learning rate over the epochs of all stages, one after the other; [] without epochs."""
+    """Loss, Dice and learning rate over the epochs of all stages in turn; [] without epochs."""
     epochs = [item for item in metrics if not item.averaged]
     if not epochs:
         return []
@@ -34,7 +34,7 @@ def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> 
     x = linear_axis("epoch, all stages", 0.5, len(epochs) + 0.5, whole=True)
     sizes = {stage.stage: stage.size_px for stage in result.stages}
     first = {stage: min(place for (found, _), place in places.items() if found == stage) for stage in last}
-    rules = [(place - 0.5, f"stage {stage}: {sizes[stage]} px") for stage, place in first.items()]
+    rules = [(place - 0.5, f"stage {stage}: {sizes[stage]} pixels") for stage, place in first.items()]
 
     def at(item: EpochMetrics) -> float:
         return last[item.stage] + 0.5 if item.averaged else places[item.stage, item.epoch]
@@ -49,11 +49,10 @@ def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> 
         series("training", 1, lambda item: item.train_loss),
         series("validation", 2, lambda item: item.val_loss),
     )
-    dice = (
-        series("Kaggle Dice", 1, lambda item: item.at_full.kaggle_dice),
-        series("positives-only Dice", 2, lambda item: item.at_full.positive_dice),
-        series("pooled Dice", 3, lambda item: item.at_full.pooled_dice),
-    )
+    dice = [
+        series(score.name, style, lambda item, score=score: score.of(item.at_full))  # type: ignore[misc]
+        for style, score in enumerate(DICES, start=1)
+    ]
     rate = (series("learning rate", 1, lambda item: item.learning_rate if item.learning_rate > 0 else None),)
     nothing = epochs[-1].at_full.all_empty_dice
     rates = [point[1] for part in rate[0].parts for point in part]
@@ -83,7 +82,7 @@ def _curves(
     for item in lines:
         points = [point for part in item.parts for point in part]
         if points:
-            spoken.append(f"{item.name} {points[0][1]:.4g} at first, {points[-1][1]:.4g} at last")
+            spoken.append(f"{item.name} from {points[0][1]:.4g} (first) to {points[-1][1]:.4g} (last)")
     legend = [Legend(item.style, item.name) for item in lines]
     if level is not None:
         legend.append(Legend(0, f"predicting nothing: Kaggle Dice {level:.4f}"))
@@ -95,7 +94,7 @@ def _curves(
 
 
 def _loss_axis(lines: Sequence[Series]) -> Axis:
-    """From 0; logarithmic where the first epochs are so much worse that the later ones would lie on the ground."""
+    """From 0; logarithmic if the first losses are so high that later ones could not be told apart."""
     values = sorted(point[1] for line in lines for part in line.parts for point in part)
     if values and values[0] > 0 and values[-1] > 5 * values[len(values) // 2]:
         return log_axis("loss (logarithmic)", values[0] / 1.1, values[-1] * 1.1)
@@ -103,7 +102,7 @@ def _loss_axis(lines: Sequence[Series]) -> Axis:
 
 
 def size_against_dice(rows: Sequence[CaseRow]) -> list[Chart]:
-    """Dice of each positive case over the area of its mask, found and missed ones apart; [] without positive cases."""
+    """Dice of each positive case over the area of its mask, missed ones marked; [] without positive cases."""
     positive = [row for row in rows if row.positive]
     if not positive:
         return []
@@ -112,14 +111,16 @@ def size_against_dice(rows: Sequence[CaseRow]) -> list[Chart]:
         for hit in (True, False)
     )
     areas = [area for area, _ in (*found, *missed)]
-    x = log_axis("area of the true mask in px of the original image (logarithmic)", min(areas) / 1.2, max(areas) * 1.2)
+    x = log_axis(
+        "area of the true mask in pixels of the original image (logarithmic)", min(areas) / 1.2, max(areas) * 1.2
+    )
     series = (
         Series("anything predicted", 1, (tuple(found),), line=False),
-        Series("missed: no px predicted", 2, (tuple(missed),), line=False),
+        Series("missed: no pixel predicted", 2, (tuple(missed),), line=False),
     )
     words = (
         f"Scatter plot of {len(positive)} images with a pneumothorax: Dice over the area of the true mask, "
-        f"{min(areas):,.0f} to {max(areas):,.0f} px; {len(missed)} are missed. {_thirds(found + missed)}"
+        f"{min(areas):,.0f} to {max(areas):,.0f} pixels; {len(missed)} are missed. {_thirds(found + missed)}"
     )
     return [
         Chart(
@@ -132,7 +133,7 @@ def size_against_dice(rows: Sequence[CaseRow]) -> list[Chart]:
 
 
 def _thirds(points: Sequence[Point]) -> str:
-    """Mean Dice of the smallest, the middle and the largest third of the masks, in a sentence; "" below nine points."""
+    """A sentence with the mean Dice of the smallest, middle and largest third of the masks; "" below nine points."""
     if len(points) < 9:
         return ""
     ordered = sorted(points)
@@ -140,17 +141,17 @@ def _thirds(points: Sequence[Point]) -> str:
     parts = (ordered[:third], ordered[third:-third], ordered[-third:])
     means = [sum(dice for _, dice in part) / len(part) for part in parts]
     return (
-        f"Mean Dice of the smallest third of the masks {means[0]:.2f}, of the middle third {means[1]:.2f}, "
-        f"of the largest third {means[2]:.2f}."
+        f"Mean Dice: {means[0]:.2f} for the smallest third of the masks, {means[1]:.2f} for the middle third, "
+        f"{means[2]:.2f} for the largest third."
     )
 
 
-def tuned_surface(tuned: TunedPoint) -> Chart | None:
-    """Kaggle Dice over threshold and smallest area, with the chosen point and the plateau around it; None if empty."""
+def tuned_surface(tuned: TunedPoint) -> list[Chart]:
+    """Kaggle Dice over threshold and smallest area, with the chosen point and the plateau around it; [] if empty."""
     values = np.array(tuned.surface, dtype=float).T  # (areas, thresholds); None becomes nan
     known = ~np.isnan(values)
     if not known.any():
-        return None
+        return []
     best, lowest = float(values[known].max()), float(values[known].min())
     plateau = known & (values >= best - PLATEAU)
     threshold = tuned.point.bottom if tuned.kind == "triplet" else tuned.point.top
@@ -164,27 +165,29 @@ def tuned_surface(tuned: TunedPoint) -> Chart | None:
         f"Kaggle Dice from {lowest:.4f} to {best:.4f}. Within {PLATEAU:g} of the best: "
         f"{int(plateau.sum())} of {int(known.sum())} points, {name}s {tuned.thresholds[thresholds[0]]:g} to "
         f"{tuned.thresholds[thresholds[-1]]:g}, smallest areas {tuned.areas_px[areas[0]]:,} to "
-        f"{tuned.areas_px[areas[-1]]:,} px."
+        f"{tuned.areas_px[areas[-1]]:,} pixels."
     )
     drawing = surface(
         cell_axis(name, [f"{value:g}" for value in tuned.thresholds]),
-        cell_axis("smallest area kept, px", [f"{value:,}" for value in tuned.areas_px]),
+        cell_axis("smallest area kept, pixels", [f"{value:,}" for value in tuned.areas_px]),
         _colours((values - lowest) / max(best - lowest, 1e-12)),
         words=f"Surface of the Kaggle Dice over {name} and smallest area. {words}",
         inside=plateau,
         ring=chosen,
     )
     top = f" (top threshold {tuned.point.top:g})" if tuned.kind == "triplet" else ""
-    return Chart(
-        "Threshold and smallest area" if tuned.kind == "pair" else f"Two thresholds and smallest area{top}",
-        drawing,
-        note=f"Ring: the chosen point. Outline: the plateau. {words}",
-        scale=(f"{lowest:.3f}", _colours(np.linspace(0, 1, 64)[None]), f"{best:.3f}"),
-    )
+    return [
+        Chart(
+            "Threshold and smallest area" if tuned.kind == "pair" else f"Two thresholds and smallest area{top}",
+            drawing,
+            note=f"Ring: the chosen point. Outline: the plateau. {words}",
+            scale=(f"{lowest:.3f}", _colours(np.linspace(0, 1, 64)[None]), f"{best:.3f}"),
+        )
+    ]
 
 
 def _colours(shares: npt.NDArray[np.float64]) -> str:
-    """Values 0..1 (rows from below, columns) as a PNG data URI of so many px; nan is clear. Palette: cividis."""
+    """Values 0..1 (rows from below, columns) as a PNG data URI, one pixel each; nan is clear. Palette: cividis."""
     known = ~np.isnan(shares)
     grey = np.where(known, np.round(255 * np.nan_to_num(shares)), 0).astype(np.uint8)
     colour = cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_CIVIDIS), cv2.COLOR_BGR2BGRA)
@@ -193,8 +196,9 @@ def _colours(shares: npt.NDArray[np.float64]) -> str:
     return "data:image/png;base64," + base64.b64encode(content.tobytes()).decode()
 
 
-def reliability(found: Reliability) -> Chart:
-    """Observed share over predicted probability, on the diagonal where both agree."""
+def reliability(found: Reliability) -> list[Chart]:
+    """Observed share over predicted probability; both agree on the diagonal."""
+    things = "pixels" if found.things == "px" else found.things
     points = tuple(zip(found.predicted, found.observed, strict=True))
     rows = tuple(
         Row(f"{predicted:.4f}", (f"{observed:.4f}", f"{count:,}"))
@@ -203,20 +207,24 @@ def reliability(found: Reliability) -> Chart:
     axes = linear_axis("mean predicted probability", 0, 1), linear_axis("observed share", 0, 1)
     is_few = [count < FEW for count in found.counts]
     few = tuple(point for point, alone in zip(points, is_few, strict=True) if alone)
-    runs = groupby(zip(is_few, points, strict=True), key=lambda item: item[0])  # no line leads over a bin of few things
+    runs = groupby(
+        zip(is_few, points, strict=True), key=lambda item: item[0]
+    )  # lines are interrupted at bins of few things
     many = tuple(tuple(point for _, point in run) for alone, run in runs if not alone)
-    series = [Series(found.things, 1, many), Series("few", 5, (few,), line=False)]
-    legend = [Legend(1, f"bins of {found.things}"), Legend(0, "perfect calibration")]
+    series = [Series(things, 1, many), Series("few", 5, (few,), line=False)]
+    legend = [Legend(1, f"bins of {things}"), Legend(0, "perfect calibration")]
     if few:
-        legend.append(Legend(5, f"fewer than {FEW} {found.things}", line=False))
+        legend.append(Legend(5, f"fewer than {FEW} {things}", line=False))
     words = (
-        f"Reliability of {found.things}, {sum(found.counts):,} in {len(points)} bins; expected calibration error "
+        f"Reliability of {things}, {sum(found.counts):,} in {len(points)} bins; expected calibration error "
         f"{found.error:.4f}."
     )
-    return Chart(
-        f"{found.things[:1].upper()}{found.things[1:]}: expected calibration error {found.error:.4f}",
-        plot(*axes, series, words=words, diagonal=True),
-        tuple(legend),
-        numbers=Table(f"Bins of {found.things}", ("mean predicted", "observed", found.things), rows),
-        square=True,
-    )
+    return [
+        Chart(
+            f"{things.capitalize()}: expected calibration error {found.error:.4f}",
+            plot(*axes, series, words=words, diagonal=True),
+            tuple(legend),
+            numbers=Table(f"Bins of {things}", ("mean predicted", "observed", things), rows),
+            square=True,
+        )
+    ]

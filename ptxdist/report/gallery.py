@@ -1,13 +1,12 @@
-"""Cases worth looking at: which ones, and their pictures with truth and prediction outlined.
+"""The cases that a report shows: which ones, and their pictures with truth and prediction outlined.
 
-Owns: the choice and the pictures. Refuses: nothing. Called by: `report`. A case is named by its image id alone.
+A case is named by its image id only.
 """
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from ptxdist.cache.outlines import encode, outline, outline_path, save
 from ptxdist.cache.render import fit_square
 from ptxdist.cache.store import Store
 from ptxdist.labels import rle
+from ptxdist.report.page import SIDE_PX, Gallery, Picture
 from ptxdist.scores.tables import CaseRow
 
 GALLERIES = (
@@ -28,38 +28,13 @@ GALLERIES = (
     ("false-alarms", "False alarms, largest first"),
 )
 SIZE = 4  # pictures in a gallery
-SIDE_PX = 512
-
-
-@dataclass(frozen=True)
-class Picture:
-    """One case to look at: its picture as a data URI, its masks' outlines as SVG path data in a box of SIDE_PX."""
-
-    case_id: str
-    dice: float
-    truth_px: int
-    predicted_px: int
-    score: float
-    source: str
-    truth: str
-    prediction: str
-    words: str
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """A titled row of pictures; `count` says how many cases it was chosen from."""
-
-    name: str
-    title: str
-    count: int
-    pictures: tuple[Picture, ...]
 
 
 def choose(rows: Sequence[CaseRow]) -> dict[str, tuple[int, list[CaseRow]]]:
-    """For each gallery, by its name: of how many lines of cases.csv it shows some, and which, in their order.
+    """For each gallery, by its name: how many rows it is chosen from, and the chosen ones in order.
 
-    No case stands in two galleries, so with few found cases the worst and the median ones run out first.
+    No case is in two galleries; when few masks are found, the median gallery is the first to be short of cases, then
+    the worst.
     """
     found = [row for row in rows if row.positive and row.predicted_px]
     found.sort(key=lambda row: (-row.kaggle_dice, row.case_id))
@@ -82,10 +57,10 @@ def choose(rows: Sequence[CaseRow]) -> dict[str, tuple[int, list[CaseRow]]]:
 def draw_galleries(
     rows: Sequence[CaseRow], predictions: Mapping[str, str], cases: Sequence[Case], store: Store, overlays: Path
 ) -> list[Gallery]:
-    """The galleries of a run's held-out cases, and each picture with its outlines as a PNG file below `overlays`.
+    """The galleries of a run's held-out cases; each picture is also written with its outlines to `overlays`, as PNG.
 
-    `predictions` are run-length texts by image id, `cases` the rows of the store. Lines of cases that are no longer in
-    it are left out.
+    `predictions` are run-length texts by image id, `cases` the rows of the store. Cases that are no longer in the
+    store are left out.
     """
     place = {case.case_id: index for index, case in enumerate(cases)}
     chosen = choose([row for row in rows if row.case_id in place])
@@ -99,7 +74,7 @@ def draw_galleries(
             prediction = fit_square(rle.decode((predictions[case.case_id],), case.rows, case.columns))
             save(outline(image, truth, prediction, SIDE_PX), overlays / f"{name}-{number}.png")
             pictures.append(_picture(row, image, truth, prediction))
-        galleries.append(Gallery(name, title, chosen[name][0], tuple(pictures)))
+        galleries.append(Gallery(title, chosen[name][0], tuple(pictures)))
     return galleries
 
 
@@ -121,7 +96,7 @@ def _picture(
 
 
 def _place(mask: npt.NDArray[np.generic]) -> str:
-    """Where the centre of a square mask lies, in words: "upper left of the image"; "nothing" for an empty one."""
+    """The position of the centre of a square mask in words: "upper left of the image"; "nothing" for an empty mask."""
     rows, columns = np.nonzero(mask)
     if not len(rows):
         return "nothing"

@@ -1,36 +1,54 @@
-"""What a report's page holds, and its HTML: one file with everything inside, no script, nothing fetched.
+"""The blocks a report's page is made of, and its HTML: one file with everything inside, no script, nothing fetched.
 
-Owns: the records a page is made of and their rendering (templates/report.html, report.css; every text is escaped by
-jinja2). Refuses: nothing. Called by: `report`.
+A page is a list of sections, a section a title and blocks. Blocks of one kind that follow each other are drawn by one
+macro of templates/blocks.html, which is named after the record; so charts are laid out side by side. A new kind of
+block is a record here and a macro there. jinja2 escapes every text.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ptxdist.report.charts import swatch
-from ptxdist.report.gallery import SIDE_PX, Gallery
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+SIDE_PX = 512  # of the pictures of cases
 Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Legend:
-    """One entry of a legend: a style of `charts`, its name, and whether it is a line."""
+class Notice:
+    """A warning in a frame: a short sentence, and what it means for the reader."""
 
-    style: int
-    name: str
-    line: bool = True
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A list of sentences below a heading, if there is one; with `folded`, shown by a click on the heading."""
+
+    sentences: tuple[str, ...]
+    title: str = ""
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Terms and their definitions."""
+
+    pairs: Pairs
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table; `kind` is "", "chosen", "baseline" or "group" (a heading), `note` a word beside the name."""
+    """One row of a table; `kind` is "", "chosen", "baseline" or "group" (a heading), `note` a word beside the name."""
 
     name: str
     cells: tuple[str | Markup, ...] = ()
@@ -48,6 +66,30 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Values:
+    """A narrow table of names and values; a name that starts with a blank is part of the one above."""
+
+    caption: str
+    pairs: Pairs
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Blocks side by side, where the page is wide enough."""
+
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Legend:
+    """One entry of a legend: a style of `charts`, its name, and whether it is a line."""
+
+    style: int
+    name: str
+    line: bool = True
+
+
+@dataclass(frozen=True)
 class Chart:
     """A drawn chart with its legend, a note, and its numbers as a table to unfold; `square` keeps both axes alike."""
 
@@ -62,7 +104,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Tile:
-    """A headline number: its value and 95 % interval as text ("" where there is none), and what to compare it with."""
+    """A headline number: its value and 95 % interval as text ("" if there is none), and what to compare it with."""
 
     name: str
     value: str
@@ -74,45 +116,57 @@ class Tile:
 
 @dataclass(frozen=True)
 class Forest:
-    """Rows of subgroups with their intervals drawn beside each other over one axis, whose ticks are `foot`."""
+    """A forest plot: rows with their intervals drawn over one axis, whose ticks are `foot`."""
 
     table: Table
     foot: Markup
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One case: its picture as a data URI, the outlines of its masks as SVG path data in a box of SIDE_PX."""
+
+    case_id: str
+    dice: float
+    truth_px: int
+    predicted_px: int
+    score: float
+    source: str
+    truth: str
+    prediction: str
+    words: str
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A titled row of pictures, chosen from `count` cases."""
+
+    title: str
+    count: int
+    pictures: tuple[Picture, ...]
+
+
+Block = Notice | Facts | Terms | Table | Values | Columns | Chart | Tile | Forest | Gallery
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page with an entry in the contents; it is left out, with its `lead`, when it has no blocks."""
+
+    anchor: str
+    title: str
+    blocks: tuple[Block, ...]
+    lead: str = ""
+
+
+@dataclass(frozen=True)
 class Page:
-    """Everything a page shows. A section without content is left out, with its entry in the contents."""
+    """Everything a page shows."""
 
     name: str
     purpose: str
-    lead: str
-    warnings: Pairs
-    tiles: tuple[Tile, ...]
-    scores: Table
-    operating: tuple[Chart, ...]
-    operating_words: tuple[str, ...]
-    operating_forest: Forest
-    forests: tuple[Forest, ...]
-    calibration: tuple[Chart, ...]
-    sizes: tuple[Chart, ...]
-    galleries: tuple[Gallery, ...]
-    curves: tuple[Chart, ...]
-    stages: Table
-    reconciliation: Pairs
-    sides: Table
-    leakage: Table | None
-    leakage_words: tuple[str, ...]
-    evidence: tuple[str, ...]
-    rejected: Pairs
-    card: tuple[tuple[str, tuple[str, ...]], ...]
-    definitions: Pairs
+    sections: tuple[Section, ...]
     foot: str
-
-    @property
-    def pictures(self) -> int:
-        """How many pictures all galleries have."""
-        return sum(len(gallery.pictures) for gallery in self.galleries)
 
 
 def render(page: Page) -> str:
@@ -124,6 +178,13 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+
+    def draw(blocks: Iterable[Block]) -> Markup:
+        macros = environment.get_template("blocks.html").module
+        runs = ((kind.__name__.lower(), list(run)) for kind, run in groupby(blocks, key=type))
+        return Markup("").join(getattr(macros, name)(run) for name, run in runs)
+
+    environment.globals |= {"draw": draw, "swatch": swatch, "side_px": SIDE_PX}
     style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
-    template = environment.get_template("report.html")
-    return template.render(page=page, style=style, swatch=swatch, side_px=SIDE_PX)
+    sections = [section for section in page.sections if section.blocks]
+    return environment.get_template("report.html").render(page=page, sections=sections, style=style)

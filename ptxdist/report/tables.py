@@ -1,15 +1,20 @@
-"""The tables of a report: headline numbers, operating points, stages, subgroups, shared patients.
-
-Owns: which numbers stand in which table, their names, definitions and baselines. Refuses: nothing. Called by: `report`.
-"""
+"""The tables of a report: headline numbers, operating points, stages, subgroups, shared patients."""
 
 from __future__ import annotations
 
 from markupsafe import Markup
 
-from ptxdist.records import EvaluationResult, Intervals, PipelineResult, Scores, SharedPatients, Subgroup
+from ptxdist.records import (
+    EvaluationResult,
+    Intervals,
+    PipelineResult,
+    Scores,
+    SharedPatients,
+    Subgroup,
+    TunedPoint,
+)
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
-from ptxdist.report.page import Forest, Row, Table, Tile
+from ptxdist.report.page import Block, Facts, Forest, Row, Table, Tile
 from ptxdist.scores.names import AUROC, ECE, SCORES, Score
 
 SUBGROUP_SCORES = ("positive_dice", "sensitivity", "specificity")
@@ -18,7 +23,7 @@ _UNIT, _HALVES = linear_axis("", 0, 1), linear_axis("", 0, 1, ticks=2)
 
 
 def number(value: float | None) -> str:
-    """A score with four digits, "n/a" where it is not defined."""
+    """A score with four digits; "n/a" if it is not defined."""
     return "n/a" if value is None else f"{value:.4f}"
 
 
@@ -80,45 +85,45 @@ def score_table(evaluation: EvaluationResult) -> Table:
 
 
 def _own(evaluation: EvaluationResult) -> str:
-    smallest = f", {evaluation.min_area_px:,} px" if evaluation.min_area_px else ""
+    smallest = f", at least {evaluation.min_area_px:,} pixels" if evaluation.min_area_px else ""
     return f"threshold {evaluation.threshold:g}{smallest}"
 
 
-def tuned_words(evaluation: EvaluationResult) -> tuple[str, ...]:
-    """What was tuned and what that is worth, a sentence or two for each kind of point."""
-    found = []
-    for tuned in evaluation.tuned:
-        point = tuned.point
-        how = (
-            f"top threshold {point.top:g}, bottom threshold {point.bottom:g}"
-            if tuned.kind == "triplet"
-            else f"threshold {point.top:g}"
-        )
-        found.append(
-            f"Tuned {tuned.kind}: {how}, masks below {point.min_area_px:,} px emptied. On the images that it was "
-            f"chosen on it scores a Kaggle Dice of {number(tuned.scores.kaggle_dice)}, which is optimistic. "
-            f"Cross-fitted over {tuned.folds} folds of patients, each image at the point chosen on the others, it is "
-            f"{number(tuned.estimate.kaggle_dice)}: the number to report."
-        )
-    return tuple(found)
+def operating_points(evaluation: EvaluationResult) -> tuple[Block, ...]:
+    """What was tuned, in sentences, and the Kaggle Dice of all points as a forest plot; () if nothing was tuned.
 
-
-def operating_forest(evaluation: EvaluationResult) -> Forest:
-    """Kaggle Dice of the operating points beside each other; hollow where a point is scored on what it was tuned on."""
-    level = evaluation.scores.all_empty_dice
-    rows = [_forest_row(_own(evaluation), evaluation.scores, evaluation.intervals, "kaggle_dice", level)]
+    Marks are hollow where a point is scored on the images that it was tuned on.
+    """
+    if not evaluation.tuned:
+        return ()
+    level, field = evaluation.scores.all_empty_dice, "kaggle_dice"
+    rows = [_forest_row(_own(evaluation), evaluation.scores, evaluation.intervals, field, level)]
     for threshold, other in evaluation.at_other_thresholds.items():
-        rows.append(_forest_row(f"threshold {threshold}", other, {}, "kaggle_dice", level))
+        rows.append(_forest_row(f"threshold {threshold}", other, {}, field, level))
     for tuned in evaluation.tuned:
-        rows.append(
-            _forest_row(f"tuned {tuned.kind} (cross-fitted)", tuned.estimate, tuned.intervals, "kaggle_dice", level)
-        )
-        rows.append(_forest_row(f"tuned {tuned.kind} (optimistic)", tuned.scores, {}, "kaggle_dice", level, few=True))
-    return _forest("Kaggle Dice; dashed: predicting nothing", rows)
+        rows.append(_forest_row(f"tuned {tuned.kind} (cross-fitted)", tuned.estimate, tuned.intervals, field, level))
+        rows.append(_forest_row(f"tuned {tuned.kind} (optimistic)", tuned.scores, {}, field, level, few=True))
+    forest = _forest("Kaggle Dice; dashed: predicting nothing", rows)
+    return Facts(tuple(map(_tuned_words, evaluation.tuned))), forest
+
+
+def _tuned_words(tuned: TunedPoint) -> str:
+    point = tuned.point
+    how = (
+        f"top threshold {point.top:g}, bottom threshold {point.bottom:g}"
+        if tuned.kind == "triplet"
+        else f"threshold {point.top:g}"
+    )
+    return (
+        f"Tuned {tuned.kind}: {how}; masks below {point.min_area_px:,} pixels are emptied. Its Kaggle Dice on the "
+        f"images that it was chosen on is {number(tuned.scores.kaggle_dice)}, which is optimistic. The number to "
+        f"report is the cross-fitted one, {number(tuned.estimate.kaggle_dice)}: patients are divided into "
+        f"{tuned.folds} folds, and each image is masked by the point chosen on the other folds."
+    )
 
 
 def subgroup_forests(evaluation: EvaluationResult) -> tuple[Forest, ...]:
-    """A forest plot for each of SUBGROUP_SCORES; groups in which a score is not defined are left out of its plot."""
+    """A forest plot for each of SUBGROUP_SCORES, without the groups in which the score is not defined."""
     found = []
     for field in SUBGROUP_SCORES if evaluation.subgroups else ():
         level, name = getattr(evaluation.scores, field), SCORES[field].name
@@ -174,17 +179,21 @@ def stage_table(result: PipelineResult) -> Table:
         best = stage.best
         cells = (str(stage.epochs), "averaged" if best.averaged else str(best.epoch), f"{best.val_loss:.4f}")
         rows.append(
-            Row(f"stage {stage.stage}, {stage.size_px} px", (*cells, *_cells(best.at_full)), "", _note(best.at_full))
+            Row(
+                f"stage {stage.stage}, {stage.size_px} pixels", (*cells, *_cells(best.at_full)), "", _note(best.at_full)
+            )
         )
     head = ("", "epochs", "best", "loss", *(score.name for score in SCORES.values()))
     return Table("Best epoch of each stage, on held-out images at the original resolution", head, tuple(rows))
 
 
-def shared_table(found: SharedPatients) -> Table:
-    """Scores of the held-out images whose patient is in training, and of the others."""
+def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:
+    """Scores of the held-out images whose patient is in training, and of the others; () if patients are not known."""
+    if found is None:
+        return ()
     sides = (
         ("patient is in training", found.shared, found.shared_intervals),
-        ("patient is not", found.apart, found.apart_intervals),
+        ("patient is not in training", found.apart, found.apart_intervals),
     )
     rows = tuple(
         Row(name, (f"{scores.cases:,}", f"{scores.positives:,}", *_cells(scores, intervals)))
@@ -192,4 +201,4 @@ def shared_table(found: SharedPatients) -> Table:
         if scores
     )
     caption = f"Held-out images whose patient is in training, and the others (patients from the {found.known_from})"
-    return Table(caption, ("", "images", "positive", *(score.name for score in SCORES.values())), rows)
+    return (Table(caption, ("", "images", "positive", *(score.name for score in SCORES.values())), rows),)

@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from html import unescape
 from html.parser import HTMLParser
@@ -23,7 +25,10 @@ from ptxdist.cache.catalog import Case
 from ptxdist.errors import RunError
 from ptxdist.files import write_json
 from ptxdist.records import Scores
+from ptxdist.report.charts import Series, linear_axis, plot
+from ptxdist.report.page import Chart, Section
 from ptxdist.report.report import write_report
+from ptxdist.report.sections import RunData, sections
 from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import plan_run, run_pipeline
 from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, read_result
@@ -185,7 +190,7 @@ def test_subgroups_stages_and_shared_patients_are_those_of_the_run(run: Path, ro
     shared = result.evaluation.shared_patients
     assert shared is not None
     rows = table(root, "Held-out images whose patient")
-    for name, found in (("patient is in training", shared.shared), ("patient is not", shared.apart)):
+    for name, found in (("patient is in training", shared.shared), ("patient is not in training", shared.apart)):
         assert (name in rows) == (found is not None)
         if found:
             assert [cell.split()[0] for cell in rows[name]] == [str(found.cases), str(found.positives), *six(found)]
@@ -205,7 +210,7 @@ def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, ro
     for case in cases:
         row = by_id[next(case.all("span")).text or list(case.all("span"))[-1].text]
         assert f"Dice {float(row['kaggle_dice']):.4f}" in case.text
-        assert f"truth {int(row['truth_px']):,} px, prediction {int(row['predicted_px']):,} px" in case.text
+        assert f"truth {int(row['truth_px']):,}, prediction {int(row['predicted_px']):,} pixels" in case.text
 
 
 def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, page: Path, tmp_path: Path) -> None:
@@ -345,6 +350,38 @@ def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) 
     rows = table(root, "Scores at the original resolution")
     assert any(name.endswith("equals predicting nothing") for name in rows)
     assert not list(read(run / "report" / "index.html").all("script"))
+
+
+def test_a_new_chart_is_a_function_and_a_line_in_the_list_of_sections(run: Path, tmp_path: Path) -> None:
+    def stages_over_time(data: RunData) -> list[Chart]:
+        points = tuple((float(stage.stage), stage.seconds) for stage in data.result.stages)
+        axes = linear_axis("stage", 0, 3), linear_axis("seconds", 0, max(point[1] for point in points))
+        return [Chart("Seconds of <each> stage", plot(*axes, [Series("all", 1, (points,))], words="Seconds by stage."))]
+
+    def more(data: RunData) -> list[Section]:
+        return [*sections(data), Section("time", "Time", (*stages_over_time(data),)), Section("none", "Empty", ())]
+
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    root = read(write_report(copy, sections=more))
+    found = next(item for item in root.all("section") if item.attributes["id"] == "time")
+    assert next(found.all("figcaption")).text == "Seconds of <each> stage"
+    assert [item.attributes["aria-label"] for item in found.all("svg") if "role" in item.attributes] == [
+        "Seconds by stage."
+    ]
+    assert [link.text for link in next(root.all("nav")).all("a")][-2:] == ["Definitions", "Time"]
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_report_and_compare_load_neither_torch_nor_ray(run: Path, tmp_path: Path, command: str) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("best.safetensors"))
+    words = [command, str(copy)] if command == "report" else [command, str(run), str(copy)]
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ptxdist", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert f"ptxdist.{'report.report' if command == 'report' else 'scores.compare'}" in loaded
+    assert loaded & {"torch", "torchvision", "ray", "albumentations"} == set()
 
 
 def test_a_run_of_an_older_version_has_a_report_that_says_what_is_missing(run: Path, tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""What a report shows, in which order: the list of its sections.
+
+To add a chart, write a function in `figures` that returns it and add a line to the list of blocks of a section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ptxdist.cache.catalog import Catalog
+from ptxdist.config import Settings
+from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult
+from ptxdist.report import figures, tables
+from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
+from ptxdist.report.model_card import model_card
+from ptxdist.report.page import Gallery, Notice, Section, Terms
+from ptxdist.scores.names import AUROC, ECE, SCORES
+from ptxdist.scores.tables import CaseRow
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything a report is made from: the records of a finished run, the catalog of its cache, drawn cases."""
+
+    settings: Settings
+    result: PipelineResult
+    metrics: Sequence[EpochMetrics]
+    environment: Mapping[str, Any]
+    catalog: Catalog
+    rows: Sequence[CaseRow]
+    galleries: Sequence[Gallery]
+
+
+def sections(run: RunData) -> tuple[Section, ...]:
+    """The sections of a report; those without blocks are not shown."""
+    result, evaluation, catalog = run.result, run.result.evaluation, run.catalog
+    return (
+        Section(
+            "result",
+            "Result",
+            (*_warnings(evaluation, catalog), *tables.tiles(evaluation), tables.score_table(evaluation)),
+            lead=_lead(evaluation),
+        ),
+        Section(
+            "operating-point",
+            "Operating point",
+            (
+                *tables.operating_points(evaluation),
+                *(chart for tuned in evaluation.tuned for chart in figures.tuned_surface(tuned)),
+            ),
+        ),
+        Section(
+            "subgroups",
+            "Subgroups",
+            tables.subgroup_forests(evaluation),
+            lead="Bars: 95 % intervals from a bootstrap over patients. Dashed: all images. Hollow marks: groups too "
+            "small to draw conclusions from.",
+        ),
+        Section(
+            "calibration",
+            "Calibration",
+            tuple(chart for part in evaluation.calibration for chart in figures.reliability(part)),
+            lead="Does a probability of 0.7 mean seven in ten? On the diagonal it does. Below the diagonal the model "
+            "predicts too high probabilities, above it too low ones.",
+        ),
+        Section("mask-size", "Mask size", (*figures.size_against_dice(run.rows),)),
+        Section("cases", "Cases", (*run.galleries,)),
+        Section(
+            "training",
+            "Training",
+            (
+                tables.stage_table(result),
+                *figures.learning_curves(result, run.metrics),
+            ),
+        ),
+        Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
+        Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment)),
+        Section("definitions", "Definitions", (_definitions(),)),
+    )
+
+
+def _lead(evaluation: EvaluationResult) -> str:
+    scores, folds = evaluation.scores, evaluation.folds
+    how = f"{'with' if evaluation.flip_averaging else 'without'} horizontal-flip averaging"
+    if evaluation.runs > 1:
+        how += f" over {evaluation.runs} runs"
+    if len(folds) > 1:
+        how += f"; {len(folds)} folds together, each scored by the run that was not trained on it"
+    return (
+        f"{scores.cases:,} held-out images, {scores.positives:,} with a pneumothorax, at their original resolution, "
+        f"{how}. Bars: 95 % intervals from a bootstrap over patients. Dashed: the value without a model."
+    )
+
+
+def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
+    scores, found = evaluation.scores, []
+    if scores.equals_all_empty:
+        found.append(
+            Notice(
+                "This run equals predicting nothing.",
+                "No pixel is predicted in any held-out image. The Kaggle Dice is the share of images without a "
+                "pneumothorax and says nothing about the model.",
+            )
+        )
+    elif scores.kaggle_dice <= scores.all_empty_dice:
+        found.append(
+            Notice(
+                "This run is no better than predicting nothing.",
+                f"Its Kaggle Dice is {tables.number(scores.kaggle_dice)}; empty masks for all images score "
+                f"{tables.number(scores.all_empty_dice)}.",
+            )
+        )
+    if catalog.leakage.grouped_by == "nothing":
+        found.append(Notice("Patients are not known.", f"{UNKNOWN_PATIENTS.capitalize()}."))
+    elif catalog.leakage.shared_cases:
+        found.append(
+            Notice(
+                "Some patients are on both sides of the split.",
+                f"{catalog.leakage.shared_cases:,} held-out images share a patient with training; see Data.",
+            )
+        )
+    if not evaluation.calibration:
+        found.append(
+            Notice(
+                "This run was evaluated by an older ptxdist.",
+                "Operating points, subgroups and calibration are missing; `ptxdist evaluate RUN` adds them.",
+            )
+        )
+    return found
+
+
+def _definitions() -> Terms:
+    return Terms(
+        (
+            *((score.name, score.definition) for score in (*SCORES.values(), AUROC, ECE)),
+            (
+                "95 % interval",
+                "Percentile interval of a bootstrap that draws patients, not images, since images of one patient are "
+                "alike.",
+            ),
+            (
+                "Threshold",
+                "The probability from which on a pixel belongs to the mask. A mask below the smallest area is emptied.",
+            ),
+            (
+                "Tuned point",
+                "The operating point with the best Kaggle Dice. Optimistic: scored on the images that it was chosen "
+                "on. Cross-fitted: each image is scored at the point that was chosen on other patients.",
+            ),
+            (
+                "Plateau",
+                f"Operating points whose Kaggle Dice is within {figures.PLATEAU:g} of the best one. On a large plateau "
+                "the exact choice matters little.",
+            ),
+            ("Small group", "A subgroup with too few images to draw conclusions from."),
+            ("Areas", "In pixels of the original image."),
+        )
+    )
