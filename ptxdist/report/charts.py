@@ -1,10 +1,8 @@
-"""Charts as inline SVG: axes with sensible ticks, lines, points, intervals and surfaces.
+"""Charts as inline SVG: axes with round ticks, lines, points, intervals and surfaces.
 
-Owns: how a chart is drawn. Refuses: nothing. Called by: `figures`, `report`.
-
-Places are per cent of the plot: a chart is as wide as the page gives it room for, and its words keep the page's size,
-on a phone and on paper too. Paths know no per cent, so they stand in a box of 100 by 100 that is stretched. Colours,
-dashes and marks are classes of the page's style sheet; a series has all three, so that colour alone says nothing.
+Places are in per cent of the plot, so that a chart takes the width of its column while its text keeps the size of the
+page, on a phone and on paper too. Paths cannot use per cent, so they are drawn in a stretched box of 100 by 100.
+Colours, dashes and marks are classes of the page's style sheet; series differ in all three, not in colour alone.
 """
 
 from __future__ import annotations
@@ -30,10 +28,10 @@ class Axis:
     high: float
     ticks: tuple[float, ...]
     log: bool = False
-    names: tuple[str, ...] = ()  # of the ticks, where they are not their values
+    names: tuple[str, ...] = ()  # of the ticks, if they are not their values
 
     def place(self, value: float) -> float:
-        """How far along the axis a value lies, in per cent; what is past an end lies at that end."""
+        """Position of a value along the axis, in per cent; values beyond an end are placed at that end."""
         low, high, at = (
             (math.log(max(item, self.low)) for item in (self.low, self.high, value))
             if self.log
@@ -44,7 +42,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """Named points drawn in one of the styles 1 to 4; lines run within each of `parts`, marks stand at every point."""
+    """Named points drawn in one of the styles 1 to 4; lines connect the points within each of `parts`."""
 
     name: str
     style: int
@@ -54,7 +52,7 @@ class Series:
 
 
 def linear_axis(label: str, low: float, high: float, *, ticks: int = 5, whole: bool = False) -> Axis:
-    """An axis over all of low..high, about `ticks` steps of 1, 2 or 5 times a power of ten; `whole`: whole numbers."""
+    """An axis from low to high with about `ticks` steps of 1, 2 or 5 times a power of ten; `whole`: whole numbers."""
     if high <= low:
         low, high = low - 0.5, high + 0.5
     step = 10.0 ** math.floor(math.log10((high - low) / ticks))
@@ -66,7 +64,7 @@ def linear_axis(label: str, low: float, high: float, *, ticks: int = 5, whole: b
 
 
 def log_axis(label: str, low: float, high: float) -> Axis:
-    """A logarithmic axis over all of low..high (both above 0); ticks at powers of ten, and between them if few."""
+    """A logarithmic axis from low to high (both above 0); ticks at powers of ten, and between them if there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for times in ((1,), (1, 3), (1, 2, 5)):
         ticks = [
@@ -78,7 +76,7 @@ def log_axis(label: str, low: float, high: float) -> Axis:
 
 
 def cell_axis(label: str, names: Sequence[str], *, most: int = 10) -> Axis:
-    """An axis of equally wide cells, the first one's middle at 0; at most so many are named, those with short names."""
+    """An axis of cells of equal width, the first centred at 0; at most `most` are named, by the shortest names."""
     step = -(-len(names) // most)
     shown = min((range(start, len(names), step) for start in range(step)), key=lambda r: sum(len(names[i]) for i in r))
     return Axis(label, -0.5, len(names) - 0.5, tuple(map(float, shown)), names=tuple(names[place] for place in shown))
@@ -105,9 +103,9 @@ def plot(
     rings: Sequence[Point] = (),
     diagonal: bool = False,
 ) -> Markup:
-    """Lines and points over two axes; `words` are its alternative text.
+    """Lines and points over two axes; `words` are the alternative text.
 
-    `rules` are named places on the x axis, `levels` values on the y axis, `rings` points to look at; `diagonal` draws
+    `rules` are named places on the x axis, `levels` values on the y axis, `rings` highlighted points; `diagonal` draws
     y = x.
     """
     marked = sorted(x.place(place) for place, _ in rules)
@@ -128,9 +126,9 @@ def plot(
 
 
 def surface(x: Axis, y: Axis, picture: str, *, words: str, inside: Grid, ring: Point | None = None) -> Markup:
-    """A picture of cells (a data URI, one px each, stretched over the plot) over two cell axes.
+    """A picture of cells (a data URI, one pixel each, stretched over the plot) over two cell axes.
 
-    Around the cells that are true in `inside`, bool (rows, columns) from below, runs an outline; `ring` marks one cell.
+    The cells that are true in `inside`, bool (rows, columns) from below, are outlined; `ring` marks one cell.
     """
     drawn = [
         Markup('<image href="{}" width="100%" height="100%" preserveAspectRatio="none" class="pixels"/>').format(
@@ -150,7 +148,7 @@ def surface(x: Axis, y: Axis, picture: str, *, words: str, inside: Grid, ring: P
 
 
 def _sides(inside: Grid) -> list[tuple[Point, Point]]:
-    """The sides between true and other cells, in units of cells; the middle of the first cell is (0, 0)."""
+    """The sides between true and other cells, in units of cells; the centre of the first cell is (0, 0)."""
     found: list[tuple[Point, Point]] = []
     framed = np.pad(inside, 1)
     for row, column in zip(*np.nonzero(framed[1:, 1:] != framed[:-1, 1:]), strict=True):
@@ -163,9 +161,9 @@ def _sides(inside: Grid) -> list[tuple[Point, Point]]:
 def draw_interval(
     axis: Axis, value: float | None, span: tuple[float, float] | None, *, level: float | None, few: bool = False
 ) -> Markup:
-    """One line of a forest plot: the value and its interval on the axis, and a `level` to compare with.
+    """One row of a forest plot: the value and its interval on the axis, and a `level` to compare with.
 
-    It says nothing that the numbers beside it do not say, and is hidden from screen readers.
+    It is hidden from screen readers, since the numbers beside it say the same.
     """
     parts = []
     if level is not None:
@@ -185,7 +183,7 @@ def draw_interval(
 
 
 def ruler(axis: Axis) -> Markup:
-    """The ticks of an axis in one line, for the foot of a forest plot."""
+    """The ticks of an axis, for the foot of a forest plot."""
     ticks = [
         Markup('<text x="{:.2f}%" y="11" class="x">{}</text>').format(axis.place(tick), tick_text(tick))
         for tick in axis.ticks
@@ -210,7 +208,7 @@ def mark(style: int, x: float, y: float) -> Markup:
 
 
 def swatch(style: int, *, line: bool = True) -> Markup:
-    """What a series looks like, for a legend; style 0 is a level to compare with."""
+    """A sample of a series, for a legend; style 0 is a level to compare with."""
     if style == 0:
         return Markup(
             '<svg class="swatch" viewBox="0 0 30 14" aria-hidden="true"><path class="level" d="M0,7H30"/></svg>'
@@ -234,7 +232,7 @@ def _path(kind: str, parts: Sequence[Sequence[Point]]) -> Markup:
 
 
 def _rule(place: float, name: str, all_places: Sequence[float]) -> Markup:
-    """A vertical rule; its name stands above the plot, to its right, or to its left at the right edge."""
+    """A vertical rule; its name is above the plot, to its right, or to its left at the right edge."""
     at_edge = place > 80 or (len(all_places) > 1 and place == all_places[-1] and place > 70)
     return Markup(
         '<line class="rule" x1="{0:.2f}%" x2="{0:.2f}%" y1="0" y2="100%"/>'

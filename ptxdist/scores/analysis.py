@@ -1,7 +1,6 @@
-"""Counts of cases -> all numbers of an evaluation: scores with intervals, operating points, calibration, subgroups.
+"""All numbers of an evaluation from the counts of its cases: scores, operating points, calibration, subgroups.
 
-Owns: what is concluded from counts, and the columns of cases.csv, from which each number can be computed again.
-Refuses: nothing. Called by: `evaluate`. No model, no image and no file is needed here.
+No model, image or file is needed. The rows for `tables` come with the numbers, which can be computed from them again.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from ptxdist.scores.operating import tune
 from ptxdist.scores.tables import FIXED_THRESHOLDS
 
 BINS = 10
-SMALL_CASES, SMALL_POSITIVES = 30, 10  # fewer are too few to conclude from
+SMALL_CASES, SMALL_POSITIVES = 30, 10  # a group with fewer is marked as small
 _AGES = ((0, "under 40"), (40, "40 to 59"), (60, "60 and over"))
 _SIZES = ((0.0, "under 0.2 % of the image"), (0.002, "0.2 to 1 %"), (0.01, "1 to 2 %"), (0.02, "2 % and over"))
 _EXPOSURES = ("dark third", "middle third", "bright third")
 _ORDER = {
     name: number for number, name in enumerate((*(name for _, name in (*_AGES, *_SIZES)), *_EXPOSURES))
-}  # of the names that do not stand in the order of the alphabet
+}  # of names that are not in alphabetical order
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, object]
@@ -35,10 +34,10 @@ Row = dict[str, object]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What is known of the n evaluated cases, all in one order.
+    """The n evaluated cases with their counts, all in one order.
 
-    `groups` says who is one patient, `in_training` whether that patient has images in training; None where nobody
-    knows. `known_from` is "catalog", "patient map" or "nothing".
+    `groups` identify patients. `in_training` says whether the patient has images in training; None if that is not
+    known. `known_from` is "catalog", "patient map" or "nothing".
     """
 
     cases: Sequence[Case]
@@ -51,10 +50,10 @@ class Evaluated:
 def conclude(
     evaluated: Evaluated, thresholds: Sequence[float], *, min_area_px: int, flip_averaging: bool, runs: int
 ) -> tuple[EvaluationResult, list[Row]]:
-    """All numbers, and the rows of cases.csv (columns CASE_COLUMNS). The result's `seconds` are left at 0.
+    """All numbers, with `seconds` 0, and the rows of cases.csv by `tables.COLUMNS`.
 
-    `thresholds` are those of `counts.at_full`; the first is the run's own, the fixed ones are among them. There must be
-    a case at least.
+    `thresholds` are those of `counts.at_full`: first the run's own one; FIXED_THRESHOLDS are among them. There must be
+    at least one case.
     """
     cases, counts, groups = evaluated.cases, evaluated.counts, evaluated.groups
     own = counts.at_full[0]
@@ -122,7 +121,7 @@ def _rows(
 
 
 def _reliability_of_px(histograms: Histograms, groups: Sequence[str]) -> Reliability:
-    """Px by level; the probability of a level is taken to be its middle."""
+    """Of pixels by level; the middle of a level is taken as its probability."""
     px, truth = histograms[:, 0].astype(float), histograms[:, 1].astype(float)
     sums = np.stack((px, px * (np.arange(LEVELS) + 0.5) / LEVELS, truth), axis=1)
     return _reliability("px", sums.reshape(len(px), 3, BINS, LEVELS // BINS).sum(3), groups)
@@ -136,7 +135,7 @@ def _reliability_of_images(score: Floats, positive: npt.NDArray[np.bool_], group
 
 
 def _reliability(things: str, sums: Floats, groups: Sequence[str]) -> Reliability:
-    """`sums` is (n, 3, BINS): by case and bin, how many things, the sum of their probabilities, how many are true."""
+    """`sums` is (n, 3, BINS): by case and bin, number of things, sum of their probabilities, number of true ones."""
     total = sums.sum(0)
     counts, probability, true = total[:, total[0] > 0]
     return Reliability(
@@ -150,7 +149,7 @@ def _reliability(things: str, sums: Floats, groups: Sequence[str]) -> Reliabilit
 
 
 def _subgroups(evaluated: Evaluated) -> Iterator[Subgroup]:
-    """Every property that splits the cases into at least two groups."""
+    """The groups of every property that divides the cases into at least two."""
     dark, bright = np.quantile(evaluated.counts.brightness, (1 / 3, 2 / 3))
 
     def exposure(row: int) -> str:
@@ -196,7 +195,7 @@ def _band(value: float, bands: Sequence[tuple[float, str]]) -> str:
 
 
 def _shared_patients(evaluated: Evaluated) -> SharedPatients | None:
-    """Scores on both sides of "is this patient in training?"; None where nobody knows who is who."""
+    """Scores of cases whose patient is in training, and of the others; None if patients are not known."""
     if evaluated.known_from == "nothing":
         return None
     own = evaluated.counts.at_full[0]

@@ -1,7 +1,4 @@
-"""What is counted of each case, from which all scores follow: numbers of px, a histogram of probabilities.
-
-Owns: the shapes of the counts, and the levels of the histograms.
-"""
+"""What is counted of each case, from which all scores follow: numbers of pixels, a histogram of probabilities."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import numpy.typing as npt
 
 Counts = npt.NDArray[np.int64]
 Histograms = npt.NDArray[np.int32]
-LEVELS = 200  # an operating point tells probabilities apart in steps of 0.005
+LEVELS = 200  # of probability, each 0.005 wide
 
 
 @dataclass(frozen=True)

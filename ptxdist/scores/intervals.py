@@ -1,8 +1,8 @@
-"""How sure the scores are: 95 % intervals from a bootstrap over patients.
+"""95 % intervals of the scores, from a bootstrap over patients.
 
-Owns: the resampling. Refuses: nothing. Called by: `analysis`, `compare`. Images of one patient are alike, so patients
-are drawn, not images: drawing images would take one patient's twenty images for twenty pieces of evidence, and the
-interval would be too narrow (Field and Welsh 2007, cluster bootstrap; percentile interval).
+Images of one patient are alike, so patients are drawn and not images: drawing images would treat twenty images of one
+patient as twenty pieces of evidence, and the interval would be too narrow (Field and Welsh 2007, cluster bootstrap;
+percentile interval).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def score_intervals(
 def difference_intervals(
     before: Counts, after: Counts, groups: Sequence[str], *, draws: int = DRAWS, seed: int = 0
 ) -> Intervals:
-    """95 % intervals of `after` minus `before`, by score, on the same cases: what both find hard cancels out.
+    """95 % intervals of `after` minus `before`, by score, on the same cases: what is hard for both cancels out.
 
     Both are int64 (n, 3), in the order of `groups`. Undefined scores and single groups as in `score_intervals`.
     """
@@ -86,7 +86,7 @@ def calibration_interval(
 ) -> tuple[float, float] | None:
     """95 % interval of the expected calibration error; None with a single group.
 
-    `sums` is (n, 3, bins): by case and bin, how many things, the sum of their probabilities, how many are positive.
+    `sums` is (n, 3, bins): by case and bin, number of things, sum of their probabilities, number of positives.
     """
     group, names = _number(groups)
     if names < 2:
@@ -114,13 +114,13 @@ def _ratios(counts: Counts) -> dict[str, tuple[Floats, Floats]]:
 
 
 def _number(groups: Sequence[str]) -> tuple[npt.NDArray[np.intp], int]:
-    """Number of each case's group, and how many there are; by first appearance, so that their names do not matter."""
+    """Number of each case's group, in order of first appearance, so that names do not matter; and how many groups."""
     names: dict[str, int] = {}
     return np.array([names.setdefault(group, len(names)) for group in groups], np.intp), len(names)
 
 
 def _draws(groups: int, draws: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """How often each group is drawn, int64 (some draws, groups), until there were `draws`."""
+    """How often each group is drawn, in blocks int64 (some draws, groups), until there are `draws`."""
     random = np.random.default_rng(seed)
     for start in range(0, draws, _AT_ONCE):
         yield random.multinomial(groups, np.full(groups, 1 / groups), min(_AT_ONCE, draws - start))

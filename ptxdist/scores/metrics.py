@@ -1,11 +1,9 @@
-"""Scores of predicted masks: counts that add, ratios last.
+"""Scores of predicted masks, computed from counts.
 
-Owns: the definitions of the scores. Refuses: scores of no cases. Called by: `loop`, `evaluate`, `report`.
-
-A case is counted as three numbers of px: intersection, predicted, truth. Ranks and batches concatenate these rows, in
-any order and division, and `scores` turns all rows into ratios at the end: averaging ratios per batch or rank would
-weigh cases unevenly. Three Dice scores are in use for these data and get mixed up, so all of them are here, and beside
-them the score of predicting nothing at all (0.77845 on the 12,047 SIIM-ACR training images).
+A case is counted as three numbers of pixels: intersection, predicted, truth. Ranks and batches concatenate these rows,
+in any order and division, and `scores` turns all rows into ratios at the end, since averages of ratios per batch or
+rank would weight cases unevenly. Three Dice scores are in use for these data and are often confused, so all of them are
+computed, with the score of predicting nothing (0.77845 on the 12,047 SIIM-ACR training images).
 """
 
 from __future__ import annotations
@@ -23,14 +21,14 @@ from ptxdist.scores.counts import Counts
 def image_dice(counts: Counts) -> npt.NDArray[np.float64]:
     """Dice of each image, float64 (n,): 2 intersection / (predicted + truth), and 1 where both are empty.
 
-    `counts` is int64 (n, 3) as from `count`; (0, 3) gives (0,). This is the challenge's score of one image.
+    This is the challenge's score of one image. `counts` is int64 (n, 3); (0, 3) gives (0,).
     """
     total = counts[:, 1] + counts[:, 2]
     return np.where(total == 0, 1.0, 2 * counts[:, 0] / np.maximum(total, 1))
 
 
 def scores(counts: Counts) -> Scores:
-    """Scores of the cases of `counts`, int64 (n, 3) as from `count`; the same to the last bit for any order of rows.
+    """Scores of the cases of `counts`, int64 (n, 3); equal to the last bit for any order of rows.
 
     Raises ValueError when there are no cases.
     """
@@ -52,10 +50,10 @@ def scores(counts: Counts) -> Scores:
 def auroc(
     score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64] | None = None
 ) -> npt.NDArray[np.float64]:
-    """Area under the ROC curve: how often a positive image's score is above a negative one's; a tie counts a half.
+    """Area under the ROC curve: how often a positive image has a higher score than a negative one; ties count half.
 
-    `score` and `positive` are (n,); `weight` (draws, n) counts each image so many times, one row a draw (by default one
-    draw of ones). Returns (draws,); NaN where a draw has only one kind (Hanley and McNeil 1982).
+    `score` and `positive` are (n,); `weight` (draws, n) says how often each image is counted in a draw (default: one
+    draw of ones). Returns (draws,), NaN where a draw has images of one class only (Hanley and McNeil 1982).
     """
     if weight is None:
         weight = np.ones((1, len(score)))

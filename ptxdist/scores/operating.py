@@ -1,15 +1,13 @@
-"""The operating point: which thresholds and which smallest area make the best masks, and how good they honestly are.
+"""The operating point: the thresholds and the smallest area with the best masks, and a cross-fitted estimate.
 
-Owns: the search, and the cross-fitted estimate of what it finds. Refuses: nothing. Called by: `analysis`.
-
-A mask is empty unless enough px reach a top threshold, and else all px that reach a bottom one (the winners' triplet);
-with both thresholds equal it is the plain pair of threshold and smallest area. For each case a histogram of its
-probabilities at the original resolution says what any such point does to it, so no image is looked at again:
+A mask is empty unless enough pixels reach a top threshold; otherwise it is all pixels that reach a bottom threshold
+(the winners' triplet). With equal thresholds this is the pair of a threshold and a smallest area. The mask at any such
+point can be counted from a histogram of a case's probabilities at the original resolution, without its image:
 
     total(top, area, bottom) = sum over cases of  empty + kept(top, area) * (dice(bottom) - empty)
 
-is one matrix product. Its sums over folds of patients give the estimate for nothing: the best point for the other
-folds is the total less one fold's sums, and what it scores on that fold is in these sums.
+is one matrix product, computed for each fold of patients. The cross-fitted estimate follows from these sums: the point
+for a fold is the best one of the total less the fold's own sum, and its score on the fold is in that sum.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ _Place = tuple[int, int, int]  # of top, area and bottom in the lists above
 def tune(
     histograms: Histograms, truth_px: npt.NDArray[np.int64], case_ids: Sequence[str], groups: Sequence[str], kind: str
 ) -> tuple[TunedPoint, Counts] | None:
-    """The best "pair" or "triplet" on the cases, its estimate, and the cross-fitted counts int64 (n, 3) behind that.
+    """The best "pair" or "triplet" on the cases with its estimate, and the cross-fitted counts int64 (n, 3).
 
     `histograms` is int32 (n, 2, LEVELS) as from `scoring`, `truth_px` (n,). None with fewer than two groups.
     """
@@ -77,7 +75,7 @@ def tune(
 
 @dataclass(frozen=True)
 class _Table:
-    """What each threshold does to each case: `predicted` and `overlap` px at it, int64 (n, levels tried)."""
+    """Pixels of each case at each threshold: `predicted` and `overlap`, int64 (n, levels tried)."""
 
     predicted: npt.NDArray[np.int64]
     overlap: npt.NDArray[np.int64]
@@ -106,10 +104,10 @@ class _Table:
 
 
 def _best(total: Floats, tried: npt.NDArray[np.bool_]) -> _Place:
-    """The point whose neighbourhood scores best: a peak that none of its neighbours shares is luck.
+    """The point whose neighbourhood scores best, since a peak without high neighbours is chance.
 
-    Each point is scored by the mean over itself and its neighbours on the grid that are tried too; of equal ones the
-    lowest top, area and bottom are taken.
+    Each point is scored by the mean over itself and its neighbours on the grid, as far as they are tried; of equal
+    points the one with the lowest top, area and bottom is taken.
     """
     values, weights = np.where(tried, total, 0.0), tried.astype(float)
     for axis in range(3):
