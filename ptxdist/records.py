@@ -1,14 +1,16 @@
-"""Records that a run writes as JSON, and the scores in them.
+"""Records that a run writes as JSON, and the events that it reports while it works.
 
-Owns: what stands in these files. Their names are `rundir`'s.
+Owns: the content of these files; `rundir` has their names. Owns: the JSON form of an event.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
 from pydantic import BaseModel, ConfigDict
 
 Intervals = dict[str, tuple[float, float]]
-Step = tuple[int, str, int, int, int]  # progress: stage, "train", "validate" or "evaluate", epoch, images done, images
 
 
 class Record(BaseModel):
@@ -80,7 +82,7 @@ class EpochMetrics(Record):
 
 
 class StageHistory(Record):
-    """The finished epochs of a stage that goes on after an interruption; none of a stage that begins."""
+    """The epochs of a stage that are finished when its training starts; () unless it resumes from a checkpoint."""
 
     stage: int
     epochs: tuple[EpochMetrics, ...]
@@ -215,9 +217,40 @@ class Comparison(Record):
 
 
 class PipelineResult(Record):
-    """What a finished pipeline leaves."""
+    """Result of a finished pipeline."""
 
     pipeline: str
     stages: tuple[StageResult, ...]
     evaluation: EvaluationResult
     seconds: float
+
+
+class Message(Record):
+    """A sentence for people, such as a warning or that a stage resumes."""
+
+    text: str
+
+
+class Progress(Record):
+    """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 in an evaluation."""
+
+    stage: int
+    step: Literal["train", "validate", "evaluate"]
+    epoch: int
+    done: int
+    total: int
+
+
+Event = Message | Progress | StageHistory | EpochMetrics | StageResult | EvaluationResult
+OnEvent = Callable[[Event], None]
+_EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
+
+
+def encode_event(event: Event) -> dict[str, Any]:
+    """The event as JSON values, for another process; `decode_event` is the inverse."""
+    return {"event": type(event).__name__, "content": event.model_dump(mode="json")}
+
+
+def decode_event(content: Mapping[str, Any]) -> Event:
+    """The event that `encode_event` encoded."""
+    return _EVENTS[content["event"]].model_validate(content["content"])

@@ -1,26 +1,26 @@
-"""Names inside a run folder, and the JSON that stands there.
+"""Names inside a run folder, and reading and writing the records in it.
 
     RUN/                        e.g. runs/exp4
         settings.json           resolved settings, as `--dry-run` prints them
         environment.json        versions, commit, hardware
         metrics.jsonl           one line an epoch, all stages, from the first epoch on
         result.json             PipelineResult: one StageResult a stage, and the evaluation
-        ray.log                 what Ray printed
-        lock                    held by the one training of the run, empty
+        ray.log                 the output of Ray
+        lock                    locked by the process that trains the run; empty
         tensorboard/            event files, a folder a stage
-        mlflow.json             which MLflow run it is, with train.mlflow
+        mlflow.json             id of the MLflow run, with train.mlflow
         stages/1-256px/
             result.json         StageResult, written last: a stage without it is not finished
             best.safetensors    the weights that the next stage starts from
             checkpoints/        resumable, removed when the stage is finished
         evaluation/
             result.json         EvaluationResult
-            cases.csv           one line a validation case, from which every number can be computed again
-            histograms.safetensors  px by probability of each case, from which masks at other thresholds are counted
+            cases.csv           one line a validation case, from which every number can be recomputed
+            histograms.safetensors  pixels by probability of each case, to count masks at other thresholds
             predictions.csv     its mask as run-length text, in the challenge's format
         report/index.html
 
-Owns: these names; what the records hold is `records`'. Refuses: folders that are not runs (RunError).
+Owns: these names; `records` has the content. Refuses: folders that are not runs (RunError).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ CASES = "cases.csv"
 HISTOGRAMS = "histograms.safetensors"
 PREDICTIONS = "predictions.csv"
 REPORT = "report"
+REPORT_PAGE = "report/index.html"
 
 
 def stage_folder(run: Path, stage: int, size_px: int) -> Path:
@@ -58,7 +59,7 @@ def stage_folder(run: Path, stage: int, size_px: int) -> Path:
 
 
 def read_settings(run: Path) -> Settings:
-    """Settings that a run was started with; RunError when the folder is not a run."""
+    """Settings of a run; RunError when the folder is not a run."""
     path = run / SETTINGS
     if not path.is_file():
         raise RunError(f"{run} is not a run folder (no {SETTINGS}); `ptxdist train --run {run}` makes one")
@@ -69,16 +70,18 @@ def read_settings(run: Path) -> Settings:
 
 
 def start_run(run: Path, settings: Settings) -> None:
-    """Make the run folder, or check that it belongs to the same pipeline, so that the same command goes on.
+    """Make the run folder, or check that the run in it has the same pipeline settings, and write the settings.
 
-    How much machine is used may change between the two; what is trained may not: RunError says what differs.
+    The caller holds the lock of the run. `settings.train` and `settings.data` may differ from those of the former
+    start; RunError lists what differs in `settings.pipeline`.
     """
+    files.remove_leftovers(run, deep=False)
     if (run / SETTINGS).is_file():
         before, after = (snapshot(item.pipeline) for item in (read_settings(run), settings))
         changed = [
             line
             for line in differences(before, after)
-            if not line.startswith(("purpose:", "source:", "target:"))  # what people read, not what is trained
+            if not line.startswith(("purpose:", "source:", "target:"))  # texts for people
         ]
         if changed:
             raise RunError(
@@ -87,6 +90,7 @@ def start_run(run: Path, settings: Settings) -> None:
             )
     elif run.is_dir() and any(path.name != LOCK for path in run.iterdir()):
         raise RunError(f"{run} holds other files and is not a run; give another folder with --run")
+    files.remove_leftovers(run)
     files.write_json(run / SETTINGS, snapshot(settings))
 
 
@@ -98,16 +102,16 @@ def read_stage_result(folder: Path) -> StageResult | None:
     try:
         return StageResult.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise RunError(f"{path} is damaged or of another version; remove {folder} to train this stage again") from error
+        raise RunError(f"{path} is damaged or of another version; remove {folder} to retrain this stage") from error
 
 
 def read_stages(run: Path) -> list[StageResult]:
-    """Results of all stages of a run, in order; RunError when one of them is not finished."""
+    """Results of all stages of a run, in order; RunError when one is not finished."""
     sizes = [stage.size_px for stage in read_settings(run).pipeline.stages]
     found = [read_stage_result(stage_folder(run, number, size)) for number, size in enumerate(sizes, start=1)]
     stages = [stage for stage in found if stage is not None]
     if len(stages) < len(sizes):
-        raise RunError(f"{run} is not finished; run the same `ptxdist train` again, it goes on where it stopped")
+        raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
     return stages
 
 
@@ -119,7 +123,7 @@ def read_evaluation(folder: Path) -> EvaluationResult:
     try:
         return EvaluationResult.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
-        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate` makes it anew") from error
+        raise RunError(f"{path} is damaged or of another version; rerun `ptxdist evaluate`") from error
 
 
 def read_result(run: Path) -> PipelineResult:
@@ -127,7 +131,7 @@ def read_result(run: Path) -> PipelineResult:
     read_settings(run)
     path = run / RESULT
     if not path.is_file():
-        raise RunError(f"{run} is not finished; run the same `ptxdist train` again, it goes on where it stopped")
+        raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
     try:
         return PipelineResult.model_validate_json(path.read_text(encoding="utf-8"))
     except ValidationError as error:
@@ -135,14 +139,12 @@ def read_result(run: Path) -> PipelineResult:
 
 
 def read_metrics(run: Path) -> list[EpochMetrics]:
-    """Lines of metrics.jsonl, in order; [] when there are none yet."""
+    """Lines of metrics.jsonl, in order; [] before the first epoch is finished."""
     path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [EpochMetrics.model_validate_json(line) for line in lines]
 
 
 def write_metrics(run: Path, metrics: list[EpochMetrics]) -> None:
-    """Write metrics.jsonl whole, in one step."""
-    temporary = run / (METRICS + ".tmp")
-    temporary.write_text("".join(item.model_dump_json() + "\n" for item in metrics), encoding="utf-8")
-    temporary.replace(run / METRICS)
+    """Write metrics.jsonl."""
+    files.write_whole(run / METRICS, "".join(item.model_dump_json() + "\n" for item in metrics))

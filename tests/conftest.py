@@ -145,7 +145,8 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
     from ptxdist.resolve import load_settings
-    from ptxdist.run.pipeline import plan_run, run_pipeline
+    from ptxdist.run.pipeline import run_pipeline
+    from ptxdist.run.plan import plan_run
 
     run = tmp_path_factory.mktemp("learn") / "run"
     few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]

@@ -1,7 +1,7 @@
-"""The commands: parse, call, print; no logic.
+"""The command line: every command parses, calls one function of the package, and prints the result.
 
-Owns: the group of commands and how they end. Refuses: command lines that do not parse (click, exit code 2). Heavy
-imports stand inside the commands, so that `ptxdist --help` answers at once.
+Owns: the group of commands and their exit codes. Refuses: command lines that do not parse (click, exit code 2). Heavy
+imports are inside the commands, so that `ptxdist --help` is fast.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import click
 
 from ptxdist import __version__
 from ptxdist.cli.data import phantom, preprocess, verify
+from ptxdist.cli.demo import demo
 from ptxdist.cli.doctor import doctor
 from ptxdist.cli.export import export
 from ptxdist.cli.predict import predict
-from ptxdist.cli.runs import compare, demo, evaluate, inspect, report, train
+from ptxdist.cli.results import compare, evaluate, inspect, report
 from ptxdist.cli.serve import serve
 from ptxdist.cli.submit import submit
+from ptxdist.cli.train import train
 from ptxdist.errors import PtxdistError
 
 
 class _Commands(click.Group):
-    """Prints a refusal as one line and ends with its exit code; anything else keeps its traceback."""
+    """Prints a PtxdistError as one line and exits with its code; any other exception keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         from ptxdist import console
@@ -35,7 +37,7 @@ class _Commands(click.Group):
             console.fail(str(error))
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            console.say("interrupted; what is finished is kept, and the same command goes on from there")
+            console.say("interrupted; finished work is kept, and is skipped when you rerun the command")
             ctx.exit(130)
 
 

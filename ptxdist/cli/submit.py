@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -43,7 +44,6 @@ def submit(
         raise click.UsageError("give either a command after --, or one of --status, --logs and --stop with a job")
     from ptxdist import console
     from ptxdist.cluster import submit as jobs
-    from ptxdist.console.relay import RELAY
 
     if status_of:
         console.show_json(jobs.status(status_of, address=address))
@@ -57,22 +57,15 @@ def submit(
         job.append(job_id)
         console.say(f"job {job_id}: ptxdist {shlex.join(absolute)}")
 
+    on_log = partial(print, end="", flush=True)
     try:
-        with console.JobLog() as log:
-            if logs_of:
-                code = jobs.follow(logs_of, address=address, on_log=log.show)
-            else:
-                group = context.find_root().command
-                assert isinstance(group, click.Group)
-                absolute = absolute_paths(group.commands, command)
-                code = jobs.submit(
-                    absolute,
-                    address=address,
-                    on_log=log.show,
-                    on_submitted=submitted,
-                    following=follow,
-                    environment={RELAY: "1"} if console.err.is_terminal else {},
-                )
+        if logs_of:
+            code = jobs.follow(logs_of, address=address, on_log=on_log)
+        else:
+            group = context.find_root().command
+            assert isinstance(group, click.Group)
+            absolute = absolute_paths(group.commands, command)
+            code = jobs.submit(absolute, address=address, on_log=on_log, on_submitted=submitted, following=follow)
     except KeyboardInterrupt:
         if job:
             console.say(

@@ -1,7 +1,7 @@
 """Ray as the engine of a run: one TorchTrainer for each stage and for the evaluation, on this machine or on a cluster.
 
-Owns: the workers and what is done when they are lost, and the way of their events. Refuses: clusters whose nodes are
-not fit (ClusterError). Called by: `run.pipeline`. `run.local` is the same without Ray.
+Owns: the workers, what happens when they are lost, and the transport of their events. Refuses: clusters whose nodes are
+not fit (ClusterError). `run.local` is the engine without Ray.
 """
 
 from __future__ import annotations
@@ -21,28 +21,32 @@ from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import ray_nodes, refuse_unfit
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, TrainingError
-from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
+from ptxdist.records import EvaluationResult, Message, OnEvent, StageResult, decode_event
+from ptxdist.run.engine import StageTask
 from ptxdist.rundir import EVALUATION, read_evaluation, read_stage_result, stage_folder
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 
 _POLL_S = 0.2
 _log = logging.getLogger(__name__)
 
-OnEvent = Callable[[Any], None]
-Task = dict[str, Any]
+Work = Callable[[dict[str, Any]], None]  # of `worker`: train_stage or evaluate_run
 
 
 class _LostError(Exception):
-    """Workers died, hung or were cut off, which another start may mend; `announced` when their node was taken away."""
+    """Workers died, hung or were cut off, which a restart may repair; `preempted` when their node was taken away."""
 
-    def __init__(self, message: str, *, announced: bool = False) -> None:
+    def __init__(self, message: str, *, preempted: bool = False) -> None:
         super().__init__(message)
-        self.announced = announced
+        self.preempted = preempted
 
 
 @contextmanager
 def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[RayEngine]:
-    """The engine, while Ray runs: in a Ray job its cluster, whose nodes are looked at first, else one of its own."""
+    """The engine, while Ray runs; a `run.engine.OpenEngine`.
+
+    In a Ray job that is the job's cluster, whose nodes are checked first; otherwise a Ray of its own on this machine.
+    """
+    on_event(Message(text="Ray starts"))
     with ray_for_training(settings.train) as use_gpu:
         if on_cluster():
             with ray_nodes() as nodes:
@@ -53,7 +57,7 @@ def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterato
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Does the work of a run with Ray Train's workers; `task` is as `stage.run_stage` takes it."""
+    """Does the work of a run with Ray Train's workers."""
 
     settings: Settings
     mirror: Mirror
@@ -68,14 +72,13 @@ class RayEngine:
         alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         return [{key: value for key, value in sorted(item.items()) if key.startswith(shown)} for item in alive]
 
-    def train(self, task: Task) -> StageResult:
+    def train(self, task: StageTask) -> StageResult:
         """Train one stage; the result is what rank 0 wrote into the stage's folder."""
         from ptxdist.cluster.worker import train_stage
 
-        number = int(task["number"])
-        size_px = self.settings.pipeline.stages[number - 1].size_px
+        number, size_px = task.number, task.stage.size_px
         folder = stage_folder(self.mirror.folder, number, size_px)
-        self._work(train_stage, task, folder, f"stage {number}", "goes on from its last checkpoint")
+        self._work(train_stage, task, folder, f"stage {number}", "resumes from its last checkpoint")
         self.mirror.pull(stage_part(number, size_px))  # rank 0 may have been on another node
         result = read_stage_result(folder)
         if result is None:
@@ -84,31 +87,34 @@ class RayEngine:
             )
         return result
 
-    def evaluate(self, task: Task) -> EvaluationResult:
+    def evaluate(self, task: StageTask) -> EvaluationResult:
         """Evaluate the last stage; the result is what rank 0 wrote into the run."""
         from ptxdist.cluster.worker import evaluate_run
 
         folder = self.mirror.folder / EVALUATION
-        self._work(evaluate_run, task, folder, "the evaluation", "starts again")
+        self._work(evaluate_run, task, folder, "the evaluation", "restarts")
         self.mirror.pull(EVALUATION_PART)
         return read_evaluation(folder)
 
-    def _work(self, work: Callable[[Task], None], task: Task, folder: Path, what: str, again: str) -> None:
-        """Have workers do `work`, starting them again when they are lost; what they raise themselves is final."""
+    def _work(self, work: Work, task: StageTask, folder: Path, what: str, again: str) -> None:
+        """Have workers do `work`, and restart them when they are lost; what they raise themselves is final."""
         limit, failures = self.settings.train.max_worker_failures, 0
         while True:
             try:
                 return self._work_once(work, task, folder, what)
             except _LostError as error:
-                if error.announced:  # what a cloud takes back is nobody's failure
-                    self.on_event(f"{error}; {what} {again} with new workers")
+                if error.preempted:  # does not count as a failure
+                    self._say(f"{error}; {what} {again} with new workers")
                     continue
                 failures += 1
                 if failures > limit:
                     raise TrainingError(f"{what} stopped: {error}") from error
-                self.on_event(f"{error}; {what} {again} with new workers ({failures} of {limit})")
+                self._say(f"{error}; {what} {again} with new workers ({failures} of {limit})")
 
-    def _work_once(self, work: Callable[[Task], None], task: Task, folder: Path, what: str) -> None:
+    def _say(self, text: str) -> None:
+        self.on_event(Message(text=text))
+
+    def _work_once(self, work: Work, task: StageTask, folder: Path, what: str) -> None:
         """One TorchTrainer over the workers."""
         import ray
         from ray.exceptions import RayError
@@ -122,15 +128,14 @@ class RayEngine:
         )
 
         train, use_gpu = self.settings.train, self.use_gpu
-        room = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
-        if room < train.workers:
-            self.on_event(
-                f"the cluster has room for {room} of {train.workers} workers, {train.min_workers or 'all'} are needed"
-            )
+        capacity = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
+        if capacity < train.workers:
+            needed = train.min_workers or "all"
+            self._say(f"the cluster has capacity for {capacity} of {train.workers} workers, {needed} are needed")
         with _listen(self.on_event) as inbox:
             trainer = TorchTrainer(
                 work,
-                train_loop_config={**task, "inbox": inbox},
+                train_loop_config={"task": task.model_dump_json(), "inbox": inbox},
                 torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
                 scaling_config=ScalingConfig(
                     num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
@@ -141,13 +146,13 @@ class RayEngine:
                 run_config=RunConfig(
                     name=f"{folder.name}-{time.time_ns()}",
                     storage_path=str(folder / "ray"),
-                    failure_config=FailureConfig(max_preemption_failures=0),  # said here, not repeated in silence
+                    failure_config=FailureConfig(max_preemption_failures=0),  # `_work` restarts, and says so
                 ),
             )
             try:
                 trainer.fit()
             except PreemptionError as error:
-                raise _LostError("a node was taken away, as announced", announced=True) from error
+                raise _LostError("a node was preempted", preempted=True) from error
             except WorkerGroupError as error:
                 _log.error("%s", error)  # with the workers' tracebacks
                 causes = [_cause(failure) for _, failure in sorted(error.worker_failures.items())]
@@ -155,45 +160,45 @@ class RayEngine:
             except (ControllerError, TrainingFailedError) as error:
                 cause = getattr(error, "controller_failure", error)
                 raise TrainingError(f"{what} stopped: {_brief(cause)}") from error
-            except RayError as error:  # what watches over the workers was killed, as where memory runs out
+            except RayError as error:  # the controller was killed, for example when memory runs out
                 raise _LostError(f"the workers were lost: {_brief(error)}") from error
             finally:
-                _free_room()
+                _free_capacity()
                 shutil.rmtree(folder / "ray", ignore_errors=True)
 
 
-def _free_room() -> None:
-    """Remove the placement groups of this job, and with them the actors inside, when no trainer of it runs any more.
+def _free_capacity() -> None:
+    """Remove the placement groups of this job, and with them the actors inside, after its trainer has ended.
 
-    A trainer whose workers were killed for want of memory may leave its own, and the next one would wait for that room
-    for ever.
+    A trainer whose workers were killed because memory ran out may leave its own, and the next trainer would wait
+    forever for its resources.
     """
     import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 
     try:
-        job = ray.get_runtime_context().get_job_id()  # the last part of the ids of what it made
+        job = ray.get_runtime_context().get_job_id()  # the ids of its placement groups end with it
         for name, entry in placement_group_table().items():
             if name.endswith(job) and entry["state"] != "REMOVED":
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
-    except Exception:  # as when the head is gone; what ended the trainer is what has to be told
-        _log.exception("the room of a trainer that has ended could not be freed")
+    except Exception:  # for example when the head is gone; the error that ended the trainer matters more
+        _log.exception("the resources of a trainer that has ended could not be freed")
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The exception that user code raised, or the loss of its process, out of Ray's wrappings."""
+    """The exception that user code raised, or the loss of its process, without Ray's wrappers."""
     inner = getattr(error, "cause", None) or getattr(error, "health_check_failure", None)
     return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
 
 
 def _verdict(causes: Sequence[BaseException], what: str) -> Exception:
-    """What to raise when workers have failed: _LostError, which is tried again, or what is final.
+    """The exception to raise when workers have failed: _LostError, after which they are restarted, or a final one.
 
-    A refusal of ours is final. So is what Python code raises by itself (a missing key, no memory on the GPU), which
-    would come again, unless a process was lost too: ranks that are cut off from another one fail in many ways. Errors
-    of torch.distributed and of CUDA are RuntimeErrors, those of networks and storage OSErrors; both may pass, a full
-    disk does not.
+    A PtxdistError is final. So is an exception of Python code (a missing key, no memory on the GPU), which would occur
+    again, unless a process was lost too: ranks that are cut off from another one fail in many ways. Errors of
+    torch.distributed and of CUDA are RuntimeErrors, those of networks and storage OSErrors; both may be transient. A
+    full disk is not.
     """
     import torch
     from ray.exceptions import RayError
@@ -203,16 +208,16 @@ def _verdict(causes: Sequence[BaseException], what: str) -> Exception:
     if refusals:
         return refusals[0]
     lost = [cause for cause in causes if isinstance(cause, (RayError, RayTrainError))]
-    passing = [
+    transient = [
         cause
         for cause in causes
         if (isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError))
         or (isinstance(cause, OSError) and cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
     ]
-    if lost or len(passing) == len(causes):
-        announced = any(getattr(cause, "preempted", False) for cause in lost)
-        return _LostError(f"a worker failed with {_brief((lost or passing)[0])}", announced=announced)
-    cause = next(cause for cause in causes if cause not in passing)
+    if lost or len(transient) == len(causes):
+        preempted = any(getattr(cause, "preempted", False) for cause in lost)
+        return _LostError(f"a worker failed with {_brief((lost or transient)[0])}", preempted=preempted)
+    cause = next(cause for cause in causes if cause not in transient)
     advice = "; use a smaller train.micro_batch" if isinstance(cause, torch.OutOfMemoryError) else ""
     return TrainingError(f"{what} stopped: a worker failed with {_brief(cause)}{advice}")
 
@@ -224,7 +229,7 @@ def _brief(error: BaseException) -> str:
 
 @contextmanager
 def _listen(on_event: OnEvent) -> Iterator[Any]:
-    """An Inbox for workers, emptied by a thread that passes its events on in order."""
+    """An Inbox for workers, and a thread that passes its events on in order."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -237,9 +242,9 @@ def _listen(on_event: OnEvent) -> Iterator[Any]:
     def pass_on() -> None:
         try:
             for event in ray.get(inbox.take.remote()):
-                on_event(_record(event) if isinstance(event, dict) else event)
-        except Exception:  # what is heard of the training must not end it
-            _log.exception("the workers' events could not be taken")
+                on_event(decode_event(event))
+        except Exception:  # a lost event must not end the training
+            _log.exception("the workers' events could not be received")
 
     def poll() -> None:
         while not ended.wait(_POLL_S):
@@ -254,7 +259,3 @@ def _listen(on_event: OnEvent) -> Iterator[Any]:
         thread.join()
         pass_on()
         ray.kill(inbox)
-
-
-def _record(event: dict[str, Any]) -> EpochMetrics | StageHistory:
-    return (StageHistory if "epochs" in event else EpochMetrics).model_validate(event)

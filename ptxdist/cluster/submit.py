@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,11 @@ def submit(
     on_log: Callable[[str], None],
     on_submitted: Callable[[str], None] = lambda job_id: None,
     following: bool = True,
-    environment: Mapping[str, str] | None = None,
 ) -> int:
     """Run `python -m ptxdist <command>` as a job, pass its log to `on_log` as it comes, and return its exit code.
 
-    `address` is the URL of the cluster's dashboard; `on_submitted` hears the job's id; the job gets `environment`. A
-    stopped job gives 130, one that is not `following` 0 at once. An interruption while following (KeyboardInterrupt)
+    `address` is the URL of the cluster's dashboard; `on_submitted` is called with the job's id. A stopped
+    job gives 130, one that is not `following` 0 at once. An interruption while following (KeyboardInterrupt)
     leaves the job running. Raises ClusterError in one sentence.
     """
     with _client(address) as (client, job):
@@ -83,7 +82,7 @@ def submit(
             _pack(Path(folder))
             job.id = client.submit_job(
                 entrypoint=f"python {_CHECK_FILE} && exec {shlex.join(['python', '-m', 'ptxdist', *command])}",
-                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1", **(environment or {})}},
+                runtime_env={"working_dir": folder, "env_vars": {"PYTHONUNBUFFERED": "1"}},
             )
         on_submitted(job.id)
         if not following:

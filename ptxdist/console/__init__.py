@@ -1,10 +1,9 @@
-"""Everything a person sees in the terminal: progress, tables, the error line.
+"""Terminal output: progress, tables, the error line.
 
-Owns: rich. Refuses: nothing. Called by: `cli`. Results go to stdout, everything else to stderr, so that `--json` can be
-piped. Where stderr is not a terminal, progress becomes a line now and then, so that a log file stays readable.
+Owns: rich. Results go to stdout, everything else to stderr, so that `--json` can be piped. Where stderr is not a
+terminal, progress is a line every ten seconds, so that a log file stays readable.
 """
 
-from ptxdist.console.joblog import JobLog
 from ptxdist.console.results import show_comparison, show_result
 from ptxdist.console.tables import (
     show_catalog,
@@ -16,7 +15,6 @@ from ptxdist.console.terminal import divert, err, fail, out, progress, say, show
 from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
 
 __all__ = [
-    "JobLog",
     "TrainingDisplay",
     "divert",
     "epoch_line",

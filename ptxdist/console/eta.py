@@ -1,7 +1,4 @@
-"""How long a training will still take, estimated from the epochs that are finished.
-
-Owns: the rule of the estimate. Refuses: to guess before one epoch is finished. Called by: `console`.
-"""
+"""The ETA of a training, estimated from the epochs that are finished."""
 
 from __future__ import annotations
 
@@ -10,15 +7,15 @@ from collections.abc import Callable, Sequence
 
 from ptxdist.records import EpochMetrics
 
-_LAST = 3  # epochs whose mean counts
+_LAST = 3  # epochs in the mean
 
 
 class TimeLeft:
     """The seconds left in the running stage and in all stages.
 
-    An epoch of the running stage takes as long as the mean of its last three. A stage without a finished epoch takes
-    per epoch what the nearest earlier stage takes, times the ratio of the px of an image. Averaging, evaluation and the
-    starts of workers are left out: they are short beside the epochs.
+    An epoch of the running stage takes the mean of its last three epochs. An epoch of a stage without a finished one
+    takes as long as one of the nearest earlier stage, times the ratio of the pixels of an image. SWA, evaluation and
+    the start of workers are left out, since they are short compared with the epochs.
     """
 
     def __init__(
@@ -29,7 +26,8 @@ class TimeLeft:
         self._since: float | None = None  # when the running epoch began
 
     def start(self, stage: int, finished: Sequence[EpochMetrics]) -> None:
-        """A stage starts, or goes on after these epochs."""
+        """A stage starts, or resumes after these epochs. Times of later stages, of another fold, are dropped."""
+        self._seconds = {number: seconds for number, seconds in self._seconds.items() if number < stage}
         self._seconds[stage] = [item.train_seconds + item.val_seconds for item in finished if not item.averaged]
         self._since = self._clock()
 
@@ -40,13 +38,13 @@ class TimeLeft:
         self._since = self._clock()
 
     def seconds(self, stage: int) -> tuple[float, float] | None:
-        """Seconds left in the stage and in it and all after it; None while nothing is measured."""
+        """Seconds left in the stage, and in it and all later ones; None before one epoch is finished."""
         pace, lefts = None, []
         for number, (size, epochs) in enumerate(zip(self._sizes, self._epochs, strict=True), start=1):
             done = self._seconds.get(number, [])
             if done:
                 last = done[-_LAST:]
-                pace = sum(last) / len(last) / size**2  # seconds an epoch takes for each px of an image
+                pace = sum(last) / len(last) / size**2  # seconds of an epoch for each pixel of an image
             if number < stage:
                 continue
             if pace is None:

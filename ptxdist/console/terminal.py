@@ -1,6 +1,6 @@
 """The terminal: lines, bars, JSON, and where the output of libraries goes.
 
-Owns: stdout and stderr. Refuses: nothing. Called by: the other modules of this layer, `cli`.
+Owns: stdout and stderr.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ err = Console(stderr=True, highlight=False)
 
 
 def fail(message: str) -> None:
-    """Print the one line of a refusal."""
+    """Print an error as one line."""
     err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
 
@@ -40,7 +40,7 @@ def show_json(content: Any) -> None:
 
 
 class _Rate(ProgressColumn):
-    """Finished things per second."""
+    """Finished items per second."""
 
     def render(self, task: Task) -> Text:
         """The rate of a task, empty while it is unknown."""
@@ -77,34 +77,39 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         yield log_progress()
 
 
-def log_progress(tell: Callable[[str], None] = say) -> Callable[[str, int, int], None]:
-    """A callable (what, done, total) that tells a line every ten seconds, and one at the end."""
+def log_progress() -> Callable[[str, int, int], None]:
+    """A callable (what, done, total) that prints a line every ten seconds, and one at the end."""
     started: dict[str, float] = {}
-    spoken: dict[str, float] = {}
+    printed: dict[str, float] = {}
+    former: dict[str, int] = {}
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
+        if done < former.get(what, 0):  # it starts again, as with the next fold
+            del started[what]
+            printed.pop(what, None)
+        former[what] = done
         first = started.setdefault(what, now)
         finished = done >= total
-        if spoken.get(what) == float("inf") or not (finished or now - spoken.get(what, first) >= _LOG_EVERY_S):
+        if printed.get(what) == float("inf") or not (finished or now - printed.get(what, first) >= _LOG_EVERY_S):
             return
-        spoken[what] = float("inf") if finished else now
+        printed[what] = float("inf") if finished else now
         rate = done / (now - first) if now - first > 0.5 else 0.0  # the first call starts the clock
         speed = f", {rate:,.1f}/s" if rate else ""
         left = f", {(total - done) / rate:,.0f} s left" if rate and not finished else ""
-        tell(f"{what}: {done:,} of {total:,}{speed}{left}")
+        say(f"{what}: {done:,} of {total:,}{speed}{left}")
 
     return update
 
 
 @contextmanager
 def divert(log: Path) -> Iterator[None]:
-    """Send what libraries write to the process's stdout and stderr to a file; this module keeps the terminal."""
+    """Redirect the process's stdout and stderr, to which libraries write, to a file; this module keeps the terminal."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     saved = [os.dup(1), os.dup(2)]
     terminals = [os.fdopen(os.dup(number), "w", buffering=1, encoding="utf-8") for number in saved]
-    real = [sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__]  # not while a test captures them
+    real = [sys.stdout is sys.__stdout__, sys.stderr is sys.__stderr__]  # False while pytest captures them
     with open(log, "ab") as file:
         for number in (1, 2):
             os.dup2(file.fileno(), number)

@@ -1,43 +1,34 @@
-"""Training as it goes on: a live table of epochs, or a line an epoch.
-
-Owns: what is shown of a run that is not finished. Refuses: nothing. Called by: `cli`.
-"""
+"""A training in progress: a live table of epochs on a terminal, a line for each epoch in a log file."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
 
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
+from ptxdist.config import StageSettings
 from ptxdist.console.eta import TimeLeft, in_words
-from ptxdist.console.relay import MARK, encode, relays
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
-from ptxdist.records import EpochMetrics, StageHistory, StageResult
+from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, Progress, StageHistory, StageResult
 
 _EPOCHS_SHOWN = 12
 
 
 class TrainingDisplay:
-    """A live table of epochs over a progress bar; in a log file, a line an epoch, in a job's log with its event.
+    """Shows the events of a training of these stages, and the progress of the checks before it."""
 
-    `show` takes the coordinator's events: texts, epochs, finished stages, and (stage, step, epoch, done, total).
-    """
-
-    def __init__(self, sizes_px: Sequence[int], epochs: Sequence[int], start: str = "Ray starts") -> None:
-        self._sizes, self._epochs = sizes_px, epochs
-        self._relays, self._event = relays(), ""
+    def __init__(self, stages: Sequence[StageSettings]) -> None:
+        self._stages = stages
         self._rows: list[EpochMetrics] = []
-        self._left = TimeLeft(sizes_px, epochs)
-        self._start = start
+        self._left = TimeLeft([stage.size_px for stage in stages], [stage.epochs for stage in stages])
         self._bars = bars()
-        self._task = self._bars.add_task(start, total=None)
-        self._key: tuple[Any, ...] = ()
-        self._log = log_progress(self._say)
+        self._task = self._bars.add_task("", total=None, visible=False)
+        self._what = ""  # of the bar
+        self._log = log_progress()
         self._live = Live(
             get_renderable=self._render, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
         )
@@ -45,9 +36,6 @@ class TrainingDisplay:
     def __enter__(self) -> TrainingDisplay:
         if err.is_terminal:
             self._live.start()
-        else:
-            self._event = encode({"sizes_px": list(self._sizes), "epochs": list(self._epochs), "start": self._start})
-            self._say(self._start)
         return self
 
     def __exit__(
@@ -55,68 +43,63 @@ class TrainingDisplay:
     ) -> None:
         if err.is_terminal:
             self._live.stop()
-        elif self._relays:
-            self._event = encode(None)
-            self._say("")
 
-    def show(self, event: Any) -> None:
-        """Show one event of the coordinator."""
-        self._event = encode(event)
-        if isinstance(event, str):
-            self._say(event)
-        elif isinstance(event, EpochMetrics):
-            self._rows.append(event)
-            self._left.add(event)
-            if not err.is_terminal:
-                self._say(epoch_line(event, self._epochs[event.stage - 1]) + self._time_left(event.stage, ", "))
-        elif isinstance(event, StageHistory):
-            self._rows = [row for row in self._rows if row.stage != event.stage] + list(event.epochs)
-            self._left.start(event.stage, event.epochs)
-            if self._relays:
-                self._say("")
-        elif isinstance(event, StageResult):
-            self._finish_stage(event)
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Message():
+                say(event.text)
+            case Progress():
+                self.progress(self._describe(event), event.done, event.total)
+            case StageHistory():
+                self._rows = [row for row in self._rows if row.stage != event.stage] + list(event.epochs)
+                self._left.start(event.stage, event.epochs)
+            case EpochMetrics():
+                self._rows.append(event)
+                self._left.add(event)
+                if not err.is_terminal:
+                    left = self._time_left(event.stage, ", ")
+                    say(epoch_line(event, self._stages[event.stage - 1].epochs) + left)
+            case StageResult():
+                self._finish_stage(event)
+            case EvaluationResult():
+                pass  # `show_result` prints it
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Show how far one piece of work is."""
+        if not err.is_terminal:
+            self._log(what, done, total)
+        elif what != self._what:
+            self._what = what
+            self._bars.reset(self._task, description=what, total=total, completed=done, visible=True)
         else:
-            self._show_step(*event)
+            self._bars.update(self._task, completed=done, total=total)
 
-    def _say(self, text: str) -> None:
-        """A line; in a job that is followed, with the event that it stands for, once."""
-        say(f"{text}{MARK}{self._event}" if self._relays and not err.is_terminal else text)
-        self._event = ""
+    def _describe(self, step: Progress) -> str:
+        if step.step == "evaluate":
+            return "evaluation at the original resolution"
+        stage = self._stages[step.stage - 1]
+        return f"stage {step.stage} ({stage.size_px} px), epoch {step.epoch} of {stage.epochs}: {step.step}"
 
     def _finish_stage(self, stage: StageResult) -> None:
         if err.is_terminal:
             err.print(epoch_table(stage.history, f"stage {stage.stage}, {stage.size_px} px"))
         best = f"best epoch {stage.best.epoch}{' (averaged weights)' if stage.best.averaged else ''}"
-        source = f"taken from run {stage.reused_from}" if stage.reused_from else f"{stage.seconds:,.0f} s"
-        self._say(f"stage {stage.stage} of {len(self._sizes)} is finished: {best}, {source}")
+        source = f"reused from run {stage.reused_from}" if stage.reused_from else f"{stage.seconds:,.0f} s"
+        say(f"stage {stage.stage} of {len(self._stages)} is finished: {best}, {source}")
         self._rows = [row for row in self._rows if row.stage != stage.stage]
         if stage.best.at_full.equals_all_empty:
-            self._say(
+            say(
                 f"warning: stage {stage.stage} predicts nothing at all; its Kaggle Dice "
                 f"{stage.best.at_full.kaggle_dice:.4f} is the share of images without a pneumothorax"
             )
 
-    def _show_step(self, stage: int, step: str, epoch: int, done: int, total: int) -> None:
-        if step == "evaluate":
-            what = "evaluation at the original resolution"
-        else:
-            size, epochs = self._sizes[stage - 1], self._epochs[stage - 1]
-            what = f"stage {stage} ({size} px), epoch {epoch} of {epochs}: {step}"
-        if not err.is_terminal:
-            self._log(what, done, total)
-        elif (what,) != self._key:
-            self._key = (what,)
-            self._bars.reset(self._task, description=what, total=total, completed=done)
-        else:
-            self._bars.update(self._task, completed=done, total=total)
-
     def _time_left(self, stage: int, before: str) -> str:
-        """In words, for a line or a title; empty while nothing is measured."""
+        """The ETA in words, for a line or a title; "" before one epoch is finished."""
         left = self._left.seconds(stage)
         if left is None or not left[1]:
             return ""
-        if len(self._sizes) == 1:
+        if len(self._stages) == 1:
             return f"{before}about {in_words(left[1])} left"
         in_stage = f"about {in_words(left[0])} left in the stage, " if left[0] else ""
         return f"{before}{in_stage}about {in_words(left[1])} in all"

@@ -1,36 +1,36 @@
-"""What a run leaves for those who watch it: metrics.jsonl, TensorBoard's event files, MLflow if it is asked for.
+"""Metrics of a run while it trains: metrics.jsonl, TensorBoard's event files and, with train.mlflow, an MLflow run.
 
     RUN/tensorboard/1-256px/events.out.tfevents.…           one point an epoch; open with `tensorboard --logdir RUN`
     RUN/tensorboard/1-256px-average/, RUN/tensorboard/evaluation/
-    RUN/mlflow.json                                         which MLflow run it is, so that a resumed run goes on there
+    RUN/mlflow.json                                         id of the MLflow run, which a resumed run continues
 
-Owns: these formats. Refuses: an MLflow server that does not answer when a run starts (SettingsError); later failures
-are said once and end nothing. Called by: `pipeline`, in its own process or on rank 0, with what it hears.
+Owns: these formats. Refuses: an MLflow server that does not answer when a run starts (SettingsError). Later failures
+are reported once, and training continues.
 
-What a killed run had written after its last checkpoint is trained again. So the points of a stage are always those of
-its history: event files are written anew when they differ from it, and MLflow gets the points that it lacks.
+Epochs after the last checkpoint of a killed run are trained again. So the points of a stage are always those of its
+history: event files that differ from it are rewritten, and MLflow receives the points that it lacks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event as Entry
+from tensorboardX.proto.event_pb2 import SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import RecordWriter
 
 from ptxdist import files
 from ptxdist.config import Settings, snapshot
 from ptxdist.errors import SettingsError
-from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
+from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, OnEvent, StageHistory, StageResult
 from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
 from ptxdist.scores.names import dice_metrics
 
@@ -38,7 +38,7 @@ Point = tuple[int, dict[str, float]]  # step, values by tag
 
 
 class _Sink(Protocol):
-    """Somewhere points are kept in groups; `sync` makes a group hold these points, in their order."""
+    """A place that stores points in groups; `sync` makes a group contain exactly these points, in their order."""
 
     def sync(self, group: str, points: list[Point]) -> None: ...
 
@@ -46,10 +46,10 @@ class _Sink(Protocol):
 
 
 class Tracker:
-    """Keeps the finished epochs of all stages, in RUN/metrics.jsonl and in every sink."""
+    """Writes the finished epochs of all stages to RUN/metrics.jsonl and to every sink; what fails is a Message."""
 
-    def __init__(self, run: Path, settings: Settings, on_message: Callable[[str], None]) -> None:
-        self._run, self._on_message = run, on_message
+    def __init__(self, run: Path, settings: Settings, on_event: OnEvent) -> None:
+        self._run, self._on_event = run, on_event
         self._sizes = [stage.size_px for stage in settings.pipeline.stages]
         self._epochs: dict[int, tuple[EpochMetrics, ...]] = {}
         self._failed: set[str] = set()
@@ -58,57 +58,60 @@ class Tracker:
         if settings.train.mlflow:
             self._sinks["MLflow"] = _MLflow(settings.train.mlflow, run, settings)
 
-    def show(self, event: object) -> None:
-        """Take up an event of the coordinator: an epoch, all that a stage has of them, or the evaluation."""
-        if isinstance(event, EvaluationResult):
-            self._sync("evaluation", [(0, dice_metrics(event.scores))])
-            self._finished = True
-            return
-        if isinstance(event, EpochMetrics):
-            self._epochs[event.stage] = (*self._epochs.get(event.stage, ()), event)
-        elif isinstance(event, StageHistory):
-            self._epochs[event.stage] = event.epochs
-        elif isinstance(event, StageResult):
-            self._epochs[event.stage] = event.history
-        else:
-            return
-        with self._going_on("metrics.jsonl"):
-            write_metrics(self._run, [item for stage in sorted(self._epochs) for item in self._epochs[stage]])
-        name = stage_folder(self._run, event.stage, self._sizes[event.stage - 1]).name
+    def add(self, event: Event) -> None:
+        """Write what the event adds: an epoch, all epochs that a stage has, or the evaluation."""
+        match event:
+            case EpochMetrics():
+                self._write_stage(event.stage, (*self._epochs.get(event.stage, ()), event))
+            case StageHistory():
+                self._write_stage(event.stage, event.epochs)
+            case StageResult():
+                self._write_stage(event.stage, event.history)
+            case EvaluationResult():
+                self._sync("evaluation", [(0, dice_metrics(event.scores))])
+                self._finished = True
+
+    def _write_stage(self, stage: int, epochs: tuple[EpochMetrics, ...]) -> None:
+        self._epochs[stage] = epochs
+        with self._survive("metrics.jsonl"):
+            write_metrics(self._run, [item for number in sorted(self._epochs) for item in self._epochs[number]])
+        name = stage_folder(self._run, stage, self._sizes[stage - 1]).name
         for group, averaged in ((name, False), (f"{name}-average", True)):
-            points = [_point(item) for item in self._epochs[event.stage] if item.averaged == averaged]
-            self._sync(group, points)
+            self._sync(group, [_point(item) for item in epochs if item.averaged == averaged])
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, *raised: object) -> None:
         for name, sink in self._sinks.items():
-            with self._going_on(name):
+            with self._survive(name):
                 sink.close(self._finished)
 
     def _sync(self, group: str, points: list[Point]) -> None:
         for name, sink in self._sinks.items():
-            with self._going_on(name):
+            with self._survive(name):
                 sink.sync(group, points)
 
     @contextlib.contextmanager
-    def _going_on(self, name: str) -> Iterator[None]:
+    def _survive(self, name: str) -> Iterator[None]:
+        """Report the first failure of each target; whatever fails here must not end the training."""
         try:
             yield
-        except Exception as error:  # what is shown must not end what is trained
+        except Exception as error:
             if name not in self._failed:
                 self._failed.add(name)
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                self._on_message(f"warning: {name} could not be written ({reason[:200]}); training goes on")
+                text = f"warning: {name} could not be written ({_reason(error)[:200]}); training continues"
+                self._on_event(Message(text=text))
 
 
 def refuse_missing_mlflow(settings: Settings) -> None:
-    """SettingsError when MLflow is asked for and not installed."""
-    if settings.train.mlflow and importlib.util.find_spec("mlflow") is None:
-        raise SettingsError(
-            "train.mlflow needs a package that is not installed: pip install 'ptxdist[mlflow]', or leave it out"
-        )
+    """Raise SettingsError when train.mlflow is set and MLflow is not installed."""
+    if settings.train.mlflow:
+        files.require_extra("mlflow", "train.mlflow", "mlflow", otherwise="or leave it out")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _point(item: EpochMetrics) -> Point:
@@ -121,7 +124,7 @@ def _point(item: EpochMetrics) -> Point:
 
 
 class _TensorBoard:
-    """One event file for each group: a header, a mark that older points of the group no longer count, the points."""
+    """One event file for each group: a header, a mark that makes older points of the group invalid, the points."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -136,7 +139,7 @@ class _TensorBoard:
             return
         for step, values in points[len(written) :]:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-            self._files[group].write(Event(wall_time=time.time(), step=step, summary=summary).SerializeToString())
+            self._files[group].write(Entry(wall_time=time.time(), step=step, summary=summary).SerializeToString())
         self._files[group].flush()
         self._written[group] = list(points)
 
@@ -151,24 +154,25 @@ class _TensorBoard:
         folder.mkdir(parents=True, exist_ok=True)
         older = list(folder.glob("events.out.tfevents.*"))
         file = self._files[group] = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns():020d}"))
-        start = SessionLog(status=SessionLog.START)  # a running TensorBoard drops what it has of the older file
-        for event in (Event(file_version="brain.Event:2"), Event(session_log=start)):
-            event.wall_time = time.time()
-            file.write(event.SerializeToString())
+        start = SessionLog(status=SessionLog.START)  # a running TensorBoard drops the points of the older file
+        for entry in (Entry(file_version="brain.Event:2"), Entry(session_log=start)):
+            entry.wall_time = time.time()
+            file.write(entry.SerializeToString())
         for path in older:
             path.unlink()
         return []
 
     def close(self, finished: bool) -> None:
-        for file in self._files.values():
-            file.close()
+        with contextlib.ExitStack() as files_open:  # closes all, also when the disk is full
+            for file in self._files.values():
+                files_open.callback(file.close)
 
 
 class _MLflow:
-    """One MLflow run for a run folder, in the experiment of the pipeline's name."""
+    """One MLflow run for a run folder, in an experiment with the name of the pipeline."""
 
     def __init__(self, uri: str, run: Path, settings: Settings) -> None:
-        # Its defaults wait for minutes on a server that is gone, and tell the makers of MLflow about its use.
+        # MLflow's defaults wait for minutes for a server that is gone, and send telemetry.
         for name, value in (("HTTP_REQUEST_TIMEOUT", "10"), ("HTTP_REQUEST_MAX_RETRIES", "1")):
             os.environ.setdefault(f"MLFLOW_{name}", value)
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -189,11 +193,10 @@ class _MLflow:
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             self._id = self._client.create_run(experiment, run_name=run.name).info.run_id
             params = [Param(key, str(value)) for key, value in _leaves(snapshot(settings.pipeline))]
-            for start in range(0, len(params), 100):  # as many as one request may have
+            for start in range(0, len(params), 100):  # the limit of one request
                 self._client.log_batch(self._id, params=params[start : start + 100])
-        except Exception as error:  # MLflow lets through what its stores and connections raise
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise SettingsError(f"MLflow at {uri} (train.mlflow) cannot be used: {reason[:300]}") from error
+        except Exception as error:  # of any class: MLflow does not wrap those of its stores and connections
+            raise SettingsError(f"MLflow at {uri} (train.mlflow) cannot be used: {_reason(error)[:300]}") from error
         files.write_json(record, {"uri": uri, "run_id": self._id})
 
     def sync(self, group: str, points: list[Point]) -> None:
@@ -205,7 +208,7 @@ class _MLflow:
         new = [point for point in points if point[0] not in self._steps[group]]
         now = round(time.time() * 1000)
         metrics = [self._metric(f"{group}/{tag}", value, now, step) for step, of in new for tag, value in of.items()]
-        for start in range(0, len(metrics), 1000):  # as many as one request may have
+        for start in range(0, len(metrics), 1000):  # the limit of one request
             self._client.log_batch(self._id, metrics=metrics[start : start + 1000])
         self._steps[group] |= {step for step, _ in new}
 

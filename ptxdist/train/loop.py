@@ -1,11 +1,11 @@
 """fit(): one stage of training, on one process or on many that share a torch.distributed group.
 
-Owns: epochs, averaging, validation, the choice of the best weights, when a checkpoint is due, resuming. Knows no Ray:
-who calls it passes `on_epoch` and `on_step`. Called by: `cluster.worker`, tests, benchmarks.
+Owns: epochs, averaging, validation, the choice of the best weights, when a checkpoint is due, resuming. It does not
+know Ray; its caller receives events.
 
 The global batch decides: order, augmentation and optimiser steps are the same for any number of ranks, and with
-`sync_batch_norm` so are the results, up to rounding. All ranks call `on_epoch` equally often. A run that is killed and
-goes on from a checkpoint, between epochs or inside one, ends with the same bits on the CPU.
+`sync_batch_norm` so are the results, up to rounding. A run that is killed and resumes from a checkpoint, between
+epochs or inside one, ends with the same bits on the CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
 from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.errors import TrainingError
-from ptxdist.records import EpochMetrics, StageHistory
+from ptxdist.records import EpochMetrics, Message, OnEvent, Progress, StageHistory
 from ptxdist.scores.metrics import scores
 from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation
@@ -49,9 +49,7 @@ from ptxdist.train.step import FiniteCheck, Stepper, choose_precision
 from ptxdist.train.swa import WeightAverage, reestimate_batch_norm
 
 _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written
-_LEAVING_S = 1.0  # seconds between checkpoints on a machine that is about to go
-
-OnStep = Callable[[str, int, int, int], None]
+_PREEMPTED_S = 1.0  # seconds between checkpoints after a preemption notice
 
 
 @dataclass(frozen=True)
@@ -84,28 +82,27 @@ def fit(
     seed: int,
     device: torch.device,
     folder: Path,
-    on_epoch: Callable[[EpochMetrics], None] = lambda metrics: None,
-    on_step: OnStep = lambda step, epoch, done, total: None,
-    on_message: Callable[[str], None] = lambda message: None,
-    on_start: Callable[[StageHistory], None] = lambda history: None,
-    leaving: Callable[[], bool] = lambda: False,
+    on_event: OnEvent = lambda event: None,
+    preempted: Callable[[], bool] = lambda: False,
 ) -> FitResult:
     """Train `model` on one stage and keep its best weights below `folder`, going on from a checkpoint if there is one.
 
-    `number` is the stage's place in the pipeline, from 1. `on_start` hears, once, which epochs were finished before;
-    `on_step` hears ("train" or "validate", epoch, images done, images) of this rank's view of the global work. Rank 0
-    asks `leaving` whether its machine, or another rank's, is about to go: then it writes checkpoints all the time.
+    `number` is the stage's place in the pipeline, from 1. `on_event` is called with one StageHistory, with Progress
+    after each step, with EpochMetrics after each epoch and after the averaging, and with Messages. **Every rank calls
+    it**, with StageHistory and EpochMetrics equally often, so that it may wait for the other ranks there. Rank 0 calls
+    `preempted`; while it returns True, since this node or that of another rank has a preemption notice, rank 0 writes a
+    checkpoint about every second.
     Raises TrainingError when a loss or gradient is not finite, naming the step and cases; CheckpointError when weights
     cannot be written or read.
     """
-    trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_step, leaving)
+    trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_event, preempted)
     with trainer.writer:  # whatever ends the stage, what is being written is written first
-        trainer.resume(on_message)
-        on_start(StageHistory(stage=number, epochs=tuple(trainer.history)))
+        trainer.resume()
+        on_event(StageHistory(stage=number, epochs=tuple(trainer.history)))
         for epoch in range(len(trainer.history) + 1, stage.epochs + 1):
-            on_epoch(trainer.run_epoch(epoch))
+            on_event(trainer.run_epoch(epoch))
         if stage.swa_epochs:
-            on_epoch(trainer.finish_average())
+            on_event(trainer.finish_average())
         return trainer.result()
 
 
@@ -130,8 +127,8 @@ class _Trainer:
     seed: int
     device: torch.device
     folder: Path
-    on_step: OnStep
-    leaving: Callable[[], bool]
+    on_event: OnEvent
+    preempted: Callable[[], bool]
 
     def __post_init__(self) -> None:
         self.data = replace(self.data, store=hold(self.data.store, self.device, self.train.data_on_device))
@@ -160,9 +157,9 @@ class _Trainer:
         self.names = [case.case_id for case in self.data.cases]
         self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
 
-    def resume(self, on_message: Callable[[str], None]) -> None:
+    def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one; rank 0 says which, so that all take the same."""
-        state = load_checkpoint(self.folder, on_message) if rank() == 0 else None
+        state = load_checkpoint(self.folder, self._say) if rank() == 0 else None
         name = gather_texts(state.name if state else "")[0]
         if name and rank() != 0:
             state = await_checkpoint(self.folder / name)
@@ -182,7 +179,7 @@ class _Trainer:
         self.average.state = match_device(state.average, self.device)
         self.position = _Position(state.step, state.progress["loss_sum"], state.progress["seconds"])
         where = f" and {state.step} steps of the next" if state.step else ""
-        on_message(f"stage {self.number} goes on after epoch {state.epoch} of {self.stage.epochs}{where}")
+        self._say(f"stage {self.number} resumes after epoch {state.epoch} of {self.stage.epochs}{where}")
 
     def run_epoch(self, epoch: int) -> EpochMetrics:
         """Train and validate one epoch, or what is left of it, then save."""
@@ -243,7 +240,7 @@ class _Trainer:
                 if step < len(shares) and self._is_due(done - saved):
                     self._save()
                     saved = done
-            self.on_step("train", epoch, done, total)
+            self.on_event(Progress(stage=self.number, step="train", epoch=epoch, done=done, total=total))
 
     def _is_due(self, images: int) -> bool:
         """Whether rank 0 shall write a checkpoint, so many images after the last one; the others write none."""
@@ -253,8 +250,11 @@ class _Trainer:
         return (
             0 < self.train.checkpoint_every_s <= seconds
             or 0 < self.train.checkpoint_every_images <= images
-            or (seconds >= _LEAVING_S and self.leaving())
+            or (seconds >= _PREEMPTED_S and self.preempted())
         )
+
+    def _say(self, text: str) -> None:
+        self.on_event(Message(text=text))
 
     def _last_good(self) -> str:
         self._wait()
@@ -266,6 +266,11 @@ class _Trainer:
     ) -> EpochMetrics:
         started = time.perf_counter()
         total = len(self.data.val)
+
+        def on_cases(done: int) -> None:
+            done = min(total, done * world_size())  # of all ranks, which are about equally far
+            self.on_event(Progress(stage=self.number, step="validate", epoch=epoch, done=done, total=total))
+
         counts = score_cases(
             self.model,
             self.data.store,
@@ -274,7 +279,7 @@ class _Trainer:
             thresholds=[self.stage.threshold],
             device=self.device,
             precision=self.precision,
-            on_cases=lambda done: self.on_step("validate", epoch, min(total, done * world_size()), total),
+            on_cases=on_cases,
         )
         val_loss = float(counts.loss.mean())
         if not math.isfinite(val_loss):

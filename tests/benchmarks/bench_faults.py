@@ -107,7 +107,7 @@ def measure(name: str, cache: Path, folder: Path) -> dict[str, object]:
         hit = time.monotonic()
         fault(made, training)
         if fault is not nothing:
-            training.wait_for(lambda: any("goes on after" in line for line in training.words.splitlines()[seen:]), 300)
+            training.wait_for(lambda: any("resumes after" in line for line in training.words.splitlines()[seen:]), 300)
         lost = time.monotonic() - hit
         training.finish(400)
         return {

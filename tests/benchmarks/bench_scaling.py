@@ -38,7 +38,7 @@ import torch.multiprocessing
 PARAMETERS = 24_436_369
 
 
-def train(task: dict[str, Any], on_epoch: Callable[[Any], None]) -> None:
+def train(task: dict[str, Any], on_event: Callable[[Any], None]) -> None:
     """One rank: fit, and what rank 0 has seen of it as JSON."""
     import numpy as np
 
@@ -77,7 +77,7 @@ def train(task: dict[str, Any], on_epoch: Callable[[Any], None]) -> None:
         StageData(store, cases_of, np.arange(cases), np.arange(cases, cases + 8)),
         StageSettings(size_px=size, epochs=task["epochs"], batch_size=batch, best_by="loss"),
         TrainSettings(checkpoint_every_s=0), number=1, seed=0, device=torch.device("cpu"), folder=Path(task["folder"]),
-        on_epoch=on_epoch,
+        on_event=on_event,
     )  # fmt: skip
     reduced = []
     gradients = torch.zeros(PARAMETERS)
@@ -100,7 +100,7 @@ def train(task: dict[str, Any], on_epoch: Callable[[Any], None]) -> None:
 
 def on_rank(rank: int, task: dict[str, Any]) -> None:
     dist.init_process_group("gloo", f"file://{task['folder']}.meet", rank=rank, world_size=task["workers"])
-    train(task, lambda metrics: None)
+    train(task, lambda event: None)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -108,7 +108,13 @@ def on_rank(rank: int, task: dict[str, Any]) -> None:
 def with_ray(task: dict[str, Any]) -> None:
     import ray.train
 
-    train(task, lambda metrics: ray.train.report({"epoch": metrics.epoch, "val_loss": metrics.val_loss}))
+    from ptxdist.records import EpochMetrics
+
+    def on_event(event: Any) -> None:
+        if isinstance(event, EpochMetrics):
+            ray.train.report({"epoch": event.epoch, "val_loss": event.val_loss})
+
+    train(task, on_event)
 
 
 def run_ray(tasks: list[dict[str, Any]]) -> float:

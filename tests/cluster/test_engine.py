@@ -16,7 +16,9 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
 from ptxdist.errors import PtxdistError, TrainingError
+from ptxdist.records import Event, Message
 from ptxdist.resolve import load_settings
+from ptxdist.run.engine import StageTask
 from ptxdist.storage.runs import Mirror
 
 DEAD = WorkerHealthCheckFailedError("rank 1", ActorDiedError())
@@ -30,10 +32,10 @@ CUT_OFF = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by pe
      [torch.distributed.DistBackendError("NCCL")]],
     ids=str,
 )  # fmt: skip
-def test_lost_workers_are_started_again(failures: list[Exception]) -> None:
+def test_lost_workers_are_restarted(failures: list[Exception]) -> None:
     verdict = _verdict([_cause(failure) for failure in failures], "stage 1")
     assert isinstance(verdict, _LostError)
-    assert not verdict.announced
+    assert not verdict.preempted
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def test_a_node_that_was_taken_away_with_notice_is_nobodys_failure() -> None:
     gone._preempted = True
     verdict = _verdict([_cause(WorkerHealthCheckFailedError("rank 0", gone)), CUT_OFF], "stage 1")
     assert isinstance(verdict, _LostError)
-    assert verdict.announced
+    assert verdict.preempted
 
 
 @pytest.mark.slow
@@ -70,23 +72,26 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     for name in ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"):
         monkeypatch.setenv(name, os.environ.get(name, "0.1" if "INTERVAL" in name else "60"))
-    tries, heard = tmp_path / "tries", list[Any]()
+    tries, events = tmp_path / "tries", list[Event]()
 
-    def mistaken(task: dict[str, Any]) -> None:  # inside, so that Ray sends it along
+    def mistaken(config: dict[str, Any]) -> None:  # inside, so that Ray sends it along
         with open(tries, "a") as file:
             file.write("x")
-        task["settings"]["absent"]
+        config["absent"]
 
     settings = load_settings("smoke", options={"train.workers": 1, "train.device": "cpu"})
-    with ray_engine(settings, Mirror(tmp_path / "run"), heard.append) as engine:
+    task = StageTask(
+        settings=settings, token="", run=str(tmp_path / "run"), number=1, fingerprint="", parent=None
+    )  # fmt: skip
+    with ray_engine(settings, Mirror(tmp_path / "run"), events.append) as engine:
         left = ray.util.placement_group([{"CPU": 0.5}])  # as a trainer leaves it that could not end in order
         assert left.wait(30)
         with pytest.raises(TrainingError, match="stage 1 stopped: a worker failed with KeyError: 'absent'"):
-            engine._work(mistaken, {"settings": {}}, tmp_path / "run" / "stage", "stage 1", "goes on")
+            engine._work(mistaken, task, tmp_path / "run" / "stage", "stage 1", "resumes")
         end = time.monotonic() + 30
-        while (room := ray.available_resources().get("CPU")) != ray.cluster_resources()["CPU"]:
-            assert time.monotonic() < end, f"of the CPUs {room} are free"
+        while (free := ray.available_resources().get("CPU")) != ray.cluster_resources()["CPU"]:
+            assert time.monotonic() < end, f"of the CPUs {free} are free"
             time.sleep(0.1)
     assert tries.read_text() == "x"
-    assert heard == []
-    assert 'task["settings"]["absent"]' in caplog.text, "the traceback, which RUN/ray.log gets"
+    assert events == [Message(text="Ray starts")]
+    assert 'config["absent"]' in caplog.text, "the traceback, which RUN/ray.log gets"

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from ptxdist import console
-from ptxdist.console.relay import RELAY
-from ptxdist.records import EpochMetrics, Scores, StageHistory
+from ptxdist.config import StageSettings
+from ptxdist.records import EpochMetrics, Message, Progress, Scores, StageHistory
 
 
 def epoch(number: int) -> EpochMetrics:
@@ -23,8 +23,12 @@ def epoch(number: int) -> EpochMetrics:
     )  # fmt: skip
 
 
+def stages(*sizes_and_epochs: tuple[int, int]) -> list[StageSettings]:
+    return [StageSettings(size_px=size, epochs=epochs, batch_size=4) for size, epochs in sizes_and_epochs]
+
+
 def test_a_line_of_the_log_file_has_all_numbers_and_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.TrainingDisplay([256, 512], [5, 2]) as display:
+    with console.TrainingDisplay(stages((256, 5), (512, 2))) as display:
         display.show(StageHistory(stage=1, epochs=(epoch(1),)))
         display.show(epoch(2))
     line = capsys.readouterr().err.splitlines()[-1]
@@ -38,10 +42,10 @@ def test_the_live_table_shows_epochs_from_before_an_interruption_and_the_time_le
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
     for module in (console.terminal, console.training):
         monkeypatch.setattr(module, "err", terminal)
-    with console.TrainingDisplay([64], [4]) as display:
+    with console.TrainingDisplay(stages((64, 4))) as display:
         display.show(StageHistory(stage=1, epochs=(epoch(1), epoch(2))))
         display.show(epoch(3))
-        display.show((1, "train", 4, 3, 9))
+        display.show(Progress(stage=1, step="train", epoch=4, done=3, total=9))
         with terminal.capture() as capture:
             terminal.print(display._render())
     shown = capture.get()
@@ -62,47 +66,16 @@ def test_an_epoch_that_predicts_nothing_says_so_in_the_table_and_in_the_log() ->
     assert terminal.file.getvalue().count("(nothing)") == 1  # type: ignore[attr-defined]
 
 
-def test_a_job_s_log_is_the_live_table_on_a_terminal_and_plain_lines_elsewhere(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv(RELAY, "1")
-    with console.TrainingDisplay([64, 96], [4, 1], "Ray starts") as display:
-        display.show("a worker was lost")
-        display.show(StageHistory(stage=1, epochs=(epoch(1),)))
-        display.show(epoch(2))
-        for done in (1, 9):
-            display.show((1, "train", 3, done, 9))
-    log = capsys.readouterr().err + "report: runs/one\n"
-
-    def show(joblog: console.JobLog) -> None:
-        for start in range(0, len(log), 7):  # as it comes, cut anywhere
-            joblog.show(log[start : start + 7])
-
-    with console.JobLog() as joblog:
-        show(joblog)
-    plain = capsys.readouterr().out.splitlines()
-    assert plain[:2] == ["Ray starts", "a worker was lost"]
-    assert plain[2].startswith("stage 1 epoch 2/4: train loss 1.2500")
-    assert plain[3:] == ["stage 1 (64 px), epoch 3 of 4: train: 9 of 9", "report: runs/one"]
-
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
-    for module in (console.terminal, console.training, console.joblog):
-        monkeypatch.setattr(module, "err", terminal)
-    tables: list[str] = []
-    with console.JobLog() as joblog:
-        end = joblog._end
-
-        def look_and_end() -> None:
-            if joblog._display:
-                with terminal.capture() as capture:
-                    terminal.print(joblog._display._render())
-                tables.append(capture.get())
-            end()
-
-        monkeypatch.setattr(joblog, "_end", look_and_end)
-        show(joblog)
-    (shown,) = tables
-    assert shown.count("1.00e-03") == 2, "two epochs"
-    assert "stage 1 (64 px), epoch 3 of 4: train" in shown
-    assert "a worker was lost" in terminal.file.getvalue()  # type: ignore[attr-defined]
-    assert capsys.readouterr().out == "report: runs/one\n"
+def test_each_fold_starts_with_its_own_lines_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.TrainingDisplay(stages((64, 2), (96, 1))) as display:
+        for fold in range(2):
+            display.show(Message(text=f"fold {fold}"))
+            for done in (1, 9):
+                display.progress("check of 64 px", done, 9)
+            display.show(StageHistory(stage=1, epochs=()))
+            display.show(epoch(1))
+            display.show(StageHistory(stage=2, epochs=()))
+            display.show(epoch(1).model_copy(update={"stage": 2}))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines[:2]] == ["fold 0", "check of 64 px: 9 of 9"]
+    assert lines[4:] == [line.replace("fold 0", "fold 1") for line in lines[:4]]

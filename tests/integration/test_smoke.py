@@ -20,7 +20,8 @@ from ray.cluster_utils import Cluster
 
 from ptxdist.labels import rle
 from ptxdist.resolve import load_settings
-from ptxdist.run.pipeline import only_training, plan_run, run_pipeline
+from ptxdist.run.pipeline import only_training, run_pipeline
+from ptxdist.run.plan import plan_run
 from ptxdist.rundir import read_metrics, read_result, read_settings, read_stage_result, stage_folder
 from ptxdist.scores.metrics import scores
 from ptxdist.train.scoring import count
@@ -191,7 +192,7 @@ def test_whatever_is_killed_the_run_ends_with_the_same_weights(work: Path, train
     process.wait()
     told = log.read_text()
     assert "a worker failed with" in told
-    assert "stage 1 goes on after epoch 0 of 1 and 10 steps of the next" in told
+    assert "stage 1 resumes after epoch 0 of 1 and 10 steps of the next" in told
     assert read_stage_result(second) is None, "killed before the second stage was finished"
     written = (first / "result.json").stat().st_mtime_ns
 
@@ -203,8 +204,8 @@ def test_whatever_is_killed_the_run_ends_with_the_same_weights(work: Path, train
     for worker in workers:
         os.kill(worker, signal.SIGKILL)
     assert process.wait(timeout=400) == 0, log.read_text()
-    assert "stage 2 goes on after epoch 0 of 1 and 10 steps of the next" in log.read_text()
-    assert "stage 1 goes on" not in log.read_text()
+    assert "stage 2 resumes after epoch 0 of 1 and 10 steps of the next" in log.read_text()
+    assert "stage 1 resumes" not in log.read_text()
     assert (first / "result.json").stat().st_mtime_ns == written, "the finished stage is not trained again"
     assert [(item.stage, item.epoch) for item in read_metrics(run)] == [(1, 1), (2, 1)]
     assert sorted(path.parent.name for path in (run / "tensorboard").glob("*/*")) == [
@@ -244,7 +245,7 @@ def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path) -> 
     wait_for(saved / "epoch-0002-step-000000", process, log)
     process.kill()
     process.wait()
-    assert "goes on after epoch 1 of 3" in log.read_text()
+    assert "resumes after epoch 1 of 3" in log.read_text()
     weights = saved / "epoch-0002-step-000000" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
@@ -253,7 +254,7 @@ def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path) -> 
     process = start()
     assert process.wait(timeout=200) == 0, log.read_text()
     assert "checkpoint epoch-0002-step-000000 is damaged" in log.read_text()
-    assert "stage 1 goes on after epoch 1 of 3" in log.read_text()
+    assert "stage 1 resumes after epoch 1 of 3" in log.read_text()
     assert read_result(run).stages[0].weights_sha256 == whole.stages[0].weights_sha256
     assert read_result(run).evaluation.scores == whole.evaluation.scores
 
@@ -274,7 +275,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(wo
             nodes.add_node(num_cpus=1)
             training.finish()
         for stage in (1, 2):
-            assert f"stage {stage} goes on after epoch 0 of 1 and 10 steps of the next" in training.words
+            assert f"stage {stage} resumes after epoch 0 of 1 and 10 steps of the next" in training.words
         assert "a worker failed with WorkerHealthCheckTimeoutError" in training.words
         for before, after in zip(read_result(trained[0]).stages, read_result(run).stages, strict=True):
             assert before.weights_sha256 == after.weights_sha256
@@ -287,7 +288,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(wo
             assert len(workers_on(nodes)) == 1
             nodes.add_node(num_cpus=1)
             training.wait_for(lambda: len(workers_on(nodes)) == 2)
-        assert "the cluster has room for 1 of 2 workers, 1 are needed" in training.words
+        assert "the cluster has capacity for 1 of 2 workers, 1 are needed" in training.words
 
 
 def workers_on(nodes: Cluster) -> list[int]:

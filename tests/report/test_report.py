@@ -30,7 +30,8 @@ from ptxdist.report.page import Chart, Section
 from ptxdist.report.report import write_report
 from ptxdist.report.sections import RunData, sections
 from ptxdist.resolve import load_settings
-from ptxdist.run.pipeline import plan_run, run_pipeline
+from ptxdist.run.pipeline import run_pipeline
+from ptxdist.run.plan import plan_run
 from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, read_result
 from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts

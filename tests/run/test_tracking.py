@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event as Entry
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from ptxdist.config import Settings
 from ptxdist.errors import SettingsError
-from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory
+from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, Scores, StageHistory
 from ptxdist.resolve import load_settings
 from ptxdist.run.tracking import Tracker, refuse_missing_mlflow
 from ptxdist.rundir import read_metrics
@@ -35,13 +36,13 @@ def history(*losses: float) -> StageHistory:
     return StageHistory(stage=1, epochs=tuple(metrics(number, loss) for number, loss in enumerate(losses, start=1)))
 
 
-def events(folder: Path) -> list[Event]:
+def events(folder: Path) -> list[Entry]:
     """The records of the only event file in a folder: length, its checksum, bytes, their checksum."""
     (path,) = folder.iterdir()
     content, found, place = path.read_bytes(), [], 0
     while place < len(content):
         (length,) = struct.unpack("<Q", content[place : place + 8])
-        found.append(Event.FromString(content[place + 12 : place + 12 + length]))
+        found.append(Entry.FromString(content[place + 12 : place + 12 + length]))
         place += 12 + length + 4
     return found
 
@@ -58,22 +59,29 @@ def settings(*assignments: str) -> Settings:
     return load_settings("smoke", assignments=assignments)
 
 
-def silent(message: str) -> None:
-    raise AssertionError(message)
+def silent(event: Event) -> None:
+    raise AssertionError(event)
+
+
+def kill(tracker: Tracker) -> None:
+    """As when its process is killed: files are closed, and nothing else happens."""
+    for file in tracker._sinks["TensorBoard"]._files.values():  # type: ignore[attr-defined]
+        file.close()
 
 
 def test_each_epoch_is_one_point_although_the_run_was_killed(tmp_path: Path) -> None:
-    """The third epoch is told and lost with the process, since its checkpoint was not written; then trained again."""
+    """The third epoch is reported, and lost with the process, since its checkpoint was not written; it is retrained."""
     folder = tmp_path / "tensorboard" / "1-64px"
     killed = Tracker(tmp_path, settings(), silent)
-    killed.show(history())
+    killed.add(history())
     for number, loss in enumerate((4.0, 3.0, 2.5), start=1):
-        killed.show(metrics(number, loss))
+        killed.add(metrics(number, loss))
         assert points(folder)["loss/validation"][-1] == (number, loss), "an epoch can be seen at once"
+    kill(killed)
     with Tracker(tmp_path, settings(), silent) as tracker:
-        tracker.show(history(4.0, 3.0))
-        tracker.show(metrics(3, 2.0))
-        tracker.show(metrics(3, 1.0, averaged=True))
+        tracker.add(history(4.0, 3.0))
+        tracker.add(metrics(3, 2.0))
+        tracker.add(metrics(3, 1.0, averaged=True))
     assert points(folder)["loss/validation"] == [(1, 4.0), (2, 3.0), (3, 2.0)]
     assert points(folder)["loss/training"] == [(1, 8.0), (2, 6.0), (3, 4.0)]
     assert points(folder)["dice/positives only"] == [(1, 0.5), (2, 0.5), (3, 0.5)]
@@ -84,27 +92,28 @@ def test_each_epoch_is_one_point_although_the_run_was_killed(tmp_path: Path) -> 
     assert [(item.epoch, item.averaged) for item in read_metrics(tmp_path)] == [(1, 0), (2, 0), (3, 0), (3, 1)]
 
 
-def test_lost_workers_start_the_stage_again_within_one_process(tmp_path: Path) -> None:
+def test_lost_workers_restart_the_stage_within_one_process(tmp_path: Path) -> None:
     with Tracker(tmp_path, settings(), silent) as tracker:
-        tracker.show(history())
-        tracker.show(metrics(1, 4.0))
-        tracker.show(metrics(2, 3.5))
-        tracker.show(history(4.0))
-        tracker.show(metrics(2, 3.0))
-        tracker.show(metrics(1, 9.0, stage=2))
+        tracker.add(history())
+        tracker.add(metrics(1, 4.0))
+        tracker.add(metrics(2, 3.5))
+        tracker.add(history(4.0))
+        tracker.add(metrics(2, 3.0))
+        tracker.add(metrics(1, 9.0, stage=2))
     assert points(tmp_path / "tensorboard" / "1-64px")["loss/validation"] == [(1, 4.0), (2, 3.0)]
     assert points(tmp_path / "tensorboard" / "2-96px")["loss/validation"] == [(1, 9.0)]
 
 
-def test_what_cannot_be_written_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_written_is_reported_once_and_training_continues(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("a file where a folder should be")
-    told: list[str] = []
-    with Tracker(tmp_path, settings(), told.append) as tracker:
-        tracker.show(history())
-        tracker.show(metrics(1, 4.0))
-        tracker.show(metrics(2, 3.0))
-    assert len(told) == 1
-    assert told[0].startswith("warning: TensorBoard could not be written")
+    reported: list[Event] = []
+    with Tracker(tmp_path, settings(), reported.append) as tracker:
+        tracker.add(history())
+        tracker.add(metrics(1, 4.0))
+        tracker.add(metrics(2, 3.0))
+    (message,) = reported
+    assert isinstance(message, Message)
+    assert message.text.startswith("warning: TensorBoard could not be written")
     assert len(read_metrics(tmp_path)) == 2
 
 
@@ -128,13 +137,14 @@ def test_mlflow_has_one_run_with_each_point_once_and_the_settings(
     run, chosen = tmp_path / "run", settings(f"train.mlflow={mlflow_store}")
     run.mkdir()
     killed = Tracker(run, chosen, silent)
-    killed.show(history())
-    killed.show(metrics(1, 4.0))
-    killed.show(metrics(2, 3.0))
+    killed.add(history())
+    killed.add(metrics(1, 4.0))
+    killed.add(metrics(2, 3.0))
+    kill(killed)
     with Tracker(run, chosen, silent) as tracker:
-        tracker.show(history(4.0))
-        tracker.show(metrics(2, 3.0))
-        tracker.show(evaluation())
+        tracker.add(history(4.0))
+        tracker.add(metrics(2, 3.0))
+        tracker.add(evaluation())
     from mlflow import MlflowClient
 
     client: Any = MlflowClient(tracking_uri=mlflow_store)

@@ -259,7 +259,7 @@ def test_a_killed_run_goes_on_on_another_machine_with_the_same_weights(
         ["evaluate", url],
     )
     assert [code for code, _ in done] == [*[0] * (len(done) - 1), RunError.exit_code], done
-    assert "goes on after epoch" in done[0][1]
+    assert "resumes after epoch" in done[0][1]
     copy, listed = local_run(url), set(Remote(url).list())
     assert weights_of(copy) == weights_of(unbroken)
     assert read_result(copy).evaluation.scores == read_result(unbroken).evaluation.scores

@@ -18,7 +18,7 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
 from ptxdist.errors import CheckpointError, TrainingError
-from ptxdist.records import EpochMetrics
+from ptxdist.records import EpochMetrics, Event, Message, Progress
 from ptxdist.train import loop
 from ptxdist.train.checkpoint import checkpoints, load_weights
 from ptxdist.train.loop import FitResult, StageData, fit
@@ -57,6 +57,10 @@ def train(
     )
 
 
+def messages(events: list[Event]) -> list[str]:
+    return [event.text for event in events if isinstance(event, Message)]
+
+
 def state(path: Path) -> dict[str, torch.Tensor]:
     model = build_unet(MODEL)
     load_weights(model, path)
@@ -75,14 +79,14 @@ def test_four_images_are_learnt_by_heart(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "leaves", "where"),
+    ("settings", "preempted", "where"),
     [
         ({}, False, "epoch 2 of 4"),
         ({"checkpoint_every_images": 15}, False, "epoch 2 of 4 and 10 steps of the next"),
         ({"checkpoint_every_s": 1e-9}, False, "epoch 2 of 4 and 10 steps of the next"),
         ({}, True, "epoch 2 of 4 and 10 steps of the next"),
     ],
-    ids=["between epochs", "by images", "by time", "on a machine that is about to go"],
+    ids=["between epochs", "by images", "by time", "after a preemption notice"],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     cache: Path,
@@ -91,14 +95,14 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     settings: dict[str, float],
-    leaves: bool,
+    preempted: bool,
     where: str,
 ) -> None:
     """Inside an epoch with a small network: there are many checkpoints, and one of the U-Net is 400 MB."""
-    inside = bool(settings) or leaves
+    inside = bool(settings) or preempted
     cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
     model = {"make_model": small_net} if inside else {}
-    monkeypatch.setattr(loop, "_LEAVING_S", 0.0)
+    monkeypatch.setattr(loop, "_PREEMPTED_S", 0.0)
     stage = StageSettings(
         size_px=32, epochs=4, batch_size=2 if inside else 4, swa_epochs=2, best_by="loss", positive_share=(0.7, 0.3)
     )
@@ -107,15 +111,15 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     class StoppedError(Exception):
         pass
 
-    def stop_in_epoch_three(step: str, epoch: int, done: int, total: int) -> None:
-        if step == "train" and epoch == 3 and done > total - 2:
+    def stop_in_epoch_three(event: Event) -> None:
+        if isinstance(event, Progress) and (event.step, event.epoch) == ("train", 3) and event.done > event.total - 2:
             raise StoppedError
 
-    heard: list[str] = []
+    broken, events = tmp_path / "broken", list[Event]()
     with pytest.raises(StoppedError):
-        train(cache, tmp_path / "broken", stage, settings, on_step=stop_in_epoch_three, leaving=lambda: leaves, **model)
-    resumed = train(cache, tmp_path / "broken", stage, settings, seed=3, on_message=heard.append, **model)
-    assert heard == [f"stage 1 goes on after {where}"]
+        train(cache, broken, stage, settings, on_event=stop_in_epoch_three, preempted=lambda: preempted, **model)
+    resumed = train(cache, broken, stage, settings, seed=3, on_event=events.append, **model)
+    assert messages(events) == [f"stage 1 resumes after {where}"]
     assert len(whole.history) == len(resumed.history) == 5
 
     def numbers(item: EpochMetrics) -> dict[str, object]:
@@ -168,7 +172,7 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_last_good_checkpoint(
     ):
         fit(
             model, data(cache), stage, TrainSettings(), number=1, seed=0, device=CPU, folder=tmp_path,
-            on_epoch=lambda metrics: epochs.append(metrics.epoch),
+            on_event=lambda event: epochs.append(event.epoch) if isinstance(event, EpochMetrics) else None,
         )  # fmt: skip
 
 
@@ -227,7 +231,9 @@ def test_a_full_disk_loses_nothing_that_was_saved(
     whole = train(cache, tmp_path / "whole", stage, make_model=small_net)
     run, ballast = small_disk / "run", small_disk / "ballast"
 
-    def fill_up(metrics: EpochMetrics) -> None:
+    def fill_up(event: Event) -> None:
+        if not isinstance(event, EpochMetrics):
+            return
         deadline = time.monotonic() + 30
         while not list(run.glob("epoch-0001-step-000000")) and time.monotonic() < deadline:
             time.sleep(0.01)  # the first checkpoint is being written
@@ -236,10 +242,10 @@ def test_a_full_disk_loses_nothing_that_was_saved(
                 pass
 
     with pytest.raises(CheckpointError, match=r"No space left on device.*what was saved before is kept"):
-        train(cache, run, stage, make_model=small_net, on_epoch=fill_up)
+        train(cache, run, stage, make_model=small_net, on_event=fill_up)
     assert [path.name for path in checkpoints(run)] == ["epoch-0001-step-000000"]
     assert not list(run.glob("*.tmp"))
     ballast.unlink()
-    heard: list[str] = []
-    assert train(cache, run, stage, make_model=small_net, on_message=heard.append).sha256 == whole.sha256
-    assert heard == ["stage 1 goes on after epoch 1 of 3"]
+    events: list[Event] = []
+    assert train(cache, run, stage, make_model=small_net, on_event=events.append).sha256 == whole.sha256
+    assert messages(events) == ["stage 1 resumes after epoch 1 of 3"]

@@ -1,0 +1,44 @@
+"""The command `demo`, which runs the others on synthetic data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.data import phantom, preprocess
+from ptxdist.cli.options import FOLDER, json_option
+from ptxdist.cli.train import train
+
+DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
+
+
+@click.command()
+@click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for data, cache and run.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Ray Train workers.")
+@json_option
+@click.pass_context
+def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None:
+    """The whole way on synthetic data: phantoms, cache, two stages with Ray Train, numbers, report.
+
+    Example: ptxdist demo
+    """
+    from ptxdist import console
+    from ptxdist.resolve import load_settings
+
+    sizes = [stage.size_px for stage in load_settings("demo").pipeline.stages]
+    console.say(f"demo in {out}: made for a CPU, it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")
+    phantoms, cache = out / "phantoms", out / "cache"
+    console.out.quiet = as_json  # only the last step's result goes to stdout
+    if not phantoms.is_dir():
+        context.invoke(phantom, out=phantoms, cases=DEMO_CASES, positive_share=DEMO_POSITIVE_SHARE)
+    context.invoke(
+        preprocess,
+        dicom=phantoms / "dicom-images",
+        labels=phantoms / "train-rle.csv",
+        out=cache,
+        patients=phantoms / "patients.csv",
+        sizes=(*sizes, 256, 512),
+    )
+    console.out.quiet = False
+    context.invoke(train, workers=workers, pipeline="demo", data=cache, run=out / "run", as_json=as_json)

@@ -1,0 +1,144 @@
+"""The commands that read finished runs: evaluate, compare, report, inspect (also of a cache)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
+from ptxdist.errors import RunError
+
+
+@click.command()
+@click.argument("runs", type=PLACE, nargs=-1, required=True)
+@click.option("--out", type=FOLDER, help="Folder for the evaluation.  [default: inside the run]")
+@click.option("--patients", type=FILE, help="CSV of image id and patient, where the cache was made without one.")
+@json_option
+def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | None, as_json: bool) -> None:
+    """Evaluate finished runs on the cases they have held out, on this machine.
+
+    Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled.
+
+    Example: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
+    """
+    from ptxdist import console
+    from ptxdist.storage.runs import local_run
+    from ptxdist.train.evaluate import evaluate_again
+
+    if out is None and isinstance(runs[0], str):
+        raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
+    with console.progress() as update:
+        evaluation, result = evaluate_again(
+            [local_run(run) for run in runs],
+            folder=out,
+            patients=patients,
+            on_cases=lambda done, total: update("images", done, total),
+        )
+    if as_json:
+        console.show_json(evaluation.model_dump(mode="json"))
+    else:
+        console.show_result(result.stages if result else (), evaluation)
+
+
+@click.command()
+@click.argument("runs", type=PLACE, nargs=-1, required=True)
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@json_option
+def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None:
+    """Compare evaluated runs with the first of them, on the cases that all have evaluated.
+
+    Example: ptxdist compare runs/exp1 runs/exp2 runs/exp4
+    """
+    from ptxdist import console
+    from ptxdist.scores.compare import as_markdown
+    from ptxdist.scores.compare import compare as compare_runs
+    from ptxdist.storage.runs import local_run
+
+    comparison = compare_runs([local_run(run) for run in runs])
+    if as_json:
+        console.show_json(comparison.model_dump(mode="json"))
+    elif markdown:
+        print(as_markdown(comparison), end="")
+    else:
+        console.show_comparison(comparison)
+
+
+@click.command()
+@click.argument("run", type=PLACE)
+@json_option
+def report(run: Path | str, as_json: bool) -> None:
+    """Write the report of a finished run: one HTML page, and overlay pictures.
+
+    Example: ptxdist report runs/exp4
+    """
+    from ptxdist import console
+    from ptxdist.report.report import write_report
+    from ptxdist.storage.runs import local_run
+
+    page = write_report(local_run(run))
+    if as_json:
+        console.show_json({"report": str(page)})
+    else:
+        console.out.print(f"report: {page}", soft_wrap=True)
+
+
+@click.command()
+@click.argument("path", type=PLACE)
+@json_option
+def inspect(path: Path | str, as_json: bool) -> None:
+    """Show what a cache or a run holds; for a cache, also draw a contact sheet with the masks outlined.
+
+    Example: ptxdist inspect cache
+    """
+    from ptxdist.rundir import SETTINGS
+    from ptxdist.storage.caches import local_cache
+    from ptxdist.storage.runs import is_run, local_run
+
+    if isinstance(path, str):
+        path = local_run(path) if is_run(path) else local_cache(path)
+    if not path.is_dir():
+        raise RunError(f"no folder {path}; give a cache or a run")
+    if (path / SETTINGS).is_file():
+        _inspect_run(path, as_json)
+    else:
+        _inspect_cache(path, as_json)
+
+
+def _inspect_run(run: Path, as_json: bool) -> None:
+    from ptxdist import console
+    from ptxdist.rundir import RESULT, read_result, read_settings, read_stage_result, stage_folder
+
+    settings = read_settings(run)
+    if (run / RESULT).is_file():
+        result = read_result(run)
+        if as_json:
+            console.show_json(result.model_dump(mode="json"))
+        else:
+            console.show_result(result.stages, result.evaluation)
+        return
+    folders = [stage_folder(run, n, stage.size_px) for n, stage in enumerate(settings.pipeline.stages, start=1)]
+    done = [stage for stage in map(read_stage_result, folders) if stage]
+    if as_json:
+        console.show_json({"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]})
+    else:
+        console.show_result(done, None)
+        console.say(f"not finished: {len(done)} of {len(folders)} stages; the same `ptxdist train` goes on from there")
+
+
+def _inspect_cache(cache: Path, as_json: bool) -> None:
+    from ptxdist import console
+    from ptxdist.cache.catalog import read_catalog
+    from ptxdist.cache.manifest import read_manifest
+    from ptxdist.cache.outlines import draw_contact_sheet
+    from ptxdist.cache.store import open_store
+
+    catalog = read_catalog(cache)
+    stores = [open_store(cache, size) for size in sorted(read_manifest(cache).sizes)]
+    if as_json:
+        rows = [{"size_px": item.size_px, "cases": item.cases, "fingerprint": item.fingerprint} for item in stores]
+        console.show_json({**catalog.summary(), "stores": rows, "contact_sheet": draw_contact_sheet(cache)})
+    else:
+        console.show_catalog(catalog)
+        console.show_pairs("stores", [(f"{s.size_px} px, {s.cases:,} cases", s.fingerprint) for s in stores])
+        console.out.print(f"contact sheet: {draw_contact_sheet(cache)}", soft_wrap=True)

@@ -1,0 +1,122 @@
+"""The command `train`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ptxdist.cli.options import PLACE, json_option
+from ptxdist.config import DEFAULT_PIPELINE
+from ptxdist.errors import PtxdistError
+
+if TYPE_CHECKING:
+    from ptxdist.config import Settings
+    from ptxdist.records import OnEvent
+    from ptxdist.run.engine import Engine
+    from ptxdist.storage.runs import Mirror
+
+
+@click.command()
+@click.option("--workers", type=click.IntRange(1), help="Ray Train workers (DDP ranks).  [default: 1, or the site's]")
+@click.option("--pipeline", default=DEFAULT_PIPELINE, show_default=True, help="A name from pipelines/, or a TOML file.")
+@click.option("--site", help="A name from configs/ (local, gpu), or a TOML file, with settings of this machine.")
+@click.option("--data", type=PLACE, help="The cache, a folder or s3://….  [default: cache, or the site's]")
+@click.option("--run", type=PLACE, help="The run, a folder or s3://….  [default: runs/PIPELINE]")
+@click.option("--encoder-weights", help="imagenet, none, or a file.  [default: the pipeline's]")
+@click.option("--fold", help="The fold to hold out, or all: one run each, evaluated together.  [default: 0]")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: stages.1.epochs=5")
+@click.option("--without-ray", is_flag=True, help="Train in this process, or in those that torchrun has started.")
+@click.option("--dry-run", is_flag=True, help="Print the resolved settings and stop.")
+@json_option
+def train(
+    workers: int | None,
+    pipeline: str,
+    site: str | None,
+    data: Path | str | None,
+    run: Path | str | None,
+    encoder_weights: str | None,
+    fold: str | None,
+    assignments: tuple[str, ...],
+    without_ray: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train a pipeline with Ray Train, evaluate it and write a report. Rerun it to resume after an interruption.
+
+    Example: ptxdist train --workers 4 --pipeline exp4 --data cache
+    """
+    from ptxdist import console
+    from ptxdist.config import complete
+    from ptxdist.resolve import load_settings
+
+    settings = load_settings(
+        pipeline,
+        site=site,
+        assignments=assignments,
+        options={
+            "train.workers": workers,
+            "data.cache": str(data) if data else None,
+            "pipeline.model.encoder_weights": encoder_weights,
+            "pipeline.fold": int(fold) if fold and fold.isdecimal() else None if fold == "all" else fold,
+        },
+    )
+    if dry_run:
+        console.show_json(complete(settings))
+        return
+
+    from ptxdist.records import PipelineResult
+    from ptxdist.run.folds import OUT_OF_FOLD, train_folds
+    from ptxdist.run.pipeline import train as train_run
+
+    run = run or Path("runs") / settings.pipeline.name
+    is_other_rank = without_ray and os.environ.get("RANK", "0") != "0"
+    if is_other_rank:  # of torchrun's processes only the first one prints
+        console.out.quiet = console.err.quiet = True
+    work = train_folds if fold == "all" else train_run
+    engine = None if without_ray else _ray_with_log
+    with console.TrainingDisplay(settings.pipeline.stages) as display:
+        result = work(settings, run, engine=engine, on_event=display.show, on_progress=display.progress)
+    if is_other_rank:
+        return
+    if isinstance(result, PipelineResult):
+        page = _report_page(settings, run)
+        content = {**result.model_dump(mode="json"), "report": str(page)}
+        stages, evaluation = result.stages, result.evaluation
+        places = f"report: {page}\noverlays: {page.parent / 'overlays'}"
+    else:
+        content = result.model_dump(mode="json")
+        stages, evaluation = (), result
+        places = f"out-of-fold evaluation: {Path(run) / OUT_OF_FOLD}"
+    if as_json:
+        console.show_json(content)
+    else:
+        console.show_result(stages, evaluation)
+        console.out.print(places, soft_wrap=True)
+
+
+@contextmanager
+def _ray_with_log(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[Engine]:
+    """The Ray engine, with the output of Ray in RUN/ray.log."""
+    from ptxdist import console
+    from ptxdist.cluster.engine import ray_engine
+    from ptxdist.rundir import RAY_LOG
+
+    log = mirror.folder / RAY_LOG
+    try:
+        with console.divert(log), ray_engine(settings, mirror, on_event) as engine:
+            yield engine
+    except PtxdistError as error:
+        raise type(error)(f"{error} (the output of Ray is in {log})") from error
+
+
+def _report_page(settings: Settings, run: Path | str) -> Path:
+    """The report on this machine; for a run in an object store, in its cached copy."""
+    from ptxdist.rundir import REPORT_PAGE
+    from ptxdist.storage.runs import Mirror
+
+    return (run if isinstance(run, Path) else Mirror(run, data=settings.data).folder) / REPORT_PAGE

@@ -1,0 +1,131 @@
+"""The checks before a run starts, and the plan that comes out of them.
+
+Owns: everything that can be wrong with cache, split, weights file and run folder; the fingerprints of stages.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ptxdist import files
+from ptxdist.cache.catalog import Catalog, read_catalog
+from ptxdist.cache.split import split_indices
+from ptxdist.cache.store import open_store
+from ptxdist.cache.verify import refuse_damaged
+from ptxdist.config import PipelineSettings, Settings, fingerprint
+from ptxdist.errors import CheckpointError, ClusterError, SettingsError, StoreError
+from ptxdist.records import StageResult
+from ptxdist.run.engine import StageTask
+from ptxdist.run.tracking import refuse_missing_mlflow
+from ptxdist.rundir import start_run
+from ptxdist.storage.caches import local_cache
+from ptxdist.storage.remote import is_remote
+from ptxdist.storage.runs import Mirror
+
+TRAINING = 3  # raised by changes of the code that change what a stage learns: stages of another number are not reused
+_LEAST_FREE = 2**29  # bytes; a checkpoint is about 400 MB
+
+OnProgress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can start: its settings, its folder, and the fingerprint of each stage.
+
+    `mirror` sends what is written to the folder, if the run is in an object store. `token` identifies the check that a
+    copy of the cache has passed.
+    """
+
+    settings: Settings
+    mirror: Mirror
+    token: str
+    fingerprints: tuple[str, ...]
+
+    @property
+    def run(self) -> Path:
+        """The folder of the run on this node, absolute."""
+        return self.mirror.folder
+
+    def task(self, number: int, former: list[StageResult]) -> StageTask:
+        """The task of a stage, whose predecessors left the results `former`."""
+        return StageTask(
+            settings=self.settings,
+            token=self.token,
+            run=self.mirror.remote.url if self.mirror.remote else str(self.run),
+            number=number,
+            fingerprint=self.fingerprints[number - 1],
+            parent=former[-1] if former else None,
+        )
+
+
+def plan_run(
+    settings: Settings,
+    run: Path | Mirror,
+    *,
+    writes: bool = True,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> Plan:
+    """Check the cache (every byte of it), the split, the weights file and the run folder, and make the folder.
+
+    Of torchrun's processes only one `writes` into the folder. Raises SettingsError, StoreError, CheckpointError or
+    RunError; ClusterError when the disk is nearly full.
+    """
+    refuse_missing_mlflow(settings)
+    place, token = settings.data.cache, secrets.token_hex(8)
+    sizes = {stage.size_px for stage in settings.pipeline.stages}
+    if not is_remote(place):
+        place = str(Path(place).absolute())
+    cache = local_cache(place, sizes, data=settings.data, token=token, on_progress=on_progress)
+    catalog = read_catalog(cache)
+    _refuse_empty_sides(cache, catalog, settings.pipeline.fold)
+    fingerprints = _fingerprints(settings.pipeline, cache, catalog)
+    if not is_remote(place):  # a copy of a remote one has just been checked
+        refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
+    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": place})})
+    mirror = run if isinstance(run, Mirror) else Mirror(run)
+    if writes:
+        start_run(mirror.folder, settings)
+        _refuse_full_disk(mirror.folder)
+    return Plan(settings, mirror, token, fingerprints)
+
+
+def _refuse_empty_sides(cache: Path, catalog: Catalog, fold: int) -> None:
+    if fold >= catalog.folds:
+        raise SettingsError(
+            f"no fold {fold}: {cache} has folds 0 to {catalog.folds - 1} (`ptxdist preprocess --folds`)"
+        )
+    for side, indices in zip(("train", "val"), split_indices(catalog.labelled, fold), strict=True):
+        if not len(indices):
+            raise StoreError(
+                f"{cache} has no {side} cases for fold {fold}; a split needs images of at least two patients"
+            )
+
+
+def _fingerprints(pipeline: PipelineSettings, cache: Path, catalog: Catalog) -> tuple[str, ...]:
+    """Fingerprint of each stage: over its data, settings and code, and over the stages before it."""
+    weights = pipeline.model.encoder_weights
+    if weights not in ("imagenet", "none") and not Path(weights).is_file():
+        raise CheckpointError(f"no encoder weights at {weights}; give imagenet, none, or the path of a file")
+    source = files.sha256(Path(weights)) if Path(weights).is_file() else weights
+    model = pipeline.model.model_copy(update={"encoder_weights": source})
+    found: list[str] = []
+    for stage in pipeline.stages:
+        store = open_store(cache, stage.size_px)
+        if store.cases != len(catalog.labelled):
+            raise StoreError(f"{store.path} and the catalog of {cache} differ; rerun `ptxdist preprocess`")
+        parent = found[-1] if found else None
+        found.append(fingerprint(TRAINING, store.fingerprint, stage, model, pipeline.seed, pipeline.fold, parent))
+    return tuple(found)
+
+
+def _refuse_full_disk(run: Path) -> None:
+    free = shutil.disk_usage(run).free
+    if free < _LEAST_FREE:
+        raise ClusterError(
+            f"disk of runs of this machine: {free / 2**30:,.1f} GiB free; free some space, or use another disk "
+            "(`ptxdist doctor` looks at everything)"
+        )
