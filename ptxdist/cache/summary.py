@@ -20,6 +20,7 @@ def reconciliation(catalog: Catalog) -> tuple[tuple[str, str], ...]:
         ("image files", f"{counts.files:,}"),
         (" rejected", f"{len(catalog.rejects):,}"),
         (" copies of another file", f"{counts.duplicates:,}"),
+        ("other files, not used", f"{counts.other_files:,}"),
         ("images with a label", f"{counts.labelled:,}"),
         (" with a pneumothorax", f"{counts.positive:,} ({share(counts.positive, counts.labelled)})"),
         (" median mask area (5 % to 95 %)", f"{spread(areas)} pixels" if areas else "none"),

@@ -47,7 +47,7 @@ def _show_details(evaluation: EvaluationResult) -> None:
     scores, intervals = evaluation.scores, evaluation.intervals
 
     def described(score: Score, value: float | None) -> str:
-        name = score.name if score.name.isupper() or " " in score.name else score.name.lower()
+        name = score.name if score.name.isupper() else score.name[:1].lower() + score.name[1:]
         baseline = f"({score.without} {score.baseline_of(scores):g})"
         return f"{name} {number(value)}{_bracket(intervals, score.field)} {baseline}"
 

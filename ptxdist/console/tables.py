@@ -1,7 +1,4 @@
-"""Names and values as tables: caches, checks.
-
-Owns: how numbers are laid out for people. Refuses: nothing. Called by: `cli`, `training`.
-"""
+"""Names and values as tables in the terminal: caches, their damage, the checks of `doctor`."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _DAMAGES_SHOWN = 20
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values as a two-column table."""
+    """Print names and values as a table; a name that starts with a blank is part of the one above."""
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -31,65 +28,43 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def show_catalog(catalog: Catalog) -> None:
-    """Print how table and files fit together, the split, and what it leaks."""
-    counts, leakage, sides = catalog.reconciliation, catalog.leakage, catalog.sides()
-    show_pairs(
-        "reconciliation of table and files",
-        [
-            ("table: dialect of the masks", catalog.dialect + ("" if catalog.dialect_proven else " (not proven)")),
-            ("table: rows", f"{counts.table_rows:,}"),
-            ("table: images", f"{counts.table_images:,}"),
-            ("  positive", f"{counts.table_positive:,}"),
-            ("  with several masks", f"{counts.table_several_masks:,}"),
-            ("  with overlapping masks, united", f"{counts.table_overlapping:,}"),
-            ("  without a file", f"{counts.ids_without_file:,}"),
-            ("files: images", f"{counts.files:,}"),
-            ("  rejected", f"{len(catalog.rejects):,}"),
-            ("  copies of another one", f"{counts.duplicates:,}"),
-            ("files: others, left alone", f"{counts.other_files:,}"),
-            ("images: labelled", f"{counts.labelled:,}"),
-            ("  positive", f"{counts.positive:,}"),
-            (
-                "  mask area in px: median (5 % to 95 %)",
-                _spread_of([case.area_px for case in catalog.cases if case.masks]),
-            ),
-            ("images: without a row, unlabelled", f"{counts.unlabelled:,}"),
-            *(
-                (f"split: {side}", f"{sides[side]['cases']:,} ({sides[side]['positive']:,} positive)")
-                for side in ("train", "val")
-            ),
-            (f"groups by {leakage.grouped_by}", f"{leakage.groups:,} ({leakage.positive_groups:,} with a positive)"),
-            ("  val images whose group is in train", f"{leakage.shared_cases:,}"),
-            (
-                "  the same in a random split",
-                f"{leakage.random_shared:.0%} ({leakage.random_shared_positive:.0%} of positive)",
-            ),
-            ("near-duplicates, pairs of images", f"{leakage.near_duplicates:,}"),
-            ("  with one in train, one in val", f"{leakage.near_duplicates_shared:,}"),
-        ],
+    """Print how label table and files fit together, the split, and what it leaks."""
+    from ptxdist.cache.summary import percent, reconciliation
+
+    leakage = catalog.leakage
+    sides = (
+        (f"split: {side}", f"{counts['cases']:,} ({counts['positive']:,} with a pneumothorax)")
+        for side, counts in catalog.sides().items()
+        if side in ("train", "val")
     )
+    pairs = (
+        ("encoding of the masks", catalog.dialect + ("" if catalog.dialect_proven else " (not proven)")),
+        *reconciliation(catalog),
+        *sides,
+        (f"groups by {leakage.grouped_by}", f"{leakage.groups:,} ({leakage.positive_groups:,} with a pneumothorax)"),
+        (" val images whose group is in train", f"{leakage.shared_cases:,}"),
+        (
+            " the same in a random split",
+            f"{percent(leakage.random_shared)} ({percent(leakage.random_shared_positive)} of the positive ones)",
+        ),
+        ("near-duplicates, pairs of images", f"{leakage.near_duplicates:,}"),
+        (" with one in train, one in val", f"{leakage.near_duplicates_shared:,}"),
+    )
+    show_pairs("label table, image files and split", pairs)
     if not catalog.dialect_proven:
-        say(f"warning: the masks are read as {catalog.dialect}: {'; '.join(catalog.evidence)}")
+        say(f"warning: the encoding of the masks, {catalog.dialect}, is not proven: {'; '.join(catalog.evidence)}")
     if leakage.near_duplicates_shared:
-        say("warning: some validation images look like training images, see near_duplicates.csv in the cache")
+        say("warning: some validation images look like training images; see near_duplicates.csv in the cache")
     if leakage.grouped_by == "nothing":
         say(
-            "warning: PatientID groups nothing (there is none, or one for every image), so a patient may be on both "
-            "sides of the split; give --patients map.csv if it is known who is who"
+            "warning: patients are not known (every image has a PatientID of its own or none), so images of one "
+            "patient may be on both sides of the split; give --patients map.csv if there is a map"
         )
 
 
-def _spread_of(values: Sequence[int]) -> str:
-    if not values:
-        return ""
-    ordered = sorted(values)
-    low, middle, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.05, 0.5, 0.95))
-    return f"{middle:,} ({low:,} to {high:,})"
-
-
 def show_damages(cache: Path, mended: Sequence[Damage], wrong: Sequence[Damage]) -> None:
-    """Print what a check of a cache has found, or that all is well."""
-    for title, damages in (("mended", mended), ("wrong", wrong)):
+    """Print what a check of a cache has found, or that it is complete."""
+    for title, damages in (("repaired", mended), ("wrong", wrong)):
         if damages:
             table = Table(title=f"{title}: {len(damages)}", title_justify="left")
             for name in ("file", "what", "cases"):
@@ -101,7 +76,7 @@ def show_damages(cache: Path, mended: Sequence[Damage], wrong: Sequence[Damage])
             if len(damages) > _DAMAGES_SHOWN:
                 out.print(f"and {len(damages) - _DAMAGES_SHOWN} more; --json lists all")
     if not wrong:
-        out.print(f"{cache} is whole", soft_wrap=True)
+        out.print(f"{cache} has no damage", soft_wrap=True)
 
 
 def show_findings(findings: Sequence[tuple[str, str, str, str, str]]) -> None:
@@ -117,5 +92,5 @@ def show_findings(findings: Sequence[tuple[str, str, str, str, str]]) -> None:
 
 
 def number(value: float | None) -> str:
-    """A score with four digits; nothing where it is not defined."""
+    """A score with four digits; "" if it is not defined."""
     return "" if value is None else f"{value:.4f}"

@@ -64,8 +64,9 @@ def write_tables(
 ) -> None:
     """Write the three files, each atomically: values of COLUMNS, ids with masks as text, and counts in the same order.
 
-    RunError when a file cannot be written.
+    Leftovers of killed processes are removed first. RunError when a file cannot be written.
     """
+    files.remove_leftovers(folder, deep=False)
     files.write_table(folder / CASES, COLUMNS, ([row[name] for name in COLUMNS] for row in cases))
     files.write_table(folder / PREDICTIONS, _PREDICTION_COLUMNS, predictions)
     with files.replacing(folder / HISTOGRAMS) as temporary:

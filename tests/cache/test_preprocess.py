@@ -113,11 +113,11 @@ def test_command_tells_what_there_is_and_warns_where_patients_are_not_known(smal
         return {name.strip(): value.strip() for name, value in cells}, done.stderr
 
     shown, said = call(*build)
-    assert (shown["table: rows"], shown["table: images"]) == ("27", "25")
-    assert (shown["images: labelled"], shown["images: without a row, unlabelled"]) == ("23", "1")
-    assert shown["table: dialect of the masks"] == "relative-columns (not proven)"
-    assert "warning: PatientID groups nothing" in said
-    assert "warning: the masks are read as relative-columns: " in said
+    assert (shown["rows of the label table"], shown["images in the label table"]) == ("27", "25")
+    assert (shown["images with a label"], shown["images without a label, not used"]) == ("23", "1")
+    assert shown["encoding of the masks"] == "relative-columns (not proven)"
+    assert "warning: patients are not known" in said
+    assert "warning: the encoding of the masks, relative-columns, is not proven: " in said
     assert "1 shards written, 0 kept" in said
     assert "nothing had to be done" in call(*build)[1]
     known, said = call(*build, "--patients", data.patients)

@@ -297,7 +297,7 @@ def test_training_is_refused_with_file_case_and_remedy(cache: Path) -> None:
 
 def test_command_says_that_a_cache_is_whole(cache: Path, dicom: Path) -> None:
     done = run("verify", cache, "--source", dicom, "--workers", 1)
-    assert (done.exit_code, done.stdout) == (0, f"{cache} is whole\n")
+    assert (done.exit_code, done.stdout) == (0, f"{cache} has no damage\n")
     done = run("verify", cache, "--json")
     assert (done.exit_code, json.loads(done.stdout)) == (0, {"mended": [], "wrong": []})
 
@@ -308,7 +308,7 @@ def test_command_ends_with_its_exit_code_and_says_what_is_wrong(cache: Path) -> 
     assert done.exit_code == 7
     assert "64.zarr/image" in done.stdout
     assert name in done.stdout
-    assert "is whole" not in done.stdout
+    assert "has no damage" not in done.stdout
     done = run("verify", cache, "--json")
     assert done.exit_code == 7
     wrong = [{"path": "64.zarr/image/c/0/0/0", "reason": SUM, "cases": [name]}]
