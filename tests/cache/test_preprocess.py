@@ -121,7 +121,7 @@ def test_command_tells_what_there_is_and_warns_where_patients_are_not_known(smal
     assert "1 shards written, 0 kept" in said
     assert "nothing had to be done" in call(*build)[1]
     known, said = call(*build, "--patients", data.patients)
-    assert known["groups by patient map"] == "12 (8 with a positive)"
+    assert known["groups by patient map"] == "12 (8 with a pneumothorax)"
     assert "PatientID" not in said
     found, _ = call("inspect", cache)
     assert (
