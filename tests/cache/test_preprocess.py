@@ -125,7 +125,7 @@ def test_command_tells_what_there_is_and_warns_where_patients_are_not_known(smal
     assert "PatientID" not in said
     found, _ = call("inspect", cache)
     assert (
-        found.items() >= {name: known[name] for name in known if name.startswith(("table", "images", "split"))}.items()
+        found.items() >= {name: known[name] for name in known if name.startswith(("rows", "images", "split"))}.items()
     )
     assert found["32 px, 23 cases"] == read_manifest(cache).sizes[32].fingerprint
     sheet = cv2.imread(str(cache / "contact-sheet.png"))
