@@ -77,8 +77,7 @@ def write_dicom(set_tags: SetTags) -> WriteDicom:
         file.PixelData = data if raw else encapsulate([data])
         path.parent.mkdir(parents=True, exist_ok=True)
         set_tags(file, tags)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             file.save_as(path, enforce_file_format=True)
         return path
 
@@ -90,8 +89,7 @@ def set_tags() -> SetTags:
     """Function that sets tags by keyword, to values that the standard does not allow too; None takes one away."""
 
     def change(file: FileDataset, tags: Mapping[str, object]) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             for name, value in tags.items():
                 if value is None:
                     delattr(file, name)

@@ -1,4 +1,4 @@
-"""Writers of DICOM files in every transfer syntax that is read, so that the decoded values are known."""
+"""Writers of DICOM files in every supported transfer syntax, with known pixel values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JpegLossless = Callable[..., bytes]
 
 NATIVE = (uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian, uid.DeflatedExplicitVRLittleEndian)
 _CODE_LENGTHS = (2, 3, 3, 3, 3, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)  # of the categories 0 to 16
-# np.add.outer(np.arange(16) * 7, np.arange(24) * 5) % 256, made with OpenJPH: nothing here writes HTJ2K.
+# np.add.outer(np.arange(16) * 7, np.arange(24) * 5) % 256, made with OpenJPH: no package of the tests writes HTJ2K.
 _HTJ2K = base64.b64decode(
     "/0//UQApQAAAAAAYAAAAEAAAAAAAAAAAAAAAGAAAABAAAAAAAAAAAAABBwEB/1AACAACAAAAAv9SAAwAAgABAAUEBEAB/1wAEyBIUFBQUFBQ"
     "UFBQUFBQSEhI/2QAFwABT3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAHQAAf+TwCXrAId0AMASgKoBB3QAwBJAEoD9J3MAfgAiNADAE0AT"
@@ -44,8 +44,7 @@ def htj2k_image() -> Image:
 def file_of(set_tags) -> FileOf:  # type: ignore[no-untyped-def]
     """Function: content of a file with these pixels in this transfer syntax, further tags by keyword.
 
-    `bits` are the stored ones; `frame` stands for the compressed image where another one than that of the pixels is
-    wanted; a tag of None is left out.
+    `bits` are the stored ones; `frame` replaces the compressed image of the pixels; a tag of None is left out.
     """
 
     def make(
@@ -74,8 +73,7 @@ def file_of(set_tags) -> FileOf:  # type: ignore[no-untyped-def]
             file["PixelData"].VR = "OB"
         buffer = BytesIO()
         set_tags(file, tags)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             file.set_original_encoding(syntax == uid.ImplicitVRLittleEndian, not big_endian)
             dcmwrite(buffer, file, enforce_file_format=True)
         return buffer.getvalue()
@@ -132,7 +130,7 @@ def deflated_bomb(size: int) -> bytes:
 
 
 def _jpeg_lossless(pixels: Image, bits: int, *, predictor: int = 1, restart_rows: int = 0) -> bytes:
-    """T.81 annex H, written as it is told there: slowly."""
+    """T.81 annex H, written step by step as described there, and slow."""
     rows, columns = pixels.shape
     values = (pixels.astype(int) % 2**bits).tolist()
     parts: list[str] = []
@@ -158,7 +156,7 @@ def _jpeg_lossless(pixels: Image, bits: int, *, predictor: int = 1, restart_rows
 
 
 def _jpeg_of_blocks(pixels: Image) -> bytes:
-    """JPEG Extended of 12 bits for an image of 8x8 px blocks of one value each: no rounding takes place."""
+    """JPEG Extended of 12 bits for an image of 8x8 pixel blocks of one value each: there is no rounding."""
     blocks = pixels[::8, ::8].astype(int)
     assert np.array_equal(blocks.repeat(8, 0).repeat(8, 1), pixels)
     steps = np.diff((blocks.reshape(-1) - 2048) * 8, prepend=0).tolist()

@@ -14,14 +14,14 @@ import click
 from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, PLACE, executor_for, json_option
 from ptxdist.errors import SettingsError, StoreError
 
+SIDE = "Side of the images in pixels; may be repeated."
+
 
 @click.command()
 @click.argument("out", type=FOLDER)
 @click.option("--cases", type=int, default=300, show_default=True, help="Number of images; with --labels, 0 means all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed gives other images.")
-@click.option(
-    "--positive-share", type=float, default=0.2215, show_default=True, help="Share of images with a pneumothorax."
-)
+@click.option("--positive-share", type=float, default=0.2215, show_default=True, help="Share with a pneumothorax.")
 @click.option("--labels", type=FILE, help="Draw images for the ids and masks of this label table.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @json_option
@@ -57,17 +57,9 @@ def phantom(
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
 @click.option("--patients", type=FILE, help="CSV with image id, patient; no patient is in two folds.")
 @click.option(
-    "--size",
-    "sizes",
-    type=click.IntRange(32),
-    multiple=True,
-    default=(256, 512),
-    show_default=True,
-    help="Side of the images in pixels; may be repeated.",
+    "--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True, help=SIDE
 )
-@click.option(
-    "--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Number of folds; fold 0 is held out."
-)
+@click.option("--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Folds; 0 is held out.")
 @click.option("--dialect", help="Encoding of the masks, such as relative-columns.  [default: detected]")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @click.option("--address", help=ADDRESS)

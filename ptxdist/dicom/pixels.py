@@ -91,8 +91,7 @@ def decode(file: Tags, rows: int, columns: int) -> Stored:
         found = "compressed" if file.encapsulated else "not compressed"
         raise DicomError(f"contradicts itself: its pixel data are {found}, its transfer syntax says otherwise")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             warnings.filterwarnings("error", "The decoded RLE segment")  # … is not of the expected length
             if not file.encapsulated:
                 return _native(file, rows, columns)

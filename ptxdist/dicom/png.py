@@ -1,7 +1,7 @@
 """Size and grey levels of PNG files, as in the PNG mirror of the challenge.
 
 Owns: the chunks of a PNG (ISO/IEC 15948). Refuses: colour, transparency, palettes, animations, damage (a wrong
-checksum, a missing end), sizes above `max_pixels`.
+checksum, a missing end), sizes above MAX_PIXELS.
 
 Checksums are verified here and not by Pillow's `verify`, which accepts a file that lacks its last bytes, overlooks
 transparency and animation after the image data, and names neither the checksum nor the truncation.
@@ -23,6 +23,7 @@ from PIL import Image
 from ptxdist.errors import DicomError
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MAX_PIXELS = 64 * 1024 * 1024  # a radiograph of 8k x 8k; anything above is rejected before it is decoded
 # cv2 is a fifth faster, but prints what it finds wrong to standard error.
 DECODER = f"pillow {PIL.__version__}"
 _GRAY, _COLOUR = 0, 2
@@ -39,19 +40,18 @@ class PngHeader:
     colour: bool
 
 
-def read_png_header(content: bytes, max_pixels: int, *, mask: bool = False) -> PngHeader:
+def read_png_header(content: bytes, *, mask: bool = False) -> PngHeader:
     """Read the first chunk; the first 33 bytes of the content are enough.
 
     8 bits are accepted, 16 in grayscale, and 1 in grayscale for a `mask`. Raises DicomError for anything else, for a
-    damaged chunk, and for more than `max_pixels` pixels.
+    damaged chunk, and for more than `MAX_PIXELS` pixels.
     """
     if len(content) < 33 or content[8:16] != b"\0\0\0\rIHDR" or not _sound(content, 8, 13):
         raise DicomError(f"{_DAMAGED} (its header cannot be read)")
     columns, rows, bits, kind = struct.unpack_from(">LLBB", content, 16)
     if rows < 1 or columns < 1:
         raise DicomError(f"{_DAMAGED} (it has no size)")
-    if rows * columns > max_pixels:
-        raise DicomError(f"claims {columns}x{rows} pixels; at most {max_pixels:,} are accepted")
+    check_size(rows, columns)
     if kind not in (_GRAY, _COLOUR):
         raise DicomError("is a PNG with a palette or transparency; only plain grayscale is accepted")
     if bits != 8 and (bits, kind) not in ((16, _GRAY), *[(1, _GRAY)] * mask):
@@ -59,17 +59,22 @@ def read_png_header(content: bytes, max_pixels: int, *, mask: bool = False) -> P
     return PngHeader(rows, columns, bits, kind == _COLOUR)
 
 
-def decode_png(content: bytes, header: PngHeader) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+def check_size(rows: int, columns: int) -> None:
+    """Raise DicomError for more than `MAX_PIXELS` pixels."""
+    if rows * columns > MAX_PIXELS:
+        raise DicomError(f"claims {columns}x{rows} pixels; at most {MAX_PIXELS:,} are accepted")
+
+
+def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
     """Stored values (rows, columns); three equal colour channels count as one.
 
-    Raises DicomError when the file is damaged, coloured, transparent or animated.
+    Raises DicomError as `read_png_header`, and when the file is damaged, coloured, transparent or animated.
     """
+    header = read_png_header(content, mask=mask)
     _check_chunks(content)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(BytesIO(content), formats=("PNG",)) as image:
-                values = np.asarray(image)
+        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=("PNG",)) as image:
+            values = np.asarray(image)
     except Exception as error:  # Pillow raises almost anything on damaged files
         raise DicomError(f"{_DAMAGED} ({type(error).__name__})") from error
     if header.colour:

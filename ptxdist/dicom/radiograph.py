@@ -16,11 +16,10 @@ from pathlib import Path
 
 from ptxdist.dicom import tags
 from ptxdist.dicom.pixels import Pixels, decode, decoder_of, to_uint8
-from ptxdist.dicom.png import DECODER, SIGNATURE, decode_png, read_png_header
+from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header
 from ptxdist.dicom.tags import Tags, read_tags
 from ptxdist.errors import DicomError
 
-MAX_PIXELS = 64 * 1024 * 1024  # a radiograph of 8k x 8k; anything above is rejected before it is decoded
 MAX_BYTES = 1024 * 1024 * 1024
 CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # valid as a file name everywhere; every UID matches
 
@@ -97,8 +96,7 @@ def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiog
     """
     if content.startswith(SIGNATURE):
         header = _png_header(content, name)
-        stored = decode_png(content, read_png_header(content, MAX_PIXELS))
-        return Radiograph(header, to_uint8(stored, Tags("")))
+        return Radiograph(header, to_uint8(decode_png(content), Tags("")))
     file = read_tags(content, pixels=True)
     header = _header(file, salt)
     return Radiograph(header, to_uint8(decode(file, header.rows, header.columns), file))
@@ -107,7 +105,7 @@ def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiog
 def _png_header(content: bytes, name: str) -> Header:
     if not Path(name).stem:
         raise DicomError("is a PNG, which contains no id, and its file name is not known")
-    png = read_png_header(content, MAX_PIXELS)
+    png = read_png_header(content)
     return Header(Path(name).stem, "", png.rows, png.columns, "", "", None, DECODER)
 
 
@@ -115,8 +113,7 @@ def _header(file: Tags, salt: bytes) -> Header:
     rows, columns = file.whole(tags.ROWS, 0), file.whole(tags.COLUMNS, 0)
     if rows < 1 or columns < 1:
         raise DicomError("contains no image (Rows or Columns is missing)")
-    if rows * columns > MAX_PIXELS:
-        raise DicomError(f"claims {columns}x{rows} pixels; at most {MAX_PIXELS:,} are accepted")
+    check_size(rows, columns)
     _refuse_other_images(file)
     case_id = file.text(tags.SOP_INSTANCE)
     if not case_id:

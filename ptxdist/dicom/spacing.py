@@ -45,8 +45,7 @@ def read_spacing(content: bytes) -> Spacing:
     if content.startswith(SIGNATURE):
         return Spacing(reason="a PNG does not say how large its pixels are")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             return spacing_of(pydicom.dcmread(BytesIO(content), stop_before_pixels=True, force=True))
     except Exception:  # pydicom raises almost anything on damaged files
         return Spacing(reason="the header's spacing cannot be read")

@@ -83,7 +83,8 @@ class Tags:
     """Values of one file by tag, as bytes; `syntax` is the UID of its transfer syntax.
 
     When read without pixels, only the values up to (0028,0103) are included. `encapsulated` says that the pixel data
-    are fragments of a compressed image; `pixel_vr` is their value representation.
+    are fragments of a compressed image; `pixel_vr` is their value representation. The methods that return a number
+    raise DicomError for an invalid one.
     """
 
     syntax: str
@@ -99,20 +100,14 @@ class Tags:
         return bytes(self.values.get(tag, b"")).decode("latin-1").strip(" \0")
 
     def whole(self, tag: int, default: int) -> int:
-        """Value of a binary integer (US or SS, read as unsigned), or `default` when it is missing or empty.
-
-        Raises DicomError when it does not have 2 or 4 bytes.
-        """
+        """Value of a binary integer (US or SS, read as unsigned), or `default` when it is missing or empty."""
         value = bytes(self.values.get(tag, b""))
         if len(value) not in (0, 2, 4):
             raise DicomError(f"has an invalid number in ({tag >> 16:04X},{tag & 0xFFFF:04X})")
         return int.from_bytes(value, "little" if self.little_endian else "big") if value else default
 
     def decimal(self, tag: int) -> float | None:
-        """First value of a decimal string (DS or IS), or None when it is missing or empty.
-
-        Raises DicomError when it is not a finite number.
-        """
+        """First value of a decimal string (DS or IS), or None when it is missing or empty."""
         text = self.text(tag).split("\\")[0].strip()
         try:
             value = float(text) if text else 0.0
@@ -123,10 +118,7 @@ class Tags:
         return value if text else None
 
     def frame(self) -> bytes:
-        """The compressed image: its fragments, joined (PS3.5 A.4).
-
-        Raises DicomError when there is none or more than one, or the fragments are damaged or truncated.
-        """
+        """The compressed image: its fragments, joined (PS3.5 A.4). Raises DicomError unless there is exactly one."""
         data = memoryview(self.values[PIXEL_DATA])
         position, fragments = 0, list[memoryview]()
         while position + 8 <= len(data):
@@ -260,8 +252,7 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
     stream = BytesIO(content)
     stream.seek(start)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid values are common and harmless
+        with warnings.catch_warnings(action="ignore"):  # invalid values are common and harmless
             dataset = read_dataset(stream, implicit, little, stop_when=lambda tag, vr, length: tag > last)
         values = {tag: _raw_value(dataset.get_item(tag)) for tag in _WANTED if tag in dataset}
         tags = Tags(syntax, values, little)
@@ -289,8 +280,7 @@ def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
 def _with_luts(tags: Tags, dataset: pydicom.Dataset) -> Tags:
     signed = tags.whole(SIGNED, 0) == 1 or (tags.decimal(INTERCEPT) or 0.0) < 0
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             modality, voi = (_lut(dataset, tag, signed, tags.little_endian) for tag in (MODALITY_LUTS, VOI_LUTS))
     except Exception as error:
         raise DicomError(f"has a look-up table that cannot be applied ({type(error).__name__})") from error

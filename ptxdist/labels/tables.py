@@ -20,13 +20,12 @@ from typing import TextIO
 
 import numpy as np
 
-from ptxdist.dicom.png import SIGNATURE, decode_png, read_png_header
+from ptxdist.dicom.png import SIGNATURE, decode_png
 from ptxdist.errors import DicomError, LabelError
 from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 
 NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}\.png$")  # NIH ChestX-ray14: the first eight digits are the patient
-MAX_PIXELS = 64 * 1024 * 1024  # of a mask image, as of a radiograph
 _FILES_A_TASK = 64
 
 
@@ -95,9 +94,9 @@ def read_mask_folder(folder: Path, executor: Executor = serial) -> MaskFolder:
     """Masks of the PNG files `<image id>.png` in a folder or below it, in the order of their paths.
 
     A pixel is inside the mask when its value is above half of the range of its type (over 127 of 255), or is 1 in a
-    file with no other values than 0 and 1. Grayscale and three equal colour channels are read. `spread` runs the tasks.
-    Raises LabelError when there is no PNG, two have the same name, or a file is damaged or not a mask (its brightest
-    pixel is dark, but not black).
+    file with no other values than 0 and 1. Grayscale and three equal colour channels are read. Raises LabelError when
+    there is no PNG, two have the same name, or a file is damaged or not a mask (its brightest pixel is dark, but not
+    black).
     """
     paths = _find_masks(folder)
     starts = range(0, len(paths), _FILES_A_TASK)
@@ -138,8 +137,7 @@ def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
         content = path.read_bytes() if path.is_file() else b""  # reading a pipe would never end
         if not content.startswith(SIGNATURE):
             raise DicomError("is not a PNG")
-        header = read_png_header(content, MAX_PIXELS, mask=True)
-        values = decode_png(content, header)
+        values = decode_png(content, mask=True)
     except OSError as error:
         raise LabelError(f"{where} cannot be read: {error.strerror}") from None
     except DicomError as error:
@@ -147,7 +145,7 @@ def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
     brightest, half = int(values.max()), int(np.iinfo(values.dtype).max) // 2
     if 1 < brightest <= half:
         raise LabelError(f"{where} is dark (its brightest pixel is {brightest}); a mask must be black and white")
-    return rle.encode(values > (half if brightest > 1 else 0)), (header.rows, header.columns)
+    return rle.encode(values > (half if brightest > 1 else 0)), (values.shape[0], values.shape[1])
 
 
 def line_of(path: Path, case_id: str, text: str) -> int:

@@ -1,4 +1,4 @@
-"""Each transfer syntax gives back the known values through a named decoder; damage is refused; the grey rule holds."""
+"""Each transfer syntax gives back the known values through a named decoder; damage is rejected; the grey rule holds."""
 
 from __future__ import annotations
 
@@ -160,20 +160,20 @@ def test_a_file_cut_off_anywhere_is_refused_or_whole(file_of, syntax: str) -> No
 
 
 @pytest.mark.parametrize("syntax", [*JPEG_FAMILY, uid.JPEG2000Lossless], ids=name_of)
-@pytest.mark.parametrize("mended", [False, True])
-def test_a_cut_image_in_a_whole_file_is_refused(file_of, syntax: str, mended: bool) -> None:  # type: ignore[no-untyped-def]
-    """`mended`: with an end mark, as a device that lost the rest may have written it."""
+@pytest.mark.parametrize("end_mark", [False, True])
+def test_a_cut_image_in_a_whole_file_is_refused(file_of, syntax: str, end_mark: bool) -> None:  # type: ignore[no-untyped-def]
+    """With an end mark: as a device that lost the rest may have written it."""
     pixels, bits = (BLOCKS, 12) if syntax == uid.JPEGExtended12Bit else (EIGHT, 8)
     frame = read_tags(file_of(pixels, syntax, bits=bits), pixels=True).frame().rstrip(b"\0")
     for length in range(len(frame) // 2, len(frame) - 4, max(1, len(frame) // 60)):
-        cut = frame[:length].removesuffix(b"\xff") + (b"\xff\xd9" if mended else b"")
+        cut = frame[:length].removesuffix(b"\xff") + (b"\xff\xd9" if end_mark else b"")
         with pytest.raises(DicomError):
             read_radiograph(file_of(pixels, syntax, bits=bits, frame=cut))
 
 
 @pytest.mark.parametrize(
     ("syntax", "share"),
-    # Of single flipped bits, this many are found. A flip that makes another valid image can be found by nobody.
+    # Share of single flipped bits that is found. A flip that gives another valid image cannot be found.
     [
         *((uid.JPEGBaseline8Bit, 0.2), (uid.JPEGExtended12Bit, 0.2)),
         *((uid.JPEGLosslessSV1, 0.25), (uid.JPEGLSLossless, 0.9)),
@@ -197,7 +197,7 @@ def test_flipped_bits_are_found_as_often_as_can_be_expected(file_of, syntax: str
 
 
 def test_flipped_bits_of_jpeg_lossless_never_spoil_the_image_unseen(file_of) -> None:  # type: ignore[no-untyped-def]
-    """What is not found changes one row, or, where it is the first value of a row that changes, also those below."""
+    """A flip that is not found changes one row; if it changes the first value of a row, also the rows below."""
     content = file_of(EIGHT, uid.JPEGLosslessSV1)
     frame = read_tags(content, pixels=True).frame()
     start = frame.rindex(b"\xff\xda") + 10
@@ -227,8 +227,8 @@ def test_no_decoder_writes_to_the_standard_streams(file_of, capfd, caplog) -> No
                 continue
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
-    os.write(2, b"heard\n")
-    assert capfd.readouterr().err == "heard\n"
+    os.write(2, b"captured\n")
+    assert capfd.readouterr().err == "captured\n"
 
 
 def _with_size(frame: bytes, syntax: str, rows: int, columns: int) -> bytes:
@@ -380,7 +380,7 @@ def test_senseless_windows_and_tables_are_refused(file_of, given: dict[str, obje
 
 
 def test_grey_levels_take_little_memory(file_of) -> None:  # type: ignore[no-untyped-def]
-    """The rule is worked out per value, not per pixel: an image of 12 bits takes its bytes and those of the result."""
+    """The rule is computed per value, not per pixel: an image of 12 bits takes its bytes and those of the result."""
     image = np.tile(TWELVE, (50, 40))
     content = file_of(image, uid.ExplicitVRLittleEndian, bits=12, WindowCenter=1000, WindowWidth=500)
     file = replace(read_tags(content, pixels=True))

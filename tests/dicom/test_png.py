@@ -1,4 +1,4 @@
-"""A PNG of the mirror is read as it is; colour, transparency, damage and bombs are refused."""
+"""A PNG of the mirror is read as it is; colour, transparency, damage and bombs are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One DICOM file: stored values become grey levels by the stated rule; what is no radiograph is refused."""
+"""One DICOM file: stored values become grey levels by the stated rule; everything else is rejected."""
 
 from __future__ import annotations
 
@@ -195,8 +195,7 @@ def test_file_cut_off_anywhere_is_refused_or_whole(written, raw: bool) -> None: 
     accepted = []
     for length in [*range(0, len(content) - 60, 41), *range(len(content) - 60, len(content))]:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with warnings.catch_warnings(action="ignore"):
                 pixels = read_radiograph(content[:length]).pixels
         except DicomError as error:
             assert len(str(error)) > 10  # noqa: PT017  # which reason depends on where the file ends
@@ -232,7 +231,7 @@ def sound_files(file_of) -> dict[tuple[str, bool], bytes]:  # type: ignore[no-un
 def test_damaged_bytes_never_raise_anything_else(
     sound_files: dict[tuple[str, bool], bytes], syntax: str, deep: bool, data: st.DataObject
 ) -> None:
-    """Bytes changed, put in and taken out; the decoders are C, so a crash of this test is a find as well."""
+    """Bytes changed, put in and taken out; the decoders are C, so a crash of this test is a finding as well."""
     content = bytearray(sound_files[syntax, deep])
     frame = max(content.rfind(b"\xfe\xff\x00\xe0"), 0)
     for _ in range(data.draw(st.integers(1, 4))):
@@ -245,8 +244,7 @@ def test_damaged_bytes_never_raise_anything_else(
     if data.draw(st.integers(0, 9)) == 0:
         del content[data.draw(st.integers(0, len(content))) :]
     begin = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(action="error"):
         try:
             radiograph = read_radiograph(bytes(content))
         except DicomError as error:
@@ -289,8 +287,7 @@ def test_all_files_of_pydicom_are_read_right_or_refused_with_a_sentence(capfd: p
     read, refusals = set(), {}
     for path in files:
         begin = time.process_time()
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(action="error"):
             try:
                 radiograph = read_radiograph(read_bytes(path), name=path.name)
             except DicomError as error:
@@ -300,8 +297,7 @@ def test_all_files_of_pydicom_are_read_right_or_refused_with_a_sentence(capfd: p
             finally:
                 assert time.process_time() - begin < 1
         read.add(path.name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             file = pydicom.dcmread(path)
             stored = file.pixel_array.astype(float)
         sign = -1 if file.PhotometricInterpretation == "MONOCHROME1" else 1
@@ -325,8 +321,7 @@ def test_every_messy_file_is_read_the_right_way_round_or_refused(real_data: Path
         except DicomError as error:
             refusals[path.name] = str(error)
             continue
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             file = pydicom.dcmread(path, force=True)
             if "TransferSyntaxUID" not in file.file_meta:
                 file.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian

@@ -1,4 +1,4 @@
-"""mm² only from a spacing that says what it means."""
+"""mm² are computed only from a spacing whose plane is known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Both parsers find the same values; every encoding of a data set is read; what ends too early is refused."""
+"""Both parsers find the same values; every encoding of a data set is read; content that ends too early is rejected."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_unusual_data_sets_are_left_to_pydicom(file_of) -> None:  # type: ignore
 
 
 @pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian])
-def test_a_bare_data_set_is_read_when_it_names_itself(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_data_set_without_a_file_header_is_read_when_it_has_its_uids(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
     content = file_of(IMAGE, syntax)
     bare = content[tags._file_meta(content)[1] :]
     assert np.array_equal(read_radiograph(bare).pixels, IMAGE)
@@ -136,7 +136,7 @@ def test_what_is_no_dicom_file_is_refused(file_of) -> None:  # type: ignore[no-u
 
 
 @pytest.mark.parametrize("syntax", [*ENCODINGS, uid.JPEGBaseline8Bit])
-def test_a_value_cut_short_is_said_to_be_cut_off(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_file_that_ends_within_a_value_is_reported_as_cut_off(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
     content = file_of(IMAGE, syntax)
     with pytest.raises(DicomError, match="cut off"):
         read_radiograph(content[:-90])
@@ -184,8 +184,7 @@ def test_both_parsers_agree_on_the_real_files(real_data: Path) -> None:
     quick = 0
     for path in files:
         content = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             found = walked(content, tags.SIGNED) if content[128:132] == b"DICM" else None
         if found is not None:
             quick += 1

@@ -115,7 +115,7 @@ def test_a_text_that_is_no_mask_of_the_dialect_is_refused(text: str, dialect: Di
         to_siim(text, dialect, 3, 4)
 
 
-def test_dialects_have_names_and_a_wrong_name_is_told_all_of_them() -> None:
+def test_dialects_have_names_and_an_unknown_name_is_answered_with_all_of_them() -> None:
     assert tuple(dialect.name for dialect in DIALECTS) == NAMES
     assert [parse_dialect(name) for name in NAMES] == list(DIALECTS)
     with pytest.raises(SettingsError, match=r"'columns'; expected one of relative-columns, relative-rows, abs"):
@@ -141,7 +141,7 @@ def test_few_masks_of_oblong_images_are_enough(pneumothoraces: list[Mask], diale
     assert any("of neighbouring runs start one" in line and line.startswith("not ") for line in found.evidence)
 
 
-def test_few_masks_of_square_images_are_read_as_columns_and_that_is_said(pneumothoraces: list[Mask]) -> None:
+def test_few_masks_of_square_images_are_read_as_columns_and_the_evidence_says_so(pneumothoraces: list[Mask]) -> None:
     for dialect in (SIIM, ABSOLUTE):
         found = detect(pneumothoraces[:20], dialect)
         assert (found.dialect, found.starts_proven, found.order_proven) == (dialect, True, False)
@@ -150,7 +150,7 @@ def test_few_masks_of_square_images_are_read_as_columns_and_that_is_said(pneumot
         assert any("too few positive images to judge areas and anatomy (20 of 50)" in e for e in found.evidence)
 
 
-def test_masks_of_one_run_are_read_with_relative_starts_and_that_is_said() -> None:
+def test_masks_of_one_run_are_read_with_relative_starts_and_the_evidence_says_so() -> None:
     found = detect_dialect({"a": ("5 3",), "b": ("9 1",), "c": ()}, {"a": (8, 8), "b": (9, 9)})
     assert (found.dialect, found.starts_proven, found.order_proven) == (SIIM, False, False)
     assert any("not ruled out: absolute-columns" in line for line in found.evidence)
@@ -279,7 +279,7 @@ def test_a_dialect_that_is_given_is_not_judged_but_has_to_fit(pneumothoraces: li
         detect_dialect(table, sizes, ABSOLUTE)
 
 
-def test_without_any_image_the_dialect_cannot_be_told() -> None:
+def test_without_any_image_the_dialect_cannot_be_detected() -> None:
     with pytest.raises(LabelError, match="without the size of any image"):
         detect_dialect({"a": ("5 3",)}, {})
 

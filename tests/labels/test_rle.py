@@ -1,4 +1,4 @@
-"""The run-length format: round trips, unions and areas for any mask; what is no such text is refused."""
+"""The run-length format: round trips, unions and areas for any mask; any other text is rejected."""
 
 from __future__ import annotations
 
