@@ -1,25 +1,28 @@
-"""Near-duplicates: images that are almost the same, found in the cache itself.
+"""Near-duplicates: pairs of images that are almost the same, found in the cache itself.
 
-Owns: the perceptual hash, the limits, and the list of a cache. Refuses: nothing. Called by: `preprocess`, for the
-leakage report: a copy of a training image among the held-out ones is a leak that no patient map shows; `report.report`.
+A copy of a training image among the held-out ones is leakage that no patient map shows.
 
-The hash is the usual pHash, longer: signs of the 16x16 lowest frequencies of the discrete cosine transform of the
-32x32 px image against their median, 256 bits. Chest radiographs look alike, so a pair of hashes within `MAX_BITS` is
-only a candidate; it counts when the two images, at 32x32 px, also correlate by at least `MIN_CORRELATION`. Among the
-pairs of 848 real SIIM-ACR images, none a copy of another, the closest differ in 56 bits and correlate by 0.965. Found
-are copies that were encoded, resized, windowed or brightened anew; cropped, turned or mirrored ones are not.
+Owns: near_duplicates.csv. The hash is pHash with 256 bits: the signs of the 16x16 lowest frequencies of the discrete
+cosine transform of the 32x32 pixel image against their median. Chest radiographs look alike, so a pair of hashes within
+`MAX_BITS` is only a candidate; it counts when the two images, at 32x32 pixels, also correlate by at least
+`MIN_CORRELATION`. Among the pairs of 848 real SIIM-ACR images, none a copy of another, the closest differ in 56 bits
+and correlate by 0.965. Copies that were encoded again, resized, windowed or brightened are found; cropped, rotated or
+mirrored ones are not.
 """
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.cache.store import Samples
+from ptxdist import files
+from ptxdist.cache.catalog import Case
+from ptxdist.cache.store import SHARD_CASES, Samples, map_shard, shard_cases, shard_path, store_path
 
 FILE_NAME = "near_duplicates.csv"
 COLUMNS = ("ImageId", "other ImageId", "split", "other split", "same group")
@@ -32,7 +35,7 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def thumbnail(sample: Samples) -> npt.NDArray[np.float32]:
-    """An image of a store, uint8 (size, size), at 32x32 px, float32, by area averaging."""
+    """An image of a store, uint8 (size, size), at 32x32 pixels, float32, by area averaging."""
     small = cv2.resize(sample, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.float32)
 
@@ -47,7 +50,7 @@ def perceptual_hashes(small: npt.NDArray[np.float32]) -> Hashes:
 
 
 def near_duplicates(small: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
-    """Pairs (i < j) of images, float32 (n, 32, 32), that show almost the same. None for fewer than two images."""
+    """Pairs (i < j) of images, float32 (n, 32, 32), that are near-duplicates; [] for fewer than two images."""
     hashes = perceptual_hashes(small)
     flat = small.reshape(len(small), SIDE_PX * SIDE_PX)
     flat = flat - flat.mean(axis=1, keepdims=True)
@@ -64,8 +67,25 @@ def near_duplicates(small: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
     return pairs
 
 
+def find_duplicates(cases: Sequence[Case], cache: Path, size_px: int) -> tuple[int, int]:
+    """Write the list of a cache; the number of pairs with one image on each side of the split, and of all pairs."""
+    rows = [row for row, case in enumerate(cases) if case.split in ("train", "val")]
+    small = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float32)
+    path, block = Path(), np.zeros((0, size_px, size_px), np.uint8)
+    for place, row in enumerate(rows):
+        shard, offset = divmod(row, SHARD_CASES)
+        wanted = shard_path(store_path(cache, size_px), "image", shard)
+        if wanted != path:
+            path, block = wanted, map_shard(wanted, shard_cases(len(cases), shard), size_px)[0]
+        small[place] = thumbnail(block[offset])
+    pairs = [(cases[rows[i]], cases[rows[j]]) for i, j in near_duplicates(small)]
+    table = [(a.case_id, b.case_id, a.split, b.split, str(a.group == b.group).lower()) for a, b in pairs]
+    files.write_table(cache / FILE_NAME, COLUMNS, table, error=None)
+    return sum(a.split != b.split for a, b in pairs), len(pairs)
+
+
 def read_pairs(cache: Path) -> list[tuple[str, str]]:
-    """Image ids of the pairs that a cache lists; none where there is no list."""
+    """Image ids of the pairs that a cache lists; [] when it has no list."""
     path = cache / FILE_NAME
     if not path.is_file():
         return []

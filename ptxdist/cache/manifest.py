@@ -1,6 +1,6 @@
 """The manifest of a cache: what each store is made of, and the checksum of every file.
 
-Owns: manifest.json and the schema number. Refuses: a manifest that is damaged or of a newer schema (StoreError).
+Owns: `manifest.json` and its schema.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from ptxdist.errors import StoreError
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+_SHARD_KEYS = ("shards", "staged")  # the second one is `StoreRecord.pending`
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of one shard: its source, its samples' checksums, and cases that could not be read."""
+    """What the manifest says of one shard: its source, the checksums of its samples, and the cases that failed."""
 
     fingerprint: str
     image_crc32c: str
@@ -30,34 +31,47 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class StoreRecord:
-    """What the manifest says of the store of one size, and of what a run that is not finished has staged for it."""
+    """What the manifest says of the store of one size; `pending` are shards of an unfinished run."""
 
     complete: bool = False
     cases: int = 0
     fingerprint: str = ""
     shards: tuple[ShardRecord, ...] = ()
-    staged: tuple[ShardRecord | None, ...] = ()
+    pending: tuple[ShardRecord | None, ...] = ()
+
+    def records(self, number: int) -> list[ShardRecord]:
+        """The records of one shard, the pending one first; at most two."""
+        found = (*self.pending[number : number + 1], *self.shards[number : number + 1])
+        return [record for record in found if record]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Manifest:
-    """Content of manifest.json: a record per size, and the sha256 of the files that are no shards, by path."""
+    """Content of manifest.json: a record per size, and the sha256 of each file that is not a shard, by path."""
 
     sizes: dict[int, StoreRecord] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
+    def store(self, size_px: int) -> StoreRecord:
+        """The record of one size; an empty one when there is none."""
+        return self.sizes.get(size_px, StoreRecord())
+
+    def shard(self, size_px: int, number: int) -> ShardRecord | None:
+        """The record of one shard: the pending one, or else the one in place."""
+        return next(iter(self.store(size_px).records(number)), None)
+
 
 def read_manifest(cache: Path) -> Manifest:
-    """The manifest of a cache; an empty one when there is none, or one of a former schema.
+    """The manifest of a cache; an empty one when there is none or its schema is older.
 
-    Raises StoreError for a damaged one, and for one of a newer schema.
+    Raises StoreError when it is damaged or its schema is newer.
     """
     path = cache / MANIFEST
     return parse_manifest(path.read_bytes(), path) if path.is_file() else Manifest()
 
 
 def parse_manifest(text: bytes, path: Path | str) -> Manifest:
-    """Content of a manifest, as `read_manifest`; `path` is named in errors."""
+    """As `read_manifest`, from the bytes of the file; errors name `path`."""
     try:
         content = json.loads(text)
         if content["schema"] > SCHEMA:
@@ -68,22 +82,23 @@ def parse_manifest(text: bytes, path: Path | str) -> Manifest:
             raise ValueError("its checksum differs")
         return Manifest({int(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is damaged ({error}); remove it and run `ptxdist preprocess` again") from error
+        raise StoreError(f"{path} is damaged ({error}); remove it and rerun `ptxdist preprocess`") from error
 
 
 def _store_record(entry: dict[str, Any]) -> StoreRecord:
-    records = {
-        name: tuple(
-            shard and ShardRecord(**{**shard, "rejects": tuple(map(tuple, shard["rejects"]))}) for shard in entry[name]
-        )
-        for name in ("shards", "staged")
-    }
-    return StoreRecord(**{**entry, **records})
+    shards, pending = (tuple(record and _shard_record(record) for record in entry.pop(key)) for key in _SHARD_KEYS)
+    return StoreRecord(**entry, shards=shards, pending=pending)
+
+
+def _shard_record(record: dict[str, Any]) -> ShardRecord:
+    return ShardRecord(**{**record, "rejects": tuple(map(tuple, record["rejects"]))})
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """A manifest as it stands in its file."""
+    """The text of manifest.json."""
     sizes = {str(size): asdict(manifest.sizes[size]) for size in sorted(manifest.sizes)}
+    for entry in sizes.values():
+        entry["staged"] = entry.pop("pending")
     content = {"schema": SCHEMA, "sizes": sizes, "files": dict(sorted(manifest.files.items()))}
     content = json.loads(json.dumps(content))  # tuples become lists, as they will be when it is read
     return json.dumps({**content, "sha256": _content_sum(content)}, indent=1)

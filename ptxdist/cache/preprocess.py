@@ -1,35 +1,36 @@
-"""Image files and tables -> a cache: catalog and stores, nothing done twice, nothing lost.
+"""Image files and tables -> a cache: catalog and stores. A rerun keeps what is still right.
 
-Owns: the order in which a cache is written, what of a former run is kept, rejects.csv and missing.csv.
-Refuses: two runs on one cache at once (BusyError), input of which too much is unusable (CatalogError).
-Called by: `cli`. Writing goes from the inside out: shards, coordinates, catalog, and last the manifest that says that a
-store is complete. Whatever is interrupted, the manifest never promises more than is there.
+Owns: the order in which a cache is written, rejects.csv and missing.csv. Refuses: a second writer of a cache
+(BusyError), input of which too much cannot be used (CatalogError).
+
+Shards are written first, then coordinates, catalog and tables, and last the manifest that says that a store is
+complete. After an interruption the manifest never lists more than there is.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ptxdist import files, locks
+from ptxdist.cache.build import build_catalog
 from ptxdist.cache.catalog import (
     FILE_NAME,
     Case,
     Catalog,
     Reject,
-    build_catalog,
     leakage_of,
     read_catalog,
     write_catalog,
 )
-from ptxdist.cache.duplicates import COLUMNS, SIDE_PX, near_duplicates, thumbnail
 from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
+from ptxdist.cache.duplicates import find_duplicates
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
 from ptxdist.cache.render import Shard, shard_fingerprint, write_shard
 from ptxdist.cache.split import FOLDS
@@ -37,9 +38,7 @@ from ptxdist.cache.store import (
     ARRAYS,
     SHARD_CASES,
     damaged_rows,
-    map_shard,
     pending,
-    shard_cases,
     shard_path,
     store_path,
     write_metadata,
@@ -60,12 +59,13 @@ Records = dict[int, dict[int, ShardRecord]]
 
 @dataclass(frozen=True)
 class PreprocessResult:
-    """What a run did: the catalog as written, shards written and reused over all sizes.
+    """The catalog as written, the path of each case's file, and the shards written and kept over all sizes.
 
-    `dealt_anew` tells that the catalog of a former run could not be read, so that order and split are new ones.
+    `dealt_anew` says that the catalog of a former run could not be read, so order and split are new.
     """
 
     catalog: Catalog
+    paths: Mapping[str, str] = field(compare=False, repr=False)
     sizes_px: tuple[int, ...]
     written: int
     reused: int
@@ -88,10 +88,10 @@ def preprocess(
 ) -> PreprocessResult:
     """Build or renew the cache `out` from image files and a label table.
 
-    Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. `spread` says who
-    does the work: `workers` processes if not given. `on_progress` hears ("headers", "images" or "check", done, total).
-    Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more than a tenth of the
-    files cannot be used; StoreError when the disk is full or a worker dies.
+    Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. The work is done by
+    `executor`, or else by `workers` processes. `on_progress` is called with a step, and how much of it is done of how
+    much. Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more than a tenth of
+    the files cannot be used; StoreError when the disk is full or a worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
     is_new = not (out / locks.LOCK).is_file()
@@ -99,12 +99,12 @@ def preprocess(
         with ExitStack() as held, executor or processes(workers) as work:
             if not is_new:
                 held.enter_context(exclusive(out))
-            # Everything that can be wrong with the tables and the headers is found before the first byte is written.
+            # All tables and headers are read before the first byte is written.
             salt = read_salt(out) or secrets.token_bytes(32)
             former, was_there = _former(out), (out / FILE_NAME).is_file()
             if former is None:
                 work.prepare(write_shard.__module__)  # there will be shards to write
-            catalog = build_catalog(
+            catalog, paths = build_catalog(
                 images,
                 labels,
                 patients=patients,
@@ -121,16 +121,16 @@ def preprocess(
                 out.mkdir(parents=True, exist_ok=True)
                 held.enter_context(exclusive(out))
             _keep_salt(out / SALT, salt)
-            result = _write_cache(catalog, former, images, out, sizes, work, on_progress)
+            result = _write_cache(catalog, paths, former, images, out, sizes, work, on_progress)
             return replace(result, dealt_anew=was_there and former is None)
     except OSError as error:
         raise StoreError(
-            f"{out}: writing stopped: {error.strerror}; what is finished stays, and the same command goes on from there"
+            f"{out}: writing stopped: {error.strerror}; finished work is kept, rerun the same command to continue"
         ) from error
 
 
 def _former(out: Path) -> Catalog | None:
-    """The catalog of the run before; None at a first run, and for a damaged one, which is then made from the start."""
+    """The catalog of the former run; None when there is none, or when it is damaged and has to be built again."""
     manifest = read_manifest(out)
     if FILE_NAME in manifest.files and not _is_whole(out, FILE_NAME, manifest):
         return None
@@ -141,6 +141,7 @@ def _former(out: Path) -> Catalog | None:
 
 def _write_cache(
     catalog: Catalog,
+    paths: Mapping[str, str],
     former: Catalog | None,
     images: Path,
     out: Path,
@@ -163,20 +164,19 @@ def _write_cache(
     total, done = sum(len(blocks[number]) for number in todo), 0
     tasks = []
     for number, missing in todo.items():
-        paths = [catalog.paths.get(case.case_id, "") for case in blocks[number]]
-        tasks.append((Shard(number, blocks[number], paths, images), out, missing))
+        sources = [paths.get(case.case_id, "") for case in blocks[number]]
+        tasks.append((Shard(number, blocks[number], sources, images), out, missing))
     for number, written in executor(write_shard, tasks):
         for size, record in written.items():
             records[size][number] = record
-            entry = manifest.sizes.get(size, StoreRecord())
             ready = tuple(records[size].get(index) for index in range(len(blocks)))
-            manifest.sizes[size] = replace(entry, staged=ready)
+            manifest.sizes[size] = replace(manifest.store(size), pending=ready)
         write_manifest(out, manifest)
         done += len(blocks[number])
         on_progress("images", done, total)
 
     unreadable = dict(pair for size in sizes for record in records[size].values() for pair in record.rejects)
-    rejects = (*catalog.rejects, *(Reject(catalog.paths[name], reason) for name, reason in unreadable.items()))
+    rejects = (*catalog.rejects, *(Reject(paths[name], reason) for name, reason in unreadable.items()))
     _refuse_too_many(rejects, catalog, out)
     cases = tuple(
         replace(case, split="rejected", fold=-1) if case.case_id in unreadable else case for case in catalog.cases
@@ -184,7 +184,7 @@ def _write_cache(
     leakage = leakage_of(cases, catalog.leakage.grouped_by)
     final = replace(catalog, cases=cases, rejects=rejects, leakage=leakage)
     final = _put_in_place(final, former, out, prints, manifest, records)
-    return PreprocessResult(final, sizes, len(sizes) * len(blocks) - reused, reused)
+    return PreprocessResult(final, paths, sizes, len(sizes) * len(blocks) - reused, reused)
 
 
 def shards(cases: Sequence[Case]) -> list[Sequence[Case]]:
@@ -195,24 +195,24 @@ def shards(cases: Sequence[Case]) -> list[Sequence[Case]]:
 def _kept_shards(
     out: Path, size: int, manifest: Manifest, prints: Sequence[str], on_progress: Progress
 ) -> dict[int, ShardRecord]:
-    """Shards of a former run, in place or staged, that are still right and whole; other staged files are removed."""
-    store, entry = store_path(out, size), manifest.sizes.get(size, StoreRecord())
+    """Records of the shards, in place or pending, that are still right and whole; other pending files are removed."""
+    store, entry = store_path(out, size), manifest.store(size)
     kept: dict[int, ShardRecord] = {}
     for number, source in enumerate(prints):
-        for record in (*entry.staged[number : number + 1], *entry.shards[number : number + 1]):
-            if record is not None and record.fingerprint == source and _is_there(store, size, number, record):
+        for record in entry.records(number):
+            if record.fingerprint == source and _is_there(store, size, number, record):
                 kept[number] = record
                 break
         else:
             for array in ARRAYS:
                 pending(shard_path(store, array, number)).unlink(missing_ok=True)
-        if entry.shards or entry.staged:
+        if entry.shards or entry.pending:
             on_progress(f"check of {size} px", number + 1, len(prints))
     return kept
 
 
 def _is_there(store: Path, size: int, number: int, record: ShardRecord) -> bool:
-    """Whether both files of a shard are whole, each in its place or staged."""
+    """Whether both files of a shard are whole, each in place or pending."""
     whole = True
     for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
         path = shard_path(store, array, number)
@@ -228,17 +228,17 @@ def _refuse_too_many(rejects: Sequence[Reject], catalog: Catalog, out: Path) -> 
     if len(rejects) <= MAX_REJECTED_SHARE * catalog.reconciliation.files:
         return
     manifest = read_manifest(out)
-    if manifest.files.pop(REJECTS, None):  # the stores stay as they are, but this file speaks of them no more
+    if manifest.files.pop(REJECTS, None):  # the stores stay as they are; this file is no longer about them
         write_manifest(out, manifest)
     _write_rejects(out, rejects)
     raise CatalogError(
         f"{len(rejects)} of {catalog.reconciliation.files} files cannot be used, more than a tenth; "
-        f"the reasons are in {out / REJECTS} (the first one: {rejects[0].path} {rejects[0].reason})"
+        f"the reasons are in {out / REJECTS} (the first: {rejects[0].path} {rejects[0].reason})"
     )
 
 
 def coordinates(cases: Sequence[Case]) -> dict[str, np.ndarray[Any, Any]]:
-    """The values that stand beside the samples in every store, one a case."""
+    """The coordinate arrays of every store, one value a case."""
     return {
         "case_id": np.array([case.case_id for case in cases]),
         "split": np.array([case.split for case in cases]),
@@ -258,7 +258,7 @@ def _put_in_place(
     manifest: Manifest,
     records: Records,
 ) -> Catalog:
-    """Staged shards, coordinates, catalog and tables, then the manifest that declares the stores complete."""
+    """Move pending shards into place, write coordinates, catalog and tables, then declare the stores complete."""
     cases = catalog.labelled
     blocks = shards(cases)
     sides = [[case.case_id, case.split, case.fold] for case in cases]
@@ -271,9 +271,9 @@ def _put_in_place(
         entry.complete and entry.fingerprint == source[size] for size, entry in manifest.sizes.items()
     ) and set(sizes) <= set(manifest.sizes)
     is_counted = former is not None and unchanged and _is_whole(out, DUPLICATES, manifest)
-    for size, entry in manifest.sizes.items():  # what differs is not to be trained on until it is renewed
+    for size, entry in manifest.sizes.items():  # what differs must not be trained on until it is renewed
         manifest.sizes[size] = replace(entry, complete=entry.complete and entry.fingerprint == source[size])
-    for name in TABLES:  # a kill may come before or after each is renewed: until the end, either is right
+    for name in TABLES:  # until the end, either version of each is right: a kill may come in between
         manifest.files.pop(name, None)
     write_manifest(out, manifest)
     for size in sizes:
@@ -289,7 +289,7 @@ def _put_in_place(
     if former is not None and is_counted:
         shared, pairs = former.leakage.near_duplicates_shared, former.leakage.near_duplicates
     else:
-        shared, pairs = _find_duplicates(cases, out, sizes[0])
+        shared, pairs = find_duplicates(cases, out, sizes[0])
     leakage = replace(catalog.leakage, near_duplicates=pairs, near_duplicates_shared=shared)
     catalog = replace(catalog, leakage=leakage)
     _write_rejects(out, catalog.rejects)
@@ -314,23 +314,6 @@ def _renew_metadata(out: Path, size: int, manifest: Manifest, cases: Sequence[Ca
     manifest.files.update({f"{store.name}/{name}": value for name, value in sums.items()})
 
 
-def _find_duplicates(cases: Sequence[Case], out: Path, size: int) -> tuple[int, int]:
-    """Write near_duplicates.csv; the number of pairs with one image on each side of the split, and of all pairs."""
-    rows = [row for row, case in enumerate(cases) if case.split in ("train", "val")]
-    small = np.zeros((len(rows), SIDE_PX, SIDE_PX), np.float32)
-    path, block = Path(), np.zeros((0, size, size), np.uint8)
-    for place, row in enumerate(rows):
-        shard, offset = divmod(row, SHARD_CASES)
-        wanted = shard_path(store_path(out, size), "image", shard)
-        if wanted != path:
-            path, block = wanted, map_shard(wanted, shard_cases(len(cases), shard), size)[0]
-        small[place] = thumbnail(block[offset])
-    pairs = [(cases[rows[i]], cases[rows[j]]) for i, j in near_duplicates(small)]
-    table = [(a.case_id, b.case_id, a.split, b.split, str(a.group == b.group).lower()) for a, b in pairs]
-    files.write_table(out / DUPLICATES, COLUMNS, table, error=None)
-    return sum(a.split != b.split for a, b in pairs), len(pairs)
-
-
 def _is_whole(out: Path, name: str, manifest: Manifest) -> bool:
     return (out / name).is_file() and manifest.files.get(name) == files.sha256(out / name)
 
@@ -345,12 +328,12 @@ def exclusive(out: Path) -> Iterator[None]:
 
 
 def read_salt(cache: Path) -> bytes:
-    """The key of a cache's hashes of paths and patients; b"" when it has none yet."""
+    """The key of a cache's hashes of patients; b"" when it has none yet."""
     return (cache / SALT).read_bytes() if (cache / SALT).is_file() else b""
 
 
 def _keep_salt(path: Path, salt: bytes) -> None:
-    """Store the salt of a new cache; BusyError when another run has given it one since this run looked."""
+    """Write the salt of a new cache; BusyError when another run has written one meanwhile."""
     former = read_salt(path.parent)
     if former and former != salt:
         raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; rerun the command")

@@ -230,7 +230,7 @@ def open_store(cache: Path, size_px: int) -> Store:
         )
     entry, path = manifest.sizes[size_px], store_path(cache, size_px)
     if not entry.complete:
-        raise StoreError(f"{path} is not finished; run `ptxdist preprocess` again, it goes on where it stopped")
+        raise StoreError(f"{path} is not finished; rerun `ptxdist preprocess`, it goes on where it stopped")
     images, masks = (
         tuple(
             map_shard(shard_path(path, name, shard), shard_cases(entry.cases, shard), size_px)[0]
@@ -247,7 +247,7 @@ def map_shard(path: Path, cases: int, size_px: int) -> tuple[Samples, Samples]:
     Raises StoreError when the file is missing, has another length or another index than it must have.
     """
     data, index = shard_layout(cases, size_px * size_px)
-    again = "run `ptxdist preprocess` again to rewrite it"
+    again = "rerun `ptxdist preprocess` to rewrite it"
     try:
         if path.stat().st_size != data + len(index):
             raise StoreError(f"{path} is damaged; {again}")

@@ -128,14 +128,14 @@ def repair(
         with exclusive(cache):
             return _repair(cache, images, executor, on_progress)
     except OSError as error:
-        raise StoreError(f"{cache}: writing stopped: {error.strerror}; the same command goes on from there") from error
+        raise StoreError(f"{cache}: writing stopped: {error.strerror}; rerun the same command to continue") from error
 
 
 def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: Progress) -> list[Damage]:
     damages, manifest = verify(cache, on_progress=on_progress), _finished(cache)
     names = {damage.path for damage in damages}
     if lost := sorted(name for name in names if "/" not in name):
-        raise StoreError(f"{cache / lost[0]} cannot be mended from the rest; run `ptxdist preprocess` again")
+        raise StoreError(f"{cache / lost[0]} cannot be mended from the rest; rerun `ptxdist preprocess`")
     blocks = shards(read_catalog(cache).labelled)
     broken: dict[int, dict[int, ShardRecord]] = {}
     for size, entry in manifest.sizes.items():
@@ -163,7 +163,7 @@ def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: P
     write_manifest(cache, manifest)
     left = verify(cache, on_progress=on_progress)
     if left:
-        raise StoreError(f"{cache / left[0].path} {left[0].reason}, still; run `ptxdist preprocess` again")
+        raise StoreError(f"{cache / left[0].path} {left[0].reason}, still; rerun `ptxdist preprocess`")
     return damages
 
 
@@ -179,7 +179,7 @@ def _replace_shard(cache: Path, number: int, expected: dict[int, ShardRecord], m
         if not same:
             raise StoreError(
                 f"{store_path(cache, size)}: shard {number} comes out differently from the files given with --source; "
-                "run `ptxdist preprocess` again"
+                "rerun `ptxdist preprocess`"
             )
 
 
@@ -192,7 +192,7 @@ def _finished(cache: Path, sizes_px: Iterable[int] | None = None) -> Manifest:
         if size not in manifest.sizes:
             raise StoreError(f"{cache} has no store of {size} px; make it with `ptxdist preprocess … --size {size}`")
         if not manifest.sizes[size].complete:
-            raise StoreError(f"{store_path(cache, size)} is not finished; run `ptxdist preprocess` again")
+            raise StoreError(f"{store_path(cache, size)} is not finished; rerun `ptxdist preprocess`")
     return manifest
 
 

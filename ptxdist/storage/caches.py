@@ -30,8 +30,6 @@ from ptxdist import files, locks
 from ptxdist.cache.manifest import (
     MANIFEST,
     Manifest,
-    ShardRecord,
-    StoreRecord,
     manifest_text,
     parse_manifest,
     read_manifest,
@@ -77,7 +75,7 @@ def local_cache(
     manifest = parse_manifest(content, f"{remote.url}/{MANIFEST}")
     sizes = sorted(manifest.sizes) if sizes_px is None else sorted(set(sizes_px))
     for size in sizes:
-        if not manifest.sizes.get(size, StoreRecord()).complete:
+        if not manifest.store(size).complete:
             raise StoreError(
                 f"{remote.url} has no finished store of {size} px; make it with `ptxdist preprocess … --size {size}`"
             )
@@ -169,7 +167,7 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
 
     def is_there(name: str) -> bool:
         place, there = shards[name], listed.get(name, (-1, ""))
-        return _record(theirs, *place) == _record(mine, *place) and there[0] == (folder / name).stat().st_size
+        return theirs.shard(*place) == mine.shard(*place) and there[0] == (folder / name).stat().st_size
 
     changed = {name: place for name, place in shards.items() if not is_there(name)}
     small = [name for name, sum_ in mine.files.items() if theirs.files.get(name) != sum_ or name not in listed]
@@ -187,11 +185,11 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
             raise _overtaken(remote) from None
 
     for size, entry in mine.sizes.items():  # what is about to change is complete no more
-        before = theirs.sizes.get(size, StoreRecord())
+        before = theirs.store(size)
         if before != entry or any(place[0] == size for place in changed.values()):
             numbers, again = range(len(entry.shards)), set(changed.values())
-            known = tuple(None if (size, number) in again else _record(theirs, size, number) for number in numbers)
-            theirs.sizes[size] = replace(before, complete=False, staged=known)
+            known = tuple(None if (size, number) in again else theirs.shard(size, number) for number in numbers)
+            theirs.sizes[size] = replace(before, complete=False, pending=known)
     for name in TABLES:
         theirs.files.pop(name, None)
     tell(manifest_text(theirs).encode())
@@ -201,9 +199,9 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
         size, number = changed[name]
         left[size, number] -= 1
         if not left[size, number]:  # so that a run after a kill sends the rest only
-            staged = list(theirs.sizes[size].staged)
-            staged[number] = mine.sizes[size].shards[number]
-            theirs.sizes[size] = replace(theirs.sizes[size], staged=tuple(staged))
+            pending = list(theirs.sizes[size].pending)
+            pending[number] = mine.sizes[size].shards[number]
+            theirs.sizes[size] = replace(theirs.sizes[size], pending=tuple(pending))
         if time.monotonic() - told > _TELL_S:
             tell(manifest_text(theirs).encode())
             told = time.monotonic()
@@ -224,13 +222,6 @@ def _shards(manifest: Manifest) -> dict[str, tuple[int, int]]:
         for number in range(len(entry.shards))
         for array in ARRAYS
     }
-
-
-def _record(manifest: Manifest, size: int, number: int) -> ShardRecord | None:
-    """What a manifest says is there of one shard."""
-    entry = manifest.sizes.get(size, StoreRecord())
-    found = [record for record in (*entry.staged[number : number + 1], *entry.shards[number : number + 1]) if record]
-    return found[0] if found else None
 
 
 def _note(folder: Path, manifest: bytes) -> None:

@@ -12,11 +12,20 @@ import cv2
 import numpy as np
 import pytest
 
-from ptxdist.cache.catalog import FILE_NAME, REMOVED, Catalog, build_catalog, hold_out, read_catalog, write_catalog
+from ptxdist.cache.build import build_catalog
+from ptxdist.cache.catalog import FILE_NAME, REMOVED, Catalog, hold_out, read_catalog, write_catalog
 from ptxdist.cache.scan import digest_of
 from ptxdist.errors import CatalogError, LabelError, SettingsError, StoreError
 
 IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
+
+
+def built(*arguments: Any, **options: Any) -> Catalog:
+    return build_catalog(*arguments, **options)[0]
+
+
+def paths_of(*arguments: Any, **options: Any) -> dict[str, str]:
+    return build_catalog(*arguments, **options)[1]
 
 
 def table(folder: Path, *rows: str) -> Path:
@@ -27,13 +36,13 @@ def table(folder: Path, *rows: str) -> Path:
 
 @pytest.fixture(scope="session")
 def small_catalog(small_dataset) -> Catalog:  # type: ignore[no-untyped-def]
-    return build_catalog(small_dataset.dicom, small_dataset.labels, patients=small_dataset.patients, salt=b"s")
+    return built(small_dataset.dicom, small_dataset.labels, patients=small_dataset.patients, salt=b"s")
 
 
 @pytest.fixture(scope="session")
 def real_catalog(real_data: Path) -> Catalog:
     siim = real_data / "siim-real"
-    return build_catalog(siim / "dicom-images", siim / "train-rle.csv.gz", patients=siim / "nih_id.csv", salt=b"s")
+    return built(siim / "dicom-images", siim / "train-rle.csv.gz", patients=siim / "nih_id.csv", salt=b"s")
 
 
 def test_files_and_table_are_reconciled(small_catalog: Catalog) -> None:
@@ -48,10 +57,11 @@ def test_files_and_table_are_reconciled(small_catalog: Catalog) -> None:
 
 def test_cases_know_their_mask_and_size(small_catalog: Catalog, small_dataset) -> None:  # type: ignore[no-untyped-def]
     assert [case.case_id for case in small_catalog.cases] == sorted(small_dataset.images)
+    paths = paths_of(small_dataset.dicom, small_dataset.labels)
     for case in small_catalog.cases:
         assert (case.rows, case.columns) == small_dataset.images[case.case_id].shape
         assert case.area_px == small_dataset.masks[case.case_id].sum()
-        path = small_dataset.dicom / small_catalog.paths[case.case_id]
+        path = small_dataset.dicom / paths[case.case_id]
         assert path.name == f"{case.case_id}.dcm"
         assert case.digest == digest_of(path.read_bytes())
         assert case.decoder
@@ -75,10 +85,10 @@ def test_patients_stay_on_one_side_and_nothing_names_them(small_catalog: Catalog
 
 
 def test_split_is_the_same_whatever_the_folder_names_and_the_salt(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    small_catalog = build_catalog(small_dataset.dicom, small_dataset.labels, patients=small_dataset.patients, salt=b"s")
+    small_catalog = built(small_dataset.dicom, small_dataset.labels, patients=small_dataset.patients, salt=b"s")
     for number, path in enumerate(sorted(small_dataset.dicom.rglob("*.dcm"), reverse=True)):
         shutil.copy(path, tmp_path / f"{number:02}")
-    moved = build_catalog(tmp_path, small_dataset.labels, patients=small_dataset.patients, salt=b"other")
+    moved = built(tmp_path, small_dataset.labels, patients=small_dataset.patients, salt=b"other")
     salted: dict[str, Any] = {"group": ""}
     assert [replace(case, **salted) for case in moved.cases] == [
         replace(case, **salted) for case in small_catalog.cases
@@ -87,13 +97,13 @@ def test_split_is_the_same_whatever_the_folder_names_and_the_salt(small_dataset,
 
 
 def test_patient_id_groups_nothing_when_it_is_one_per_image(small_dataset) -> None:  # type: ignore[no-untyped-def]
-    assert build_catalog(small_dataset.dicom, small_dataset.labels).leakage.grouped_by == "nothing"
+    assert built(small_dataset.dicom, small_dataset.labels).leakage.grouped_by == "nothing"
 
 
 def test_patient_id_groups_when_images_share_it(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     for number in range(6):
         write_dicom(tmp_path / f"{number}.dcm", IMAGE, f"1.{number}", PatientID=f"person {number // 2}")
-    catalog = build_catalog(tmp_path, table(tmp_path, *(f"1.{number},-1" for number in range(6))))
+    catalog = built(tmp_path, table(tmp_path, *(f"1.{number},-1" for number in range(6))))
     assert (catalog.leakage.grouped_by, catalog.leakage.groups) == ("PatientID", 3)
 
 
@@ -102,7 +112,7 @@ def test_image_that_the_map_lacks_is_a_group_of_its_own(tmp_path: Path, write_di
         write_dicom(tmp_path / f"{number}.dcm", IMAGE, f"1.{number}", PatientID="the same for all")
     patients = tmp_path / "patients.csv"
     patients.write_text("id,patient\n1.0,P\n1.1,P\n")
-    catalog = build_catalog(tmp_path, table(tmp_path, *(f"1.{n},-1" for n in range(4))), patients=patients)
+    catalog = built(tmp_path, table(tmp_path, *(f"1.{n},-1" for n in range(4))), patients=patients)
     assert catalog.leakage.groups == 3
 
 
@@ -110,7 +120,7 @@ def test_copies_are_counted_and_other_content_of_the_same_id_is_rejected(tmp_pat
     first = write_dicom(tmp_path / "a.dcm", IMAGE, "1.1")
     shutil.copy(first, tmp_path / "b.dcm")
     write_dicom(tmp_path / "c.dcm", IMAGE[::-1], "1.1")
-    catalog = build_catalog(tmp_path, table(tmp_path, "1.1,-1"))
+    catalog = built(tmp_path, table(tmp_path, "1.1,-1"))
     assert catalog.reconciliation.duplicates == 1
     assert [(reject.path, reject.reason) for reject in catalog.rejects] == [
         ("c.dcm", "has another content than the file used for its id 1.1")
@@ -119,7 +129,7 @@ def test_copies_are_counted_and_other_content_of_the_same_id_is_rejected(tmp_pat
 
 def test_table_id_without_a_file_may_have_an_image_of_another_size(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     write_dicom(tmp_path / "a.dcm", IMAGE, "1.1")
-    catalog = build_catalog(tmp_path, table(tmp_path, "1.1,-1", "1.2,5000 10", "1.2,5005 10"))
+    catalog = built(tmp_path, table(tmp_path, "1.1,-1", "1.2,5000 10", "1.2,5005 10"))
     assert catalog.missing == ("1.2",)
     assert catalog.reconciliation.table_overlapping == 1
 
@@ -133,7 +143,7 @@ def cases_of(folder: Path, write_dicom: Any, *numbers: int, **tags: Any) -> None
 
 
 def build(folder: Path, former: Catalog | None, *rows: str, **options: Any) -> Catalog:
-    return build_catalog(folder / "dicom", table(folder, *rows), former=former, salt=b"s", folds=4, **options)
+    return built(folder / "dicom", table(folder, *rows), former=former, salt=b"s", folds=4, **options)
 
 
 def rows_of(catalog: Catalog) -> list[str]:
@@ -152,9 +162,9 @@ def test_nothing_changed_gives_the_same_catalog(tmp_path: Path, write_dicom) -> 
     first = build(tmp_path, None, *NEGATIVE)
     assert build(tmp_path, first, *NEGATIVE) == first
     write_catalog(first, tmp_path / FILE_NAME)
-    again = build(tmp_path, read_catalog(tmp_path), *NEGATIVE)
-    assert again == first
-    assert again.paths == first.paths == {f"1.3{number:02}": f"{number:02}.dcm" for number in range(12)}
+    assert build(tmp_path, read_catalog(tmp_path), *NEGATIVE) == first
+    paths = paths_of(tmp_path / "dicom", table(tmp_path, *NEGATIVE), former=first)
+    assert paths == {f"1.3{number:02}": f"{number:02}.dcm" for number in range(12)}
 
 
 def test_cases_that_come_stand_behind_those_that_are_there(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
@@ -257,9 +267,9 @@ def test_second_image_of_a_patient_joins_the_first_and_moves_nobody(tmp_path: Pa
 def test_other_seed_or_number_of_folds_splits_anew(tmp_path: Path, write_dicom, change: dict[str, Any]) -> None:  # type: ignore[no-untyped-def]
     cases_of(tmp_path, write_dicom, *range(20))
     labels = table(tmp_path, *NEGATIVE)
-    first = build_catalog(tmp_path / "dicom", labels, salt=b"s")
-    renewed = build_catalog(tmp_path / "dicom", labels, salt=b"s", former=first, **change)
-    assert renewed == build_catalog(tmp_path / "dicom", labels, salt=b"s", **change)
+    first = built(tmp_path / "dicom", labels, salt=b"s")
+    renewed = built(tmp_path / "dicom", labels, salt=b"s", former=first, **change)
+    assert renewed == built(tmp_path / "dicom", labels, salt=b"s", **change)
     assert folds_of(renewed) != folds_of(first)
 
 
@@ -280,7 +290,7 @@ def test_moved_file_is_the_same_case(tmp_path: Path, write_dicom) -> None:  # ty
     shutil.move(tmp_path / "dicom" / "03.dcm", tmp_path / "dicom" / "elsewhere.dcm")
     second = build(tmp_path, first, *NEGATIVE)
     assert second.cases == first.cases
-    assert second.paths["1.303"] == "elsewhere.dcm"
+    assert paths_of(tmp_path / "dicom", table(tmp_path, *NEGATIVE))["1.303"] == "elsewhere.dcm"
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------
@@ -289,19 +299,19 @@ def test_moved_file_is_the_same_case(tmp_path: Path, write_dicom) -> None:  # ty
 def test_folder_of_files_that_are_all_unusable_is_refused_with_the_first_reason(tmp_path: Path) -> None:
     (tmp_path / "a.dcm").write_text("nothing")
     with pytest.raises(CatalogError, match=r"none of 1 files is usable; the first one is not a DICOM file"):
-        build_catalog(tmp_path, table(tmp_path, "1.1,-1"))
+        built(tmp_path, table(tmp_path, "1.1,-1"))
 
 
 def test_table_of_another_data_set_is_refused(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(CatalogError, match=r"none of the 24 images in .* has a row in .*labels.csv"):
-        build_catalog(small_dataset.dicom, table(tmp_path, "1.1,-1"))
+        built(small_dataset.dicom, table(tmp_path, "1.1,-1"))
 
 
 def test_mask_past_its_image_is_refused_with_file_line_and_id(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     write_dicom(tmp_path / "a.dcm", IMAGE, "1.1")
     labels = table(tmp_path, "1.2,-1", "1.1,0 64", "1.1,60 5")
     with pytest.raises(LabelError) as caught:
-        build_catalog(tmp_path, labels)
+        built(tmp_path, labels)
     assert str(caught.value) == (
         f"{labels}, line 4: the mask of 1.1 does not fit its image: a run ends at pixel 65, past the 8x8 image "
         "(64 pixels) (read as relative-columns, which fits 1 of 2 masks; correct the mask, or give another encoding "
@@ -316,18 +326,19 @@ def test_patient_map_without_any_known_id_is_refused_with_its_path(small_dataset
     with pytest.raises(
         LabelError, match=r"patients.csv: none of the 24 images in it; its first column must be"
     ) as caught:
-        build_catalog(small_dataset.dicom, small_dataset.labels, patients=patients)
+        built(small_dataset.dicom, small_dataset.labels, patients=patients)
     assert caught.value.exit_code == 4
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-def test_catalog_survives_write_and_read(small_catalog: Catalog, tmp_path: Path) -> None:
+def test_catalog_survives_write_and_read(small_catalog: Catalog, small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     write_catalog(small_catalog, tmp_path / FILE_NAME)
     assert read_catalog(tmp_path) == small_catalog
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-    assert not any(path in (tmp_path / FILE_NAME).read_text() for path in small_catalog.paths.values())
+    paths = paths_of(small_dataset.dicom, small_dataset.labels).values()
+    assert not any(path in (tmp_path / FILE_NAME).read_text() for path in paths)
     summary = json.loads(json.dumps(small_catalog.summary()))
     assert summary["split"]["train"]["cases"] + summary["split"]["val"]["cases"] == 23
 
@@ -343,7 +354,7 @@ def test_catalog_survives_write_and_read(small_catalog: Catalog, tmp_path: Path)
         ),
         (
             lambda lines: [lines[0].replace('"schema": 2', '"schema": 1'), *lines[1:]],
-            "has schema 1, this ptxdist reads 2: run `ptxdist preprocess` again",
+            "has schema 1, this ptxdist reads 2: rerun `ptxdist preprocess`",
         ),
         (lambda lines: ["[]"], "is damaged"),
         (lambda lines: [""], "is damaged"),
@@ -413,9 +424,10 @@ def test_real_patients_share_nothing_in_the_grouped_split(real_catalog: Catalog)
 
 
 def test_real_patient_id_groups_nothing(real_catalog: Catalog, real_data: Path, tmp_path: Path) -> None:
-    for case_id, path in [(case.case_id, real_catalog.paths[case.case_id]) for case in real_catalog.labelled[:40]]:
-        (tmp_path / f"{case_id}.dcm").symlink_to(real_data / "siim-real" / "dicom-images" / path)
-    catalog = build_catalog(tmp_path, real_data / "siim-real" / "train-rle.csv.gz")
+    files = {path.stem: path for path in (real_data / "siim-real" / "dicom-images").rglob("*.dcm")}
+    for case in real_catalog.labelled[:40]:
+        (tmp_path / f"{case.case_id}.dcm").symlink_to(files[case.case_id])
+    catalog = built(tmp_path, real_data / "siim-real" / "train-rle.csv.gz")
     assert (catalog.leakage.grouped_by, catalog.leakage.groups) == ("nothing", 40)
 
 
@@ -434,7 +446,7 @@ def mask_folder(tmp_path: Path, write_dicom) -> tuple[Path, Path]:  # type: igno
 
 
 def test_mask_images_are_labels(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
-    catalog = build_catalog(*mask_folder(tmp_path, write_dicom))
+    catalog = built(*mask_folder(tmp_path, write_dicom))
     assert [(case.case_id, case.area_px, bool(case.masks)) for case in catalog.cases] == [
         ("1.0", 8, True),
         ("1.1", 0, False),
@@ -444,14 +456,14 @@ def test_mask_images_are_labels(tmp_path: Path, write_dicom) -> None:  # type: i
 
 def test_mask_images_have_no_dialect(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(SettingsError, match=r"holds mask images, which have no dialect; leave out --dialect"):
-        build_catalog(*mask_folder(tmp_path, write_dicom), dialect="absolute-rows")
+        built(*mask_folder(tmp_path, write_dicom), dialect="absolute-rows")
 
 
 def test_mask_image_of_another_size_is_refused(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     dicom, masks = mask_folder(tmp_path, write_dicom)
     assert cv2.imwrite(str(masks / "1.0.png"), np.zeros((8, 16), np.uint8))
-    with pytest.raises(LabelError, match=r"the mask of 1\.0 has 16x8 px, its image 8x8 px"):
-        build_catalog(dicom, masks)
+    with pytest.raises(LabelError, match=r"the mask of 1\.0 has 16x8 pixels, its image 8x8;"):
+        built(dicom, masks)
 
 
 def test_a_dialect_that_few_masks_cannot_prove_is_said_to_be_not_proven(small_catalog: Catalog) -> None:

@@ -40,7 +40,7 @@ def test_full_disk_leaves_the_old_store_and_the_next_run_ends_well(renewal: Rene
     renewal.run(sizes_px=(*SIZES, 128))
     expected, renewal.cache = digests(renewal.cache), small_disk / "cache"
     before = digests(renewal.cache)
-    with pytest.raises(StoreError, match=r"writing stopped: No space left on device; what is finished stays") as caught:
+    with pytest.raises(StoreError, match=r"writing stopped: No space left on device; finished work is kept") as caught:
         renewal.run(sizes_px=(*SIZES, 128))
     assert caught.value.exit_code == 7
     assert not list(renewal.cache.rglob("*.tmp"))
@@ -74,8 +74,7 @@ def test_write_that_fails_at_any_length_stops_with_a_sentence(small_dataset, tmp
     message = answer.get(timeout=60)
     process.join()
     assert message == (
-        f"StoreError: {out}: writing stopped: File too large; what is finished stays, "
-        "and the same command goes on from there"
+        f"StoreError: {out}: writing stopped: File too large; finished work is kept, rerun the same command to continue"
     )
     assert not list(out.rglob("*.tmp"))
     result = preprocess(data.dicom, data.labels, out, sizes_px=(64,))
@@ -86,6 +85,6 @@ def test_folder_that_cannot_be_written_to_stops_with_a_sentence(small_dataset, t
     out = tmp_path / "cache"
     out.mkdir()
     (out / "32.zarr").write_text("a file where a folder has to be")
-    with pytest.raises(StoreError, match=r"writing stopped: .*; what is finished stays") as caught:
+    with pytest.raises(StoreError, match=r"writing stopped: .*; finished work is kept") as caught:
         preprocess(small_dataset.dicom, small_dataset.labels, out, sizes_px=(32,))
     assert caught.value.exit_code == 7

@@ -141,7 +141,7 @@ def test_renewal_killed_at_any_moment_keeps_the_old_or_ends_in_the_new(renewal: 
         renewal.run()
         assert digests(renewal.cache) == expected, kill
     assert readable >= 5
-    assert refusals == {"/32.zarr is not finished; run `ptxdist preprocess` again"}
+    assert refusals == {"/32.zarr is not finished; rerun `ptxdist preprocess`"}
 
 
 @pytest.mark.slow

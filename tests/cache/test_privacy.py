@@ -31,7 +31,7 @@ def test_no_identifier_of_a_patient_is_in_the_cache(small_cache, small_dataset) 
     files = [*small_dataset.dicom.rglob("*.dcm"), small_dataset.patients]
     source = b"".join(path.read_bytes() + str(path.relative_to(small_dataset.dicom.parent)).encode() for path in files)
     assert secrets_in(source) == list(SECRETS)
-    assert all("Quagmire_Zebulon" in path for path in small_cache[1].catalog.paths.values())
+    assert all("Quagmire_Zebulon" in path for path in small_cache[1].paths.values())
     assert_files_keep_secrets(small_cache[0])
     assert (small_cache[0] / "salt").stat().st_mode & 0o077 == 0
 

@@ -35,7 +35,7 @@ def test_bad_files_become_rejects_and_stop_nothing(small_dataset, tmp_path: Path
         assert found[name].startswith(reason)
     assert {reject.path: reject.reason for reject in result.catalog.rejects} == rejects_of(out)
     [rejected] = [case for case in read_catalog(out).cases if case.split == "rejected"]
-    assert (result.catalog.paths[rejected.case_id], rejected.fold) == (truncated, -1)
+    assert (result.paths[rejected.case_id], rejected.fold) == (truncated, -1)
     store = open_store(out, 48)
     index = store.column("case_id").tolist().index(rejected.case_id)
     assert Counter(store.column("split").tolist())["rejected"] == 1

@@ -16,7 +16,8 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from ptxdist.cache import render
-from ptxdist.cache.catalog import REMOVED, Case, Catalog, build_catalog
+from ptxdist.cache.build import build_catalog
+from ptxdist.cache.catalog import REMOVED, Case, Catalog
 from ptxdist.cache.render import Shard, differing_cases, fit_square, resize, shard_fingerprint, write_shard
 from ptxdist.cache.scan import digest_of
 from ptxdist.cache.store import ARRAYS, damaged_rows, map_shard, pending, shard_path, store_path
@@ -58,8 +59,13 @@ def test_growing_is_bilinear() -> None:
 
 
 @pytest.fixture(scope="module")
-def small_catalog(small_dataset) -> Catalog:  # type: ignore[no-untyped-def]
+def built(small_dataset) -> tuple[Catalog, dict[str, str]]:  # type: ignore[no-untyped-def]
     return build_catalog(small_dataset.dicom, small_dataset.labels, salt=b"s")
+
+
+@pytest.fixture(scope="module")
+def small_catalog(built: tuple[Catalog, dict[str, str]]) -> Catalog:
+    return built[0]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +134,11 @@ def test_a_change_of_the_transform_has_a_number(file_of, tmp_path: Path) -> None
 
 
 @pytest.fixture
-def shard(small_catalog: Catalog, small_dataset) -> Shard:  # type: ignore[no-untyped-def]
+def shard(built: tuple[Catalog, dict[str, str]], small_dataset) -> Shard:  # type: ignore[no-untyped-def]
     """The labelled cases of `small_dataset`, with a removed one in row 2."""
-    cases = [*small_catalog.labelled[:2], REMOVED, *small_catalog.labelled[2:]]
-    return Shard(0, cases, [small_catalog.paths.get(case.case_id, "") for case in cases], small_dataset.dicom)
+    catalog, paths = built
+    cases = [*catalog.labelled[:2], REMOVED, *catalog.labelled[2:]]
+    return Shard(0, cases, [paths.get(case.case_id, "") for case in cases], small_dataset.dicom)
 
 
 def samples(out: Path, size: int, cases: int, array: str) -> npt.NDArray[np.uint8]:

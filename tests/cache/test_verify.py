@@ -161,7 +161,7 @@ def test_what_is_no_finished_cache_is_refused(cache: Path, tmp_path: Path) -> No
     manifest = read_manifest(cache)
     manifest.sizes[96] = replace(manifest.sizes[96], complete=False)
     write_manifest(cache, manifest)
-    with pytest.raises(StoreError, match=r"96.zarr is not finished; run `ptxdist preprocess` again"):
+    with pytest.raises(StoreError, match=r"96.zarr is not finished; rerun `ptxdist preprocess`"):
         verify(cache)
     assert verify(cache, sizes_px=[64]) == []
 
@@ -241,7 +241,7 @@ def test_what_only_preprocess_can_make_is_left_to_it(cache: Path, small_dataset,
     before = digests(cache)
     flip(cache / name, (cache / name).stat().st_size // 2)
     damaged = digests(cache)
-    with pytest.raises(StoreError, match=f"{name} cannot be mended from the rest; run `ptxdist preprocess` again"):
+    with pytest.raises(StoreError, match=f"{name} cannot be mended from the rest; rerun `ptxdist preprocess`"):
         repair(cache, small_dataset.dicom)
     assert digests(cache) == damaged
     data = small_dataset
@@ -255,7 +255,7 @@ def test_repair_from_files_that_are_no_longer_the_same_changes_nothing(cache: Pa
     flip_row(cache, 2)
     before = digests(cache)
     min(dicom.rglob("*.dcm")).unlink()
-    with pytest.raises(StoreError, match=r"64.zarr: shard 0 comes out differently .* run `ptxdist preprocess` again"):
+    with pytest.raises(StoreError, match=r"64.zarr: shard 0 comes out differently .* rerun `ptxdist preprocess`"):
         repair(cache, dicom)
     assert digests(cache) == before
 

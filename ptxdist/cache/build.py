@@ -1,0 +1,240 @@
+"""Image files, label table and patient map -> Catalog, in three steps: read, join, split.
+
+Files without a row in the table are unlabelled, never negative. When a cache is renewed, cases keep their row and their
+fold; a new case takes the row of a removed one or goes to the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ptxdist.cache.catalog import REMOVED, Case, Catalog, Reconciliation, Reject, leakage_of
+from ptxdist.cache.scan import ScannedFile, scan
+from ptxdist.cache.split import FOLDS, Leakage, assign_folds
+from ptxdist.dicom.radiograph import Header, hash_text
+from ptxdist.errors import CatalogError, LabelError, SettingsError
+from ptxdist.executor import Executor, serial
+from ptxdist.labels import rle
+from ptxdist.labels.dialect import SIIM, Dialect, detect_dialect, parse_dialect, to_siim
+from ptxdist.labels.tables import line_of, read_labels, read_mask_folder, read_patients
+
+_MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
+
+OnFile = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What was read: mask texts, sizes of mask images (None for a table), patients and usable files, all by image id.
+
+    `rejects` are the other files, `duplicates` counts copies of usable ones. `files` counts all candidates, and
+    `other_files` what is no candidate.
+    """
+
+    masks: Mapping[str, tuple[str, ...]]
+    mask_sizes: Mapping[str, tuple[int, int]] | None
+    patient_of: Mapping[str, str]
+    usable: Mapping[str, tuple[Header, ScannedFile]]
+    rejects: tuple[Reject, ...]
+    duplicates: int
+    files: int
+    other_files: int
+
+
+@dataclass(frozen=True)
+class _Labelled:
+    """Cases in the order of their ids, without group and fold, and how their masks were read."""
+
+    cases: list[Case]
+    reconciliation: Reconciliation
+    dialect: str
+    proven: bool
+    evidence: tuple[str, ...]
+
+
+def build_catalog(
+    images: Path,
+    labels: Path,
+    *,
+    patients: Path | None = None,
+    former: Catalog | None = None,
+    folds: int = FOLDS,
+    seed: int = 0,
+    salt: bytes = b"",
+    dialect: str | None = None,
+    skip: Collection[Path] = (),
+    executor: Executor = serial,
+    on_file: OnFile = lambda done, total: None,
+) -> tuple[Catalog, dict[str, str]]:
+    """Build the catalog of the files below `images`; also returns the path of each case's file below that folder.
+
+    Without a `former` catalog the result depends on the content of the files only, not on their order; with one, cases
+    keep their rows and folds. `labels` is a table or a folder of mask images. The mask encoding of a table is detected
+    unless `dialect` names it. `skip` are folders to leave out. `on_file` is called with (files done, files).
+    Raises CatalogError when no usable file is found, LabelError as `read_labels`, `read_patients`, `detect_dialect`,
+    and for a mask that does not fit its image.
+    """
+    encoding = parse_dialect(dialect) if dialect else None
+    if encoding and labels.is_dir():
+        raise SettingsError(f"{labels} holds mask images, which have no dialect; leave out --dialect {dialect}")
+    inputs = _read(images, labels, patients, salt, skip, executor, on_file)
+    labelled = _join(inputs, labels, encoding)
+    cases, leakage = _split(labelled.cases, inputs.patient_of, former, folds, seed, salt)
+    catalog = Catalog(
+        cases=cases,
+        reconciliation=labelled.reconciliation,
+        leakage=leakage,
+        rejects=inputs.rejects,
+        missing=tuple(case_id for case_id in inputs.masks if case_id not in inputs.usable),
+        dialect=labelled.dialect,
+        dialect_proven=labelled.proven,
+        evidence=labelled.evidence,
+        seed=seed,
+        folds=folds,
+    )
+    return catalog, {case_id: file.path for case_id, (_, file) in inputs.usable.items()}
+
+
+def _read(
+    images: Path,
+    labels: Path,
+    patients: Path | None,
+    salt: bytes,
+    skip: Collection[Path],
+    executor: Executor,
+    on_file: OnFile,
+) -> _Inputs:
+    """Read tables and headers; CatalogError or LabelError when they do not belong together."""
+    folder = read_mask_folder(labels, executor) if labels.is_dir() else None
+    masks = folder.masks if folder else read_labels(labels)
+    patient_of = read_patients(patients) if patients else {}
+    scanned, others = scan(images, salt=salt, skip=(*skip, labels), executor=executor, on_file=on_file)
+    usable: dict[str, tuple[Header, ScannedFile]] = {}
+    rejects: list[Reject] = []
+    duplicates = 0
+    for file in scanned:
+        if file.header is None:
+            rejects.append(Reject(file.path, file.reason))
+            continue
+        case_id = file.header.case_id
+        _, first = usable.setdefault(case_id, (file.header, file))
+        if first is not file and first.digest == file.digest:
+            duplicates += 1
+        elif first is not file:  # reasons are kept in the cache, so this one names no path
+            rejects.append(Reject(file.path, f"has another content than the file used for its id {case_id}"))
+    if not usable:
+        raise CatalogError(f"{images}: none of {len(scanned)} files is usable; the first one {rejects[0].reason}")
+    if not usable.keys() & masks.keys():
+        raise CatalogError(
+            f"none of the {len(usable)} images in {images} has a row in {labels}: do both belong to the same data set?"
+        )
+    if patients and not usable.keys() & patient_of.keys():
+        raise LabelError(f"{patients}: none of the {len(usable)} images in it; its first column must be the image id")
+    sizes = folder.sizes if folder else None
+    return _Inputs(masks, sizes, patient_of, usable, tuple(rejects), duplicates, len(scanned), others)
+
+
+def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
+    """Join the files with their masks; LabelError for a mask that does not fit its image."""
+    masks = inputs.masks
+    sizes = {case_id: (header.rows, header.columns) for case_id, (header, _) in inputs.usable.items()}
+    if inputs.mask_sizes is not None:
+        _refuse_other_sizes(labels, inputs.mask_sizes, sizes)
+        encoding, name, proven = SIIM, "mask images", True  # `read_mask_folder` encodes them so
+        evidence: tuple[str, ...] = (f"{len(masks):,} mask images have the size of their radiographs",)
+    else:
+        detection = detect_dialect(
+            masks, sizes, encoding, lambda case_id, text: f"{labels}, line {line_of(labels, case_id, text)}"
+        )
+        encoding, evidence = detection.dialect, detection.evidence
+        name, proven = encoding.name, detection.starts_proven and detection.order_proven
+    cases = [_case(*inputs.usable[case_id], masks.get(case_id), encoding) for case_id in sorted(inputs.usable)]
+    several = [texts for texts in masks.values() if len(texts) > 1]
+    reconciliation = Reconciliation(
+        table_rows=sum(max(1, len(texts)) for texts in masks.values()),
+        table_images=len(masks),
+        table_positive=sum(bool(texts) for texts in masks.values()),
+        table_several_masks=len(several),
+        table_overlapping=sum(rle.overlap(texts, encoding.starts) for texts in several),
+        files=inputs.files,
+        other_files=inputs.other_files,
+        duplicates=inputs.duplicates,
+        labelled=sum(case.masks is not None for case in cases),
+        positive=sum(bool(case.masks) for case in cases),
+        unlabelled=sum(case.masks is None for case in cases),
+        ids_without_file=len(masks.keys() - inputs.usable.keys()),
+    )
+    return _Labelled(cases, reconciliation, name, proven, evidence)
+
+
+def _refuse_other_sizes(
+    labels: Path, mask_sizes: Mapping[str, tuple[int, int]], sizes: Mapping[str, tuple[int, int]]
+) -> None:
+    for case_id, size in mask_sizes.items():
+        if case_id in sizes and sizes[case_id] != size:
+            mask, image = (f"{columns}x{rows}" for rows, columns in (size, sizes[case_id]))
+            raise LabelError(
+                f"{labels}: the mask of {case_id} has {mask} pixels, its image {image}; they must be of one size"
+            )
+
+
+def _case(header: Header, file: ScannedFile, texts: tuple[str, ...] | None, encoding: Dialect) -> Case:
+    masks = None if texts is None else tuple(to_siim(text, encoding, header.rows, header.columns) for text in texts)
+    return Case(
+        case_id=header.case_id,
+        digest=file.digest,
+        decoder=header.decoder,
+        rows=header.rows,
+        columns=header.columns,
+        group=header.patient,
+        masks=masks,
+        area_px=rle.area_px(masks or (), header.rows, header.columns),
+        view=header.view,
+        sex=header.sex,
+        age=header.age,
+    )
+
+
+def _split(
+    cases: list[Case], patient_of: Mapping[str, str], former: Catalog | None, folds: int, seed: int, salt: bytes
+) -> tuple[tuple[Case, ...], Leakage]:
+    """Group and split the cases and put them in the order of their rows; also returns what the split leaks."""
+    cases, grouped_by = _group(cases, patient_of, salt)
+    has_map, known = bool(patient_of), {}
+    # A map that comes or goes makes another split; one more image of a known PatientID only joins two cases.
+    if former and (former.seed, former.folds, former.leakage.grouped_by == "patient map") == (seed, folds, has_map):
+        known = {case.case_id: case.fold for case in former.cases if case.fold >= 0}
+    labelled = [case for case in cases if case.masks is not None]
+    groups, areas = [case.group for case in labelled], [case.area_px for case in labelled]
+    found = assign_folds([case.case_id for case in labelled], groups, areas, folds=folds, seed=seed, known=known)
+    labelled = [
+        replace(case, fold=fold, split="train" if fold else "val") for case, fold in zip(labelled, found, strict=True)
+    ]
+    ordered = (*_arrange(labelled, former), *(case for case in cases if case.masks is None))
+    return ordered, leakage_of(labelled, grouped_by)
+
+
+def _group(cases: list[Case], patient_of: Mapping[str, str], salt: bytes) -> tuple[list[Case], str]:
+    """Cases with their final group, by the map, else by PatientID, else each its own; and what groups them."""
+    if patient_of:
+        names = {case_id: f"patient {patient}" for case_id, patient in patient_of.items()}
+        return [
+            replace(case, group=hash_text(names.get(case.case_id, case.case_id), salt)) for case in cases
+        ], "patient map"
+    cases = [case if case.group else replace(case, group=hash_text(case.case_id, salt)) for case in cases]
+    groups = len({case.group for case in cases})
+    return cases, "PatientID" if groups < len(cases) else "nothing"
+
+
+def _arrange(cases: Sequence[Case], former: Catalog | None) -> list[Case]:
+    """Labelled cases in the order of their rows; new ones take the rows of removed ones or go to the end."""
+    left = {case.case_id: case for case in cases}
+    rows = [left.pop(case.case_id, REMOVED) for case in former.labelled] if former else []
+    new = iter(left.values())
+    rows = [next(new, REMOVED) if case is REMOVED else case for case in rows]
+    rows += new
+    while rows and rows[-1] is REMOVED:
+        rows.pop()
+    return list(cases) if rows.count(REMOVED) > _MAX_REMOVED_SHARE * len(rows) else rows
