@@ -1,7 +1,7 @@
-"""Radiographs with masks outlined: for the report, the contact sheet of a cache, and eyes.
+"""Radiographs with outlined masks, for the report and the contact sheet of a cache.
 
-Owns: colours and layout of pictures. Refuses: nothing. Called by: `report.report`, `cli`. Colours are two of Okabe and
-Ito's palette, told apart by colour-blind readers too; truth is drawn solid, a prediction dashed.
+The two colours are from Okabe and Ito's palette, which colour-blind readers can distinguish; truth is solid, a
+prediction dashed.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Colour = npt.NDArray[np.uint8]
 def outline(
     image: Pixels, truth: npt.NDArray[np.generic], prediction: npt.NDArray[np.generic] | None = None, side_px: int = 512
 ) -> Colour:
-    """Square picture uint8 (side, side, 3), RGB: the image uint8 (n, n) with the outlines of masks (m, m).
+    """Square RGB picture uint8 (side, side, 3) of an image uint8 (n, n) with the outlines of masks (m, m).
 
-    Masks of any number type, 0 outside; sizes may differ from the image's.
+    Masks have any number type and are 0 outside; their size may differ from the image's.
     """
     grey = cv2.resize(
         image, (side_px, side_px), interpolation=cv2.INTER_AREA if side_px < len(image) else cv2.INTER_CUBIC
@@ -54,13 +54,13 @@ def outline_path(mask: npt.NDArray[np.generic], side_px: int = 512) -> str:
     """The outlines of a square mask (m, m), 0 outside, as SVG path data in a box of side_px; "" for an empty mask."""
     scale = side_px / len(mask)
     found, _ = cv2.findContours((mask != 0).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    # Half a px of the picture is not seen, and leaves a tenth of the points.
+    # A tolerance of half a pixel cannot be seen and leaves a tenth of the points.
     parts = [(cv2.approxPolyDP(contour, 0.5 / scale, True)[:, 0] + 0.5) * scale for contour in found]
     return "".join("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z" for part in parts)
 
 
 def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
-    """Pictures uint8 (side, side, 3) of one side in rows, black where the last row is not full; at least one."""
+    """At least one picture uint8 (side, side, 3), all of one side, in rows; the rest of the last row is black."""
     side = len(pictures[0])
     rows = -(-len(pictures) // columns)
     sheet = np.zeros((rows * side, min(columns, len(pictures)) * side, 3), np.uint8)
@@ -73,7 +73,7 @@ def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
 def draw_contact_sheet(cache: Path) -> Path:
     """Draw up to 24 cases of a cache with their masks outlined, and return the PNG's path.
 
-    Half of them are positive, more where there are not twelve negative ones.
+    Twelve are positive, or more if there are fewer than twelve negative ones.
     """
     cases, sizes = read_catalog(cache).labelled, sorted(read_manifest(cache).sizes)
     store = open_store(cache, sizes[0] if sizes else 256)

@@ -1,10 +1,8 @@
-"""Cases -> samples: the transform from a Radiograph and its masks to what a store holds, a shard at a time.
+"""Cases -> samples: the transform from radiographs and masks to a shard of a store.
 
-Owns: the transform and its number. Refuses: nothing; a file that cannot be used becomes a row of zeros with a reason.
-Called by: `preprocess` and `verify`, in any process.
-
-The transform: the image is padded to a square with black, centred, then resized by area averaging (bilinear when it has
-to grow); the mask, as 0 and 255, goes the same way, which leaves each px the share of its area inside the mask.
+Owns: the transform and its number. The image is padded with black to a centred square and resized by area averaging
+(bilinearly when it grows). The mask, as 0 and 255, is transformed likewise, so each pixel becomes the share of its area
+inside the mask. A file that cannot be used becomes a row of zeros, with a reason.
 """
 
 from __future__ import annotations
@@ -27,16 +25,16 @@ from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import DicomError
 from ptxdist.labels import rle
 
-TRANSFORM = 2  # counts changes of the transform: a new number rewrites every shard
+TRANSFORM = 2  # raised by every change of the transform, which rewrites every shard
 
 
 class PassingError(DicomError):
-    """A file that could be read when the catalog was built, and may be the next time."""
+    """A file that could be read when the catalog was built and may be readable again."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One task: the cases of a shard with their files below `root` ("" for a removed case, whose row is zeros)."""
+    """The cases of a shard with their files below `root` ("" for a removed case, whose row is zeros)."""
 
     number: int
     cases: Sequence[Case]
@@ -45,7 +43,7 @@ class Shard:
 
 
 def fit_square(pixels: Pixels) -> Pixels:
-    """Pad uint8 (height, width) with 0 to a square, the image in its middle; a square comes back as it is."""
+    """Pad uint8 (height, width) with 0 to a centred square; a square is returned unchanged."""
     height, width = pixels.shape
     side = max(height, width)
     top, left = (side - height) // 2, (side - width) // 2
@@ -55,24 +53,24 @@ def fit_square(pixels: Pixels) -> Pixels:
 
 
 def resize(square: Pixels, size_px: int) -> Pixels:
-    """Resize a square uint8 image by area averaging, or bilinearly when it has to grow."""
+    """Resize a square uint8 image by area averaging, or bilinearly when it grows."""
     shrinks = size_px <= len(square)
     resized = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return np.asarray(resized, dtype=np.uint8)
 
 
 def shard_fingerprint(cases: Sequence[Case], size_px: int) -> str:
-    """What decides a shard's bytes: the code of the transform, the files, their decoders, and the masks."""
+    """Hash of what determines a shard's bytes: the transform, the files, their decoders, and the masks."""
     sources = [[case.case_id, case.digest, case.decoder, case.masks] for case in cases]
     return fingerprint(TRANSFORM, size_px, f"cv2 {cv2.__version__}", sources)
 
 
 def write_shard(shard: Shard, out: Path, sizes_px: Sequence[int]) -> tuple[int, dict[int, ShardRecord]]:
-    """One task of `preprocess`: decode each file once and write the shard at each size."""
+    """A task of `preprocess`: decode each file once and write the shard at each size."""
     rejects: list[tuple[str, DicomError]] = []
-    with ExitStack() as open_files:
+    with ExitStack() as stack:
         writers = {
-            (size, array): open_files.enter_context(
+            (size, array): stack.enter_context(
                 shard_writer(shard_path(store_path(out, size), array, shard.number), len(shard.cases), size)
             )
             for size in sizes_px
@@ -83,14 +81,14 @@ def write_shard(shard: Shard, out: Path, sizes_px: Sequence[int]) -> tuple[int, 
     lasting = not any(isinstance(error, PassingError) for _, error in rejects)
     records = {}
     for size in sizes_px:
-        source = shard_fingerprint(shard.cases, size) if lasting else ""  # "": the next run makes the shard anew
+        source = shard_fingerprint(shard.cases, size) if lasting else ""  # "": the next run rewrites the shard
         image, mask = (writers[size, array].crc32c for array in ARRAYS)
         records[size] = ShardRecord(source, image, mask, tuple((case_id, str(error)) for case_id, error in rejects))
     return shard.number, records
 
 
 def differing_cases(shard: Shard, records: dict[int, ShardRecord]) -> tuple[int, dict[str, str]]:
-    """One task of `verify --source`: reason for each case whose file would not give the samples of the records."""
+    """A task of `verify --source`: reason for each case whose file does not give the samples of the records."""
     rejects: list[tuple[str, DicomError]] = []
     found = {}
     made = {(row, size, array): crc32c(sample) for row, size, array, sample in _samples(shard, tuple(records), rejects)}
@@ -107,8 +105,8 @@ def differing_cases(shard: Shard, records: dict[int, ShardRecord]) -> tuple[int,
 def _samples(
     shard: Shard, sizes_px: Sequence[int], rejects: list[tuple[str, DicomError]]
 ) -> Iterator[tuple[int, int, str, Pixels]]:
-    """(row, size, array, sample) of every case that can be read, empty masks left out; the others go to `rejects`."""
-    cv2.setNumThreads(1)  # processes share the cores; one image is too small to be shared out
+    """(row, size, array, sample) of every case that can be read, without empty masks; the others go to `rejects`."""
+    cv2.setNumThreads(1)  # the processes use all cores already
     for row, (case, path) in enumerate(zip(shard.cases, shard.paths, strict=True)):
         if not case.digest:
             continue
@@ -132,5 +130,5 @@ def _read_image(case: Case, path: Path) -> Pixels:
     except DicomError as error:
         raise PassingError(str(error)) from error
     if digest_of(content) != case.digest:
-        raise PassingError("was changed while it was being read; run the command again")
+        raise PassingError("was changed while it was read; rerun the command")
     return fit_square(read_radiograph(content, name=path.name).pixels)

@@ -1,7 +1,6 @@
-"""A folder of image files -> what their headers say, in parallel.
+"""A folder of image files -> their headers, read in parallel.
 
-Owns: which files are candidates. Refuses: folders without a candidate, or that cannot be read (CatalogError). Called
-by: `catalog` and `verify`.
+Owns: which files are candidates. Refuses: folders without a candidate, or that cannot be read (CatalogError).
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ _FILES_A_TASK = 64
 
 @dataclass(frozen=True)
 class ScannedFile:
-    """One candidate: its path below the folder, a hash of its bytes, and its header, or the reason for its refusal.
+    """One candidate: its path below the folder, a hash of its bytes, and its header.
 
-    `header` is None for a refused file; `reason` says why. The path is for the run alone: folders may be named after
-    patients, so it is written nowhere but in rejects.csv.
+    `header` is None for a file that cannot be used; `reason` says why. The path is written to rejects.csv only, since
+    folders may be named after patients.
     """
 
     path: str
@@ -44,8 +43,9 @@ def scan(
 ) -> tuple[list[ScannedFile], int]:
     """Every candidate below `root` in the order of the paths, and the number of other files.
 
-    `skip` are folders to pass over. Headers are read at every run: it takes a fraction of hashing the file, and finds
-    out when this version would decode it with another decoder. Raises CatalogError when there is no candidate.
+    `skip` are folders to leave out. `on_file` is called with (files done, files). Headers are read on every run: this
+    takes a fraction of the time of hashing and shows when a file's decoder has changed. Raises CatalogError when there
+    is no candidate.
     """
     names, others = find_files(root, skip)
     if not names:
@@ -65,7 +65,7 @@ def scan(
 
 
 def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tuple[int, list[ScannedFile]]:
-    """One task: `start` comes back with the results, which arrive in any order."""
+    """A task; `start` is returned with the results, which arrive in any order."""
     files = []
     for name in names:
         digest, header, reason = "", None, ""
@@ -80,17 +80,16 @@ def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tu
 
 
 def digest_of(content: bytes) -> str:
-    """What tells one content of a file from another: the first half of its sha256, in hex."""
+    """Hash of a file's content: the first half of its sha256, in hex."""
     return hashlib.sha256(content).hexdigest()[:32]
 
 
 def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]:
     """Paths of the candidates below a folder, sorted, and the number of other files.
 
-    Links to folders are not followed, since they may lead round in circles; each counts as one of the other files.
-
-    A candidate ends in .dcm, .dicom or .ima, or has no suffix (a UID's last number is none). Only where there is none
-    of them, PNG files are candidates: the mirror of the challenge's images.
+    A candidate ends in .dcm, .dicom or .ima, or has no suffix (a UID's last number is none). PNG files are candidates
+    only where there is no such file. Links to folders are not followed, since they may form a cycle; each counts as one
+    of the other files.
     """
     if not root.is_dir():
         raise CatalogError(f"{root}: no such folder; give the folder that holds the DICOM files")
@@ -98,24 +97,24 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
     png: list[str] = []
     others = 0
 
-    def unreadable(error: OSError) -> None:  # left to itself, os.walk passes over what it may not read
+    def unreadable(error: OSError) -> None:  # os.walk ignores these errors by default
         raise CatalogError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
 
     top = os.path.realpath(root)
-    passed_over = {os.path.realpath(path) for path in skip}
+    skipped = {os.path.realpath(path) for path in skip}
     for folder, below, names in os.walk(top, onerror=unreadable):
-        if passed_over:
-            below[:] = [name for name in below if os.path.join(folder, name) not in passed_over]
+        if skipped:
+            below[:] = [name for name in below if os.path.join(folder, name) not in skipped]
         others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
-        here = folder[len(top) :].lstrip(os.sep)
+        below_top = folder[len(top) :].lstrip(os.sep)
         for name in names:
             suffix = os.path.splitext(name)[1].lower()
             if name.startswith("."):
                 others += 1
             elif suffix in DICOM_SUFFIXES or suffix[1:].isdigit():
-                dicom.append(os.path.join(here, name))
+                dicom.append(os.path.join(below_top, name))
             elif suffix == ".png":
-                png.append(os.path.join(here, name))
+                png.append(os.path.join(below_top, name))
             else:
                 others += 1
     return (sorted(dicom), others + len(png)) if dicom else (sorted(png), others)

@@ -1,7 +1,4 @@
-"""Who learns and who validates: folds that keep patients together, and what a split leaks.
-
-Owns: the split rule. Refuses: nothing. Called by: `catalog`, `learn`, `cluster`.
-"""
+"""Training and validation sides: folds that keep patients together, and what a split leaks."""
 
 from __future__ import annotations
 
@@ -14,17 +11,17 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-FOLDS = 10  # a hold-out is fold 0 of so many: 10 % of the cases
+FOLDS = 10  # fold 0 is held out: 10 % of the cases
 AREA_STRATA_PX = (4_000, 16_000)  # small, medium and large masks: about a third of the real ones each
 
 
 @dataclass(frozen=True)
 class Leakage:
-    """How far validation shares patients with training, beside what a random split of the same size would do.
+    """How many validation cases share a patient with training, compared with random splits of the same size.
 
-    `grouped_by` says where the groups come from: "patient map", "PatientID" or "nothing". The random shares are
-    fractions of the validation cases and of the positive ones among them. `near_duplicates` are pairs of images that
-    look the same (see `duplicates`), `near_duplicates_shared` those with one image on each side.
+    `grouped_by` is "patient map", "PatientID" or "nothing". The random shares are fractions of the validation cases and
+    of the positive ones among them. `near_duplicates` counts pairs of images that look the same (see `duplicates`),
+    `near_duplicates_shared` those with one image on each side.
     """
 
     grouped_by: str
@@ -49,14 +46,14 @@ def assign_folds(
     seed: int = 0,
     known: Mapping[str, int] | None = None,
 ) -> list[int]:
-    """Fold of each case: no group in two folds, folds alike in negatives and in small, medium and large masks.
+    """Fold of each case: no group is in two folds; folds are alike in negatives and small, medium and large masks.
 
-    The groups are dealt out, those with most positives first, each to the fold that lacks its strata most. The result
-    depends on the ids, on who shares a group and on the areas (0: negative); not on the order of the cases, nor on
-    how groups are called (a salted name would change the split). No cases give an empty list.
+    Groups are assigned in order of decreasing positives, each to the fold that lacks its strata most. The result
+    depends on the ids, on which cases share a group and on the areas (0: negative), not on the order of the cases or
+    the names of the groups. No cases give an empty list.
 
-    `known` are the folds of a former split, which cases keep when others come or go; only a group whose cases are in
-    several of them is joined, in the fold where most of it is.
+    `known` are folds of a former split, which these cases keep. A group whose cases are in several folds moves to the
+    one that has most of them.
     """
     known = known or {}
     members: dict[str, list[int]] = {}
@@ -81,7 +78,7 @@ def assign_folds(
     result = [0] * len(case_ids)
     for group in sorted(members, key=turn):
         if group not in fold_of:
-            # Growth of the squared fill: least where the strata of this group are emptiest.
+            # Growth of the squared fill, smallest where the strata of this group are emptiest.
             growth = (((have + counts[group]) / fair_share) ** 2 - (have / fair_share) ** 2).sum(axis=1)
             fold_of[group] = int(np.argmin(growth))
             have[fold_of[group]] += counts[group]
@@ -92,14 +89,14 @@ def assign_folds(
 
 
 class Folded(Protocol):
-    """What has a fold, such as a Case; -1 stands for none."""
+    """An object with a fold, such as a Case; -1 is no fold."""
 
     @property
     def fold(self) -> int: ...  # noqa: D102
 
 
 def split_indices(cases: Iterable[Folded], fold: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Positions of the cases to train on, and of those that `fold` holds out, both int64; no fold is neither."""
+    """Indices, int64, of the cases to train on and of those in `fold`; cases without a fold are in neither."""
     own = np.array([case.fold for case in cases], np.int64)
     return np.flatnonzero((own >= 0) & (own != fold)), np.flatnonzero(own == fold)
 

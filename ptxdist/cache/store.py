@@ -11,8 +11,7 @@ followed by the zarr index (offset and length of each inner chunk, then a crc32c
 sliced like an array: many times faster than fancy indexing through zarr (`tests/benchmarks`). Empty masks are not
 written: they are holes in the file, which read as zeros.
 
-Owns: the names and bytes of stores; the manifest is `manifest`'s. Refuses: stores that are unfinished or
-damaged. Called by: `preprocess` (writes), `verify`, `train.dataset`, `report.report` and `cli` (read).
+Owns: the names and bytes of stores. Refuses: stores that are not finished or damaged (StoreError).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ GEOMETRY = (
     "the image is padded with 0 to a square of max(rows, columns), floor of half the difference at the top and left, "
     "then resized by area averaging (bilinear when it grows); mask likewise: the share of the px's area in it, of 255"
 )
-_NO_CHUNK = 2**64 - 1  # how the zarr sharding codec marks an inner chunk that is not there
+_NO_CHUNK = 2**64 - 1  # the zarr sharding codec marks a missing inner chunk so
 
 Samples = npt.NDArray[np.uint8]
 
@@ -57,12 +56,12 @@ def shard_path(store: Path, array: str, shard: int) -> Path:
 
 
 def shard_count(cases: int) -> int:
-    """Number of shards that hold so many cases."""
+    """Number of shards of a store with so many cases."""
     return -(-cases // SHARD_CASES)
 
 
 def shard_cases(cases: int, shard: int) -> int:
-    """Number of cases in one shard of a store of so many."""
+    """Number of cases in one shard of a store with so many cases."""
     return min(SHARD_CASES, cases - shard * SHARD_CASES)
 
 
@@ -119,7 +118,7 @@ class ShardWriter:
 
 
 def shard_layout(cases: int, sample_bytes: int) -> tuple[int, bytes]:
-    """Bytes of samples in a shard of so many cases, and the zarr index that follows them."""
+    """Number of bytes of the samples in a shard of so many cases, and the zarr index that follows them."""
     chunks, chunk_bytes = -(-cases // CHUNK_CASES), CHUNK_CASES * sample_bytes
     index = np.full((SHARD_CASES // CHUNK_CASES, 2), _NO_CHUNK, dtype="<u8")
     index[:chunks, 0] = np.arange(chunks, dtype=np.uint64) * chunk_bytes
@@ -131,10 +130,10 @@ def shard_layout(cases: int, sample_bytes: int) -> tuple[int, bytes]:
 def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDArray[Any]]) -> dict[str, str]:
     """Write the zarr metadata and the coordinate arrays, each (case,), around the shard files.
 
-    Everything is made in a folder beside the store and moved in file by file, metadata of the group last. Returns the
-    sha256 of each file by its path below the store.
+    The files are written to a folder beside the store and moved in one by one, the metadata of the group last. Returns
+    the sha256 of each file by its path below the store.
     """
-    import zarr  # takes longer to import than all else here, and the workers that write shards do without it
+    import zarr  # slow to import, and the workers that write shards do not need it
 
     cases = len(coordinates["case_id"])
     draft = store.with_name(store.name + ".tmp")
@@ -165,7 +164,7 @@ def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDAr
                 chunks=(max(1, cases),),
                 dtype=str if text else values.dtype,
                 dimension_names=("case",),
-                # zarr leaves out a chunk of only zeros, and the chunk of a former run would stay in its place
+                # without it zarr writes no chunk of zeros, and the chunk of a former run would stay
                 config={"write_empty_chunks": True},
             )
             array[:] = values.astype(object) if text else values
@@ -176,7 +175,7 @@ def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDAr
     for path in paths:
         files.move(draft / path, store / path)
     shutil.rmtree(draft)
-    for name in ARRAYS:  # shards of cases that are no longer there
+    for name in ARRAYS:  # shards past the last case
         for folder in (store / name / "c").iterdir():
             if folder.name.isdigit() and int(folder.name) >= shard_count(cases):
                 shutil.rmtree(folder)
@@ -185,7 +184,7 @@ def write_metadata(store: Path, size_px: int, coordinates: Mapping[str, npt.NDAr
 
 @dataclass(frozen=True)
 class Store:
-    """An open store: shard files mapped read-only, gathered like one array."""
+    """An open store, its shard files mapped read-only."""
 
     path: Path
     size_px: int
@@ -202,7 +201,7 @@ class Store:
             mask[row] = self.masks[shard][offset]
 
     def sample(self, index: int) -> tuple[Samples, Samples]:
-        """Views of one image and one mask, uint8 (size, size), straight from the mapped file."""
+        """Views of one image and one mask, uint8 (size, size), of the mapped file."""
         shard, offset = divmod(index, SHARD_CASES)
         return self.images[shard][offset], self.masks[shard][offset]
 
@@ -218,8 +217,8 @@ class Store:
 def open_store(cache: Path, size_px: int) -> Store:
     """Open and map the store of one size; checks completeness, schema, file sizes and shard indexes.
 
-    Raises StoreError naming what is missing or damaged, and the command that mends it. The samples' own checksums are
-    compared by `verify`.
+    Raises StoreError that names what is missing or damaged and the command that repairs it. `verify` compares the
+    checksums of the samples.
     """
     manifest = read_manifest(cache)
     if size_px not in manifest.sizes:
@@ -230,7 +229,7 @@ def open_store(cache: Path, size_px: int) -> Store:
         )
     entry, path = manifest.sizes[size_px], store_path(cache, size_px)
     if not entry.complete:
-        raise StoreError(f"{path} is not finished; rerun `ptxdist preprocess`, it goes on where it stopped")
+        raise StoreError(f"{path} is not finished; rerun `ptxdist preprocess`, finished work is kept")
     images, masks = (
         tuple(
             map_shard(shard_path(path, name, shard), shard_cases(entry.cases, shard), size_px)[0]
@@ -242,33 +241,33 @@ def open_store(cache: Path, size_px: int) -> Store:
 
 
 def map_shard(path: Path, cases: int, size_px: int) -> tuple[Samples, Samples]:
-    """Samples (cases, size, size) of one shard file, and what fills up its last chunk.
+    """Samples (cases, size, size) of one shard file, and the filling of its last chunk (fewer than 16, size, size).
 
-    Raises StoreError when the file is missing, has another length or another index than it must have.
+    Raises StoreError when the file is missing or its length or index is wrong.
     """
     data, index = shard_layout(cases, size_px * size_px)
-    again = "rerun `ptxdist preprocess` to rewrite it"
+    remedy = "rerun `ptxdist preprocess` to rewrite it"
     try:
         if path.stat().st_size != data + len(index):
-            raise StoreError(f"{path} is damaged; {again}")
+            raise StoreError(f"{path} is damaged; {remedy}")
         content = np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise StoreError(f"{path} {what}; {again}") from error
+        raise StoreError(f"{path} {what}; {remedy}") from error
     if content[data:].tobytes() != index:
-        raise StoreError(f"{path} is damaged; {again}")
+        raise StoreError(f"{path} is damaged; {remedy}")
     samples = np.asarray(content[:data]).reshape(-1, size_px, size_px)
     return samples[:cases], samples[cases:]
 
 
 def damaged_rows(path: Path, size_px: int, sums: str) -> dict[int, str]:
-    """Reason for each row of a shard file whose bytes do not have the checksums `sums`; row -1 is the whole file."""
+    """Reason for each row of a shard file that differs from its checksum in `sums`; row -1 is the whole file."""
     expected = [sums[start : start + 8] for start in range(0, len(sums), 8)]
     try:
         samples, filling = map_shard(path, len(expected), size_px)
     except StoreError as error:
         return {-1: str(error).removeprefix(f"{path} ").split(";")[0]}
-    found = {-1: "holds something past its last case"} if filling.any() else {}
+    found = {-1: "contains data past its last case"} if filling.any() else {}
     for row, (sample, right) in enumerate(zip(samples, expected, strict=True)):
         if crc32c(sample) != right:
             found[row] = "has another checksum than when it was written"

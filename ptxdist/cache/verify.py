@@ -1,7 +1,6 @@
-"""Is a cache still what was written, and what its files would give again?
+"""Compare a cache with its manifest and with its image files, and repair it.
 
-Owns: the comparison of a cache with its manifest and with its source, and its mending. Refuses: to mend what it cannot
-make out (StoreError with the command that can). Called by: `cli`, and by `run.pipeline` before a training.
+Refuses: damage that it cannot repair (StoreError that names the command that can).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing that is wrong: a file below the cache, what is wrong with it, and the cases concerned."""
+    """A damaged file: its path below the cache, what is wrong with it, and the cases concerned."""
 
     path: str
     reason: str
@@ -36,10 +35,10 @@ class Damage:
 def verify(
     cache: Path, *, sizes_px: Sequence[int] | None = None, on_progress: Progress = lambda step, done, total: None
 ) -> list[Damage]:
-    """Compare every byte of a cache with the checksums in its manifest (of the given sizes, or all).
+    """Compare every byte of a cache with the checksums in its manifest, for these sizes or all.
 
-    An empty list means that all is as it was written. Raises StoreError when there is no finished store to compare, or
-    when the manifest itself is damaged.
+    An empty list means that the cache is as it was written. Raises StoreError when there is no finished store, or when
+    the manifest itself is damaged.
     """
     manifest = _finished(cache, sizes_px)
     sizes = manifest.sizes if sizes_px is None else sizes_px
@@ -55,7 +54,7 @@ def verify(
 
 
 def _damage_of(path: Path, sum_: str) -> str:
-    """What is wrong with a small file that must have this sha256; "" for nothing."""
+    """What is wrong with a file that must have this sha256; "" for nothing."""
     try:
         return "" if files.sha256(path) == sum_ else "has another checksum than when it was written"
     except FileNotFoundError:
@@ -71,7 +70,7 @@ def _compare(
     for size in sizes:
         entry = manifest.sizes[size]
         for number, record in enumerate(entry.shards):
-            block = blocks[number] if number < len(blocks) else ()  # a catalog of something else is found above
+            block = blocks[number] if number < len(blocks) else ()  # a catalog of another cache is reported by `verify`
             for array, sums in zip(ARRAYS, (record.image_crc32c, record.mask_crc32c), strict=True):
                 path = shard_path(store_path(cache, size), array, number)
                 found = damaged_rows(path, size, sums)
@@ -86,9 +85,9 @@ def _compare(
 def verify_source(
     cache: Path, images: Path, *, executor: Executor = serial, on_progress: Progress = lambda step, done, total: None
 ) -> list[Damage]:
-    """Decode every file again and compare what comes out with the manifest: does the cache still show these files?
+    """Decode every image file again and compare the samples with the manifest.
 
-    Files are found by their content, wherever below `images` they are now.
+    Files are found by their content, wherever below `images` they are.
     """
     manifest, blocks = _finished(cache), shards(read_catalog(cache).labelled)
     paths = _find(images, blocks, executor, on_progress)
@@ -118,12 +117,12 @@ def repair(
     executor: Executor = serial,
     on_progress: Progress = lambda step, done, total: None,
 ) -> list[Damage]:
-    """Mend what `verify` finds, from the catalog and the image files; returns what was wrong.
+    """Repair what `verify` finds, from the catalog and the image files; returns what was wrong.
 
     Raises StoreError when the catalog or the manifest is damaged, when `images` is needed and not given, or when the
-    files there no longer give the same samples: then `ptxdist preprocess` has to make the cache anew.
+    image files give other samples; `ptxdist preprocess` repairs these. BusyError when another process writes the cache.
     """
-    _finished(cache)  # before a lock is put into a folder that is no cache
+    _finished(cache)  # before a lock file is written to a folder that is no cache
     try:
         with exclusive(cache):
             return _repair(cache, images, executor, on_progress)
@@ -135,7 +134,7 @@ def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: P
     damages, manifest = verify(cache, on_progress=on_progress), _finished(cache)
     names = {damage.path for damage in damages}
     if lost := sorted(name for name in names if "/" not in name):
-        raise StoreError(f"{cache / lost[0]} cannot be mended from the rest; rerun `ptxdist preprocess`")
+        raise StoreError(f"{cache / lost[0]} cannot be repaired from the rest; rerun `ptxdist preprocess`")
     blocks = shards(read_catalog(cache).labelled)
     broken: dict[int, dict[int, ShardRecord]] = {}
     for size, entry in manifest.sizes.items():
@@ -143,7 +142,7 @@ def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: P
             if any(shard_path(store_path(Path(), size), array, number).as_posix() in names for array in ARRAYS):
                 broken.setdefault(number, {})[size] = record
     if broken and images is None:
-        raise StoreError(f"{len(broken)} shards are damaged; give the image files with --source to make them anew")
+        raise StoreError(f"{len(broken)} shards are damaged; give the image files with --source to rewrite them")
     if broken and images is not None:
         paths = _find(images, [blocks[number] for number in broken], executor, on_progress)
         tasks = [
@@ -163,7 +162,7 @@ def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: P
     write_manifest(cache, manifest)
     left = verify(cache, on_progress=on_progress)
     if left:
-        raise StoreError(f"{cache / left[0].path} {left[0].reason}, still; rerun `ptxdist preprocess`")
+        raise StoreError(f"{cache / left[0].path} {left[0].reason} after the repair too; rerun `ptxdist preprocess`")
     return damages
 
 
@@ -178,13 +177,13 @@ def _replace_shard(cache: Path, number: int, expected: dict[int, ShardRecord], m
                 pending(path).unlink()
         if not same:
             raise StoreError(
-                f"{store_path(cache, size)}: shard {number} comes out differently from the files given with --source; "
+                f"{store_path(cache, size)}: the files given with --source give another shard {number}; "
                 "rerun `ptxdist preprocess`"
             )
 
 
 def _finished(cache: Path, sizes_px: Iterable[int] | None = None) -> Manifest:
-    """The manifest, when the stores of these sizes, or all, are complete; else StoreError."""
+    """The manifest; StoreError unless the stores of these sizes, or all, are complete."""
     manifest = read_manifest(cache)
     if not manifest.sizes:
         raise StoreError(f"{cache} is not a ptxdist cache (no {MANIFEST}); make one with `ptxdist preprocess`")
@@ -197,7 +196,7 @@ def _finished(cache: Path, sizes_px: Iterable[int] | None = None) -> Manifest:
 
 
 def _find(images: Path, blocks: Sequence[Sequence[Case]], executor: Executor, on_progress: Progress) -> dict[str, str]:
-    """Path below `images` of the cases' files, by the digest of their bytes."""
+    """Paths below `images` of the cases' files, by the digest of their content."""
     wanted = {case.digest for block in blocks for case in block}
     found, _ = scan(images, executor=executor, on_file=lambda done, total: on_progress("headers", done, total))
     return {file.digest: file.path for file in found if file.digest in wanted}
@@ -206,7 +205,7 @@ def _find(images: Path, blocks: Sequence[Sequence[Case]], executor: Executor, on
 def refuse_damaged(
     cache: Path, sizes_px: Sequence[int], *, on_progress: Progress = lambda step, done, total: None
 ) -> None:
-    """StoreError that names the first damage and its cases, when the stores of these sizes are not as written."""
+    """Raise a StoreError that names the first damage and its cases when the stores of these sizes are damaged."""
     damages = verify(cache, sizes_px=sizes_px, on_progress=on_progress)
     if damages:
         first = damages[0]
@@ -214,5 +213,5 @@ def refuse_damaged(
         cases = f" (cases {', '.join(first.cases[:3])}{more})" if first.cases else ""
         raise StoreError(
             f"{cache / first.path} {first.reason}{cases}; "
-            f"mend it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
+            f"repair it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
         )

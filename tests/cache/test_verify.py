@@ -241,7 +241,7 @@ def test_what_only_preprocess_can_make_is_left_to_it(cache: Path, small_dataset,
     before = digests(cache)
     flip(cache / name, (cache / name).stat().st_size // 2)
     damaged = digests(cache)
-    with pytest.raises(StoreError, match=f"{name} cannot be mended from the rest; rerun `ptxdist preprocess`"):
+    with pytest.raises(StoreError, match=f"{name} cannot be repaired from the rest; rerun `ptxdist preprocess`"):
         repair(cache, small_dataset.dicom)
     assert digests(cache) == damaged
     data = small_dataset
@@ -255,7 +255,7 @@ def test_repair_from_files_that_are_no_longer_the_same_changes_nothing(cache: Pa
     flip_row(cache, 2)
     before = digests(cache)
     min(dicom.rglob("*.dcm")).unlink()
-    with pytest.raises(StoreError, match=r"64.zarr: shard 0 comes out differently .* rerun `ptxdist preprocess`"):
+    with pytest.raises(StoreError, match=r"64.zarr: the files given with --source give another shard 0; rerun"):
         repair(cache, dicom)
     assert digests(cache) == before
 
@@ -289,7 +289,7 @@ def test_training_is_refused_with_file_case_and_remedy(cache: Path) -> None:
         refuse_damaged(cache, [64, 96])
     assert str(caught.value) == (
         f"{cache}/64.zarr/image/c/0/0/0 {SUM} (cases {', '.join(names[:3])} …); "
-        f"mend it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
+        f"repair it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
     )
     assert caught.value.exit_code == 7
     assert open_store(cache, 64).cases == 23  # what opening alone does not see

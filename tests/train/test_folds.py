@@ -143,7 +143,7 @@ def test_what_was_damaged_since_the_training_is_not_evaluated(moved: tuple[Path,
     shard.write_bytes(content)
     done = call("evaluate", run)
     assert done.exit_code == 7
-    assert "has another checksum than when it was written (cases case-0); mend it with" in done.stderr
+    assert "has another checksum than when it was written (cases case-0); repair it with" in done.stderr
 
 
 def test_folds_of_a_single_run_are_refused_where_they_cannot_be(
