@@ -22,9 +22,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    JsonValue,
     SerializationInfo,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_serializer,
     model_validator,
 )
@@ -112,13 +116,40 @@ class TrainSettings(Section):
 
 
 class ModelSettings(Section):
-    """The network of all stages: a U-Net on ResNet-34."""
+    """The network of all stages: a U-Net."""
 
+    encoder: str = added("resnet34", min_length=1, description="a name in `train.encoders.ENCODERS`")
     encoder_weights: str = Field("imagenet", min_length=1, description="imagenet, none, or a file of weights")
     input_mapping: Literal["repeat", "learned"] = Field(
         "repeat", description="grayscale to three channels: repeated, or by a learned 1x1 convolution"
     )
     decoder_channels: tuple[int, int, int, int, int] = Field((256, 128, 64, 32, 16))
+
+
+class Transform(BaseModel):
+    """A transform of albumentations by its name, and its arguments: values of JSON, checked by `train.choices`."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False)
+    __pydantic_extra__: dict[str, JsonValue]
+
+    transform: str = Field(min_length=1)
+
+    @property
+    def arguments(self) -> dict[str, JsonValue]:
+        """What the transform is called with."""
+        return dict(self.__pydantic_extra__)
+
+
+_TRANSFORMS = TypeAdapter(list[Transform])
+
+
+def _recipe(value: object, _: ValidatorFunctionWrapHandler) -> str | tuple[Transform, ...]:
+    if not value or not isinstance(value, str | list | tuple):
+        raise ValueError('expected the name of a recipe, or a list such as [{transform = "HorizontalFlip", p = 0.5}]')
+    return value if isinstance(value, str) else tuple(_TRANSFORMS.validate_python(list(value)))
+
+
+Recipe = Annotated[str | tuple[Transform, ...], WrapValidator(_recipe)]
 
 
 class StageSettings(Section):
@@ -133,7 +164,8 @@ class StageSettings(Section):
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")
     swa_epochs: int = Field(0, ge=0, description="average the weights of this many last epochs; 0: none")
     swa_update_batch_norm: bool = Field(True, description="re-estimate batch-norm statistics of the average")
-    augmentation: Literal["none", "siim"] = "siim"
+    augmentation: Recipe = Field("siim", description="a name in `train.augment.RECIPES`, or a list of transforms")
+    loss: str = added("bce_dice", min_length=1, description="a name in `train.losses.LOSSES`")
     dice: Literal["image", "batch"] = Field(
         "image", description="Dice in the loss: per image, or flattened over a batch"
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
     known = sorted({path.stem for folder in folders for path in folder.glob("*.toml")})
-    raise SettingsError(f"no {kind[:-1]} '{name}'{_nearest(name, known)}; there are: {', '.join(known) or 'none'}")
+    raise SettingsError(f"no {kind[:-1]} '{name}'{nearest(name, known)}; there are: {', '.join(known) or 'none'}")
 
 
 def settings_folders(kind: str) -> list[Path]:
@@ -144,7 +144,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
         if not (isinstance(model, type) and issubclass(model, Section)):
             raise SettingsError(f"{where}: '{'.'.join(parts[:depth])}' is a value and has no settings inside")
         if part not in model.model_fields:
-            raise SettingsError(f"{where}: unknown setting '{part}'{_nearest(part, model.model_fields)}")
+            raise SettingsError(f"{where}: unknown setting '{part}'{nearest(part, model.model_fields)}")
         model = _section_of(model, part)
         if last:
             if isinstance(model, type) and issubclass(model, Section):
@@ -173,7 +173,7 @@ def _section_of(model: type[Section], key: str) -> Any:
 def _check_keys(content: Mapping[str, Any], path: Path, model: Any = Settings, prefix: str = "") -> None:
     for key, value in content.items():
         if key not in model.model_fields:
-            raise SettingsError(f"{path}: unknown setting '{prefix}{key}'{_nearest(key, model.model_fields)}")
+            raise SettingsError(f"{path}: unknown setting '{prefix}{key}'{nearest(key, model.model_fields)}")
         inner = _section_of(model, key)
         if isinstance(inner, type) and issubclass(inner, Section):
             for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
@@ -183,6 +183,8 @@ def _check_keys(content: Mapping[str, Any], path: Path, model: Any = Settings, p
                 _check_keys(item, path, inner, f"{name}.")
 
 
-def _nearest(name: str, valid: Any) -> str:
-    matches = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The valid name nearest to a wrong one, or all of them, as the end of a message."""
+    valid = list(valid)
+    matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
     return f" (did you mean '{matches[0]}'?)" if matches else f" (valid: {', '.join(valid)})" if valid else ""

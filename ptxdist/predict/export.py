@@ -41,6 +41,8 @@ from ptxdist.phantoms import anatomy, greys
 from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle
 from ptxdist.predict.predictor import Predictor
 from ptxdist.rundir import read_settings
+from ptxdist.train.device import choose_device
+from ptxdist.train.scoring import predict_probability
 
 ONNX, PT2 = ".onnx", ".pt2"
 ABOUT = "ptxdist.json"
@@ -87,7 +89,7 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
         files.require_extra("export", "ONNX", *_ONNX_PACKAGES, otherwise=".pt2 needs torch alone")
     card, network = load_model(model)
     exact = card.model_copy(update={"precision": "fp32"})
-    predictor = Predictor([exact], [network], torch.device("cpu"))
+    predictor = Predictor([exact], [network], choose_device("cpu"))
     on_progress("translation", 0, 1)
     content = encode(network, card, out.suffix)
     on_progress("translation", 1, 1)
@@ -170,12 +172,7 @@ class _Exported(nn.Module):
         self._network, self._flip_averaging = _folded(network), flip_averaging
 
     def forward(self, image: Tensor) -> Tensor:
-        both = torch.cat((image, image.flip(-1))) if self._flip_averaging else image
-        probability: Tensor = self._network(both).sigmoid()
-        if not self._flip_averaging:
-            return probability
-        count = image.shape[0]
-        return (probability[:count] + probability[count:].flip(-1)) / 2
+        return predict_probability(self._network, image, self._flip_averaging, one_pass=True)[1]
 
 
 def _folded(network: nn.Module) -> nn.Module:

@@ -36,8 +36,9 @@ from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.inputs import FoundInput, find_inputs, look_at, refuse_repeated
-from ptxdist.predict.predictor import Device, Prediction, Predictor, ahead
+from ptxdist.predict.predictor import Prediction, Predictor, ahead
 from ptxdist.records import OperatingPoint, Record
+from ptxdist.train.device import Device
 
 SUBMISSION, REJECTS, SETTINGS, FINDINGS = "submission.csv", "rejects.csv", "predict.json", "findings"
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from ptxdist.cache.render import fit_square, resize
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
-from ptxdist.errors import CheckpointError, DicomError, SettingsError
+from ptxdist.errors import CheckpointError, DicomError
 from ptxdist.predict.bundle import ModelCard, load_model
 from ptxdist.records import OperatingPoint
-from ptxdist.train.scoring import mask_at, to_original
-from ptxdist.train.step import choose_precision
+from ptxdist.train.device import Device, autocast, choose_device, choose_precision
+from ptxdist.train.scoring import mask_at, predict_probability, to_original
 
-Device = Literal["auto", "cpu", "gpu"]
 BATCH = 4  # images a pass on a CPU, and the fewest: with fewer rows oneDNN rounds differently, so bytes would differ
 _GPU_BATCH = 16
 _DECODERS = 4  # threads: a decoded image is ready in 3 ms, and a GPU wants one as often
@@ -169,23 +168,10 @@ class Predictor:
         for card, model in zip(self.cards, self.models, strict=True):
             if card.size_px != size:
                 continue
-            precision = choose_precision(card.precision, self.device)
-            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
-                logits = model(image).float()
-                mirrored = model(image.flip(-1)).float() if self.flip_averaging else None
-            probability = logits.sigmoid()
-            if mirrored is not None:
-                probability = (probability + mirrored.sigmoid().flip(-1)) / 2
+            with autocast(self.device, choose_precision(card.precision, self.device)):
+                _, probability = predict_probability(model, image, self.flip_averaging)
             found.append(probability[: len(squares), 0])
         return torch.stack(found).mean(0) if len(found) > 1 else found[0]
-
-
-def choose_device(name: Device) -> torch.device:
-    """`auto` is the first GPU if there is one; SettingsError when a GPU is asked for and there is none."""
-    there = torch.cuda.is_available()
-    if name == "gpu" and not there:
-        raise SettingsError("no GPU on this machine that torch can use; give --device cpu or auto")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Iterator[Result]:

@@ -21,6 +21,7 @@ from ptxdist.run.engine import StageTask
 from ptxdist.run.stage import run_evaluation, run_stage
 from ptxdist.rundir import read_stage_result, stage_folder
 from ptxdist.storage.runs import Mirror
+from ptxdist.train.device import choose_device
 from ptxdist.train.distributed import barrier
 
 
@@ -47,15 +48,12 @@ def _process_group(settings: Settings) -> Iterator[torch.device]:
     """torch.distributed over torchrun's processes, if there are several; yields this rank's device."""
     refuse_other_workers(settings)
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    enough = torch.cuda.device_count() > local
-    if settings.train.device == "gpu" and not enough:
-        raise TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
-    use_gpu = enough and settings.train.device != "cpu"
-    device = torch.device("cuda", local) if use_gpu else torch.device("cpu")
-    if use_gpu:
+    missing = TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
+    device = choose_device(settings.train.device, local, missing=missing)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if settings.train.workers > 1:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:

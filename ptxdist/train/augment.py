@@ -1,44 +1,58 @@
-"""Named augmentation recipes: albumentations on one-channel uint8, drawn first and applied while copying.
+"""Recipes of augmentation: lists of albumentations' transforms, applied to images and masks of one channel in uint8.
 
-Owns: the recipes and their randomness. Refuses: nothing (`config` checks the name). Called by: `dataset`, `on_device`.
+Owns: RECIPES, and the randomness of each case. To add a recipe, write a function and add a line to RECIPES; a list of
+transforms in a pipeline file is a recipe too (`train.choices` checks it). A recipe is applied in one of two ways, and
+both give what `A.Compose` gives:
 
-The draws of a case depend on (seed, epoch, case) only: not on the batch, the worker or the order. For this all
-transforms share one random.Random, which is seeded anew for each case; that takes microseconds, where building
-generators anew (`Compose.set_random_seed`) takes longer than the transforms themselves.
+- **By table**, if it consists of horizontal flips and of transforms that map each grey level to another one, whatever
+  surrounds it. What happens to a case is then a flip and a table of 256 grey levels, which albumentations makes from
+  the levels 0..255. That takes less than half of the time, and works on a GPU too.
+- **In full**, for all other recipes: albumentations transforms image and mask together. Masks are area fractions 0..255
+  and not labels, so they are interpolated linearly, whatever `mask_interpolation` a transform has.
 
-A recipe is made of mirroring and of transforms that give each grey level another one, whatever stands around it. So a
-case's draw is a flip and a table of 256 grey levels: the table is what albumentations makes of the levels 0..255, and
-the image that comes out is albumentations' own, to the bit, for less than half of the time.
+The randomness of a case depends on (seed, epoch, case, repeat) only: not on the batch, the process or the order. All
+transforms of a recipe share one random.Random, which is seeded for each case, and in full also one NumPy generator.
+(`Compose.set_random_seed` makes generators for each transform, which takes longer than the transforms.)
+
+albumentations is imported in functions only, so that a report can name a recipe without loading it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import os
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network for newer versions
-
-import albumentations as A
 import cv2
 import numpy as np
 import stringzilla
 
-from ptxdist.cache.store import Samples
+from ptxdist.config import Recipe, Transform
+from ptxdist.errors import SettingsError, TrainingError
+from ptxdist.resolve import nearest
+
+if TYPE_CHECKING:
+    import albumentations as A
+
+    from ptxdist.cache.store import Samples
 
 _LEVELS = np.arange(256, dtype=np.uint8)[None]  # an image with each grey level once
 
 
-class _NoGenerator:
-    """Stands where a transform would find a NumPy generator: one that asks for it is not keyed to the case."""
-
-    def __getattr__(self, name: str) -> object:
-        raise AssertionError(f"an augmentation drew from NumPy's generator ({name}), which is not seeded per case")
+def load_albumentations() -> ModuleType:
+    """The package, imported without its question to the network whether there is a newer version."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    return importlib.import_module("albumentations")
 
 
 def _siim() -> list[A.BasicTransform]:
     """Horizontal flip, random contrast, random brightness, random gamma, as Abedalla et al. 2020 name them."""
+    A = load_albumentations()  # noqa: N806
     return [
         A.HorizontalFlip(p=0.5),
         A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.5),
@@ -46,11 +60,55 @@ def _siim() -> list[A.BasicTransform]:
     ]
 
 
-RECIPES: dict[str, Callable[[], list[A.BasicTransform]]] = {"none": list, "siim": _siim}
+@dataclass(frozen=True)
+class Named:
+    """A recipe that has a name: the `words` for reports, and a function that makes its transforms."""
+
+    words: str
+    make: Callable[[], list[A.BasicTransform]]
+
+
+RECIPES = {
+    "none": Named("none", list),
+    "siim": Named("siim (horizontal flip, brightness, contrast, gamma)", _siim),
+}
+
+
+def in_words(recipe: Recipe) -> str:
+    """The recipe in words: those of its name, or its transforms with their arguments."""
+    return named(recipe).words if isinstance(recipe, str) else ", ".join(map(_words, recipe))
+
+
+def _words(transform: Transform) -> str:
+    arguments = ", ".join(f"{name}={value}" for name, value in transform.arguments.items())
+    return f"{transform.transform}({arguments})"
+
+
+def named(recipe: str) -> Named:
+    """The recipe of this name; SettingsError with the nearest name when there is none."""
+    if recipe not in RECIPES:
+        raise SettingsError(f"unknown augmentation '{recipe}'{nearest(recipe, RECIPES)}")
+    return RECIPES[recipe]
+
+
+def make(recipe: Recipe) -> list[A.BasicTransform]:
+    """The transforms of a recipe, which `train.choices` has checked."""
+    return named(recipe).make() if isinstance(recipe, str) else [make_transform(transform) for transform in recipe]
+
+
+def make_transform(transform: Transform) -> A.BasicTransform:
+    """A transform of a pipeline file. ValueError for wrong arguments, among them unknown ones."""
+    arguments = {name: _frozen(value) for name, value in transform.arguments.items()}
+    result: A.BasicTransform = getattr(load_albumentations(), transform.transform)(**arguments, strict=True)
+    return result
+
+
+def _frozen(value: object) -> object:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 class Draw(NamedTuple):
-    """What an augmentation does to one case.
+    """What a recipe that is applied by table does to one case.
 
     `flip`: image and mask are mirrored, left to right. `table`: uint8 (256,), the grey level that each one of the image
     becomes; None where all stay as they are.
@@ -70,29 +128,80 @@ class Draw(NamedTuple):
             stringzilla.translate(image_out.data, self.table.data, inplace=True)  # as albumentations does
 
 
+class FullDraw(NamedTuple):
+    """What a recipe that is applied in full does to one case: the transforms, and what they are seeded with."""
+
+    transforms: A.Compose
+    seed: str
+
+    def write(self, image: Samples, mask: Samples, image_out: Samples, mask_out: Samples) -> None:
+        """As `Draw.write`; TrainingError when the transforms change shape or dtype."""
+        generator = random.Random(self.seed)
+        numpy_seed = hashlib.sha256(self.seed.encode()).digest()[:16]
+        self.transforms.set_random_state(np.random.default_rng(int.from_bytes(numpy_seed)), generator)
+        result = self.transforms(image=image.copy(), mask=mask.copy())  # a sample is read-only
+        for name, out in (("image", image_out), ("mask", mask_out)):
+            if result[name].shape != out.shape or result[name].dtype != out.dtype:
+                raise TrainingError(
+                    f"the augmentation makes {name}s of {result[name].shape} {result[name].dtype} from {out.shape} "
+                    f"{out.dtype}; leave out the transform that changes size or type"
+                )
+            out[:] = result[name]
+
+
 class Augmentation:
-    """One recipe, ready to draw from."""
+    """One recipe with a seed. `by_table` says in which way it is applied."""
 
-    def __init__(self, recipe: str, seed: int) -> None:
-        self._transforms = RECIPES[recipe]()
-        self._random = random.Random()
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self._transforms = make(recipe)
         self._seed = seed
-        for transform in self._transforms:
-            transform.py_random, transform.random_generator = self._random, _NoGenerator()
+        self.by_table = all(map(_maps_levels, self._transforms))
+        if self.by_table:
+            self._random = random.Random()
+            for transform in self._transforms:
+                transform.py_random, transform.random_generator = self._random, _NoGenerator()
+        else:
+            self._compose = load_albumentations().Compose(self._transforms, mask_interpolation=cv2.INTER_LINEAR)
 
-    def draw(self, *, epoch: int, case: str, repeat: int = 0) -> Draw:
+    def draw(self, *, epoch: int, case: str, repeat: int = 0) -> Draw | FullDraw:
         """What happens to a case in an epoch. `repeat` counts how often the epoch has had this case already."""
+        seed = f"{self._seed} {epoch} {case} {repeat}"
+        return self._draw_table(seed) if self.by_table else FullDraw(self._compose, seed)
+
+    def _draw_table(self, seed: str) -> Draw:
         if not self._transforms:
             return Draw()
-        self._random.seed(f"{self._seed} {epoch} {case} {repeat}")
+        self._random.seed(seed)
         self._random.random()  # as A.Compose, which draws whether it does anything at all
         flip, levels = False, _LEVELS
         for transform in self._transforms:
             if not transform.should_apply():
                 continue
-            if isinstance(transform, A.HorizontalFlip):
+            if _is_flip(transform):
                 flip = not flip
                 continue
             drawn = transform.get_params_dependent_on_data(transform.get_params(), {"image": levels})
             levels = transform.apply(levels, **drawn)
         return Draw(flip, None if levels is _LEVELS else levels[0])
+
+
+def _is_flip(transform: A.BasicTransform) -> bool:
+    return type(transform).__name__ == "HorizontalFlip"
+
+
+def _maps_levels(transform: A.BasicTransform) -> bool:
+    """Whether a flip and a table can stand for the transform.
+
+    Such transforms are listed and not tried out: one that looks at other pixels only sometimes would pass a trial.
+    """
+    A = load_albumentations()  # noqa: N806
+    if type(transform) is A.RandomBrightnessContrast:  # otherwise it looks at the mean or the extremes of the image
+        return transform.brightness_by_max and not transform.ensure_safe_range
+    return type(transform) in (A.HorizontalFlip, A.RandomGamma, A.InvertImg, A.Solarize, A.Posterize)
+
+
+class _NoGenerator:
+    """Takes the place of the NumPy generator where none is seeded for the case: to draw from it is an error."""
+
+    def __getattr__(self, name: str) -> object:
+        raise AssertionError(f"an augmentation drew from NumPy's generator ({name}), which is not seeded per case")

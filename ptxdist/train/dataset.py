@@ -1,8 +1,7 @@
-"""Store + indices -> batches, the same for any number of workers.
+"""From a store and positions in it to batches, the same for any number of workers.
 
-Owns: the order of the cases, their division among ranks, and the prefetching thread. Refuses: nothing. Called by:
-`loop`, `evaluate`. What leaves this module is uint8 with one channel; three channels and normalisation belong to the
-model, on the device.
+Owns: the order of the cases, their division among ranks, and the prefetching thread. Batches are uint8 with one
+channel; three channels and normalisation are made in the model, on the device.
 
 Training: the epoch's order is cut into global batches; of each one, rank r takes the cases r, r + ranks, … A rank may
 get none of a last, small batch. Validation: fixed blocks of cases, block b for rank b % ranks, so that a
@@ -16,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ptxdist.cache.store import Samples, Store
-from ptxdist.train.augment import Augmentation, Draw
-from ptxdist.train.on_device import ResidentStore, draws_as_tensors
+from ptxdist.train.augment import Augmentation, Draw, FullDraw
+from ptxdist.train.on_device import OnDeviceStore, draws_as_tensors
 
 VAL_BLOCK = 8
 _PREFETCHED = 3
@@ -47,7 +46,7 @@ class Batch:
 
 
 class Share(NamedTuple):
-    """One rank's part of a global batch: positions in the store, size of that batch, and how often each was there."""
+    """One rank's part of a global batch: positions, size of that batch, how often each has been in the epoch before."""
 
     indices: Indices
     global_size: int
@@ -64,9 +63,9 @@ def epoch_order(
 ) -> Indices:
     """The cases in the order of one epoch, as many as there are; depends on (seed, epoch) and the set of cases only.
 
-    As they come: a permutation. With a `positive_share`, `positive` (bool, one for each of `indices`) says who is:
-    positive cases stand evenly spread over the epoch in that share, drawn without repetition until all were there,
-    and so do the negative ones. Where there is only one kind, the order is a permutation again.
+    Without a `positive_share` it is a permutation. With one, `positive` (bool, one for each of `indices`) marks the
+    positive cases. They are spread evenly over the epoch in that share, each drawn once before any is drawn again, and
+    so are the negative cases. Where there is only one kind, the order is a permutation.
     """
     random = np.random.default_rng((seed, epoch))
     order = np.argsort(indices, kind="stable")
@@ -94,7 +93,7 @@ def training_shares(order: Indices, batch_size: int, rank: int, ranks: int) -> l
 
 
 def validation_shares(indices: Indices, rank: int, ranks: int, block: int = VAL_BLOCK) -> list[Share]:
-    """Blocks of this rank, each with its size; over all ranks every case is there exactly once."""
+    """Blocks of this rank, each with its size; over all ranks every case occurs exactly once."""
     blocks = [indices[start : start + block] for start in range(0, len(indices), block)]
     return [Share(block, len(block), np.zeros(len(block), np.int64)) for block in blocks[rank::ranks]]
 
@@ -110,16 +109,17 @@ def batches(
 ) -> Iterator[Batch]:
     """The shares as batches, prepared ahead by one thread (gathering and augmenting release the GIL).
 
-    `names` are the ids of the store's cases, which key the draws of an `augmentation`, so that a case keeps its draws
-    when others come or go.
-    Host buffers are pinned and copied asynchronously when `device` is a GPU. Of a ResidentStore positions and draws are
-    prepared only; the samples are taken on its device, and are the same. An error in the thread is raised here; the
-    thread ends when the caller stops reading.
+    `names` are the ids of the store's cases. They key the draws of an `augmentation`, so that a case keeps its draws
+    when other cases are added or removed.
+    Host buffers are pinned and copied asynchronously when `device` is a GPU. With an OnDeviceStore only positions and
+    draws are prepared; the samples are taken on its device, and are the same. A recipe that is applied in full needs
+    the samples in host memory, whatever the store. An error in the thread is raised by the iterator; the thread ends
+    when the caller stops reading.
     """
     pin = device is not None and device.type == "cuda"
     allocate = _pinned if pin else _Buffers()
 
-    def draws(share: Share) -> list[Draw] | None:
+    def draws(share: Share) -> list[Draw | FullDraw] | None:
         if augmentation is None:
             return None
         cases = zip(share.indices.tolist(), share.repeats.tolist(), strict=True)
@@ -127,8 +127,8 @@ def batches(
 
     def prepare() -> Iterator[Callable[[], Batch]]:
         for share in shares:
-            if isinstance(store, ResidentStore):
-                yield _on_device(store, share, draws(share), pin)
+            if isinstance(store, OnDeviceStore) and (augmentation is None or augmentation.by_table):
+                yield _on_device(store, share, cast(list[Draw] | None, draws(share)), pin)
             else:
                 yield _on_host(store, share, draws(share), allocate, device)
 
@@ -179,14 +179,14 @@ def _prefetched(items: Iterator[Item]) -> Generator[Item]:
 
 
 class _Buffers:
-    """Host memory that is used again when nobody holds it any more: fresh pages cost more than copying into them."""
+    """Host memory that is reused when no tensor refers to it: fresh pages cost more than copying into them."""
 
     def __init__(self) -> None:
         self._arrays: list[Samples] = []
 
     def __call__(self, *shape: int) -> Tensor:
         for array in self._arrays:
-            # Tensors and views of an array hold a reference to it; now only the list, the loop and the call do.
+            # Tensors and views of an array refer to it; otherwise only the list, the loop and the call do.
             if array.shape == shape and sys.getrefcount(array) == 3:
                 return torch.from_numpy(array)
         # torch's memory starts at a multiple of 64 bytes. Large arrays of numpy start 16 bytes past a page, and copying
@@ -196,18 +196,18 @@ class _Buffers:
 
 
 def _pinned(*shape: int) -> Tensor:
-    """Page-locked memory; torch keeps it and gives it out again when the copy to the GPU is done."""
+    """Page-locked memory; torch reuses it when the copy to the GPU is done."""
     return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
 
 def _on_host(
     store: Store,
     share: Share,
-    draws: Sequence[Draw] | None,
+    draws: Sequence[Draw | FullDraw] | None,
     allocate: Callable[..., Tensor],
     device: torch.device | None,
 ) -> Callable[[], Batch]:
-    """Prepare a batch in host memory; the call that comes back, made by the reader, puts it on the device."""
+    """Prepare a batch in host memory; the function it returns puts the batch on the device."""
     image, mask = (allocate(len(share.indices), 1, store.size_px, store.size_px) for _ in range(2))
     images: Samples = image.numpy()[:, 0]
     masks: Samples = mask.numpy()[:, 0]
@@ -228,8 +228,8 @@ def _on_host(
     return finish
 
 
-def _on_device(store: ResidentStore, share: Share, draws: Sequence[Draw] | None, pin: bool) -> Callable[[], Batch]:
-    """Prepare the positions and draws of a batch; the call that comes back, made by the reader, takes its samples."""
+def _on_device(store: OnDeviceStore, share: Share, draws: Sequence[Draw] | None, pin: bool) -> Callable[[], Batch]:
+    """Prepare the positions and draws of a batch; the function it returns takes the samples."""
     index = torch.from_numpy(share.indices)
     host = [index, *(draws_as_tensors(draws) if draws is not None else ())]
     host = [tensor.pin_memory() for tensor in host] if pin else host

@@ -46,9 +46,9 @@ from ptxdist.scores.tables import FIXED_THRESHOLDS, refuse_other_split, write_ta
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.checkpoint import load_weights
+from ptxdist.train.device import choose_device, choose_precision
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.train.scoring import score_cases
-from ptxdist.train.step import choose_precision
 from ptxdist.train.unet import build_unet
 
 
@@ -206,12 +206,11 @@ def evaluate_again(
         refuse_other_split(member.run, catalog, member.settings.pipeline.fold)
     if not is_remote(places[0]):  # the copy of a remote one has just been compared
         refuse_damaged(cache, sizes)
-    use_gpu = torch.cuda.is_available() and members[0].settings.train.device != "cpu"
     evaluation = evaluate(
         members,
         cache,
         folder or runs[0] / EVALUATION,
-        device=torch.device("cuda" if use_gpu else "cpu"),
+        device=choose_device("cpu" if members[0].settings.train.device == "cpu" else "auto"),
         patients=patients,
         on_cases=on_cases,
     )

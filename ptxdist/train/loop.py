@@ -41,11 +41,13 @@ from ptxdist.train.checkpoint import (
     snapshot,
 )
 from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, training_shares
+from ptxdist.train.device import choose_precision
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
+from ptxdist.train.losses import chosen
 from ptxdist.train.on_device import hold
 from ptxdist.train.schedule import learning_rate, positive_share
 from ptxdist.train.scoring import score_cases
-from ptxdist.train.step import FiniteCheck, Stepper, choose_precision
+from ptxdist.train.step import FiniteCheck, Stepper
 from ptxdist.train.swa import WeightAverage, reestimate_batch_norm
 
 _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written
@@ -265,7 +267,7 @@ class _Trainer:
         self, epoch: int, rate: float, train_loss: float | None, train_seconds: float, *, averaged: bool = False
     ) -> EpochMetrics:
         started = time.perf_counter()
-        total = len(self.data.val)
+        total, loss = len(self.data.val), chosen(self.stage).validation
 
         def on_cases(done: int) -> None:
             done = min(total, done * world_size())  # of all ranks, which are about equally far
@@ -279,9 +281,10 @@ class _Trainer:
             thresholds=[self.stage.threshold],
             device=self.device,
             precision=self.precision,
+            loss=loss,
             on_cases=on_cases,
         )
-        val_loss = float(counts.loss.mean())
+        val_loss = loss.total(counts.loss)
         if not math.isfinite(val_loss):
             raise TrainingError(
                 f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}; {self._last_good()}"

@@ -1,34 +1,109 @@
-"""The training loss: binary cross-entropy plus soft Dice, from logits; the Dice per image, or of a whole batch.
+"""The losses a stage can train with; each is computed from logits, and trained and validated alike.
 
-Owns: the formulas. Refuses: nothing. Called by: `loop` (which averages over the global batch), `scoring`.
+Owns: LOSSES. To add a loss, write a function and add a line to LOSSES. A loss of a set of cases is
 
-    loss = mean over px of BCE(logit, t)  +  1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s),   p = sigmoid(logit)
+    mean over the cases of per_case(logits, target)  +  whole(sum over the cases of sums(logits, target))
 
-The smoothing s = 1 px, the usual value, makes the Dice of an empty prediction of an empty mask 1, so its loss is 0, and
-leaves it all but unchanged from a few px on. Targets may be area fractions; then even p = t has a Dice loss above 0
-wherever t is neither 0 nor 1, since sum(p t) < sum(t) there.
+in training over a global batch, in validation over all cases. The second part is optional: it serves losses that are
+not a mean over cases, such as a Dice over all pixels of a batch. The sum is the same for any number of ranks.
+`bce_dice` is
 
-The two Dice terms are mixed up in papers and code, and are not the same: per image, an image without a mask asks for an
-empty prediction as loudly as any other image asks for its mask; flattened over the batch, all px are one image, and
-images without a mask matter by their false positives only.
+    mean over pixels of BCE(logit, t)  +  1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s),   p = sigmoid(logit)
+
+with a smoothing s of 1 pixel, the usual value. It makes the Dice of an empty prediction of an empty mask 1, so its loss
+is 0, and changes the Dice of larger masks very little. Targets may be area fractions; then even p = t has a Dice loss
+above 0 wherever t is neither 0 nor 1, since sum(p t) < sum(t) there.
+
+The two Dice terms are often confused in papers and code. Per image, an image without a mask asks for an empty
+prediction as loudly as any other image asks for its mask. Over the batch, all pixels are one image, and images without
+a mask matter by their false positives only.
+
+torch is imported in functions only, so that a report can name a loss without loading it.
 """
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from ptxdist.train.distributed import sum_over_ranks
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.config import StageSettings
+from ptxdist.errors import SettingsError
+from ptxdist.resolve import nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SMOOTHING_PX = 1.0
 
+Function = Callable[["Tensor", "Tensor"], "Tensor"]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss. Logits are B1HW of any floating type, targets B1HW floating, 0..1; results are float32.
+
+    `words` name it in reports. `per_case` gives (B,), and (0,) for no cases. `sums` gives (k,), sums over the given
+    cases, and zeros for none; `whole` gives a scalar from them. `batch` is the variant that `dice = "batch"` chooses.
+    """
+
+    words: str
+    per_case: Function
+    sums: Function | None = None
+    whole: Callable[[Tensor], Tensor] | None = None
+    batch: Loss | None = None
+    validated: Loss | None = None  # what validation reports instead; None: the loss itself
+
+    @property
+    def validation(self) -> Loss:
+        """The loss that validation reports."""
+        return self.validated or self
+
+    @property
+    def width(self) -> int:
+        """Number of columns of `parts`."""
+        import torch
+
+        empty = torch.zeros(0, 1, 1, 1)
+        return 1 + (len(self.sums(empty, empty)) if self.sums else 0)
+
+    def parts(self, logits: Tensor, target: Tensor) -> Tensor:
+        """For each case `per_case` and, if there are any, its `sums`: float64 (B, width)."""
+        import torch
+
+        columns = [self.per_case(logits, target)[:, None].double()]
+        if self.sums is not None:
+            cases = range(len(logits))
+            columns.append(torch.stack([self.sums(logits[i : i + 1], target[i : i + 1]).double() for i in cases]))
+        return torch.cat(columns, dim=1)
+
+    def total(self, parts: npt.NDArray[np.float64]) -> float:
+        """The loss of n >= 1 cases from their `parts` (n, width)."""
+        import torch
+
+        mean = float(np.ascontiguousarray(parts[:, 0]).mean())
+        return mean if self.whole is None else mean + float(self.whole(torch.from_numpy(parts[:, 1:].sum(0))))
+
+
+def chosen(stage: StageSettings) -> Loss:
+    """The loss of a stage; SettingsError with the nearest name when there is none, or no variant for its `dice`."""
+    if stage.loss not in LOSSES:
+        raise SettingsError(f"unknown loss '{stage.loss}'{nearest(stage.loss, LOSSES)}")
+    loss = LOSSES[stage.loss]
+    if stage.dice == "image":
+        return loss
+    if loss.batch is None:
+        raise SettingsError(f"the loss '{stage.loss}' has no Dice over the batch; leave out dice = '{stage.dice}'")
+    return loss.batch
+
 
 def bce_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """Loss of each image, float32 (B,), at least 0; differentiable; shape (0,) for an empty batch.
+    """BCE plus Dice loss of each image, float32 (B,), at least 0. Computed in float32, also under autocast."""
+    import torch.nn.functional as F
 
-    `logits` B1HW of any floating type, `target` B1HW floating, 0..1. Computed in float32, also under autocast.
-    """
     logits, target = logits.float().flatten(1), target.float().flatten(1)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
     probability = logits.sigmoid()
@@ -38,19 +113,50 @@ def bce_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def bce_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of each image, float32 (B,): its mean over the px. Arguments as `bce_dice_per_image`."""
+    """Binary cross-entropy of each image, float32 (B,): its mean over the pixels."""
+    import torch.nn.functional as F
+
     logits, target = logits.float().flatten(1), target.float().flatten(1)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
 
 
-def dice_loss_of_batch(logits: Tensor, target: Tensor) -> Tensor:
-    """1 - Dice of all px of the global batch, over all ranks, as if they were one image; a scalar, float32.
+def dice_sums(logits: Tensor, target: Tensor) -> Tensor:
+    """Overlap, sum of probabilities and sum of targets over all pixels, float32 (3,)."""
+    import torch
 
-    The value is the same on every rank; the gradient is this rank's part of it, so that the sum of the ranks' gradients
-    is that of the whole. Every rank must call it equally often; one may have no images. Arguments as above.
-    """
     probability, target = logits.float().sigmoid(), target.float()
-    own = torch.stack(((probability * target).sum(), probability.sum(), target.sum()))
-    overlap, predicted, true = own + (sum_over_ranks(own.detach().clone()) - own.detach())
+    return torch.stack(((probability * target).sum(), probability.sum(), target.sum()))
+
+
+def dice_loss(sums: Tensor) -> Tensor:
+    """1 - Dice of all pixels as if they were one image, from `dice_sums`; a scalar."""
+    overlap, predicted, true = sums
     dice: Tensor = (2 * overlap + SMOOTHING_PX) / (predicted + true + SMOOTHING_PX)
     return 1 - dice
+
+
+def over_ranks(own: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, with the gradient of this rank's part.
+
+    So the value is the same on every rank, and the sum of the ranks' gradients is that of the whole. Every rank must
+    call it equally often; one may have no cases.
+    """
+    from ptxdist.train.distributed import sum_over_ranks
+
+    return own + (sum_over_ranks(own.detach().clone()) - own.detach())
+
+
+_BCE_DICE = Loss("BCE and Dice loss (Dice per image)", bce_dice_per_image)
+_BCE_DICE_OF_BATCH = Loss(
+    "BCE and Dice loss (Dice per batch)",
+    bce_per_image,
+    dice_sums,
+    dice_loss,
+    # Validation reports the Dice per image, as in 0.1.0. The best epoch and the plateau rule follow from this number:
+    # another one needs another `TRAINING`.
+    validated=_BCE_DICE,
+)
+
+LOSSES = {
+    "bce_dice": replace(_BCE_DICE, batch=_BCE_DICE_OF_BATCH),
+}

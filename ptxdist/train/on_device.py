@@ -1,8 +1,8 @@
-"""The whole data set in the device's memory: batches by index, augmented there, with the bytes the CPU would make.
+"""The whole data set in the memory of the device, where batches are gathered and augmented.
 
-Owns: when a store is held there, and how draws are applied there. Refuses: a store that does not fit (TrainingError).
-Called by: `loop`, `dataset`. Each rank holds all cases, not its part of them, since any case may come to any rank:
-1.6 GB at 256 px and 6.3 GB at 512 px for the 12,047 images of the challenge and their masks.
+Owns: when a store is copied there, and how draws are applied there, to the same bytes as on the CPU. Refuses: a store
+that does not fit (TrainingError). Each rank holds all cases, since any case may be in the batches of any rank: 1.6 GB at
+256 pixels and 6.3 GB at 512 pixels for the 12,047 images of the challenge and their masks.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Choice = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True)
-class ResidentStore(Store):
-    """A store whose samples also lie on a device: `device_images` and `device_masks`, uint8 (cases, size, size)."""
+class OnDeviceStore(Store):
+    """A store with a copy on a device: `device_images` and `device_masks`, uint8 (cases, size, size)."""
 
     device_images: Tensor
     device_masks: Tensor
@@ -34,7 +34,7 @@ class ResidentStore(Store):
     def take(self, indices: Tensor, flips: Tensor | None, tables: Tensor | None) -> tuple[Tensor, Tensor]:
         """Images and masks, uint8 (B, 1, size, size) on the device, of the positions `indices`, int64 (B,) there.
 
-        `flips`, bool (B,), and `tables`, uint8 (B, 256), on the device too, are what `draws_as_tensors` makes; None
+        `flips`, bool (B,), and `tables`, uint8 (B, 256), also on the device, are made by `draws_as_tensors`; None
         leaves the samples as they are. B = 0 gives empty tensors.
         """
         image, mask = (samples.index_select(0, indices) for samples in (self.device_images, self.device_masks))
@@ -46,7 +46,7 @@ class ResidentStore(Store):
 
 
 def draws_as_tensors(draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """Draws of B cases for `ResidentStore.take`: bool (B,) and uint8 (B, 256), on the CPU."""
+    """Draws of B cases for `OnDeviceStore.take`: bool (B,) and uint8 (B, 256), on the CPU."""
     tables = np.tile(np.arange(256, dtype=np.uint8), (len(draws), 1))
     for row, draw in enumerate(draws):
         if draw.table is not None:
@@ -55,10 +55,10 @@ def draws_as_tensors(draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
 
 
 def hold(store: Store, device: torch.device, choice: Choice) -> Store:
-    """The store, held on the device if that is the choice: `auto` does so on a GPU where it takes a quarter of the
-    free memory at most. On a CPU `on` copies it into memory, which is of use in tests only.
+    """The store, with a copy on the device if `choice` is `on`, or `auto` and it takes at most a quarter of the free
+    memory of a GPU. On a CPU `on` copies it into memory, which only tests use.
 
-    Raises TrainingError when it is to be held and is larger than the free memory.
+    Raises TrainingError when the choice is `on` and the store is larger than the free memory.
     """
     needed = 2 * store.cases * store.size_px**2
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
@@ -77,6 +77,6 @@ def hold(store: Store, device: torch.device, choice: Choice) -> Store:
         for shard in shards:
             target[start : start + len(shard)] = torch.from_numpy(np.array(shard))  # a copy: mapped files are read-only
             start += len(shard)
-    return ResidentStore(
+    return OnDeviceStore(
         **{field.name: getattr(store, field.name) for field in fields(Store)}, device_images=image, device_masks=mask
     )

@@ -1,9 +1,9 @@
-"""A model over cases -> counts: at the stage's size and at the original resolution, streaming.
+"""From a model and cases to counts, at the stage's size and at the original resolution.
 
-Owns: how a probability map becomes a mask at the original resolution (bilinear up-sampling of probabilities, threshold
-last, small masks emptied) and how truth is counted there. Refuses: nothing. Called by: `loop`, `evaluate`, `predict`.
-No map is kept: per case only counts stay, and each rank fills in its own, so that sums are identical for any number of
-ranks.
+Owns: how logits become probabilities, how a probability map becomes a mask at the original resolution (bilinear
+up-sampling of probabilities, threshold last, small masks emptied) and how truth is counted there. No map is kept: each
+rank fills in the counts of its cases, and the others' are zero there, so that sums over the ranks are identical for any
+number of ranks.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from ptxdist.labels import rle
 from ptxdist.records import OperatingPoint
 from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.train.dataset import Indices, batches, validation_shares
+from ptxdist.train.device import autocast
 from ptxdist.train.distributed import rank, sum_over_ranks, world_size
-from ptxdist.train.losses import bce_dice_per_image
+from ptxdist.train.losses import Loss
 
 
 @torch.no_grad()
@@ -36,6 +37,7 @@ def score_cases(
     thresholds: Sequence[float],
     device: torch.device,
     precision: torch.dtype = torch.float32,
+    loss: Loss | None = None,
     flip_averaging: bool = False,
     min_area_px: int = 0,
     histograms: bool = False,
@@ -44,11 +46,12 @@ def score_cases(
 ) -> CaseCounts:
     """Run the model over `indices` (positions in the store, whose i-th case is `cases[i]`), shared among the ranks.
 
-    `on_cases` hears how many cases this rank has finished; `on_mask` gets each position and its mask bool
-    (rows, columns) at the first threshold. No indices give empty arrays.
+    `on_cases` is called with the number of cases that this rank has finished, `on_mask` with each position and its mask
+    bool (rows, columns) at the first threshold. No indices give empty arrays.
     """
     position = {int(index): row for row, index in enumerate(indices)}
-    loss, score = (torch.zeros(len(indices), dtype=torch.float64) for _ in range(2))
+    losses = torch.zeros(len(indices), loss.width if loss else 0, dtype=torch.float64)
+    score = torch.zeros(len(indices), dtype=torch.float64)
     at_stage = torch.zeros(len(indices), 3, dtype=torch.int64)
     at_full = torch.zeros(len(thresholds), len(indices), 3, dtype=torch.int64)
     detailed = len(indices) if histograms else 0
@@ -57,14 +60,11 @@ def score_cases(
     done = 0
     for batch in batches(store, validation_shares(indices, rank(), world_size()), device=device):
         rows = [position[int(index)] for index in batch.index]
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            logits = model(batch.image).float()
-            mirrored = model(batch.image.flip(-1)).float() if flip_averaging else None
+        with autocast(device, precision):
+            logits, probability = predict_probability(model, batch.image, flip_averaging)
         truth = batch.mask.float() / 255
-        probability = logits.sigmoid()
-        if mirrored is not None:
-            probability = (probability + mirrored.sigmoid().flip(-1)) / 2
-        loss[rows] = bce_dice_per_image(logits, truth).double().cpu()
+        if loss is not None:
+            losses[rows] = loss.parts(logits, truth).cpu()
         score[rows] = probability.flatten(1).amax(1).double().cpu()
         at_stage[rows] = count(probability >= thresholds[0], truth >= 0.5).cpu()
         if histograms:
@@ -85,12 +85,31 @@ def score_cases(
                 on_mask(index, masks[0].cpu().numpy())
         done += len(rows)
         on_cases(done)
-    parts = (loss, score, at_stage, at_full, levels, brightness)
+    parts = (losses, score, at_stage, at_full, levels, brightness)
     return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
 
 
+def predict_probability(
+    model: Callable[[Tensor], Tensor], image: Tensor, flip_averaging: bool, *, one_pass: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Logits of the images and their probabilities, float32 of the images' shape (B, 1, H, W).
+
+    With `flip_averaging` the probability is the mean of the image's and of the mirror image's, mirrored back. The
+    mirror images are a second pass, or with `one_pass` the second half of a batch twice as large.
+    """
+    if not flip_averaging:
+        logits = model(image).float()
+        return logits, logits.sigmoid()
+    if one_pass:
+        both, count = model(torch.cat((image, image.flip(-1)))).float(), image.shape[0]
+        logits, mirrored = both[:count], both[count:]
+    else:
+        logits, mirrored = model(image).float(), model(image.flip(-1)).float()
+    return logits, (logits.sigmoid() + mirrored.sigmoid().flip(-1)) / 2
+
+
 def count(prediction: Tensor, truth: Tensor) -> Tensor:
-    """Px of intersection, predicted and truth of each image, int64 (B, 3), on the device of the masks.
+    """Pixels of intersection, predicted and truth of each image, int64 (B, 3), on the device of the masks.
 
     `prediction` and `truth` are bool (B, 1, H, W) or (B, H, W), of the same shape; B = 0 gives (0, 3).
     """

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -19,8 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.errors import TrainingError
 from ptxdist.train.dataset import Batch
+from ptxdist.train.device import autocast
 from ptxdist.train.distributed import gather_texts, rank, sum_over_ranks, world_size
-from ptxdist.train.losses import bce_dice_per_image, bce_per_image, dice_loss_of_batch
+from ptxdist.train.losses import chosen, over_ranks
 
 
 class Stepper:
@@ -34,7 +34,7 @@ class Stepper:
         train: TrainSettings,
         precision: torch.dtype,
     ) -> None:
-        self._model, self._optimizer, self._stage, self._train = model, optimizer, stage, train
+        self._model, self._optimizer, self._loss_function, self._train = model, optimizer, chosen(stage), train
         self._precision = precision
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         share = len(range(rank(), stage.batch_size, world_size()))  # cases of this rank in a whole global batch
@@ -56,7 +56,7 @@ class Stepper:
         for number, (image, mask) in enumerate(passes, start=1):
             waits = number < len(passes) and isinstance(self._model, DistributedDataParallel)
             with cast(DistributedDataParallel, self._model).no_sync() if waits else nullcontext():
-                with torch.autocast(image.device.type, self._precision, enabled=self._precision != torch.float32):
+                with autocast(image.device, self._precision):
                     logits = self._network(len(image))(image)
                 objective, loss = self._loss(logits, mask.float() / 255, batch.global_size)
                 torch.autograd.backward(objective * world_size() / batch.global_size)
@@ -83,11 +83,11 @@ class Stepper:
 
     def _loss(self, logits: Tensor, target: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """What to differentiate, and this rank's part of the sum of the losses over the global batch."""
-        if self._stage.dice == "image":
-            loss = bce_dice_per_image(logits, target).sum()
+        loss = self._loss_function.per_case(logits, target).sum()
+        if self._loss_function.sums is None or self._loss_function.whole is None:
             return loss, loss
-        cross_entropy, dice = bce_per_image(logits, target).sum(), dice_loss_of_batch(logits, target)
-        return cross_entropy + global_size * dice, cross_entropy + len(logits) * dice
+        whole = self._loss_function.whole(over_ranks(self._loss_function.sums(logits, target)))
+        return loss + global_size * whole, loss + len(logits) * whole
 
 
 def _compile(model: nn.Module, *, graphs: bool) -> nn.Module:
@@ -135,20 +135,3 @@ class FiniteCheck:
             f"stage {self.stage}, epoch {epoch}: {texts[0]}; {last_good()}; "
             "a lower learning_rate or precision fp32 may help, or an image may be damaged"
         )
-
-
-def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The number format of the forward pass; auto takes bf16 only where the hardware multiplies it."""
-    if name == "auto":
-        name = "bf16" if _has_bf16(device) else "fp32"
-    return torch.bfloat16 if name == "bf16" else torch.float32
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags

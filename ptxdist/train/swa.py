@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ptxdist.train.dataset import Batch
+from ptxdist.train.device import autocast
 from ptxdist.train.distributed import sum_over_ranks, world_size
 
 
@@ -46,7 +47,7 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], precision:
     model.train()
     for batch in batches:
         if len(batch.image) or world_size() > 1:
-            with torch.autocast(batch.image.device.type, precision, enabled=precision != torch.float32):
+            with autocast(batch.image.device, precision):
                 model(batch.image)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

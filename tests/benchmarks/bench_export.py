@@ -22,7 +22,7 @@ from measuring import header, publish, spread, table
 
 from ptxdist.predict.export import ONNX, PT2, Run, encode, load
 from ptxdist.predict.predictor import Predictor
-from ptxdist.train.step import choose_precision
+from ptxdist.train.device import choose_precision
 
 BATCHES = (1, 4)
 

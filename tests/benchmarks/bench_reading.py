@@ -55,7 +55,7 @@ from ptxdist.cache.store import (
     store_path,
     write_metadata,
 )
-from ptxdist.train.augment import RECIPES, Augmentation
+from ptxdist.train.augment import Augmentation, make
 from ptxdist.train.dataset import batches, epoch_order, training_shares
 
 BATCH = {256: 40, 512: 14}
@@ -116,7 +116,7 @@ class MappedSamples(Dataset[Any]):
 
 def usual_recipe() -> A.Compose:
     """The recipe `siim` as it is usually written: three channels, normalised on the CPU."""
-    return A.Compose([*RECIPES["siim"](), A.Normalize(), A.ToTensorV2()])
+    return A.Compose([*make("siim"), A.Normalize(), A.ToTensorV2()])
 
 
 class ByCompose:

@@ -47,13 +47,14 @@ from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import ARRAYS, Store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
 from ptxdist.train.dataset import Batch
+from ptxdist.train.device import choose_device, choose_precision
 from ptxdist.train.loop import StageData, fit
-from ptxdist.train.step import Stepper, choose_precision
+from ptxdist.train.step import Stepper
 from ptxdist.train.unet import build_unet
 
 GFLOP = {256: 46.6, 512: 186.3}  # an image, forward and backward, of the network of the default settings
 TRAIN_IMAGES = 10_842
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = choose_device("auto")
 ON_GPU = DEVICE.type == "cuda"
 BATCH = {256: 64, 512: 16} if ON_GPU else {256: 4, 512: 2}
 PACKAGES = "ptxdist torch albumentations lightning segmentation-models-pytorch"

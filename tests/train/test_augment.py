@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptxdist.train.augment import RECIPES, Augmentation, Draw
+from ptxdist.train.augment import RECIPES, Augmentation, Draw, make
 
 
 def by_albumentations(recipe: str, image: np.ndarray, mask: np.ndarray, seed: str) -> tuple[np.ndarray, np.ndarray]:
     """The recipe as albumentations itself applies it, all its draws from one generator of the case's seed."""
-    transforms = RECIPES[recipe]()
+    transforms = make(recipe)
     compose = A.Compose(transforms)
     generator = random.Random(seed)
     for owner in (compose, *transforms):

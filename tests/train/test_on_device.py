@@ -17,7 +17,7 @@ from ptxdist.errors import TrainingError
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.dataset import Share, batches, epoch_order, training_shares
 from ptxdist.train.loop import FitResult, StageData, fit
-from ptxdist.train.on_device import ResidentStore, hold
+from ptxdist.train.on_device import OnDeviceStore, hold
 
 CPU = torch.device("cpu")
 NAMES = [f"case-{number}" for number in range(26)]
@@ -27,7 +27,7 @@ NAMES = [f"case-{number}" for number in range(26)]
 def test_batches_are_bit_identical_to_the_loaders(long_cache: Path, recipe: str | None) -> None:
     store = open_store(long_cache, 64)
     held = hold(store, CPU, "on")
-    assert isinstance(held, ResidentStore)
+    assert isinstance(held, OnDeviceStore)
     nobody = np.array([], np.int64)
     for epoch in range(3):
         shares = training_shares(epoch_order(np.arange(26), seed=1, epoch=epoch), 5, 0, 1)

@@ -152,8 +152,8 @@ def test_encoder_weights_from_a_file_give_the_features_of_that_network(
         last = resnet.maxpool(expected[0]) if number == 1 else expected[-1]
         expected.append(getattr(resnet, f"layer{number}")(last))
     features = encoder(x)
-    assert [feature.shape[1] for feature in features] == [512, 256, 128, 64, 64]
-    assert all(a.equal(b) for a, b in zip(features, reversed(expected), strict=True))
+    assert [feature.shape[1] for feature in features] == [64, 64, 128, 256, 512]
+    assert all(a.equal(b) for a, b in zip(features, expected, strict=True))
 
 
 def test_weights_without_fc_and_without_batch_counters_are_accepted(state: State, tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""The device and the number format of a forward pass, chosen in one place for training, evaluation and prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ptxdist.errors import PtxdistError, SettingsError
+
+Device = Literal["auto", "cpu", "gpu"]
+
+_NO_GPU = SettingsError("no GPU on this machine that torch can use; give --device cpu or auto")
+
+
+def choose_device(name: Device, number: int = 0, *, missing: PtxdistError = _NO_GPU) -> torch.device:
+    """The CPU, or the GPU of this number; `auto` takes the GPU if there is one. Raises `missing` for `gpu` without."""
+    is_there = torch.cuda.device_count() > number
+    if name == "gpu" and not is_there:
+        raise missing
+    return torch.device("cuda", number) if is_there and name != "cpu" else torch.device("cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The number format of the forward pass; auto takes bf16 only where the hardware multiplies it."""
+    if name == "auto":
+        name = "bf16" if _has_bf16(device) else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Context in which a forward pass computes in `precision`; with float32 it changes nothing."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
