@@ -35,7 +35,7 @@ RULES = {
         "base dicom labels cache storage scores",
         "numpy cv2 torch torchvision albumentations safetensors stringzilla",
     ),
-    "report": ("base version labels cache storage scores", "numpy cv2 jinja2 markupsafe"),
+    "report": ("base version labels cache storage scores train", "numpy cv2 jinja2 markupsafe"),
     # report: its style sheet, which the viewer's page has too; starlette is what FastAPI stands on
     "predict": (
         "base version dicom labels cache phantoms scores train report",

@@ -53,6 +53,7 @@ def train(
     from ptxdist import console
     from ptxdist.config import complete
     from ptxdist.resolve import load_settings
+    from ptxdist.train.choices import refuse_unknown
 
     settings = load_settings(
         pipeline,
@@ -65,6 +66,7 @@ def train(
             "pipeline.fold": int(fold) if fold and fold.isdecimal() else None if fold == "all" else fold,
         },
     )
+    refuse_unknown(settings)
     if dry_run:
         console.show_json(complete(settings))
         return

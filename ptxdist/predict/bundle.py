@@ -30,6 +30,7 @@ from ptxdist.config import PipelineSettings, fingerprint
 from ptxdist.errors import CheckpointError, RunError
 from ptxdist.records import EvaluationResult, OperatingPoint, Record
 from ptxdist.rundir import read_result, read_settings
+from ptxdist.train import encoders
 from ptxdist.train.checkpoint import fill_model, load_weights
 from ptxdist.train.unet import UNet, build_unet
 
@@ -196,7 +197,7 @@ def _readme(card: ModelCard) -> str:
 Research use only; not a medical device. Made with ptxdist: `ptxdist predict FILE.ptxdist IMAGES --out DIR`.
 
 - **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
-- **Network**: U-Net on a ResNet-34, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
+- **Network**: U-Net on a {encoders.chosen(model).words}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
   encoder from {model.encoder_weights}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
 - **Operating point** (from {card.operating_point_from}): a mask is empty unless {point.min_area_px} px of the original
   image reach {point.top:g}; it is made of all px that reach {point.bottom:g}.

@@ -15,6 +15,7 @@ from ptxdist.config import ModelSettings, Settings, StageSettings
 from ptxdist.records import PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
+from ptxdist.train import augment, encoders, losses
 
 _FEW_POSITIVES = 100  # below, the interval of a mean Dice is some tenths wide
 
@@ -88,15 +89,15 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
 
 
 def _encoder(model: ModelSettings) -> str:
-    return "ResNet-34"
+    return encoders.chosen(model).words
 
 
 def _loss(how: StageSettings) -> str:
-    return f"BCE and Dice loss (Dice per {how.dice})"
+    return losses.chosen(how).words
 
 
 def _recipe(how: StageSettings) -> str:
-    return how.augmentation
+    return augment.in_words(how.augmentation)
 
 
 def _training_data(catalog: Catalog) -> tuple[str, ...]:

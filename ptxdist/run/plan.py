@@ -25,6 +25,7 @@ from ptxdist.rundir import start_run
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.storage.runs import Mirror
+from ptxdist.train.choices import refuse_unknown
 
 TRAINING = 3  # raised by changes of the code that change what a stage learns: stages of another number are not reused
 _LEAST_FREE = 2**29  # bytes; a checkpoint is about 400 MB
@@ -74,6 +75,7 @@ def plan_run(
     Of torchrun's processes only one `writes` into the folder. Raises SettingsError, StoreError, CheckpointError or
     RunError; ClusterError when the disk is nearly full.
     """
+    refuse_unknown(settings)
     refuse_missing_mlflow(settings)
     place, token = settings.data.cache, secrets.token_hex(8)
     sizes = {stage.size_px for stage in settings.pipeline.stages}

@@ -98,8 +98,11 @@ def make(recipe: Recipe) -> list[A.BasicTransform]:
 
 def make_transform(transform: Transform) -> A.BasicTransform:
     """A transform of a pipeline file. ValueError for wrong arguments, among them unknown ones."""
+    kind = getattr(load_albumentations(), transform.transform)
     arguments = {name: _frozen(value) for name, value in transform.arguments.items()}
-    result: A.BasicTransform = getattr(load_albumentations(), transform.transform)(**arguments, strict=True)
+    if "InitSchema" in vars(kind) or "__init__" not in vars(kind):  # the others pass it on to one that checks
+        arguments["strict"] = True  # or arguments that cannot be checked are replaced by the defaults, with a warning
+    result: A.BasicTransform = kind(**arguments)
     return result
 
 

@@ -44,7 +44,7 @@ from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, t
 from ptxdist.train.device import choose_precision
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.train.losses import chosen
-from ptxdist.train.on_device import hold
+from ptxdist.train.on_device import OnDeviceStore, hold
 from ptxdist.train.schedule import learning_rate, positive_share
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.step import FiniteCheck, Stepper
@@ -133,7 +133,10 @@ class _Trainer:
     preempted: Callable[[], bool]
 
     def __post_init__(self) -> None:
-        self.data = replace(self.data, store=hold(self.data.store, self.device, self.train.data_on_device))
+        self.augmentation, on_device = Augmentation(self.stage.augmentation, self.seed), self.train.data_on_device
+        if on_device == "auto" and not self.augmentation.by_table:
+            on_device = "off"  # the CPU augments, so most batches would not come from the device
+        self.data = replace(self.data, store=hold(self.data.store, self.device, on_device))
         self.precision = choose_precision(self.train.precision, self.device)
         self.model = self.model.to(self.device).to(memory_format=torch.channels_last)
         if world_size() > 1 and self.train.sync_batch_norm:
@@ -161,6 +164,11 @@ class _Trainer:
 
     def resume(self) -> None:
         """Take up the newest whole checkpoint, if there is one; rank 0 says which, so that all take the same."""
+        if isinstance(self.data.store, OnDeviceStore) and not self.augmentation.by_table:
+            self._say(
+                f"stage {self.number}: only flips and grey levels are augmented on the device, so the CPU prepares the "
+                "training batches; the on-device data set is used for validation"
+            )
         state = load_checkpoint(self.folder, self._say) if rank() == 0 else None
         name = gather_texts(state.name if state else "")[0]
         if name and rank() != 0:
@@ -219,9 +227,8 @@ class _Trainer:
         return training_shares(order, self.stage.batch_size, rank(), world_size())
 
     def _batches(self, shares: list[Share], epoch: int) -> Iterator[Batch]:
-        augmentation = Augmentation(self.stage.augmentation, self.seed)
         return batches(
-            self.data.store, shares, augmentation=augmentation, names=self.names, epoch=epoch, device=self.device
+            self.data.store, shares, augmentation=self.augmentation, names=self.names, epoch=epoch, device=self.device
         )
 
     def _train(self, epoch: int) -> None:

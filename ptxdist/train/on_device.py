@@ -1,7 +1,7 @@
 """The whole data set in the memory of the device, where batches are gathered and augmented.
 
 Owns: when a store is copied there, and how draws are applied there, to the same bytes as on the CPU. Refuses: a store
-that does not fit (TrainingError). Each rank holds all cases, since any case may be in the batches of any rank: 1.6 GB at
+that does not fit (TrainingError). Each rank holds all cases, since any case may be in batches of any rank: 1.6 GB at
 256 pixels and 6.3 GB at 512 pixels for the 12,047 images of the challenge and their masks.
 """
 

@@ -1,12 +1,24 @@
 """The loss against its written formula, at its edges and under autocast."""
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from ptxdist.train.losses import bce_dice_per_image, bce_per_image, dice_loss_of_batch
+from ptxdist.config import StageSettings
+from ptxdist.errors import SettingsError
+from ptxdist.train.losses import (
+    LOSSES,
+    Loss,
+    bce_dice_per_image,
+    bce_per_image,
+    chosen,
+    dice_loss,
+    dice_sums,
+    over_ranks,
+)
 
 
 def batch(seed: int = 0, shape: tuple[int, ...] = (3, 1, 8, 8)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +104,13 @@ def test_an_empty_batch_gives_no_losses_and_can_be_differentiated() -> None:
     assert logits.grad.shape == (0, 1, 32, 32)
 
 
-def test_dice_of_a_batch_takes_all_px_as_one_image() -> None:
+def dice_loss_of(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return dice_loss(dice_sums(logits, target))
+
+
+def test_dice_of_a_batch_takes_all_pixels_as_one_image() -> None:
     logits, target = torch.randn(3, 1, 8, 8), (torch.rand(3, 1, 8, 8) < 0.3).float()
-    whole = dice_loss_of_batch(logits, target)
+    whole = dice_loss_of(logits, target)
     flat = bce_dice_per_image(logits.view(1, 1, 24, 8), target.view(1, 1, 24, 8)) - bce_per_image(
         logits.view(1, 1, 24, 8), target.view(1, 1, 24, 8)
     )
@@ -105,6 +121,52 @@ def test_dice_of_a_batch_takes_all_px_as_one_image() -> None:
 
 def test_dice_of_a_batch_without_images_is_that_of_nothing() -> None:
     logits = torch.zeros(0, 1, 8, 8, requires_grad=True)
-    loss = dice_loss_of_batch(logits, torch.zeros(0, 1, 8, 8))
+    loss = dice_loss_of(logits, torch.zeros(0, 1, 8, 8))
     loss.backward()
     assert loss.item() == 0
+
+
+def variants() -> list[Loss]:
+    return [variant for loss in LOSSES.values() for variant in (loss, loss.batch) if variant is not None]
+
+
+@pytest.mark.parametrize("loss", variants(), ids=lambda loss: loss.words)
+def test_a_loss_of_cases_is_the_objective_of_the_same_cases(loss: Loss) -> None:
+    """From the parts of the cases, which validation keeps, comes what training differentiates."""
+    logits, target = batch(1, (5, 1, 16, 16))
+    parts = loss.parts(logits, target)
+    assert parts.shape == (5, loss.width)
+    assert parts.dtype == torch.float64
+    expected = loss.per_case(logits, target).mean()
+    if loss.sums and loss.whole:
+        expected = expected + loss.whole(over_ranks(loss.sums(logits, target)))
+    assert loss.total(parts.numpy()) == pytest.approx(expected.item(), rel=1e-6)
+    apart = torch.cat([loss.parts(logits[i : i + 1], target[i : i + 1]) for i in range(5)])
+    torch.testing.assert_close(parts, apart, rtol=1e-6, atol=0)
+
+
+def test_words_are_those_of_reports_and_bundles() -> None:
+    def words(dice: Literal["image", "batch"]) -> str:
+        return chosen(StageSettings(size_px=32, epochs=1, batch_size=1, dice=dice)).words
+
+    assert words("image") == "BCE and Dice loss (Dice per image)"
+    assert words("batch") == "BCE and Dice loss (Dice per batch)"
+
+
+def test_validation_of_the_dice_of_batches_is_still_that_of_images() -> None:
+    loss = LOSSES["bce_dice"]
+    assert loss.batch is not None
+    assert loss.batch.validation.per_case is loss.validation.per_case is bce_dice_per_image
+    assert loss.batch.validation.whole is None
+
+
+def test_a_loss_that_does_not_exist_and_one_without_the_dice_that_is_asked_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = StageSettings(size_px=32, epochs=1, batch_size=1, loss="focal", dice="batch")
+    with pytest.raises(SettingsError, match=r"unknown loss 'focal' \(valid: bce_dice\)"):
+        chosen(stage)
+    monkeypatch.setitem(LOSSES, "focal", Loss("focal loss", bce_per_image))
+    with pytest.raises(SettingsError, match="'focal' has no Dice over the batch"):
+        chosen(stage)
+    assert chosen(stage.model_copy(update={"dice": "image"})).words == "focal loss"

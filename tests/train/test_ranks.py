@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ptxdist.train.augment import Augmentation
 from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.dataset import batches, epoch_order, training_shares
 from ptxdist.train.loop import StageData, fit
+from ptxdist.train.losses import LOSSES
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.swa import reestimate_batch_norm
 from ptxdist.train.unet import build_unet
@@ -71,7 +73,7 @@ def validate(cache: Path) -> dict[str, torch.Tensor]:
     cases = read_catalog(cache).labelled
     counts = score_cases(
         model, open_store(cache, 32), cases, np.arange(len(cases)), thresholds=[0.4, 0.5], device=CPU,
-        flip_averaging=True,
+        flip_averaging=True, loss=replace(LOSSES["bce_dice"].batch, validated=None),
     )  # fmt: skip
     return {name: torch.from_numpy(getattr(counts, name)) for name in ("loss", "score", "at_stage", "at_full")}
 
