@@ -192,12 +192,13 @@ def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCa
 def _readme(card: ModelCard) -> str:
     scores, point, model = card.evaluation.scores, card.operating_point, card.pipeline.model
     positive = "not defined" if scores.positive_dice is None else f"{scores.positive_dice:.4f}"
+    encoder = encoders.chosen(model).words
     return f"""# Pneumothorax segmentation: {card.name}
 
 Research use only; not a medical device. Made with ptxdist: `ptxdist predict FILE.ptxdist IMAGES --out DIR`.
 
 - **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
-- **Network**: U-Net on a {encoders.chosen(model).words}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
+- **Network**: U-Net on a {encoder}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
   encoder from {model.encoder_weights}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
 - **Operating point** (from {card.operating_point_from}): a mask is empty unless {point.min_area_px} px of the original
   image reach {point.top:g}; it is made of all px that reach {point.bottom:g}.

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.summary import percent, share
-from ptxdist.config import ModelSettings, Settings, StageSettings
+from ptxdist.config import Settings, StageSettings
 from ptxdist.records import PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
@@ -52,7 +52,7 @@ def _model(settings: Settings, result: PipelineResult, environment: Mapping[str,
     packages = environment.get("packages", {})
     versions = ", ".join(f"{name} {packages[name]}" for name in ("ptxdist", "torch") if name in packages)
     sentences = [
-        f"U-Net: {_encoder(model)} encoder, started from {weights}; decoder of "
+        f"U-Net: {encoders.chosen(model).words} encoder, started from {weights}; decoder of "
         f"{'-'.join(map(str, model.decoder_channels))} channels; the grey image is {mapping} three channels.",
         f"Input: {last.size_px} x {last.size_px} pixels; images that are not square are padded with black. "
         "Probabilities are resized to the original resolution before the threshold is applied.",
@@ -75,8 +75,8 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
         f"{stage.epochs} {'epoch' if stage.epochs == 1 else 'epochs'} at {stage.size_px} pixels",
         f"batches of {how.batch_size} over {stage.workers} {'worker' if stage.workers == 1 else 'workers'}",
         f"Adam, learning rate from {how.learning_rate:g}, {how.schedule} schedule",
-        _loss(how),
-        f"augmentation: {_recipe(how)}",
+        losses.chosen(how).words,
+        f"augmentation: {augment.in_words(how.augmentation)}",
     ]
     if how.positive_share:
         first, last = map(percent, how.positive_share)
@@ -86,18 +86,6 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
     best = "the averaged weights" if stage.best.averaged else f"epoch {stage.best.epoch}"
     reused = f"; taken from run {stage.reused_from}" if stage.reused_from else ""
     return f"Stage {stage.stage}: {', '.join(parts)}; best by {how.best_by}: {best}{reused}."
-
-
-def _encoder(model: ModelSettings) -> str:
-    return encoders.chosen(model).words
-
-
-def _loss(how: StageSettings) -> str:
-    return losses.chosen(how).words
-
-
-def _recipe(how: StageSettings) -> str:
-    return augment.in_words(how.augmentation)
 
 
 def _training_data(catalog: Catalog) -> tuple[str, ...]:
