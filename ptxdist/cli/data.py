@@ -1,7 +1,4 @@
-"""The data commands: phantom, preprocess, verify. Each parses its options, calls one function, and prints the result.
-
-Owns: their options.
-"""
+"""The data commands: phantom, preprocess, verify. Each parses options, calls one function, and prints the result."""
 
 from __future__ import annotations
 

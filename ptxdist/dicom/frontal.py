@@ -35,10 +35,7 @@ _OTHER_VIEWS = frozenset({"LL", "RL", "LLO", "RLO", "LAT", "LATERAL", "OBLIQUE"}
 
 
 def refuse_other_than_chest(content: bytes) -> None:
-    """Raise DicomError, with the reason, unless a file's content is DICOM and may be a frontal chest radiograph.
-
-    The pixels are not decoded.
-    """
+    """Raise DicomError, with the reason, unless a file's content is DICOM and may be a frontal chest radiograph."""
     if not content:
         raise DicomError("is empty (0 bytes)")
     if content.startswith(SIGNATURE):

@@ -175,10 +175,7 @@ def _file_meta(content: bytes) -> tuple[str, int]:
 
 
 def _guess_syntax(content: bytes) -> str:
-    """Transfer syntax of a file without a header, as old devices write it.
-
-    It must start with group 0008 and have SOP class and instance UIDs. Raises DicomError for anything else.
-    """
+    """Transfer syntax of a file without a header, as old devices write it; it must have SOP class and instance UIDs."""
     refusal = DicomError("is not a DICOM file (no DICM prefix)")
     if len(content) < 256 or content[:2] != b"\10\0" or content[3] != 0:
         raise refusal

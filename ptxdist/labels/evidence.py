@@ -204,10 +204,7 @@ def _line_share(images: Sequence[MaskedImage], order: Order) -> float | None:
 
 
 def _constant_dice(images: Sequence[MaskedImage]) -> float | None:
-    """Mean Dice of the best constant mask in images of the most common size; None with too few of them.
-
-    The candidates are the pixels that at least so many masks share, for 16 numbers of masks.
-    """
+    """Mean Dice of the best mask of the pixels that n masks share, at the most common size; None with too few."""
     (rows, columns), count = Counter((image.rows, image.columns) for image in images).most_common(1)[0]
     if count < ENOUGH_IMAGES:
         return None

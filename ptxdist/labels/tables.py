@@ -75,10 +75,7 @@ def read_labels(path: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _check_empty_fields(path: Path, empty_line: int, minus_line: int, rows: bool, positive: bool) -> None:
-    """Raise LabelError unless empty fields are used consistently.
-
-    The lines are those of the first empty field and the first `-1`; 0 when there is none.
-    """
+    """Raise LabelError for inconsistent empty fields; the lines are those of the first one and the first `-1`, or 0."""
     if not rows:
         raise LabelError(f"{path}: the label table has no rows")
     if empty_line and minus_line:

@@ -51,10 +51,7 @@ class PhantomResult:
 
 @dataclass(frozen=True)
 class _Task:
-    """One image to draw; `rows` says whether it is in the table.
-
-    `texts` are the masks of a given table; with None, the masks of a positive image are drawn too.
-    """
+    """One image to draw; with `texts` None, its masks are drawn too. `rows` says whether it is in the table."""
 
     index: int
     patient: int
