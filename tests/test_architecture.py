@@ -38,7 +38,7 @@ RULES = {
     "report": ("base version labels cache storage scores train", "numpy cv2 jinja2 markupsafe"),
     # report: its style sheet, which the viewer's page has too; starlette is what FastAPI stands on
     "predict": (
-        "base version dicom labels cache phantoms scores train report",
+        "base version dicom labels cache storage phantoms scores train report",
         "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn",
     ),
     "run": ("base cache storage scores train report", "torch tensorboardX mlflow"),

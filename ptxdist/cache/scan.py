@@ -85,16 +85,13 @@ def digest_of(content: bytes) -> str:
 
 
 def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]:
-    """Paths of the candidates below a folder, sorted, and the number of other files.
+    """Paths of the candidates below a folder (see `choose_images`), sorted, and the number of other files.
 
-    A candidate ends in .dcm, .dicom or .ima, or has no suffix (a UID's last number is none). PNG files are candidates
-    only where there is no such file. Links to folders are not followed, since they may form a cycle; each counts as one
-    of the other files.
+    Links to folders are not followed, since they may form a cycle; each counts as one of the other files.
     """
     if not root.is_dir():
         raise CatalogError(f"{root}: no such folder; give the folder that holds the DICOM files")
-    dicom: list[str] = []
-    png: list[str] = []
+    found: list[str] = []
     others = 0
 
     def unreadable(error: OSError) -> None:  # os.walk ignores these errors by default
@@ -107,14 +104,26 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
             below[:] = [name for name in below if os.path.join(folder, name) not in skipped]
         others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
         below_top = folder[len(top) :].lstrip(os.sep)
-        for name in names:
-            suffix = os.path.splitext(name)[1].lower()
-            if name.startswith("."):
-                others += 1
-            elif suffix in DICOM_SUFFIXES or suffix[1:].isdigit():
-                dicom.append(os.path.join(below_top, name))
-            elif suffix == ".png":
-                png.append(os.path.join(below_top, name))
-            else:
-                others += 1
-    return (sorted(dicom), others + len(png)) if dicom else (sorted(png), others)
+        found += [os.path.join(below_top, name) for name in names]
+    images, left = choose_images(found)
+    return images, others + left
+
+
+def choose_images(paths: Collection[str]) -> tuple[list[str], int]:
+    """Those of the paths that name image files, sorted, and the number of others.
+
+    An image file ends in .dcm, .dicom or .ima, or has no suffix (the last number of a UID is none). Only where there
+    is no such file, PNG files count. Hidden files do not count.
+    """
+    dicom, png = [], []
+    for path in paths:
+        name = os.path.basename(path)
+        suffix = os.path.splitext(name)[1].lower()
+        if name.startswith("."):
+            continue
+        if suffix in DICOM_SUFFIXES or suffix[1:].isdigit():
+            dicom.append(path)
+        elif suffix == ".png":
+            png.append(path)
+    images = sorted(dicom or png)
+    return images, len(paths) - len(images)

@@ -1,7 +1,4 @@
-"""The command export: parse, call, print.
-
-Owns: its options. Refuses: command lines that do not parse. Called by: click.
-"""
+"""The command `export`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -14,13 +11,13 @@ from ptxdist.cli.options import FILE, PLACE, json_option
 
 @click.command()
 @click.argument("model", type=PLACE)
-@click.option("--out", type=FILE, required=True, help="The file; .onnx, .pt2 or .ptxdist says what it becomes.")
+@click.option("--out", type=FILE, required=True, help="The file; its suffix is .onnx, .pt2 or .ptxdist.")
 @json_option
 def export(model: Path | str, out: Path, as_json: bool) -> None:
-    """Write MODEL, a finished run or a bundle, as one file for others.
+    """Write MODEL, a finished run or a bundle, as one file to share.
 
-    .onnx and .pt2 (torch.export) need no ptxdist: image in, probabilities out, what to do before and after in their
-    metadata; they are compared with the checkpoint first. .ptxdist is a bundle, for `ptxdist predict`.
+    .onnx and .pt2 (torch.export) need no ptxdist: image in, probabilities out; their metadata describe the steps
+    before and after. They are compared with the checkpoint first. .ptxdist is a bundle for `ptxdist predict`.
 
     Example: ptxdist export runs/exp4 --out model.onnx
     """

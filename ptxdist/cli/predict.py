@@ -1,7 +1,4 @@
-"""The command predict: parse, call, print.
-
-Owns: its options. Refuses: command lines that do not parse. Called by: click.
-"""
+"""The command `predict`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -13,20 +10,24 @@ from ptxdist.cli.options import ADDRESS, FILE, FOLDER, PLACE, executor_for, json
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
-    """Names separated by commas; an empty text for none."""
+    """Names separated by commas; an empty text is none."""
     names = tuple(part.strip() for part in value.split(",") if part.strip())
     if unknown := [name for name in names if name not in ("masks", "overlays", "seg")]:
-        raise click.BadParameter(f"{unknown[0]!r} is none of masks, overlays, seg", ctx, param)
+        raise click.BadParameter(f"{unknown[0]!r} is not one of masks, overlays, seg", ctx, param)
     return names
+
+
+def _rule(bottom: float, min_area_px: int, top: float) -> str:
+    return f"pixels from {bottom:g}" + (f", if {min_area_px:,} of them reach {top:g}" if min_area_px else "")
 
 
 @click.command()
 @click.argument("model", type=PLACE)
 @click.argument("paths", metavar="PATH...", type=FILE, nargs=-1, required=True)
-@click.option("--out", type=FOLDER, required=True, help="Folder for the results; the same again goes on there.")
+@click.option("--out", type=FOLDER, required=True, help="Folder for the results; finished files in it are skipped.")
 @click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
-@click.option("--threshold", type=click.FloatRange(0, 1), help="Probability of a mask's px.  [default: the model's]")
-@click.option("--min-area", type=click.IntRange(0), help="Px below which a mask is emptied.  [default: the model's]")
+@click.option("--threshold", type=click.FloatRange(0, 1), help="Of a mask's pixels.  [default: the model's]")
+@click.option("--min-area", type=click.IntRange(0), help="Masks of fewer pixels are emptied.  [default: the model's]")
 @click.option("--write", callback=_names, default="masks,overlays", show_default=True, help="Also possible: seg.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
@@ -47,8 +48,9 @@ def predict(
 ) -> None:
     """Find pneumothorax in radiographs with MODEL, a finished run or a bundle.
 
-    Each PATH is a DICOM file, a folder of any layout, or a zip file. DIR gets submission.csv, findings (score, areas),
-    masks, overlays, with `--write seg` DICOM SEG files, and rejects.csv. A DICOM SEG names the patient, as it has to.
+    Each PATH is a DICOM file, a folder of any layout, or a zip file. Written are submission.csv, findings (score,
+    areas), masks, overlays, and rejects.csv; with `--write seg` also DICOM SEG files, which name the patient as the
+    radiographs do.
 
     Example: ptxdist predict runs/exp4 new-images --out predictions
     """
@@ -91,9 +93,12 @@ def predict(
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
                 ("with a pneumothorax", f"{result.positive:,}"),
-                ("the same bytes again", f"{result.repeated:,}"),
-                ("refused, see rejects.csv", f"{result.rejected:,}"),
-                ("operating point", f"px from {point.bottom:g}, if {point.min_area_px:,} px reach {point.top:g}"),
+                ("repeated files", f"{result.repeated:,}"),
+                ("rejected, see rejects.csv", f"{result.rejected:,}"),
+                (
+                    "operating point",
+                    _rule(point.bottom, point.min_area_px, point.top),
+                ),
             ],
         )
         console.say("research use only; not a medical device")

@@ -1,7 +1,4 @@
-"""The command serve: parse, call, print.
-
-Owns: its options. Refuses: command lines that do not parse. Called by: click.
-"""
+"""The command `serve`: parse, call, print."""
 
 from __future__ import annotations
 
@@ -15,8 +12,10 @@ from ptxdist.cli.options import PLACE, json_option
 @click.command()
 @click.argument("model", type=PLACE)
 @click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others let others in.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8600, show_default=True, help="0: any free one.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can be reached from elsewhere."
+)
+@click.option("--port", type=click.IntRange(0, 65535), default=8600, show_default=True, help="0: any free port.")
 @click.option("--open", "open_page", is_flag=True, help="Open the page in the browser.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @json_option
@@ -29,10 +28,10 @@ def serve(
     device: str,
     as_json: bool,
 ) -> None:
-    """Open a local web page on which MODEL looks at radiographs, one DICOM file at a time.
+    """Serve a local web page that predicts radiographs with MODEL, one DICOM file at a time.
 
-    Drop a file there: the radiograph with the mask outlined, sliders for threshold and opacity, score and area. Only
-    this machine reaches the page unless --host says otherwise; nothing is stored. Ctrl-C ends it.
+    Drop a file on the page to see the radiograph with the mask outlined, score and area, and sliders for threshold and
+    opacity. Without --host, only this machine can reach the page. Nothing is stored. Ctrl-C ends the server.
 
     Example: ptxdist serve runs/exp4 --open
     """
@@ -46,8 +45,8 @@ def serve(
     with server.listen(host, port) as listening:
         if not server.is_loopback(listening):
             console.say(
-                f"warning: everybody who reaches {host} can use this model; there is no password, and radiographs "
-                "travel unencrypted. Put a proxy with both before it, or leave --host out and use `ssh -L`"
+                f"warning: anybody who can reach {host} can use this model; there is no password, and radiographs "
+                "are sent unencrypted. Put a proxy with both in front of it, or omit --host and use `ssh -L`"
             )
         predictor = Predictor.load(*map(local_run, (model, *others)), device=device)  # type: ignore[arg-type]
         url = server.url_of(listening)
@@ -56,6 +55,6 @@ def serve(
         else:
             console.say(f"the viewer is at {url} (Ctrl-C ends it); research use only, not a medical device")
         if open_page and click.launch(url) != 0:
-            console.say("no browser could be opened; open the address yourself")
-        server.serve(predictor, listening, host, lambda where: console.say(f"a defect of ptxdist: {where}"))
+            console.say("no browser could be started; open the address yourself")
+        server.serve(predictor, listening, host, lambda where: console.say(f"a defect in ptxdist: {where}"))
         console.say("the viewer has ended; nothing was stored")

@@ -1,15 +1,15 @@
-"""A model to share: one file with weights, operating point, settings and what is known about it.
+"""A model as one file to share: weights, operating point, settings and scores.
 
-    model.ptxdist               a zip file, nothing in it compressed
+    model.ptxdist               a zip file without compression
         card.json               ModelCard, with the sha256 of the other members
         README.md               the same for people
         weights.safetensors
 
-Owns: that file, and what must be known to predict with a run. Refuses: files that are no bundle, were altered or need
-a newer version (CheckpointError), runs that are not finished (RunError). Called by: `predictor`, `export`.
+Owns: this file, and what must be known to predict with a run. Refuses: files that are not bundles, were altered or
+were written by another version (CheckpointError), runs that are not finished (RunError).
 
-Loading runs no code: tensors are in safetensors, the rest is JSON that has to fit a strict model. The checksums show
-damage and careless changes; against a forger only the sha256 of the whole file helps, compared with one from elsewhere.
+Loading runs no code: tensors are in safetensors, the rest is JSON that has to fit a strict model. The checksums detect
+damage and careless changes. Against forgery only the sha256 of the whole file helps, obtained by another way.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ from ptxdist.train.unet import UNet, build_unet
 SUFFIX = ".ptxdist"
 CARD, README, WEIGHTS = "card.json", "README.md", "weights.safetensors"
 _MAX_BYTES = {CARD: 2**24, README: 2**20, WEIGHTS: 2**31}
-_WHEN = (1980, 1, 1, 0, 0, 0)  # of each member: the same run gives the same bytes
+_WHEN = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same run gives the same bytes
 
 
 class ModelCard(Record):
-    """All that must be known beside the weights to predict with a model, and what is known of its making.
+    """What must be known beside the weights to predict with a model, and how the model was made.
 
-    `preprocessing` counts the rule from a file to the network's square (`cache.render.TRANSFORM`); `fingerprint` is
-    that of the last stage: settings, code and every image and mask it was trained on. `pipeline` names no file.
+    `preprocessing` is the version of the transform from a file to the network's square (`cache.render.TRANSFORM`).
+    `fingerprint` is that of the last stage: settings, code and every image and mask it was trained on. `pipeline`
+    contains no path.
     """
 
     format: Literal["ptxdist bundle 1"] = "ptxdist bundle 1"
@@ -66,7 +67,7 @@ def describe_run(run: Path) -> tuple[ModelCard, Path]:
     settings, result = read_settings(run), read_result(run)
     stage, pipeline = result.stages[-1], settings.pipeline
     source = pipeline.model.encoder_weights
-    if source not in ("imagenet", "none"):  # a path, which nobody else has and which may name somebody
+    if source not in ("imagenet", "none"):  # a path, which may contain a name
         pipeline = pipeline.model_copy(update={"model": pipeline.model.model_copy(update={"encoder_weights": "file"})})
     point, origin = _operating_point(result.evaluation)
     card = ModelCard(
@@ -86,7 +87,7 @@ def describe_run(run: Path) -> tuple[ModelCard, Path]:
 
 
 def _operating_point(evaluation: EvaluationResult) -> tuple[OperatingPoint, str]:
-    """The tuned point with the best estimate on cases it was not chosen on, else the evaluation's own threshold."""
+    """The tuned point with the best cross-fitted estimate, else the evaluation's own threshold."""
     if evaluation.tuned:
         best = max(evaluation.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
         return best.point, f"the evaluation's tuned {best.kind}"
@@ -97,7 +98,7 @@ def _operating_point(evaluation: EvaluationResult) -> tuple[OperatingPoint, str]
 def load_model(path: Path) -> tuple[ModelCard, UNet]:
     """Card and network, on the CPU, of a finished run (a folder) or a bundle (a file).
 
-    Raises RunError or CheckpointError with what is wrong.
+    Raises RunError when there is no finished run, CheckpointError when weights or bundle are damaged.
     """
     if path.is_dir():
         card, weights = describe_run(path)
@@ -121,14 +122,14 @@ def _empty_model(card: ModelCard) -> UNet:
 
 
 def write_bundle(run: Path, out: Path) -> str:
-    """Write the bundle of a finished run in one step; return the sha256 of the file.
+    """Write the bundle of a finished run; return the sha256 of the file.
 
     The same run gives the same bytes. Raises RunError when the run is not finished, CheckpointError when its weights
     are not those of its result, or when the file cannot be written.
     """
     card, path = describe_run(run)
     if not path.is_file() or files.sha256(path) != card.weights_sha256:
-        raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
+        raise CheckpointError(f"{path} is missing or was altered after training; train its stage again")
     weights, readme = path.read_bytes(), _readme(card).encode()
     plain = card.model_dump(mode="json")
     plain["sha256"] = {README: files.sha256(readme), WEIGHTS: files.sha256(weights), CARD: fingerprint(plain)}
@@ -143,21 +144,19 @@ def write_bundle(run: Path, out: Path) -> str:
 def read_bundle(path: Path) -> tuple[ModelCard, bytes]:
     """Card of a bundle, and its weights as the content of a safetensors file, both checked.
 
-    Raises CheckpointError when the file is no bundle, is damaged, was altered, or is of another version.
+    Raises CheckpointError when the file is not a bundle, is damaged, was altered, or is of another version.
     """
-    foreign = f"{path} is no bundle of `ptxdist export`"
+    foreign = f"{path} is not a bundle of `ptxdist export`"
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
             if [member.filename for member in members] != [CARD, README, WEIGHTS] or any(
                 member.compress_type or member.file_size > _MAX_BYTES[member.filename] for member in members
             ):
-                raise CheckpointError(f"{foreign} (it should hold {CARD}, {README} and {WEIGHTS}, not compressed)")
+                raise CheckpointError(f"{foreign} (it should hold {CARD}, {README} and {WEIGHTS}, uncompressed)")
             card, readme, weights = (archive.read(member) for member in members)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{foreign}, or is damaged: {error}; get the file again from where it was made"
-        ) from error
+        raise CheckpointError(f"{foreign}, or is damaged: {error}; get the file again from its source") from error
     return _check(path, card, readme, weights), weights
 
 
@@ -170,7 +169,7 @@ def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCa
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its {CARD} cannot be read; get the file again") from error
     if altered:
-        raise CheckpointError(f"{path} was altered after it was written: {', '.join(altered)} has another checksum")
+        raise CheckpointError(f"{path} was altered after it was written: wrong checksum of {', '.join(altered)}")
     try:
         card = ModelCard.model_validate_json(json.dumps(plain))
     except ValueError as error:
@@ -183,7 +182,7 @@ def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCa
         raise CheckpointError(f"{path}: its weights are not those of its {CARD}")
     if card.preprocessing != TRANSFORM:
         raise CheckpointError(
-            f"{path} was trained on images prepared by rule {card.preprocessing}, this version has rule {TRANSFORM}; "
+            f"{path} was trained on images of transform {card.preprocessing}, this version has transform {TRANSFORM}; "
             "use the version that wrote it"
         )
     return card

@@ -1,11 +1,11 @@
-"""A mask -> DICOM Segmentation object that refers to the radiograph it was made from.
+"""Write a mask as a DICOM Segmentation object that refers to its radiograph.
 
-Owns: what is written into a DICOM SEG (PS3.3 A.51). Refuses: sources whose ids a reference needs and that are not
-there (DicomError). Called by: `predict.folder`. Needs the extra `seg` (highdicom).
+Owns: what is written into a DICOM SEG (PS3.3 A.51). Refuses: radiographs without the ids that a reference needs
+(DicomError). Needs the extra `seg` (highdicom).
 
-The object is filed in the radiograph's study, so it carries the patient's name and number as the radiograph does: the
-only output of ptxdist that does. Its own ids are derived from the source's and from what made the mask, so that the
-same prediction gives the same object.
+The object belongs to the radiograph's study, so it has the patient's name and number as the radiograph does; no other
+output of ptxdist has. Its own ids are derived from those of the radiograph, the models and the mask, so the same
+prediction gives the same ids.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ptxdist.dicom.png import SIGNATURE
 from ptxdist.errors import DicomError
 
 _NAME = "ptxdist pneumothorax segmentation"
-_SERIES_NUMBER = 9001  # far from those of acquisitions; no standard says which to take
+_SERIES_NUMBER = 9001  # far from those of acquisitions; no standard defines one
 
 _REFERENCES = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
-# Must be there, if only empty (PS3.3 C.7.1.1, C.7.2.1); not all files have them.
+# Required, but may be empty (PS3.3 C.7.1.1, C.7.2.1); not all files have them.
 _TYPE_2 = (
     "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID",
     "AccessionNumber", "ReferringPhysicianName",
@@ -36,10 +36,10 @@ _TYPE_2 = (
 
 
 def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Sequence[str]) -> bytes:
-    """The DICOM SEG file of a mask bool (rows, columns) with at least one px, for the radiograph in `content`.
+    """The DICOM SEG file of a mask bool (rows, columns) with at least one pixel, for the radiograph in `content`.
 
-    `models` are the sha256 of the weights; they go into the ids and the description. Raises DicomError when the source
-    is a PNG, or has no valid instance, series and study UID to refer to.
+    `models` are the sha256 of the weights, which ids and description depend on. Raises DicomError when the source is a
+    PNG, or has no valid instance, series and study UID to refer to.
     """
     import highdicom as hd
     from pydicom.sr.codedict import codes
@@ -63,7 +63,7 @@ def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Seq
     origin = [str(source.SOPInstanceUID), *models]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd values of the source are none of ours
+            warnings.simplefilter("ignore")  # about invalid values in the source
             result = hd.seg.Segmentation(
                 source_images=[source],
                 pixel_array=mask.astype(np.uint8)[None],
@@ -82,11 +82,11 @@ def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Seq
                 series_description="Pneumothorax, research use only",
                 transfer_syntax_uid=ExplicitVRLittleEndian,
             )
-            if "PatientOrientation" not in result:  # wanted where no plane orientation says it; empty where not known
+            if "PatientOrientation" not in result:  # required without a plane orientation; empty when unknown
                 result.PatientOrientation = source.get("PatientOrientation") or []
             file = BytesIO()
             result.save_as(file, enforce_file_format=True)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # highdicom and pydicom on odd headers
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # from highdicom and pydicom, for odd headers
         raise DicomError(f"has a header from which no DICOM SEG can be made ({type(error).__name__})") from error
     return file.getvalue()
 
@@ -104,7 +104,7 @@ def _read_source(content: bytes) -> pydicom.Dataset:
     for name in _TYPE_2:
         if name not in source:
             setattr(source, name, "")
-    # What is copied from the source has to be valid in the new object: the challenge's files have ages such as `62`.
+    # Values copied from the source have to be valid in the new object. The challenge's files have ages such as `62`.
     age = str(source.get("PatientAge", "") or "")
     if not re.fullmatch(r"\d{3}[DWMY]", age):
         source.PatientAge = f"{int(age):03d}Y" if re.fullmatch(r"\d{1,3}", age) else ""

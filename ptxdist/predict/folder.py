@@ -1,16 +1,15 @@
-"""Files in, a folder of results out.
+"""Predict many files into a folder of results.
 
     OUT/
         submission.csv          ImageId,EncodedPixels of the last command's inputs; -1 where nothing is predicted
-        rejects.csv             its files that could not be used, and why: the only file that names paths
-        predict.json            what makes the masks: models and operating point
-        findings/<id>.json      score, areas and mask of a case; written last, so a case that has it is finished
-        masks/<id>.png          0 and 255, of the original size
-        overlays/<id>.jpg       the radiograph with the mask outlined
-        seg/<id>.dcm            DICOM SEG
+        rejects.csv             inputs that were rejected, and why; the only file that names paths
+        predict.json            what the masks depend on: models and operating point
+        findings/ masks/ …      the files of each case, see `findings`
+        .lock                   held while a command writes here, empty
 
-Owns: this folder, and what is done again. Refuses: a folder that holds masks of other models or another operating point
-(RunError). Called by: `cli`. Results depend on no other file of the same command and not on who does the work.
+Owns: this folder, and which cases are skipped because they are finished. Refuses: a folder that holds masks of other
+models or of another operating point (RunError). The result of a file depends neither on the other files of the command
+nor on the executor.
 """
 
 from __future__ import annotations
@@ -24,25 +23,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ptxdist import files, locks
-from ptxdist.cache.outlines import encode, outline
-from ptxdist.cache.render import fit_square
-from ptxdist.dicom.spacing import read_spacing
 from ptxdist.errors import CatalogError, DicomError, RunError
 from ptxdist.executor import Executor, serial
-from ptxdist.labels import rle
-from ptxdist.predict.dicom_seg import encode_segmentation
-from ptxdist.predict.inputs import FoundInput, find_inputs, look_at, refuse_repeated
+from ptxdist.predict.findings import Finding, read_finished, write_case
+from ptxdist.predict.inputs import FoundInput, Input, find_inputs, read_headers, reject_repeated
 from ptxdist.predict.predictor import Prediction, Predictor, ahead
-from ptxdist.records import OperatingPoint, Record
+from ptxdist.records import OperatingPoint
 from ptxdist.train.device import Device
 
-SUBMISSION, REJECTS, SETTINGS, FINDINGS = "submission.csv", "rejects.csv", "predict.json", "findings"
-OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}
-OVERLAY_PX = 768
+SUBMISSION, REJECTS, SETTINGS = "submission.csv", "rejects.csv", "predict.json"
+_HEADERS_A_TASK = 64
 _FILES_A_TASK = 8
 _WRITERS = 2
 
@@ -50,8 +43,8 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class How:
-    """What a task needs: model paths, device, operating point, the folders to fill, and torch threads (0: as it is)."""
+class Options:
+    """What a task needs beside its files: models, operating point, outputs, folder, and torch threads (0: default)."""
 
     models: tuple[str, ...]
     device: Device
@@ -61,30 +54,9 @@ class How:
     threads: int = 0
 
 
-class Finding(Record):
-    """What is found in one case; areas in px of the original image.
-
-    `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
-    "detector", where anatomy is a little magnified. `seg_reason` says why there is no DICOM SEG although it was asked
-    for. `digest` is a hash of the file's bytes.
-    """
-
-    case_id: str
-    digest: str
-    rows: int
-    columns: int
-    score: float
-    area_px: int
-    area_mm2: float | None
-    mm2_plane: str
-    mm2_reason: str
-    seg_reason: str
-    encoded_pixels: str
-
-
 @dataclass(frozen=True)
 class PredictResult:
-    """Counts of one command: images predicted now, found finished, positive of both; files refused, and repeated."""
+    """Counts of one command: images predicted, finished before, positive of both; files rejected, and repeated."""
 
     predicted: int
     kept: int
@@ -105,136 +77,56 @@ def predict_files(
     workers: int = 1,
     on_progress: Progress = lambda what, done, total: None,
 ) -> PredictResult:
-    """Predict every radiograph in `paths` and fill `out`; what is finished there is kept.
+    """Predict every radiograph in `paths` and write the results to `out`; finished cases are skipped.
 
-    With several `workers`, processes (or Ray tasks) load the `models` again by their paths; else `predictor` is used.
-    Raises CatalogError when no file can be used, RunError when `out` holds results made in another way.
+    With several `workers`, processes (or Ray tasks) load the `models` from their paths; otherwise `predictor` is used.
+    Raises CatalogError when no file can be used, RunError when `out` holds results that were made in another way,
+    BusyError when another process writes there.
     """
     if "seg" in outputs:
         files.require_extra("seg", "DICOM SEG", "highdicom")
     inputs = find_inputs(paths, skip=[out])
-    _make_folder(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out} cannot be created: {error.strerror}; give another folder with --out") from error
     with locks.only(out / locks.LOCK, f"another `ptxdist predict` is writing to {out}; wait for it or stop it"):
-        _settle(out, predictor)
-        tasks = [(start, inputs[start : start + 64]) for start in range(0, len(inputs), 64)]
-        looked: dict[int, list[FoundInput]] = {}
-        for start, part in executor(look_at, tasks, light=True):
-            looked[start] = part
-            on_progress("headers", sum(map(len, looked.values())), len(inputs))
-        kept, refused = refuse_repeated([item for start, _ in tasks for item in looked[start]])
-        repeated = len(inputs) - len(kept) - len(refused)
-        findings: dict[str, Finding] = {}
-        for item in kept:
-            if finding := _finished(out, item, outputs):
-                findings[item.case_id] = finding
-        left = [item for item in kept if item.case_id not in findings]
-        before = len(findings)
+        _check_folder(out, predictor)
+        items, rejected = _read_all_headers(inputs, executor, on_progress)
+        repeated = len(inputs) - len(items) - len(rejected)
+        findings = {item.case_id: read_finished(out, item.case_id, item.digest, outputs) for item in items}
+        left = [item for item in items if findings[item.case_id] is None]
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
-        how = How(tuple(map(str, models)), device, predictor.operating_point, tuple(outputs), out, threads)
+        options = Options(tuple(map(str, models)), device, predictor.operating_point, tuple(outputs), out, threads)
         if workers == 1 and executor is serial:
-            results = _work(predictor, how, left)
+            results = _predict(predictor, options, left)
         else:
-            chunks = [(how, left[start : start + _FILES_A_TASK]) for start in range(0, len(left), _FILES_A_TASK)]
+            chunks = [(options, left[start : start + _FILES_A_TASK]) for start in range(0, len(left), _FILES_A_TASK)]
             results = (pair for chunk in executor(predict_chunk, chunks) for pair in chunk)
         for number, (item, result) in enumerate(results, start=1):
             if isinstance(result, Finding):
                 findings[item.case_id] = result
             else:
-                refused.append(FoundInput(item.source, reason=result))
+                rejected.append(FoundInput(item.source, reason=result))
             on_progress("images", number, len(left))
-        order = [item.case_id for item in kept if item.case_id in findings]
-        rows = [(case_id, findings[case_id].encoded_pixels) for case_id in order]
+        found = [finding for item in items if (finding := findings[item.case_id])]
+        rows = [(finding.case_id, finding.encoded_pixels) for finding in found]
         files.write_table(out / SUBMISSION, ("ImageId", "EncodedPixels"), rows, lineterminator="\n")
-        rejected = sorted((item.source.shown, item.reason) for item in refused)
-        files.write_table(out / REJECTS, ("path", "reason"), rejected, lineterminator="\n")
-    if not order:
+        reasons = sorted((item.source.shown, item.reason) for item in rejected)
+        files.write_table(out / REJECTS, ("path", "reason"), reasons, lineterminator="\n")
+    if not found:
         raise CatalogError(
-            f"none of the {len(inputs)} files could be used, see {out / REJECTS}; the first: {rejected[0][1]}"
+            f"none of the {len(inputs)} files could be used, see {out / REJECTS}; the first one {reasons[0][1]}"
         )
-    positive = sum(findings[case_id].area_px > 0 for case_id in order)
-    return PredictResult(len(findings) - before, before, positive, len(refused), repeated)
+    positive = sum(finding.area_px > 0 for finding in found)
+    before = len(items) - len(left)
+    return PredictResult(len(found) - before, before, positive, len(rejected), repeated)
 
 
-def predict_chunk(how: How, items: Sequence[FoundInput]) -> list[tuple[FoundInput, Finding | str]]:
-    """One task: predict some inputs in any process and write their files; each with its finding, or a reason."""
-    if how.threads:
-        torch.set_num_threads(how.threads)
-    return list(_work(_load(how.models, how.device, how.point), how, items))
+def _check_folder(out: Path, predictor: Predictor) -> None:
+    """Write what the masks depend on, or compare it with what the masks in the folder depend on.
 
-
-@lru_cache(maxsize=1)
-def _load(models: tuple[str, ...], device: Device, point: OperatingPoint) -> Predictor:
-    return Predictor.load(*models, device=device, operating_point=point)
-
-
-def _work(predictor: Predictor, how: How, items: Sequence[FoundInput]) -> Iterator[tuple[FoundInput, Finding | str]]:
-    """Decoding, network and writing side by side, in the order of the items."""
-    weights = [card.weights_sha256 for card in predictor.cards]
-
-    def finish(pair: tuple[FoundInput, Prediction | DicomError]) -> tuple[FoundInput, Finding | str]:
-        item, prediction = pair
-        return item, str(prediction) if isinstance(prediction, DicomError) else _keep(how, item, prediction, weights)
-
-    def reader(item: FoundInput) -> Callable[[], tuple[bytes, str]]:
-        return lambda: (item.source.read(), item.source.name)
-
-    predictions = predictor.stream((item, reader(item)) for item in items)
-    return ahead(finish, predictions, threads=_WRITERS, most=2 * _WRITERS)
-
-
-def _keep(how: How, item: FoundInput, prediction: Prediction, weights: Sequence[str]) -> Finding:
-    """Write the files of a case, the finding last."""
-    case_id, mask, reason = prediction.case_id, prediction.mask, ""
-    if "masks" in how.outputs:
-        picture = encode((mask * np.uint8(255))[:, :, None], ".png")
-        files.write_whole(_path(how.out, "masks", case_id), picture, sync=False)
-    if "overlays" in how.outputs:
-        square, drawn = fit_square(prediction.pixels), fit_square(mask.astype(np.uint8))
-        picture = encode(outline(square, np.zeros_like(drawn), drawn, OVERLAY_PX), ".jpg")
-        files.write_whole(_path(how.out, "overlays", case_id), picture, sync=False)
-    if "seg" in how.outputs:
-        try:
-            if not mask.any():
-                raise DicomError("nothing is predicted")
-            segmentation = encode_segmentation(prediction.content, mask, weights)
-            files.write_whole(_path(how.out, "seg", case_id), segmentation, sync=False)
-        except DicomError as error:
-            reason = str(error)
-    spacing = read_spacing(prediction.content)
-    area = prediction.area_px
-    finding = Finding(
-        case_id=case_id,
-        digest=item.digest,
-        rows=mask.shape[0],
-        columns=mask.shape[1],
-        score=round(prediction.score, 6),
-        area_px=area,
-        area_mm2=None if (mm2 := spacing.area_mm2(area)) is None else round(mm2, 2),
-        mm2_plane=spacing.plane,
-        mm2_reason=spacing.reason,
-        seg_reason=reason,
-        encoded_pixels=rle.encode(mask),
-    )
-    files.write_whole(_path(how.out, FINDINGS, case_id), finding.model_dump_json(indent=2) + "\n", sync=False)
-    return finding
-
-
-def _finished(out: Path, item: FoundInput, outputs: Sequence[str]) -> Finding | None:
-    """The finding of a case that has all its files, made from the same bytes; None when it is to be done."""
-    try:
-        finding = Finding.model_validate_json(_path(out, FINDINGS, item.case_id).read_bytes())
-    except (OSError, ValueError):
-        return None
-    missing = [name for name in outputs if not _path(out, name, item.case_id).is_file()]
-    if missing == ["seg"] and finding.seg_reason:
-        missing = []
-    return finding if finding.digest == item.digest and not missing else None
-
-
-def _settle(out: Path, predictor: Predictor) -> None:
-    """Write what makes the masks, or compare it with what made those that are there.
-
-    To be called with the lock held. RunError when the folder holds something else.
+    The lock must be held. Raises RunError when the two differ, or when the folder holds other files.
     """
     files.remove_leftovers(out)
     plain = {
@@ -246,28 +138,62 @@ def _settle(out: Path, predictor: Predictor) -> None:
     try:
         before: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if any(found.name != locks.LOCK for found in out.iterdir()):
+        if any(other.name != locks.LOCK for other in out.iterdir()):
             with suppress(OSError):
                 (out / locks.LOCK).unlink()
             raise RunError(f"{out} holds other files and no predictions; give another folder with --out") from None
         files.write_json(path, plain)
         return
     except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); remove {out} and predict again") from error
+        raise RunError(f"{path} is damaged ({error}); remove {out} and rerun the command") from error
     if before != plain:
         changed = [name for name in plain if before.get(name) != plain[name]]
         raise RunError(
-            f"{out} holds results made with other {' and '.join(changed).replace('_', ' ')}, and the two do not mix; "
-            "give another folder with --out, or remove this one"
+            f"{out} holds results of other {' and '.join(changed).replace('_', ' ')}, which cannot be mixed with new "
+            "ones; give another folder with --out, or remove this one"
         )
 
 
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out} cannot be made: {error.strerror}; give another folder with --out") from error
+def _read_all_headers(
+    inputs: Sequence[Input], executor: Executor, on_progress: Progress
+) -> tuple[list[FoundInput], list[FoundInput]]:
+    """The inputs to predict, each image id once, and those rejected."""
+    starts = range(0, len(inputs), _HEADERS_A_TASK)
+    found: dict[int, list[FoundInput]] = {}
+    for start, part in executor(
+        read_headers, [(start, inputs[start : start + _HEADERS_A_TASK]) for start in starts], light=True
+    ):
+        found[start] = part
+        on_progress("headers", sum(map(len, found.values())), len(inputs))
+    return reject_repeated([item for start in starts for item in found[start]])
 
 
-def _path(out: Path, name: str, case_id: str) -> Path:
-    return out / name / f"{case_id}{OUTPUTS.get(name, '.json')}"
+def predict_chunk(options: Options, items: Sequence[FoundInput]) -> list[tuple[FoundInput, Finding | str]]:
+    """One task, in any process: predict some inputs and write their files; findings, or the reasons for none."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return list(_predict(_load(options.models, options.device, options.point), options, items))
+
+
+@lru_cache(maxsize=1)
+def _load(models: tuple[str, ...], device: Device, point: OperatingPoint) -> Predictor:
+    return Predictor.load(*models, device=device, operating_point=point)
+
+
+def _predict(
+    predictor: Predictor, options: Options, items: Sequence[FoundInput]
+) -> Iterator[tuple[FoundInput, Finding | str]]:
+    """The items in their order; files are decoded and written in threads while the network runs."""
+    weights = [card.weights_sha256 for card in predictor.cards]
+
+    def write(pair: tuple[FoundInput, Prediction | DicomError]) -> tuple[FoundInput, Finding | str]:
+        item, prediction = pair
+        if isinstance(prediction, DicomError):
+            return item, str(prediction)
+        return item, write_case(options.out, prediction, item.digest, outputs=options.outputs, weights=weights)
+
+    def reader(item: FoundInput) -> Callable[[], tuple[bytes, str]]:
+        return lambda: (item.source.read(), item.source.name)
+
+    predictions = predictor.stream((item, reader(item)) for item in items)
+    return ahead(write, predictions, threads=_WRITERS, most=2 * _WRITERS)

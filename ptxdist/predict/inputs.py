@@ -1,23 +1,22 @@
-"""What to predict: files, folders and zip files -> contents with a name, their image ids known beforehand.
+"""The files to predict: given as files, folders and zip files, listed with their image ids before prediction.
 
-Owns: the list of inputs, and reading out of zip files. Refuses: paths that are not there or hold no image
-(CatalogError); single files become a reason. Called by: `predict.folder`, in any process.
+Owns: the list of inputs, and reading from zip files. Refuses: paths that do not exist or hold no image (CatalogError).
+A single file that cannot be used gets a reason instead.
 
-Nothing is unpacked to disk, so no name in a zip file leads anywhere. A member is inflated in memory, up to the bytes
-that a radiograph may have; zip files inside zip files are left alone.
+Nothing is unpacked to disk, so no name in a zip file is ever used as a path. A member is inflated in memory, up to the
+size that a radiograph may have. Zip files inside zip files are skipped.
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from ptxdist.cache.scan import DICOM_SUFFIXES, digest_of, find_files
+from ptxdist.cache.scan import choose_images, digest_of, find_files
 from ptxdist.dicom.radiograph import CASE_ID, read_bytes, read_header
 from ptxdist.dicom.tags import MAX_INFLATED
 from ptxdist.errors import CatalogError, DicomError
@@ -27,7 +26,7 @@ _ENCRYPTED = 0x1
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or with a `member` a file inside the zip file at `path`; `shown` is for rejects.csv alone."""
+    """A file, or with a `member` a file inside the zip file at `path`; `shown` is its name in rejects.csv."""
 
     path: str
     member: str
@@ -39,13 +38,13 @@ class Input:
         return PurePosixPath(self.member or Path(self.path).name).name
 
     def read(self) -> bytes:
-        """Its content; DicomError when it cannot be read or is too large."""
+        """The content; DicomError when it cannot be read or is too large."""
         return _read_member(self.path, self.member) if self.member else read_bytes(Path(self.path))
 
 
 @dataclass(frozen=True)
 class FoundInput:
-    """An input with the hash of its bytes and its image id, or with the reason for its refusal."""
+    """An input with the hash of its bytes and its image id, or with the reason why it is rejected."""
 
     source: Input
     digest: str = ""
@@ -54,10 +53,10 @@ class FoundInput:
 
 
 def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]:
-    """Inputs in the order of the paths, sorted inside a folder or a zip file; `skip` are folders to pass over.
+    """Inputs in the order of the paths, sorted inside a folder or a zip file; `skip` are folders to skip.
 
-    A file that is named is taken whatever its suffix; what counts in folders and zip files, `scan.find_files` says.
-    Raises CatalogError when a path is not there, or holds no image.
+    A file that is named is used whatever its suffix; in folders and zip files `scan.choose_images` decides. Raises
+    CatalogError when a path does not exist, or holds no image.
     """
     found: list[Input] = []
     for path in paths:
@@ -65,8 +64,8 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
             names, others = find_files(path, skip)
             inputs = [Input(str(path / name), "", str(path / name)) for name in names]
         elif path.is_file() and zipfile.is_zipfile(path):
-            members = list(_members(path))
-            inputs, others = [Input(str(path), name, f"{path}:{name}") for name in members], 0
+            names, others = choose_images(_members(path))
+            inputs = [Input(str(path), name, f"{path}:{name}") for name in names]
         elif path.exists():
             inputs, others = [Input(str(path), "", str(path))], 0
         else:
@@ -77,8 +76,8 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
     return found
 
 
-def look_at(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundInput]]:
-    """One task: image ids by reading headers; `start` comes back with them."""
+def read_headers(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundInput]]:
+    """One task: read the headers of some inputs; `start` is returned with them."""
     found = []
     for source in inputs:
         try:
@@ -92,53 +91,51 @@ def look_at(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundInput]]
     return start, found
 
 
-def refuse_repeated(found: Sequence[FoundInput]) -> tuple[list[FoundInput], list[FoundInput]]:
-    """The inputs to predict, each image id once, and those refused.
+def reject_repeated(found: Sequence[FoundInput]) -> tuple[list[FoundInput], list[FoundInput]]:
+    """The inputs to predict, each image id once, and those rejected.
 
-    The same bytes again are passed over in silence. Other bytes under a known id are refused: one id has one result.
+    A file with the bytes of an earlier one is left out. One with the id of an earlier file but other bytes is
+    rejected: an id has one result.
     """
     first: dict[str, str] = {}
-    kept, refused = [], []
+    kept, rejected = [], []
     for item in found:
         if item.reason:
-            refused.append(item)
+            rejected.append(item)
         elif item.case_id not in first:
             first[item.case_id] = item.digest
             kept.append(item)
         elif first[item.case_id] != item.digest:
-            refused.append(FoundInput(item.source, reason="has the image id of another file, whose bytes are not its"))
-    return kept, refused
+            rejected.append(FoundInput(item.source, reason="has the image id of another file with different content"))
+    return kept, rejected
 
 
 @lru_cache(maxsize=4)
 def _open(path: str) -> zipfile.ZipFile:
-    # Kept open: its directory is read once, and several threads may read members.
+    # Kept open, so that its directory is read once. Several threads may read members.
     return zipfile.ZipFile(path)
 
 
-def _members(path: Path) -> Iterator[str]:
-    _open.cache_clear()  # it may be another file by now
+def _members(path: Path) -> set[str]:
+    _open.cache_clear()  # the file may have changed
     try:
-        names = sorted({item.filename for item in _open(str(path)).infolist() if not item.is_dir()})
+        names = {item.filename for item in _open(str(path)).infolist() if not item.is_dir()}
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise CatalogError(f"{path}: this zip file cannot be read: {error}") from error
-    shown = [name for name in names if not PurePosixPath(name).name.startswith(".") and "__MACOSX" not in name]
-    suffixes = {name: os.path.splitext(name)[1].lower() for name in shown}
-    dicom = [name for name in shown if suffixes[name] in DICOM_SUFFIXES or suffixes[name][1:].isdigit()]
-    yield from dicom or [name for name in shown if suffixes[name] == ".png"]
+    return {name for name in names if "__MACOSX" not in name}
 
 
 def _read_member(path: str, member: str) -> bytes:
     try:
         info = _open(path).getinfo(member)
         if info.flag_bits & _ENCRYPTED:
-            raise DicomError("is encrypted inside its zip file; unpack it first")
+            raise DicomError("is encrypted in its zip file; unpack it first")
         if info.file_size > MAX_INFLATED:
-            raise DicomError(f"claims {info.file_size:,} bytes unpacked, more than the {MAX_INFLATED:,} accepted")
+            raise DicomError(f"has {info.file_size:,} bytes unpacked, more than the {MAX_INFLATED:,} accepted")
         with _open(path).open(info) as file:
-            content = file.read(MAX_INFLATED + 1)  # zipfile stops at the claimed size and compares the checksum
+            content = file.read(MAX_INFLATED + 1)  # zipfile stops at the declared size and checks the checksum
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise DicomError(f"is damaged inside its zip file ({type(error).__name__})") from error
+        raise DicomError(f"is damaged in its zip file ({type(error).__name__})") from error
     if not content:
         raise DicomError("is empty (0 bytes)")
     return content

@@ -1,9 +1,10 @@
-"""Models and files -> predictions, streaming.
+"""Predict radiographs with one model or with several: `Predictor`, the Python API of ptxdist.
 
-Owns: how several models make one probability map, and the pipeline of decoding, network and what comes after it.
-Refuses: models that cannot be loaded (CheckpointError, RunError), files that are no radiograph (DicomError). Called by:
-`predict`, `serve`, and anybody's Python. A file is read and fitted into a square as in `cache.render`, and a map goes
-back to the original resolution as in `scoring`, so a held-out case gets the mask that `evaluate` has given it.
+Owns: how several models make one probability map, and the pipeline of decoding, network and masks. Refuses: models
+that cannot be loaded (CheckpointError, RunError), files that are not radiographs (DicomError).
+
+A file is read and fitted into a square as in `cache.render`, and a map is scaled back to the original resolution as in
+`train.scoring`, so a held-out case gets the same mask as in `evaluate`.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from ptxdist.records import OperatingPoint
 from ptxdist.train.device import Device, autocast, choose_device, choose_precision
 from ptxdist.train.scoring import mask_at, predict_probability, to_original
 
-BATCH = 4  # images a pass on a CPU, and the fewest: with fewer rows oneDNN rounds differently, so bytes would differ
+BATCH = 4  # images in a pass on a CPU, and at least so many: with fewer, oneDNN rounds differently
 _GPU_BATCH = 16
-_DECODERS = 4  # threads: a decoded image is ready in 3 ms, and a GPU wants one as often
-_AHEAD = 2  # batches that are decoded before their turn
+_DECODERS = 4  # threads; together they decode an image in 3 ms, which is what a GPU needs for one
+_AHEAD = 2  # batches decoded in advance
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -42,10 +43,10 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the models see in one radiograph, all of it at the original resolution.
+    """What is predicted for one radiograph, at the original resolution.
 
     `pixels` uint8 (rows, columns), air dark; `probability` float32 (rows, columns), 0..1; `mask` bool (rows, columns);
-    `score` the highest probability at the network's size; `content` the file as it was read.
+    `score` the highest probability at the network's size; `content` the bytes of the file.
     """
 
     case_id: str
@@ -57,13 +58,13 @@ class Prediction:
 
     @property
     def area_px(self) -> int:
-        """Px of the mask."""
+        """Number of pixels in the mask."""
         return int(np.count_nonzero(self.mask))
 
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A file that is ready for the network: `squares` uint8 (size, size) by size."""
+    """A file ready for the network: `squares` uint8 (size, size), by size."""
 
     case_id: str
     pixels: Pixels
@@ -74,7 +75,7 @@ class _Loaded:
 class Predictor:
     """One model, or several whose probabilities are averaged, with an operating point.
 
-    `cards` say what the models are, `models` are on `device`; all are in inference mode. Safe to use from one thread.
+    `cards` describe the models; `models` are on `device`, in inference mode. To be used from one thread at a time.
     """
 
     def __init__(
@@ -96,8 +97,8 @@ class Predictor:
     ) -> Predictor:
         """Load finished runs (folders) or bundles (files).
 
-        Without an `operating_point` the first model's holds, as does its flip averaging. `auto` takes a GPU if there is
-        one. Raises RunError, CheckpointError, or SettingsError for a device that is not there.
+        Without an `operating_point`, that of the first model is used, as is its flip averaging. `auto` takes a GPU if
+        there is one. Raises RunError, CheckpointError, or SettingsError for a device that does not exist.
         """
         if not models:
             raise CheckpointError("no model to predict with: give a finished run or a bundle")
@@ -105,16 +106,16 @@ class Predictor:
         return cls([card for card, _ in loaded], [model for _, model in loaded], choose_device(device), operating_point)
 
     def predict(self, path: str | os.PathLike[str]) -> Prediction:
-        """Predict one DICOM (or PNG) file; DicomError when it is no radiograph."""
+        """Predict one DICOM or PNG file; DicomError when it is not a radiograph."""
         return self.predict_content(read_bytes(Path(path)), name=Path(path).name)
 
     def predict_content(self, content: bytes, name: str = "") -> Prediction:
-        """Predict the content of a file; `name` is the file's, which a PNG needs. DicomError as `predict`."""
+        """Predict the bytes of a file; a PNG needs the `name` of its file. Raises DicomError as `predict` does."""
         item = self._load(content, name)
         return next(iter(self._run([item], fewest=1)))
 
     def predict_many(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, Prediction | DicomError]]:
-        """Predict files as they come; each path with its prediction, or with why there is none.
+        """Predict many files, in their order; each path with its prediction, or with the DicomError.
 
         Files are decoded in threads while the network runs; at most a few batches are in memory.
         """
@@ -124,7 +125,7 @@ class Predictor:
     def stream(
         self, items: Iterable[tuple[Item, Callable[[], tuple[bytes, str]]]]
     ) -> Iterator[tuple[Item, Prediction | DicomError]]:
-        """As `predict_many`, for anything that can be read; reading returns content and file name."""
+        """As `predict_many`, for items with a function that returns content and file name."""
 
         def load(item: tuple[Item, Callable[[], tuple[bytes, str]]]) -> tuple[Item, _Loaded | DicomError]:
             try:
@@ -160,7 +161,7 @@ class Predictor:
             yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content)
 
     def probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> Tensor:
-        """Mean probabilities (n, size, size) of the models of one size; a pass sees `fewest` images at least."""
+        """Mean probabilities (n, size, size) of the models of one size; a pass has at least `fewest` images."""
         stacked = torch.zeros(max(len(squares), fewest), 1, size, size, dtype=torch.uint8)
         stacked[: len(squares), 0] = torch.from_numpy(np.stack(squares))
         image = stacked.to(self.device)
@@ -175,9 +176,9 @@ class Predictor:
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Iterator[Result]:
-    """`function` over the items in threads, in their order, at most `most` items ahead of the caller.
+    """Results of `function` for the items, in their order, computed in threads at most `most` items ahead.
 
-    An error is raised at its turn; when the caller stops, so do the threads.
+    An error is raised in its item's place; when the caller stops, so do the threads.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ptxdist-ahead")
     waiting: deque[Future[Result]] = deque()

@@ -1,8 +1,10 @@
-"""A prediction -> what the viewer's page and its API are sent; the files of the page.
+"""What the viewer's server sends: the answer to a radiograph, and the files of the page.
 
-Owns: what leaves the server about a radiograph. Refuses: nothing. Called by: `server`. No image id, no name and no
-path is in it. The page moves the threshold by itself: it gets the level of each px, and the thresholds that tell levels
-apart contain the operating point's, so the area it counts there is the one that `predict` writes.
+Owns: what leaves the server about a radiograph. It contains no image id, no name and no path.
+
+The page applies the threshold itself: it receives the level of every pixel, that is, how many thresholds the pixel's
+probability reaches. The thresholds include those of the operating point, so the area that the page counts there is the
+one that `predict` writes.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptxdist.cache.outlines import encode
 from ptxdist.dicom.spacing import read_spacing
-from ptxdist.labels import rle
+from ptxdist.predict.findings import measure
 from ptxdist.predict.predictor import Prediction, Predictor
 from ptxdist.records import OperatingPoint, Record
 from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
 from ptxdist.scores.counts import LEVELS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
-PICTURE_PX = 2048  # the longer side of the picture on the page, at most; areas are counted at the original resolution
+PICTURE_PX = 2048  # longer side of the picture on the page, at most; areas are counted at the original resolution
 _BLOCK_ROWS = 512
 _FILES = {
     "viewer.css": "text/css",
@@ -39,7 +41,7 @@ _FILES = {
 class Answer(Record):
     """What is found in one radiograph; areas and `encoded_pixels` (run-length text) at the original resolution.
 
-    `px_mm2` is the area of a px, None where the spacing cannot be trusted, and `mm2_reason` says why.
+    `px_mm2` is the area of a pixel, None where the spacing cannot be trusted, and `mm2_reason` says why.
     """
 
     rows: int
@@ -56,43 +58,31 @@ class Answer(Record):
 
 
 def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
-    """The answer to one radiograph, its mask made at `point`."""
+    """The answer to one radiograph, whose mask was made at `point`."""
     spacing = read_spacing(prediction.content)
-    area = prediction.area_px
-    return Answer(
-        rows=prediction.mask.shape[0],
-        columns=prediction.mask.shape[1],
-        score=round(prediction.score, 6),
-        area_px=area,
-        area_mm2=None if (mm2 := spacing.area_mm2(area)) is None else round(mm2, 2),
-        px_mm2=spacing.area_mm2(1),
-        mm2_plane=spacing.plane,
-        mm2_reason=spacing.reason,
-        operating_point=point,
-        encoded_pixels=rle.encode(prediction.mask),
-    )
+    return Answer(px_mm2=spacing.area_mm2(1), operating_point=point, **measure(prediction, spacing))
 
 
 def thresholds_at(point: OperatingPoint) -> list[float]:
-    """The thresholds that can be chosen, rising: in steps of 1 / LEVELS, and those of the operating point."""
+    """The thresholds that can be chosen, ascending: steps of 1 / LEVELS, and those of the operating point."""
     return sorted({*(step / LEVELS for step in range(1, LEVELS)), point.top, point.bottom})
 
 
 def levels_of(probability: npt.NDArray[np.float32], thresholds: list[float]) -> npt.NDArray[np.uint8]:
     """How many thresholds each probability reaches, uint8 of the same shape; at most 255 thresholds.
 
-    A px has level > i exactly where `mask_at` would put it into a mask at thresholds[i].
+    A pixel has a level > i exactly where `mask_at` would include it in a mask at thresholds[i].
     """
     edges = torch.tensor(thresholds, dtype=torch.float64).float()
     levels = np.empty(probability.shape, np.uint8)
-    for start in range(0, len(probability), _BLOCK_ROWS):  # indices take four bytes each before they are levels
+    for start in range(0, len(probability), _BLOCK_ROWS):  # `bucketize` takes four bytes for each
         rows = torch.from_numpy(np.ascontiguousarray(probability[start : start + _BLOCK_ROWS]))
         levels[start : start + _BLOCK_ROWS] = torch.bucketize(rows, edges, right=True, out_int32=True).numpy()
     return levels
 
 
 def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
-    """Media type and content of the answer with all that the page draws, as multipart/form-data.
+    """Media type and content of the answer with everything that the page draws, as multipart/form-data.
 
     Parts: `answer` and `thresholds` (JSON), `picture` (PNG, at most PICTURE_PX), `levels` (uint8, row by row).
     """
@@ -118,9 +108,9 @@ def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
 
 
 def page_files(predictor: Predictor, max_bytes: int) -> Mapping[str, tuple[str, bytes]]:
-    """Media type and content of the page ("") and of each file that it loads, by name."""
+    """Media type and content of the page (name "") and of each file it loads, by name."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("viewer.html").render(cards=predictor.cards, max_bytes=max_bytes)
     files = {name: (kind, (TEMPLATES / name).read_bytes()) for name, kind in _FILES.items()}
-    files["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # whose colours the page has
+    files["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # defines the colours
     return {"": ("text/html", page.encode()), **files}

@@ -20,7 +20,8 @@ import torch
 from bench_predict import make_predictor
 from measuring import header, publish, spread, table
 
-from ptxdist.predict.export import ONNX, PT2, Run, encode, load
+from ptxdist.predict.export import ONNX, PT2, encode, load
+from ptxdist.predict.parity import Run
 from ptxdist.predict.predictor import Predictor
 from ptxdist.train.device import choose_precision
 

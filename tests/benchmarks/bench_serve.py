@@ -25,6 +25,7 @@ from measuring import header, in_turn, publish, table
 
 from ptxdist.phantoms.dataset import write_phantoms
 from ptxdist.predict import server
+from ptxdist.predict.gate import Limits
 
 
 def main() -> None:
@@ -36,7 +37,7 @@ def main() -> None:
     parser.add_argument("--save", help="name of the files in tests/benchmarks/results, without date and ending")
     options = parser.parse_args()
     predictor = make_predictor(options.size)
-    limits = server.Limits(a_minute=10**6)
+    limits = Limits(a_minute=10**6)
     with (
         tempfile.TemporaryDirectory() as folder,
         server.listen("127.0.0.1", 0) as listening,

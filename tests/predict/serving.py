@@ -17,11 +17,11 @@ from ptxdist import Predictor
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.predict import server
 from ptxdist.predict.bundle import ModelCard
+from ptxdist.predict.gate import DEFAULT, Limits
 from ptxdist.records import EvaluationResult, OperatingPoint
 from ptxdist.resolve import load_settings
 from ptxdist.train.unet import build_unet
 
-USUAL = server.Limits()
 DICOM = {"Content-Type": "application/dicom"}
 
 
@@ -38,8 +38,8 @@ def make_predictor(point: OperatingPoint, size_px: int = 64) -> Predictor:
 
 
 @contextmanager
-def serving(predictor: Predictor, limits: server.Limits = USUAL) -> Iterator[tuple[str, list[str]]]:
-    """The URL of a server that ends with the block, and what it told of defects."""
+def serving(predictor: Predictor, limits: Limits = DEFAULT) -> Iterator[tuple[str, list[str]]]:
+    """The URL of a server that ends with the block, and the defects that it reported."""
     defects: list[str] = []
     with server.listen("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as pool:
         running = server.make_server(server.make_app(predictor, pool, limits=limits, on_defect=defects.append))

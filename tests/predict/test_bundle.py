@@ -52,9 +52,9 @@ def test_what_is_altered_is_named(bundle: Path, tmp_path: Path) -> None:
     card["operating_point"]["top"] = 0.01
     weights[-1] ^= 1
     for members, words in (
-        ({"card": json.dumps(card).encode()}, "card.json has another checksum"),
-        ({"weights": bytes(weights)}, "weights.safetensors has another checksum"),
-        ({"README": b"trust me"}, "README.md has another checksum"),
+        ({"card": json.dumps(card).encode()}, "wrong checksum of card.json"),
+        ({"weights": bytes(weights)}, "wrong checksum of weights.safetensors"),
+        ({"README": b"trust me"}, "wrong checksum of README.md"),
         ({"card": b"{}"}, "cannot be read"),
     ):
         with pytest.raises(CheckpointError, match=words):
@@ -70,7 +70,10 @@ def test_what_is_no_bundle_is_refused(bundle: Path, finished_run: Path, tmp_path
     with zipfile.ZipFile(other, "w") as archive:
         archive.writestr("data.pkl", b"cos\nsystem\n")
     weights = finished_run / "stages" / "2-96px" / "best.safetensors"
-    for version, words in (("ptxdist bundle 9", "does not fit this version"), ("ptxdist bundle 1", "by rule 99")):
+    for version, words in (
+        ("ptxdist bundle 9", "does not fit this version"),
+        ("ptxdist bundle 1", "of transform 99"),
+    ):
         with zipfile.ZipFile(bundle) as archive:
             card = json.loads(archive.read(CARD))
         card |= {"format": version, "preprocessing": 99}
@@ -78,7 +81,7 @@ def test_what_is_no_bundle_is_refused(bundle: Path, finished_run: Path, tmp_path
         with pytest.raises(CheckpointError, match=words):
             load_model(altered(bundle, tmp_path / "version", card=json.dumps(card).encode()))
     for path in (text, cut, other, weights):
-        with pytest.raises(CheckpointError, match="no bundle"):
+        with pytest.raises(CheckpointError, match="not a bundle"):
             load_model(path)
     with pytest.raises(RunError, match="no model at"):
         load_model(tmp_path / "nowhere")

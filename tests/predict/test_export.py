@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +20,21 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from object_store import BUCKET, Proxy
 
 import ptxdist
 from ptxdist import Predictor
+from ptxdist.cache.catalog import read_catalog
+from ptxdist.cache.store import open_store
 from ptxdist.cli import cli
 from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
 from ptxdist.predict import export as exporting
+from ptxdist.predict import parity
 from ptxdist.predict.bundle import load_model, write_bundle
-from ptxdist.predict.export import ABOUT, LIMIT, allowed_difference, describe, largest_difference
+from ptxdist.predict.export import ABOUT, describe
+from ptxdist.predict.parity import LIMIT, allowed_difference, comparison_images, largest_difference
 from ptxdist.records import OperatingPoint
+from ptxdist.storage.caches import working_cache
 
 SIZE_PX = 96
 ROOT = Path(__file__).parents[2]
@@ -34,12 +42,12 @@ WITHOUT_PTXDIST = "import sys; sys.modules['ptxdist'] = None\n"
 Exported = tuple[Path, dict[str, Any]]
 
 
-def run(*arguments: object) -> Result:
+def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def export(model: Path, out: Path) -> Exported:
-    done = run("export", model, "--out", out, "--json")
+    done = invoke("export", model, "--out", out, "--json")
     assert done.exit_code == 0, done.output
     assert list(out.parent.iterdir()) == [out], "nothing beside it"
     return out, json.loads(done.stdout)
@@ -127,7 +135,7 @@ def test_pt2_runs_in_a_process_of_its_own_with_torch_alone(
     assert json.loads((tmp_path / "about.json").read_text()) == describe(predictor.cards[0]) | {
         "card": load_model(pt2_file[0].parents[1] / "model.ptxdist")[0].model_dump(mode="json")
     }
-    assert pt2_file[1]["images_from"].startswith("phantoms")
+    assert pt2_file[1]["images_from"] == "phantoms (a bundle has no images)"
     assert pt2_file[1]["difference"] <= pt2_file[1]["limit"]
 
 
@@ -180,13 +188,56 @@ def test_the_documented_lines_give_the_mask_without_ptxdist(
     assert 0 < np.count_nonzero(found["mask"] & ~near) < found["mask"].size
 
 
-def test_what_differs_from_the_checkpoint_is_not_written(
-    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_cache_in_an_object_store_is_copied_to_compare_on(
+    s3: Proxy, finished_run: Path, small_cache: tuple[Path, object], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(exporting, "LIMIT", -1.0)
+    """Held-out images of the fold, equal to those of the local cache; if the store has none, the words say so."""
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}/cache"
+    run = with_cache(finished_run, tmp_path / "run", url)
+    images, origin = comparison_images(run, SIZE_PX)
+    assert len(images) == 8
+    assert origin.startswith(f"phantoms (the run's cache cannot be read: {url} is no")
+    with working_cache(url) as folder:
+        shutil.copytree(small_cache[0], folder, dirs_exist_ok=True)
+    images, origin = comparison_images(run, SIZE_PX)
+    assert origin == "held-out images of the run's cache"
+    local, _ = comparison_images(finished_run, SIZE_PX)
+    assert [image.tobytes() for image in images] == [image.tobytes() for image in local]
+    s3.requests.clear()
+    comparison_images(run, SIZE_PX)
+    assert not [path for _, path in s3.requests if ".zarr/" in path], "the copy on this node is used"
+
+
+@pytest.mark.parametrize("fold", [0, 1])
+def test_images_to_compare_on_are_held_out(fold: int, finished_run: Path, small_cache: Any, tmp_path: Path) -> None:
+    run = with_cache(finished_run, tmp_path / "run", str(small_cache[0]), fold)
+    images, origin = comparison_images(run, SIZE_PX)
+    cases, store = read_catalog(small_cache[0]).labelled, open_store(small_cache[0], SIZE_PX)
+    held_out = {store.sample(row)[0].tobytes() for row, case in enumerate(cases) if case.fold == fold}
+    assert origin == "held-out images of the run's cache"
+    assert {image.tobytes() for image in images} <= held_out
+    assert len(images) == min(8, len(held_out))
+
+
+def with_cache(run: Path, copy: Path, cache: str, fold: int = 0) -> Path:
+    """A run with the files of this one, whose settings name this cache and this fold."""
+    shutil.copytree(run, copy, copy_function=os.link)
+    settings = json.loads((copy / "settings.json").read_text())
+    (copy / "settings.json").unlink()
+    settings["data"]["cache"], settings["pipeline"]["fold"] = cache, fold
+    (copy / "settings.json").write_text(json.dumps(settings))
+    return copy
+
+
+def test_what_differs_from_the_checkpoint_is_not_written(
+    finished_run: Path, pt2_file: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = pt2_file[0].read_bytes()
+    monkeypatch.setattr(exporting, "encode", lambda network, card, suffix: content)  # which takes seconds
+    monkeypatch.setattr(parity, "LIMIT", -1.0)
     former = tmp_path / "model.pt2"
     former.write_text("the former one")
-    done = run("export", finished_run, "--out", former)
+    done = invoke("export", finished_run, "--out", former)
     assert done.exit_code == ExportError.exit_code, done.output
     assert isinstance(done.exception, SystemExit)
     for words in ("differ by", "nothing was written", "held-out images"):
@@ -201,7 +252,7 @@ def test_another_network_and_not_a_number_are_seen(
     def shifted(offset: float) -> Callable[[np.ndarray], np.ndarray]:
         def same(image: np.ndarray) -> np.ndarray:
             found = expected(predictor, image)
-            found[-1, 0, 3, 5] += offset  # one px of the last image of each batch
+            found[-1, 0, 3, 5] += offset  # one pixel of the last image of each batch
             return found
 
         return same
@@ -237,24 +288,24 @@ def test_bad_input_is_refused_and_leaves_nothing(
     out = tmp_path / "out" / "model"
     for model, path, error, words in (
         (finished_run, out.with_suffix(".h5"), SettingsError, ".onnx, .pt2 and .ptxdist"),
-        (finished_run, out, SettingsError, "by the ending"),
+        (finished_run, out, SettingsError, "names the format"),
         (unfinished, out.with_suffix(".onnx"), RunError, "is not finished"),
         (unfinished, out.with_suffix(".ptxdist"), RunError, "is not finished"),
         (tmp_path / "nowhere", out.with_suffix(".pt2"), RunError, "no model at"),
         (tmp_path / "nowhere", out.with_suffix(".ptxdist"), RunError, "nowhere"),
         (bundle, out.with_suffix(".ptxdist"), RunError, "copy it"),
-        (tmp_path / "in" / "file", out.with_suffix(".onnx"), CheckpointError, "no bundle"),
+        (tmp_path / "in" / "file", out.with_suffix(".onnx"), CheckpointError, "not a bundle"),
         (finished_run, tmp_path / "in" / "folder.onnx", CheckpointError, "a folder has this name"),
-        (finished_run, tmp_path / "in" / "file" / "model.onnx", CheckpointError, "may be written to"),
-        (finished_run, tmp_path / "in" / "file" / "model.ptxdist", CheckpointError, "may be written to"),
+        (finished_run, tmp_path / "in" / "file" / "model.onnx", CheckpointError, "can write to"),
+        (finished_run, tmp_path / "in" / "file" / "model.ptxdist", CheckpointError, "can write to"),
         (finished_run, Path("/proc/model.pt2"), CheckpointError, "cannot be written"),
     ):
-        done = run("export", model, "--out", path)
+        done = invoke("export", model, "--out", path)
         assert done.exit_code == error.exit_code, (path, done.output)
         assert isinstance(done.exception, SystemExit)
         assert words in done.stderr
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    done = run("export", finished_run, "--out", out.with_suffix(".onnx"))
+    done = invoke("export", finished_run, "--out", out.with_suffix(".onnx"))
     assert done.exit_code == SettingsError.exit_code
     assert "onnxscript" in done.stderr
     assert "ptxdist[export]" in done.stderr
@@ -265,12 +316,12 @@ def test_bad_input_is_refused_and_leaves_nothing(
 def test_an_exported_bundle_predicts_what_its_run_predicts(
     finished_run: Path, small_dataset: Any, tmp_path: Path
 ) -> None:
-    done = run("export", finished_run, "--out", tmp_path / "model.ptxdist")
+    done = invoke("export", finished_run, "--out", tmp_path / "model.ptxdist")
     assert done.exit_code == 0, done.output
     assert zipfile.is_zipfile(tmp_path / "model.ptxdist")
     source = next(iter(sorted(small_dataset.dicom.rglob("*.dcm"))))
     for model, out in ((tmp_path / "model.ptxdist", "of-bundle"), (finished_run, "of-run")):
-        done = run("predict", model, source, "--out", tmp_path / out, "--threshold", 0.3, "--device", "cpu")
+        done = invoke("predict", model, source, "--out", tmp_path / out, "--threshold", 0.3, "--device", "cpu")
         assert done.exit_code == 0, done.output
     for name in ("submission.csv", f"findings/{source.stem}.json", f"masks/{source.stem}.png"):
         assert (tmp_path / "of-bundle" / name).read_bytes() == (tmp_path / "of-run" / name).read_bytes()

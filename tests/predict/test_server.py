@@ -29,7 +29,7 @@ from ptxdist.cli import cli
 from ptxdist.errors import AddressError, RunError
 from ptxdist.labels import rle
 from ptxdist.predict import server
-from ptxdist.predict.server import Limits
+from ptxdist.predict.gate import Limits
 from ptxdist.predict.viewer import levels_of, thresholds_at
 from ptxdist.records import OperatingPoint
 from ptxdist.train.scoring import mask_at

@@ -14,7 +14,7 @@ from browser import CHROMIUM, CONTRAST, Browser, browser
 from serving import make_predictor, serving
 
 from ptxdist import Prediction, Predictor
-from ptxdist.predict.server import Limits
+from ptxdist.predict.gate import Limits
 from ptxdist.predict.viewer import thresholds_at
 from ptxdist.records import OperatingPoint
 

@@ -1,10 +1,10 @@
-// The viewer's page: sends a file, draws the mask, and moves the threshold without asking the server again.
-// Levels: a px of level n reaches the first n thresholds (predict/viewer.py), so it is in the mask at threshold i if n > i.
+// The viewer's page: sends a file, draws the mask, and applies the threshold without another request.
+// A pixel of level n reaches the first n thresholds (predict/viewer.py), so it is in the mask at threshold i if n > i.
 "use strict";
 
 const $ = id => document.getElementById(id);
 const maxBytes = Number(document.body.dataset.maxBytes);
-let shown = null;  // answer, thresholds, levels, and how many px reach each threshold
+let shown = null;  // answer, thresholds, levels, and how many pixels reach each threshold
 let sending = false;
 let waiting = false;  // for the next frame
 let speaking = 0;
@@ -16,11 +16,11 @@ async function send(file) {
   try {
     if (!file.size) throw new Error("This file is empty (0 bytes).");
     if (file.size > maxBytes) throw new Error(`This file has more than the ${number(maxBytes)} bytes that are accepted.`);
-    work("The model is looking at the radiograph …");
+    work("Predicting …");
     const headers = {"Content-Type": "application/dicom"};
     const response = await fetch("/api/maps", {method: "POST", headers, body: file}).catch(() => null);
-    if (!response) throw new Error("The server does not answer. Is `ptxdist serve` still running, and the file still there?");
-    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error || `The server refused (${response.status}).`);
+    if (!response) throw new Error("The server does not answer. Check that `ptxdist serve` is running and that the file still exists.");
+    if (!response.ok) throw new Error((await response.json().catch(() => ({}))).error || `The server answered with status ${response.status}.`);
     await show(await response.formData());
   } catch (error) {
     problem(error.message);
@@ -36,7 +36,7 @@ function work(words) {
   $("working-words").textContent = words;
   $("file").disabled = sending;
   $("result").setAttribute("aria-busy", sending);
-  if (sending) { $("result").hidden = true; say(words); }  // never the mask of one beside the name of another
+  if (sending) { $("result").hidden = true; say(words); }  // no old result beside a new file
 }
 
 function problem(words) {
@@ -63,22 +63,22 @@ async function show(parts) {
   await $("radiograph").decode();
   URL.revokeObjectURL(url);
   $("mask").setAttribute("viewBox", `0 0 ${columns} ${rows}`);
-  $("geometry").textContent = `${number(columns)} × ${number(rows)} px`;
+  $("geometry").textContent = `${number(columns)} × ${number(rows)} pixels`;
   $("score").textContent = answer.score.toFixed(3);
   $("threshold").max = thresholds.length - 1;
   $("threshold").value = thresholds.indexOf(point.bottom);
   $("point").textContent = `The model's operating point: ${rule(point)}.`;
   $("smallest-label").hidden = !point.min_area_px;
   $("smallest").checked = true;
-  $("smallest-words").textContent = `no mask under ${number(point.min_area_px)} px`;
+  $("smallest-words").textContent = `no mask of fewer than ${number(point.min_area_px)} pixels`;
   $("result").hidden = false;
   draw();
 }
 
 const short = value => String(Number(value.toFixed(4)));
-const rule = point => `px from ${short(point.bottom)}` + (point.min_area_px ? `, if ${number(point.min_area_px)} px reach ${short(point.top)}` : "");
+const rule = point => `pixels from ${short(point.bottom)}` + (point.min_area_px ? `, if ${number(point.min_area_px)} of them reach ${short(point.top)}` : "");
 
-// Off the operating point one threshold decides both, as with `ptxdist predict --threshold`.
+// Away from the operating point one threshold is used for both, as with `ptxdist predict --threshold`.
 function chosen() {
   const {thresholds, reach, answer: {operating_point: point}} = shown;
   const bottom = Number($("threshold").value), own = bottom === thresholds.indexOf(point.bottom);
@@ -98,29 +98,29 @@ function draw() {
   $("opacity-value").textContent = `${$("opacity").value} %`;
   $("opacity").setAttribute("aria-valuetext", `${$("opacity").value} %`);
   $("reset").disabled = own && $("smallest").checked;
-  $("area").textContent = `${number(area)} px`;
+  $("area").textContent = number(area);
   const share = `${(100 * area / (answer.rows * answer.columns)).toFixed(2)} % of the image. `;
-  const plane = answer.mm2_plane === "detector" ? " on the detector, where anatomy is a little magnified" : "";
+  const plane = answer.mm2_plane === "detector" ? " on the detector, where anatomy is slightly magnified" : "";
   const size = answer.px_mm2 === null ? `No mm²: ${answer.mm2_reason}.` : `${number(Math.round(area * answer.px_mm2))} mm²${plane}.`;
-  $("area-more").textContent = (emptied ? "Emptied: too few px. " : share) + size;
+  $("area-more").textContent = (emptied ? "No mask: too few pixels. " : share) + size;
   const words = `Score ${answer.score.toFixed(3)}, threshold ${thresholds[bottom].toFixed(3)}: ` +
-    (area ? `mask of ${number(area)} px` : "no mask") + (own ? ", at the model's operating point" : "");
+    (area ? `mask of ${number(area)} pixels` : "no mask") + (own ? ", at the model's operating point" : "");
   $("radiograph").alt = `Chest radiograph. ${words}`;
   say(words);
 }
 
-// The edges of all px above a level, as closed paths along the px' sides; holes run the other way round.
+// The edges of all pixels above a level, as closed paths along pixel sides; holes have the opposite direction.
 function outline(level) {
   const {levels, answer: {rows, columns}} = shown;
   const inside = (x, y) => x >= 0 && y >= 0 && x < columns && y < rows && levels[y * columns + x] > level;
-  const seen = new Uint8Array(rows * columns);  // px whose upper side is part of a path
+  const seen = new Uint8Array(rows * columns);  // pixels whose upper side is part of a path
   const parts = [];
   for (let row = 0; row < rows; row++) {
     for (let column = 0, at = row * columns; column < columns; column++, at++) {
       if (levels[at] <= level || seen[at] || (row && levels[at - columns] > level)) continue;
       let x = column, y = row, dx = 1, dy = 0;
       parts.push(`M${x},${y}`);
-      do {  // the mask lies on the right hand
+      do {  // the mask is on the right
         if (dx === 1) seen[y * columns + x] = 1;
         x += dx; y += dy;
         const right = inside(x + (dx - dy - 1) / 2, y + (dx + dy - 1) / 2), left = inside(x + (dx + dy - 1) / 2, y + (dy - dx - 1) / 2);
@@ -144,7 +144,7 @@ for (const id of ["threshold", "opacity", "outlined", "smallest"]) $(id).addEven
 $("reset").addEventListener("click", () => {
   $("threshold").value = shown.thresholds.indexOf(shown.answer.operating_point.bottom);
   $("smallest").checked = true;
-  $("threshold").focus();  // the button is about to be switched off
+  $("threshold").focus();  // the button is about to be disabled
   redraw();
 });
 $("file").addEventListener("change", () => { if ($("file").files.length) send($("file").files[0]); });
@@ -157,6 +157,6 @@ addEventListener("drop", event => {
   over = 0;
   $("drop").classList.remove("over");
   const files = event.dataTransfer.files;
-  if (files.length > 1) problem("One file at a time, please.");
+  if (files.length > 1) problem("Drop one file at a time.");
   else if (files.length) send(files[0]);
 });

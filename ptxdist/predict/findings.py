@@ -1,0 +1,112 @@
+"""The files of one predicted case.
+
+    OUT/findings/<id>.json      `Finding`; written last, so a case that has it is finished
+    OUT/masks/<id>.png          0 and 255, of the radiograph's size
+    OUT/overlays/<id>.jpg       the radiograph with the mask outlined, padded to a square of 768 pixels
+    OUT/seg/<id>.dcm            DICOM SEG
+
+Owns: these files, and the numbers that are reported for a prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptxdist import files
+from ptxdist.cache.outlines import encode, outline
+from ptxdist.cache.render import fit_square
+from ptxdist.dicom.spacing import Spacing, read_spacing
+from ptxdist.errors import DicomError
+from ptxdist.labels import rle
+from ptxdist.predict.dicom_seg import encode_segmentation
+from ptxdist.predict.predictor import Prediction
+from ptxdist.records import Record
+
+FINDINGS = "findings"
+OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}
+OVERLAY_PX = 768
+
+
+class Finding(Record):
+    """What is found in one case; areas in pixels of the original image.
+
+    `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
+    "detector", where anatomy is slightly magnified. `seg_reason` says why a DICOM SEG that was requested is missing.
+    `digest` is a hash of the file's bytes.
+    """
+
+    case_id: str
+    digest: str
+    rows: int
+    columns: int
+    score: float
+    area_px: int
+    area_mm2: float | None
+    mm2_plane: str
+    mm2_reason: str
+    seg_reason: str
+    encoded_pixels: str
+
+
+def measure(prediction: Prediction, spacing: Spacing) -> dict[str, Any]:
+    """The fields that `Finding` and the viewer's `Answer` have in common."""
+    area = prediction.area_px
+    return {
+        "rows": prediction.mask.shape[0],
+        "columns": prediction.mask.shape[1],
+        "score": round(prediction.score, 6),
+        "area_px": area,
+        "area_mm2": None if (mm2 := spacing.area_mm2(area)) is None else round(mm2, 2),
+        "mm2_plane": spacing.plane,
+        "mm2_reason": spacing.reason,
+        "encoded_pixels": rle.encode(prediction.mask),
+    }
+
+
+def write_case(
+    out: Path, prediction: Prediction, digest: str, *, outputs: Sequence[str], weights: Sequence[str]
+) -> Finding:
+    """Write the files of a case, the finding last; `weights` are the sha256 of the models.
+
+    Raises RunError when a file cannot be written.
+    """
+    case_id, mask, reason = prediction.case_id, prediction.mask, ""
+    contents: dict[str, bytes] = {}
+    if "masks" in outputs:
+        contents["masks"] = encode((mask * np.uint8(255))[:, :, None], ".png")
+    if "overlays" in outputs:
+        square, drawn = fit_square(prediction.pixels), fit_square(mask.astype(np.uint8))
+        contents["overlays"] = encode(outline(square, np.zeros_like(drawn), drawn, OVERLAY_PX), ".jpg")
+    if "seg" in outputs:
+        try:
+            if not mask.any():
+                raise DicomError("nothing is predicted")
+            contents["seg"] = encode_segmentation(prediction.content, mask, weights)
+        except DicomError as error:
+            reason = str(error)
+    measured = measure(prediction, read_spacing(prediction.content))
+    finding = Finding(case_id=case_id, digest=digest, seg_reason=reason, **measured)
+    contents[FINDINGS] = (finding.model_dump_json(indent=2) + "\n").encode()
+    for name, content in contents.items():
+        files.write_whole(_path(out, name, case_id), content, sync=False)
+    return finding
+
+
+def read_finished(out: Path, case_id: str, digest: str, outputs: Sequence[str]) -> Finding | None:
+    """The finding of a case that has all its files, made from the same bytes; None when it has to be predicted."""
+    try:
+        finding = Finding.model_validate_json(_path(out, FINDINGS, case_id).read_bytes())
+    except (OSError, ValueError):
+        return None
+    missing = [name for name in outputs if not _path(out, name, case_id).is_file()]
+    if missing == ["seg"] and finding.seg_reason:
+        missing = []
+    return finding if finding.digest == digest and not missing else None
+
+
+def _path(out: Path, name: str, case_id: str) -> Path:
+    return out / name / f"{case_id}{OUTPUTS.get(name, '.json')}"
