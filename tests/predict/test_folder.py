@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import csv
-import errno
-import fcntl
 import json
-import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +15,7 @@ import numpy as np
 import pydicom
 import pytest
 from click.testing import CliRunner
+from locking import NO_LOCKS, failing, held
 from pydicom.uid import JPEG2000Lossless
 
 from ptxdist import Predictor
@@ -262,19 +259,13 @@ def test_bad_input_is_refused_and_leaves_nothing(
 
 
 def test_a_second_process_is_refused(predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path) -> None:
-    hold = "import sys; from pathlib import Path; from ptxdist.locks import only\n"
-    hold += "with only(Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", hold, str(tmp_path / ".lock")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout
-        other.stdout.readline()
-        with pytest.raises(BusyError, match="another `ptxdist predict` is writing"):
-            predict_files([images / "study4"], tmp_path, predictor, [finished_run])
+    with held(tmp_path / ".lock"), pytest.raises(BusyError, match="another `ptxdist predict` is writing"):
+        predict_files([images / "study4"], tmp_path, predictor, [finished_run])
     assert {path.name for path in tmp_path.iterdir()} == {".lock"}
     assert predict_files([images / "study4"], tmp_path, predictor, [finished_run]).predicted == 1
 
 
-@pytest.mark.parametrize("name", ["ENOLCK", "EOPNOTSUPP", "EINVAL", "EIO"])
+@pytest.mark.parametrize("name", [*NO_LOCKS, "EIO"])
 def test_only_a_conflict_is_another_process(
     name: str,
     predictor: Predictor,
@@ -285,12 +276,7 @@ def test_only_a_conflict_is_another_process(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Where the file system has no locks, the command continues; another failure is reported as what it is."""
-    number = getattr(errno, name)
-
-    def flock(descriptor: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    failing(monkeypatch, name)
     if name == "EIO":
         with pytest.raises(RunError, match="cannot be locked: Input/output error"):
             predict_files([images / "study4"], tmp_path, predictor, [finished_run])

@@ -100,6 +100,21 @@ def test_work_ahead_keeps_the_order_is_bounded_and_raises_at_its_turn() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ptxdist-ahead")]
 
 
+def test_the_documented_lines_predict(
+    finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = (Path(__file__).parents[2] / "docs" / "predict.md").read_text().split("```python\n")[1].split("```")[0]
+    path = next(iter(files(small_dataset).values()))
+    for name, real in (("runs/exp4", finished_run), ("image.dcm", path)):
+        assert code.count(f'"{name}"') == 1
+        code = code.replace(name, str(real))
+    names: dict[str, Any] = {}
+    exec(code, names)
+    prediction = names["prediction"]
+    assert capsys.readouterr().out == f"{prediction.score} {prediction.area_px}\n"
+    assert prediction.probability.shape == prediction.mask.shape
+
+
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, ptxdist; assert 'torch' not in sys.modules; ptxdist.Predictor; assert 'torch' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
