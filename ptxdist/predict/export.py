@@ -20,7 +20,6 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ptxdist import files
 from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
 from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle
-from ptxdist.predict.parity import BATCHES, Run, allowed_difference, comparison_images, largest_difference
+from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
 from ptxdist.predict.predictor import Predictor
 from ptxdist.train.device import choose_device
 from ptxdist.train.scoring import predict_probability
@@ -44,8 +43,6 @@ ABOUT = "ptxdist.json"
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 INPUT, OUTPUT = "image", "probability"
 _OPSET = 18  # ONNX Runtime has it since 1.14
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
