@@ -1,6 +1,6 @@
 """A folder of image files -> their headers, read in parallel.
 
-Owns: which files are candidates. Refuses: folders without a candidate, or that cannot be read (CatalogError).
+Owns: which names are image files. Refuses: folders without a candidate, or that cannot be read (CatalogError).
 """
 
 from __future__ import annotations

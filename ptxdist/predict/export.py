@@ -168,10 +168,11 @@ def _folded(network: nn.Module) -> nn.Module:
     """A copy in inference mode whose batch norms are folded into its convolutions."""
     network = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
     for module in list(network.modules()):
-        for convolution, norm in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):  # 0, 1: torchvision's downsample
-            if isinstance(getattr(module, norm, None), nn.BatchNorm2d):
-                setattr(module, convolution, fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm)))
-                setattr(module, norm, nn.Identity())
+        for first, second in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):  # 0, 1: torchvision's downsample
+            convolution, norm = getattr(module, first, None), getattr(module, second, None)
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, second, nn.Identity())
     return network
 
 
