@@ -19,7 +19,7 @@ DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
 @json_option
 @click.pass_context
 def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None:
-    """The whole way on synthetic data: phantoms, cache, two stages with Ray Train, numbers, report.
+    """All steps on synthetic data: phantoms, cache, two stages with Ray Train, numbers, report.
 
     Example: ptxdist demo
     """

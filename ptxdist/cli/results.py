@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -16,29 +17,26 @@ from ptxdist.errors import RunError
 @click.option("--patients", type=FILE, help="CSV of image id and patient, where the cache was made without one.")
 @json_option
 def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | None, as_json: bool) -> None:
-    """Evaluate finished runs on the cases they have held out, on this machine.
+    """Evaluate finished runs on the cases that each has held out, on this machine.
 
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled.
 
     Example: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
     """
     from ptxdist import console
+    from ptxdist.rundir import read_stages
     from ptxdist.storage.runs import local_run
     from ptxdist.train.evaluate import evaluate_again
 
     if out is None and isinstance(runs[0], str):
         raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
+    folders = [local_run(run) for run in runs]
     with console.progress() as update:
-        evaluation, result = evaluate_again(
-            [local_run(run) for run in runs],
-            folder=out,
-            patients=patients,
-            on_cases=lambda done, total: update("images", done, total),
-        )
+        evaluation = evaluate_again(folders, folder=out, patients=patients, on_cases=partial(update, "images"))
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
-        console.show_result(result.stages if result else (), evaluation)
+        console.show_result(read_stages(folders[0]) if out is None else (), evaluation)
 
 
 @click.command()
@@ -46,7 +44,7 @@ def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | No
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_option
 def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None:
-    """Compare evaluated runs with the first of them, on the cases that all have evaluated.
+    """Compare evaluated runs with the first one, on the cases that all have evaluated.
 
     Example: ptxdist compare runs/exp1 runs/exp2 runs/exp4
     """
@@ -87,7 +85,7 @@ def report(run: Path | str, as_json: bool) -> None:
 @click.argument("path", type=PLACE)
 @json_option
 def inspect(path: Path | str, as_json: bool) -> None:
-    """Show what a cache or a run holds; for a cache, also draw a contact sheet with the masks outlined.
+    """Show what is in a cache or a run; for a cache, also draw a contact sheet with the masks outlined.
 
     Example: ptxdist inspect cache
     """
@@ -123,7 +121,7 @@ def _inspect_run(run: Path, as_json: bool) -> None:
         console.show_json({"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]})
     else:
         console.show_result(done, None)
-        console.say(f"not finished: {len(done)} of {len(folders)} stages; the same `ptxdist train` goes on from there")
+        console.say(f"not finished: {len(done)} of {len(folders)} stages; rerun `ptxdist train` to resume")
 
 
 def _inspect_cache(cache: Path, as_json: bool) -> None:

@@ -55,5 +55,4 @@ def train_folds(
             on_progress=on_progress,
         )
     runs = [run / f"fold-{fold}" for fold in range(folds)]
-    evaluation, _ = evaluate_again(runs, folder=run / OUT_OF_FOLD, on_cases=partial(on_progress, "images"))
-    return evaluation
+    return evaluate_again(runs, folder=run / OUT_OF_FOLD, on_cases=partial(on_progress, "images"))

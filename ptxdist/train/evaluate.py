@@ -183,12 +183,14 @@ def evaluate_again(
     folder: Path | None = None,
     patients: Path | None = None,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[EvaluationResult, PipelineResult | None]:
-    """Evaluate finished runs on this machine.
+) -> EvaluationResult:
+    """Evaluate finished runs, each on the cases that it has held out, on this machine; returns the scores.
 
-    A single run's own result is renewed, and returned too; the evaluation of several goes to `folder`, or with one run
-    stays with it. Errors as `evaluate`; RunError for an unfinished run or one of another cache or split, StoreError for
-    a cache that is damaged.
+    Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. The files of
+    the evaluation are written to `folder`; for one run without `folder`, to RUN/evaluation, and RUN/result.json is
+    rewritten. `patients` is a table of image ids and patients, for caches made without one. `on_cases` is called with
+    (images done, images). Errors as for `evaluate`; RunError for an unfinished run or one of another cache or split,
+    StoreError for a cache that is damaged.
     """
     members = [Member.of(run) for run in runs]
     places = [member.settings.data.cache for member in members]
@@ -215,7 +217,7 @@ def evaluate_again(
         on_cases=on_cases,
     )
     if folder is not None:
-        return evaluation, None
+        return evaluation
     stages = tuple(read_stages(runs[0]))
     result = PipelineResult(
         pipeline=members[0].settings.pipeline.name,
@@ -224,7 +226,7 @@ def evaluate_again(
         seconds=sum(stage.seconds for stage in stages) + evaluation.seconds,
     )
     files.write_json(runs[0] / RESULT, result)
-    return evaluation, result
+    return evaluation
 
 
 def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:
