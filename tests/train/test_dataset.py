@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptxdist.cache.store import open_store
+from ptxdist.config import Transform
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.dataset import Share, batches, epoch_order, training_shares, validation_shares
 
@@ -107,12 +108,13 @@ def test_an_empty_share_is_an_empty_batch(cache: Path) -> None:
     assert tuple(batch.image.shape) == (0, 1, 32, 32)
 
 
-def test_draws_depend_on_seed_epoch_and_case_only(cache: Path) -> None:
-    store = open_store(cache, 64)
+@pytest.mark.parametrize("kind", ["by table", "in full"])
+def test_draws_depend_on_seed_epoch_and_case_only(cache: Path, full_recipe: tuple[Transform, ...], kind: str) -> None:
+    store, recipe = open_store(cache, 64), "siim" if kind == "by table" else full_recipe
 
     def augmented(order: list[int], batch: int, seed: int, epoch: int) -> dict[int, bytes]:
         shares = training_shares(np.array(order), batch, 0, 1)
-        found = batches(store, shares, augmentation=Augmentation("siim", seed), names=NAMES, epoch=epoch)
+        found = batches(store, shares, augmentation=Augmentation(recipe, seed), names=NAMES, epoch=epoch)
         return {i: b.image[row].numpy().tobytes() for b in found for row, i in enumerate(b.index.tolist())}
 
     first = augmented(list(range(10)), 4, 1, 1)

@@ -12,8 +12,9 @@ from torch import nn
 
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
-from ptxdist.config import StageSettings, TrainSettings
+from ptxdist.config import Recipe, StageSettings, TrainSettings, Transform
 from ptxdist.errors import TrainingError
+from ptxdist.records import Event, Message
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.dataset import Share, batches, epoch_order, training_shares
 from ptxdist.train.loop import FitResult, StageData, fit
@@ -23,8 +24,10 @@ CPU = torch.device("cpu")
 NAMES = [f"case-{number}" for number in range(26)]
 
 
-@pytest.mark.parametrize("recipe", ["none", "siim", None])
-def test_batches_are_bit_identical_to_the_loaders(long_cache: Path, recipe: str | None) -> None:
+@pytest.mark.parametrize("recipe", ["none", "siim", "in full", None])
+def test_batches_are_bit_identical_to_the_loaders(
+    long_cache: Path, recipe: str | None, full_recipe: tuple[Transform, ...]
+) -> None:
     store = open_store(long_cache, 64)
     held = hold(store, CPU, "on")
     assert isinstance(held, OnDeviceStore)
@@ -32,7 +35,7 @@ def test_batches_are_bit_identical_to_the_loaders(long_cache: Path, recipe: str 
     for epoch in range(3):
         shares = training_shares(epoch_order(np.arange(26), seed=1, epoch=epoch), 5, 0, 1)
         shares += [Share(nobody, 1, nobody), Share(np.array([3, 3]), 2, np.array([0, 1]))]
-        augmentation = Augmentation(recipe, 1) if recipe else None
+        augmentation = Augmentation(full_recipe if recipe == "in full" else recipe, 1) if recipe else None
         both = (
             list(batches(source, shares, augmentation=augmentation, names=NAMES, epoch=epoch, device=CPU))
             for source in (store, held)
@@ -45,13 +48,15 @@ def test_batches_are_bit_identical_to_the_loaders(long_cache: Path, recipe: str 
             assert one.image.shape == other.image.shape == (len(one.index), 1, 64, 64)
 
 
-def train(net: nn.Module, cache: Path, folder: Path, settings: TrainSettings) -> FitResult:
+def train(
+    net: nn.Module, cache: Path, folder: Path, settings: TrainSettings, recipe: Recipe = "siim", **hooks: object
+) -> FitResult:
     cases = read_catalog(cache).labelled
     sides = [np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val")]
-    stage = StageSettings(size_px=32, epochs=2, batch_size=4, swa_epochs=1, best_by="loss")
+    stage = StageSettings(size_px=32, epochs=2, batch_size=4, swa_epochs=1, best_by="loss", augmentation=recipe)
     return fit(
         net, StageData(open_store(cache, 32), cases, sides[0], sides[1]), stage, settings, number=1, seed=0,
-        device=CPU, folder=folder,
+        device=CPU, folder=folder, **hooks,
     )  # fmt: skip
 
 
@@ -62,6 +67,21 @@ def test_a_stage_trained_on_held_data_ends_with_the_same_bits(
         train(small_net(), cache, tmp_path / choice, TrainSettings(data_on_device=choice)) for choice in ("off", "on")
     ]
     assert results[0].sha256 == results[1].sha256
+
+
+def test_a_recipe_in_full_is_applied_by_the_cpu_which_is_said(
+    cache: Path, tmp_path: Path, small_net: Callable[[], nn.Module], full_recipe: tuple[Transform, ...]
+) -> None:
+    ends, texts = [], []
+
+    def listen(event: Event) -> None:
+        texts.extend([event.text] if isinstance(event, Message) else [])
+
+    for choice in ("off", "auto", "on"):
+        settings = TrainSettings(data_on_device=choice)
+        ends.append(train(small_net(), cache, tmp_path / choice, settings, full_recipe, on_event=listen).sha256)
+    assert len(set(ends)) == 1
+    assert [text[:60] for text in texts] == ["stage 1: only flips and grey levels are augmented on the dev"]
 
 
 def test_auto_holds_nothing_on_a_cpu(cache: Path) -> None:
