@@ -47,7 +47,7 @@ def running_server() -> Iterator[int]:
                 break
             assert server.poll() is None, "the S3 server ended"
             assert time.monotonic() < end, "the S3 server does not answer"
-            time.sleep(0.1)
+            time.sleep(0.01)
         yield port
     finally:
         server.terminate()

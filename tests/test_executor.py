@@ -37,7 +37,7 @@ def mark_begin_and_end(folder: Path, number: int) -> None:
             time.sleep(0.01)
         raise DicomError("the first task fails")
     (folder / f"begin {number}").touch()
-    time.sleep(0.3)
+    time.sleep(0.1)
     (folder / f"end {number}").touch()
 
 
@@ -101,5 +101,5 @@ def test_when_it_is_over_nobody_works_any_more(tmp_path: Path, stop: str) -> Non
                 raise KeyError("the caller stops")
         begun, ended = (len(list(tmp_path.glob(f"{what} *"))) for what in ("begin", "end"))
         assert 1 <= begun == ended < 30
-        time.sleep(0.5)
+        time.sleep(0.25)
         assert len(list(tmp_path.glob("begin *"))) == begun

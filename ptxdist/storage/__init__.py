@@ -1,1 +1,1 @@
-"""Caches and runs in an object store."""
+"""Object stores: `remote` (a folder in one), `lease` (its only writer), `caches` and `runs` (what lies there)."""

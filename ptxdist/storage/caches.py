@@ -1,20 +1,19 @@
-"""A cache in an object store, and its copy on the local disk of this node.
+"""A cache in an object store, and its cached copy on the local disk of this node.
 
-    STAGING/cache-<address>-<manifest>/     one version of a remote cache, which readers map; never changed
-    STAGING/work-<address>/                 what `preprocess` makes and sends
-    STAGING/….use, ….lock                   held while a folder is used, and while it is filled
+    STAGING/cache-<address>-<manifest>/     one version of a remote cache, mapped by readers; never changed
+    STAGING/work-<address>/                 written by `preprocess`, then sent
+    STAGING/….use, ….lock                   locked while a folder is in use, and while it is being filled
 
-Owns: these folders, what is copied and sent in which order, and what is removed for want of space. Refuses: remote
-caches that are unfinished or damaged (StoreError). Called by: `cli`, `cluster`, `train.evaluate`, `report.report`.
+Owns: these folders, the order in which a cache is copied and sent, and which copies are deleted to free space.
+Refuses: remote caches that are not finished or damaged (StoreError).
 
-A copy is compared with the checksums of its manifest, whose own checksum is in its name, so a renewed cache is another
-folder. Sending goes as writing does: first a manifest that promises no more than stays true, then shards, tables, and
-last the manifest that says that all is complete.
+A copy is compared with the checksums of its manifest. The checksum of the manifest is in the folder's name, so a
+renewed cache gets another folder. A cache is sent in the order in which it is written: first a manifest that lists only
+what stays true, then shards and tables, and last the manifest that says that the stores are complete.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -44,7 +43,7 @@ from ptxdist.storage.remote import ConflictError, Remote, is_remote
 
 _GB = 10**9
 _TRIES = 3
-_TELL_S = 2.0  # between two manifests that say which shards have been sent
+_REPORT_S = 2.0  # between two manifests that list the shards sent so far
 _SENT = ".sent"
 _CHECKED = ".checked.json"
 
@@ -60,18 +59,20 @@ def local_cache(
     token: str = "",
     on_progress: Progress = lambda step, done, total: None,
 ) -> Path:
-    """The folder of a cache; for one in an object store a checked copy on this node, with these sizes or all.
+    """The folder of a cache; of one in an object store, a verified copy on this node with these sizes or all.
 
-    One process of a node copies while the others wait; it stays in use until this process ends. With a `token`, what
-    was checked under the same one is not checked again. Raises StoreError for a cache that is unfinished or damaged
-    there or does not fit the disk, StorageError when the store fails.
+    One process of a node copies while the others wait; the copy is in use until this process ends. A copy that was
+    verified under the same `token` is not verified again. Raises StoreError for a remote cache that is not finished or
+    damaged or that does not fit the disk, StorageError when the object store fails.
     """
     if not is_remote(place):
         return Path(place)
     remote = Remote(str(place))
     content = remote.read(MANIFEST)
     if content is None:
-        raise StoreError(f"{remote.url} is no ptxdist cache (no {MANIFEST}); make it with `ptxdist preprocess --out`")
+        raise StoreError(
+            f"{remote.url} is not a ptxdist cache (no {MANIFEST}); make one with `ptxdist preprocess --out`"
+        )
     manifest = parse_manifest(content, f"{remote.url}/{MANIFEST}")
     sizes = sorted(manifest.sizes) if sizes_px is None else sorted(set(sizes_px))
     for size in sizes:
@@ -92,7 +93,7 @@ def local_cache(
 
 
 def remote_digest(url: str) -> str:
-    """The sha256 of a remote cache's manifest; StoreError when there is none or none of its stores is finished."""
+    """The sha256 of the manifest of a remote cache; StoreError when it has none or no finished store."""
     remote = Remote(url)
     content = remote.read(MANIFEST)
     if content is None or not any(entry.complete for entry in parse_manifest(content, url).sizes.values()):
@@ -108,7 +109,7 @@ def _fill(
     data: DataSettings | None,
     on_progress: Progress,
 ) -> None:
-    """Fetch what is not there or not right. The tables come first: they say what the shards belong to."""
+    """Fetch missing and damaged files."""
     fetched = Counter[str]()
     while damages := verify(folder, sizes_px=sizes, on_progress=on_progress):
         if not fetched:
@@ -117,7 +118,7 @@ def _fill(
             if fetched[damage.path] == _TRIES:
                 raise StoreError(
                     f"{remote.url}/{damage.path} {damage.reason}; if nobody is writing there, remove that object "
-                    f"and run `ptxdist preprocess --out {remote.url}` again"
+                    f"and rerun `ptxdist preprocess --out {remote.url}`"
                 )
         names = [damage.path for damage in damages]
         fetched.update(names)
@@ -133,10 +134,10 @@ def _was_checked(folder: Path, token: str, sizes: Sequence[int]) -> bool:
 
 @contextmanager
 def working_cache(place: str | Path, on_progress: Progress = lambda step, done, total: None) -> Iterator[Path]:
-    """The folder where a cache is made; for one in an object store a local one, which is sent when the block ends.
+    """The folder in which to build a cache; for one in an object store a local folder, sent when the block ends.
 
-    A remote cache that was last written elsewhere is fetched first. Raises BusyError when somebody else writes there,
-    StorageError when the store fails; what was made stays, and the same command sends the rest.
+    A remote cache that was last written elsewhere is fetched first. Raises BusyError when another process writes there,
+    StorageError when the object store fails; finished work is kept, and a rerun sends the rest.
     """
     if not is_remote(place):
         yield Path(place)
@@ -157,7 +158,7 @@ def working_cache(place: str | Path, on_progress: Progress = lambda step, done, 
 
 
 def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress: Progress) -> None:
-    """Make the remote cache what the folder is: only what differs, and the manifest last."""
+    """Send the files of a folder that differ from the remote cache, the manifest last."""
     mine, listed = read_manifest(folder), remote.list()
     content, there = remote.read_version(MANIFEST)
     if there != version:
@@ -175,7 +176,7 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
     if not changed and not small and content == final:
         return
 
-    def tell(manifest: bytes) -> None:
+    def write(manifest: bytes) -> None:
         nonlocal version
         lease.check()
         _note(folder, manifest)
@@ -184,7 +185,7 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
         except ConflictError:
             raise _overtaken(remote) from None
 
-    for size, entry in mine.sizes.items():  # what is about to change is complete no more
+    for size, entry in mine.sizes.items():  # what is about to change is no longer complete
         before = theirs.store(size)
         if before != entry or any(place[0] == size for place in changed.values()):
             numbers, again = range(len(entry.shards)), set(changed.values())
@@ -192,30 +193,30 @@ def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress:
             theirs.sizes[size] = replace(before, complete=False, pending=known)
     for name in TABLES:
         theirs.files.pop(name, None)
-    tell(manifest_text(theirs).encode())
-    told, left = time.monotonic(), Counter(changed.values())
+    write(manifest_text(theirs).encode())
+    reported, left = time.monotonic(), Counter(changed.values())
     paths = {name: folder / name for name in changed}
     for name, _ in remote.sending(paths, lambda done, total: on_progress("shards sent", done, total)):
         size, number = changed[name]
         left[size, number] -= 1
-        if not left[size, number]:  # so that a run after a kill sends the rest only
+        if not left[size, number]:  # so a rerun after a kill sends only the rest
             pending = list(theirs.sizes[size].pending)
             pending[number] = mine.sizes[size].shards[number]
             theirs.sizes[size] = replace(theirs.sizes[size], pending=tuple(pending))
-        if time.monotonic() - told > _TELL_S:
-            tell(manifest_text(theirs).encode())
-            told = time.monotonic()
+        if time.monotonic() - reported > _REPORT_S:
+            write(manifest_text(theirs).encode())
+            reported = time.monotonic()
     remote.send({name: folder / name for name in small})
-    tell(final)
+    write(final)
     remote.delete(name for name in listed if ".zarr/" in name and name not in shards and name not in mine.files)
 
 
 def _overtaken(remote: Remote) -> BusyError:
-    return BusyError(f"another ptxdist has written {remote.url} meanwhile; run the command again")
+    return BusyError(f"another ptxdist has written {remote.url} meanwhile; rerun the command")
 
 
 def _shards(manifest: Manifest) -> dict[str, tuple[int, int]]:
-    """Size and number of every shard file, by its name."""
+    """Size and number of the shard of every shard file, by the name of the file."""
     return {
         shard_path(store_path(Path(), size), array, number).as_posix(): (size, number)
         for size, entry in manifest.sizes.items()
@@ -225,7 +226,7 @@ def _shards(manifest: Manifest) -> dict[str, tuple[int, int]]:
 
 
 def _note(folder: Path, manifest: bytes) -> None:
-    """Remember that the folder is at least as new as a remote manifest."""
+    """Record that the folder is at least as new as a remote manifest."""
     with open(folder / _SENT, "a") as file:
         file.write(files.sha256(manifest) + "\n")
 
@@ -237,12 +238,12 @@ def _is_known(folder: Path, manifest: bytes) -> bool:
 
 
 def use(name: str, data: DataSettings | None = None) -> Path:
-    """The folder of this name on the local disk, not removed by anybody until this process ends."""
+    """The folder of this name for cached copies; no process deletes it until this one ends."""
     given = (data and data.staging) or os.environ.get("PTXDIST_STAGING")
     root = Path(given).absolute() if given else Path(tempfile.gettempdir(), f"ptxdist-{os.getuid()}")
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not given and root.stat().st_uid != os.getuid():
-        raise StoreError(f"{root} is somebody else's; set PTXDIST_STAGING to a folder of your own")
+        raise StoreError(f"{root} belongs to another user; set PTXDIST_STAGING to a folder of your own")
     lock = _beside(root / name, "use")
     if lock not in _held:
         with ExitStack() as held:
@@ -257,12 +258,12 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def alone(folder: Path) -> AbstractContextManager[bool]:
-    """Lock a folder for filling it; other processes of this node wait."""
+    """Lock a folder in order to fill it; other processes of this node wait."""
     return locks.only(_beside(folder, "lock"), error=StoreError)
 
 
 def _free_space(folder: Path, needed: int, data: DataSettings | None = None) -> None:
-    """Remove what nobody uses, the longest unused first, until `needed` bytes fit the limit; StoreError if full."""
+    """Delete unused copies, the least recently used first, until `needed` bytes fit the limit; StoreError if full."""
     there = {path.with_suffix(""): _bytes(path.with_suffix("")) for path in folder.parent.glob("*.use")}
     missing = needed - there.pop(folder, 0)
     total = sum(there.values()) + needed - (data or DataSettings()).staging_gb * _GB
@@ -285,5 +286,5 @@ def _bytes(folder: Path) -> int:
 
 
 def key_of(url: str) -> str:
-    """What stands for an address in the name of a folder."""
-    return hashlib.sha256(url.encode()).hexdigest()[:12]
+    """Hash of an address, for the name of a folder."""
+    return files.sha256(url.encode())[:12]

@@ -1,7 +1,6 @@
 """The only writer of a folder in an object store.
 
-Owns: the object that says who writes, and when a silent writer is given up. Refuses: a second writer (BusyError).
-Called by: `caches`, `runs`.
+Owns: the lease object, and when a lease expires. Refuses: a second writer (BusyError).
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from ptxdist.errors import BusyError, StorageError
 from ptxdist.storage.remote import ConflictError, Remote
 
 LEASE = ".lease.json"
-_LEASE_S = 30.0  # a lease that has not been renewed for so long is its writer's no more
+_LEASE_S = 30.0  # a lease that was not renewed for so long has expired
 
 
 class Lease:
-    """The only writer of a remote folder, as long as the block lasts: an object that is written again and again.
+    """The only writer of a remote folder while the block runs, by an object that is rewritten every `_LEASE_S / 4`.
 
-    `check` raises BusyError when another has taken over, which it may after this one was silent for `_LEASE_S`. A
-    store that ignores conditional writes cannot keep two writers apart that begin at the same moment.
+    Another writer may take over when the object was not rewritten for `_LEASE_S`; `check` raises BusyError then. An
+    object store that ignores conditional writes cannot keep apart two writers that start at the same moment.
     """
 
     def __init__(self, remote: Remote, token: str = "") -> None:
@@ -71,7 +70,7 @@ class Lease:
                 self._lost = True
                 return
             except StorageError:
-                pass  # while the store is gone nobody else can take over either
+                pass  # nobody else can take over while the object store fails
 
     def _busy(self) -> BusyError:
         return BusyError(f"another ptxdist is writing to {self._remote.url}; wait for it or stop it")

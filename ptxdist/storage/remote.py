@@ -1,12 +1,12 @@
-"""A folder in an object store (`s3://bucket/folder`): read, written, listed; every fault retried.
+"""A folder in an object store (`s3://bucket/folder`): read, written and listed, with retries.
 
-Owns: addresses, requests and what is done when they fail. Refuses: stores that cannot be reached, that refuse or stay
-broken (StorageError, in bounded time). Called by: `lease`, `caches`, `runs`, `cluster.probe`.
+Owns: addresses, requests and their retries. Refuses: object stores that cannot be reached, deny a request or keep
+failing (StorageError, in bounded time).
 
-An object is there whole or not at all, and a conditional write succeeds for one of many writers. Requests and their
-retries are ours to bound: `PTXDIST_STORAGE_PATIENCE_S` (120) seconds each. Credentials, region and endpoint come from
-AWS_… variables or from the machine's role, as obstore reads them; what a store answers is never shown, since it may
-repeat them.
+An object is complete or absent, and a conditional write succeeds for one of several writers. A request is retried for
+at most `PTXDIST_STORAGE_PATIENCE_S` (120) seconds. Credentials, region and endpoint come from AWS_… variables or from
+the machine's role, as obstore reads them. Messages never contain the answer of an object store, which may repeat
+credentials.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OnCount = Callable[[int, int], None]
 
 
 class ConflictError(Exception):
-    """A conditional write came too late: the object is another one than it was expected to be."""
+    """The object is not the version that a conditional write or a read expected."""
 
 
 def is_remote(place: str | Path) -> bool:
@@ -57,17 +57,17 @@ class Remote:
         scheme, _, rest = url.partition("://")
         bucket, _, prefix = rest.strip("/").partition("/")
         if scheme != "s3" or not bucket or not prefix or ".." in prefix.split("/"):
-            raise StorageError(f"{url} is no place for a cache or a run: give s3://BUCKET/FOLDER")
+            raise StorageError(f"{url} cannot hold a cache or a run: give s3://BUCKET/FOLDER")
         self.url = f"s3://{bucket}/{prefix}"
         self._patience_s = float(os.environ.get("PTXDIST_STORAGE_PATIENCE_S") or _PATIENCE_S)
         self._store = _open(bucket, prefix, self._patience_s)
 
     def read(self, name: str) -> bytes | None:
-        """Content of a small object; None when there is none."""
+        """Content of a small object; None when it does not exist."""
         return self.read_version(name)[0]
 
     def read_version(self, name: str) -> tuple[bytes | None, str]:
-        """Content and version of a small object; (None, "") when there is none."""
+        """Content and version of a small object; (None, "") when it does not exist."""
 
         def get() -> tuple[bytes | None, str]:
             try:
@@ -81,8 +81,8 @@ class Remote:
     def write(self, name: str, content: bytes, *, version: str | None = None) -> str:
         """Write a small object and return its version.
 
-        With a `version` only when the object is that one, with "" only when there is none; else ConflictError. A write
-        whose answer was lost is not taken for another's.
+        With a `version`, writes only over that version, with "" only when there is no object; else ConflictError. A
+        write whose answer was lost is recognised by its content.
         """
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
@@ -102,7 +102,7 @@ class Remote:
         return written
 
     def list(self) -> dict[str, tuple[int, str]]:
-        """Bytes and version of every object below the folder, by name."""
+        """Size in bytes and version of every object below the folder, by name."""
 
         def names() -> dict[str, tuple[int, str]]:
             blocks = self._store.list()
@@ -111,14 +111,14 @@ class Remote:
         return self._insist("", names)
 
     def send(self, paths: Mapping[str, Path]) -> None:
-        """Write files, several at a time; each is there whole or as it was before."""
+        """Write files, several at a time, each atomically."""
         for _ in self.sending(paths):
             pass
 
     def sending(
         self, paths: Mapping[str, Path], on_sent: OnCount = lambda done, total: None
     ) -> Iterable[tuple[str, str]]:
-        """As `send`; yields name and version of each that has been written. Files gone meanwhile are left out."""
+        """As `send`; yields name and version of each written file. Files that no longer exist are skipped."""
 
         def put(name: str) -> tuple[str, str]:
             try:
@@ -136,15 +136,15 @@ class Remote:
         return (result for result in _each(put, paths, on_sent) if result[1])
 
     def fetch(self, names: Iterable[str], folder: Path, on_fetched: OnCount = lambda done, total: None) -> None:
-        """Read objects into files of the same names below `folder`, several at a time; those not there are left out.
+        """Read objects into files of the same names below `folder`, several at a time, each atomically.
 
-        A file is written under a temporary name and renamed when it is whole.
+        Objects that do not exist are skipped.
         """
         for _ in _each(lambda name: self._fetch(name, folder / name), list(names), on_fetched):
             pass
 
     def delete(self, names: Iterable[str]) -> None:
-        """Remove objects; those not there are no fault."""
+        """Delete objects; those that do not exist are ignored."""
         if listed := list(names):
             self._insist(listed[0], lambda: self._store.delete(listed))
 
@@ -163,7 +163,7 @@ class Remote:
         raise StorageError(f"{self.url}/{name} changes while it is read, {_TRIES} times in a row; try again later")
 
     def _read_into(self, path: Path, name: str, meta: Any) -> None:
-        """Write one version of an object into a file; ConflictError when the object is replaced meanwhile."""
+        """Write one version of an object to a file; ConflictError when the object is replaced meanwhile."""
         from obstore.exceptions import PreconditionError
 
         def piece() -> Any:
@@ -178,7 +178,7 @@ class Remote:
                 file.write(self._insist(name, piece))
 
     def _insist(self, name: str, action: Callable[[], Result]) -> Result:
-        """Try until it succeeds or patience ends; StorageError says what was the matter."""
+        """Retry until success or until patience ends; StorageError gives the reason."""
         from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
 
         place, end, pause = f"{self.url}/{name}".rstrip("/"), time.monotonic() + self._patience_s, 0.2
@@ -193,8 +193,8 @@ class Remote:
                     raise StorageError(f"{place}: {refusal}") from None
                 if left <= 0:
                     raise StorageError(
-                        f"{place}: {_fault(error)}, for {self._patience_s:.0f} s; look at the network, at "
-                        "AWS_ENDPOINT_URL and AWS_REGION, and give the same command again: it goes on from there"
+                        f"{place}: {_fault(error)}, for {self._patience_s:.0f} s; check the network, "
+                        "AWS_ENDPOINT_URL and AWS_REGION, and rerun the same command: finished work is kept"
                     ) from None
             time.sleep(min(left, pause * random.uniform(0.5, 1.0)))
             pause = min(10.0, pause * 2)
@@ -221,7 +221,7 @@ def _open(bucket: str, prefix: str, patience_s: float) -> S3Store:
 
 
 def _each(work: Callable[[str], Any], names: Iterable[str], on_done: OnCount) -> Iterable[Any]:
-    """Do `work` for all names in a few threads; yields results as they come. The first failure ends it."""
+    """Call `work` for all names in a few threads and yield the results as they come; the first exception is raised."""
     pool, listed = ThreadPoolExecutor(_THREADS, "ptxdist-storage"), list(names)
     try:
         for done, future in enumerate(as_completed([pool.submit(work, name) for name in listed]), start=1):
@@ -232,27 +232,27 @@ def _each(work: Callable[[str], Any], names: Iterable[str], on_done: OnCount) ->
 
 
 def _refusal(error: Exception) -> str:
-    """Why asking again is of no use, and what to do; "" for a fault. What else a store says may repeat credentials."""
+    """Why a retry is useless, and what to do; "" for a fault. Other text of an answer may repeat credentials."""
     text, kind = str(error), type(error).__name__
     status = re.search(r"\b4(?!08|09|29)\d\d [A-Z]", text)
     if "169.254" in text:  # where a machine on AWS is asked for its role
-        return f"no credentials are found; {_CREDENTIALS}"
+        return f"no credentials were found; {_CREDENTIALS}"
     if isinstance(error, FileNotFoundError) or "NoSuchBucket" in text:
-        return "there is no such bucket; make it, or mend the address"
+        return "there is no such bucket; create it or correct the address"
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return f"access is refused{_code(text)}; {_CREDENTIALS}"
     if kind == "InvalidPathError" or status:
-        return f"the store takes no such request{_code(text)}; look at the address, AWS_ENDPOINT_URL and AWS_REGION"
+        return f"the object store rejects the request{_code(text)}; check the address, AWS_ENDPOINT_URL and AWS_REGION"
     return ""
 
 
 def _fault(error: Exception) -> str:
     text = str(error)
     if status := re.search(r"\b5\d\d [A-Z]\w+", text):
-        return f"the store answers {status[0]}{_code(text)}"
+        return f"the object store answers {status[0]}{_code(text)}"
     if re.search(r"kind: Timeout|TimedOut|timed out", text):
-        return "the store does not answer in time"
-    return "the store cannot be reached, or breaks off"
+        return "the object store does not answer in time"
+    return "the object store cannot be reached, or the connection breaks"
 
 
 def _code(text: str) -> str:

@@ -1,14 +1,14 @@
 """A run in an object store, and its copy on the local disk of this node.
 
-    STAGING/run-<address>/exp4/     where a run is written, on the node of its first rank and on that of its driver
+    STAGING/run-<address>/exp4/     where a run is written, on the node of rank 0 and on that of the driver
     STAGING/read-<address>/exp4/    a copy to read
 
-Owns: what of a run is sent, and in which order. Refuses: a second training of a run (BusyError), runs that are not
-there (RunError). Called by: `cli`, `run.pipeline`, `run.stage`.
+Owns: which files of a run are sent, and in which order. Refuses: a second training of a run (BusyError), addresses
+without a run (RunError).
 
-A run is sent in parts, each of which one process writes: a stage's folder and the evaluation by rank 0, the rest by the
-driver. What is new goes first, then the files that say that something is finished, and last what is gone is removed
-there. So whoever reads finds what a killed run on a local disk would have left.
+A run is sent in parts, each of which one process writes: rank 0 a stage's folder and the evaluation, the driver the
+rest. New files are sent first, then the files that say that something is finished; then removed files are deleted. So
+a reader finds what a killed run on a local disk would have left.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ from ptxdist.storage.lease import LEASE, Lease
 from ptxdist.storage.remote import Remote, is_remote
 
 EVALUATION_PART = f"{EVALUATION}/"
-REST = ""  # the part of the driver: all that is in no other one
+REST = ""  # the part of the driver: everything that is in no other part
 _EVERY_S = 2.0
 _LAST = (RESULT, "state.json")
-_HERE = ("ray", RAY_LOG, LOCK)  # what is of this node only
+_NODE = ("ray", RAY_LOG, LOCK)  # of this node only
 _OWN = ("stages/", EVALUATION_PART)
 
-Known = dict[str, list[int | str]]  # by name: size, time of change and remote version of what is the same on both sides
+# By name: size, modification time and remote version of files that are equal on both sides.
+Known = dict[str, list[int | str]]
 
 
 class Mirror:
-    """A run folder, with its remote one if it has one; without, every method does nothing."""
+    """A run folder and its remote folder; for a run on a local disk, every method does nothing."""
 
     def __init__(
         self, place: str | Path, *, data: DataSettings | None = None, kind: str = "run", without: str = ""
@@ -54,10 +55,10 @@ class Mirror:
         self.folder = self.base / self.remote.url.rpartition("/")[2]
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self.check: Callable[[], None] = lambda: None  # raises BusyError when another has taken over
+        self.check: Callable[[], None] = lambda: None  # raises BusyError when another process has taken over
 
     def pull(self, *parts: str) -> None:
-        """Make the folder, in these parts, what is in the store."""
+        """Make these parts of the folder equal to the object store."""
         if self.remote is None:
             return
         with alone(self.base):
@@ -67,7 +68,7 @@ class Mirror:
                 mine = {name: found for name, found in listed.items() if self._is_in(name, part)}
                 for name in there.keys() - mine.keys():
                     (self.folder / name).unlink()
-                    with suppress(OSError):  # of a checkpoint nothing shall be left
+                    with suppress(OSError):  # leaves no empty folder of a checkpoint
                         (self.folder / name).parent.rmdir()
                 self.remote.fetch(
                     [name for name, (_, version) in mine.items() if known.get(name) != [*there.get(name, ()), version]],
@@ -77,7 +78,7 @@ class Mirror:
                 self._remember(part, {name: [*now[name], mine[name][1]] for name in now if name in mine})
 
     def push(self, *parts: str) -> None:
-        """Make the store, in these parts, what the folder is."""
+        """Make these parts of the object store equal to the folder."""
         if self.remote is None:
             return
         with self._lock:
@@ -97,7 +98,7 @@ class Mirror:
 
     @contextmanager
     def sending(self, part: str) -> Iterator[None]:
-        """Push a part again and again while the block lasts, and once more at its end; StorageError if that fails."""
+        """Push a part repeatedly while the block runs, and once at its end; StorageError if that last push fails."""
         if self.remote is None:
             yield
             return
@@ -105,7 +106,7 @@ class Mirror:
 
         def send() -> None:
             while not ended.wait(_EVERY_S):
-                # The work goes on; what is not sent now is sent later, and what went wrong is told then.
+                # A failed push is repeated; the last one raises its error.
                 with suppress(StorageError, BusyError, OSError):
                     self.push(part)
 
@@ -124,20 +125,20 @@ class Mirror:
         self.push(part)
 
     def token(self) -> str:
-        """What this folder is known by to its remote one; drawn when it has none."""
+        """The token of this folder in the lease of its remote folder; drawn at random at first."""
         path = self.base / "token"
         if not path.is_file():
             files.write_whole(path, secrets.token_hex(8), error=None)
         return path.read_text()
 
     def _local(self, part: str) -> dict[str, list[int | str]]:
-        """Size and time of change of each file of a part that is to be sent, by name."""
+        """Size and modification time of each file of a part that is to be sent, by name."""
         found: dict[str, list[int | str]] = {}
-        for folder, _, names in os.walk(self.folder):  # which bears with what is removed meanwhile
+        for folder, _, names in os.walk(self.folder):  # ignores folders that are removed meanwhile
             for path in (Path(folder, name) for name in names):
                 name = path.relative_to(self.folder).as_posix()
                 is_draft = any(
-                    word.startswith(".") or word.endswith((".tmp", ".part")) or word in _HERE
+                    word.startswith(".") or word.endswith((".tmp", ".part")) or word in _NODE
                     for word in name.split("/")
                 )
                 if self._is_in(name, part) and not is_draft:
@@ -169,9 +170,9 @@ def stage_part(stage: int, size_px: int) -> str:
 
 @contextmanager
 def working_run(place: str | Path, sizes_px: Sequence[int], data: DataSettings | None = None) -> Iterator[Mirror]:
-    """A run to write to, of stages of these sizes; one in an object store is fetched, and sent while it is written.
+    """A run to write, with stages of these sizes; one in an object store is fetched, and sent while it is written.
 
-    Raises BusyError when another training writes there, StorageError when the store fails.
+    Raises BusyError when another training writes there, StorageError when the object store fails.
     """
     mirror = Mirror(place, data=data)
     if mirror.remote is None:
@@ -181,7 +182,7 @@ def working_run(place: str | Path, sizes_px: Sequence[int], data: DataSettings |
     with _only_driver(mirror.base), Lease(mirror.remote, mirror.token()) as lease:
         mirror.check = lease.check
         if lease.former == lease.token:
-            mirror.push(*parts)  # what an interrupted run has left here
+            mirror.push(*parts)  # left by an interrupted run
         else:
             mirror.pull(*parts)
         with mirror.sending(REST):
@@ -189,7 +190,7 @@ def working_run(place: str | Path, sizes_px: Sequence[int], data: DataSettings |
 
 
 def local_run(place: str | Path) -> Path:
-    """The folder of a run; for one in an object store a copy to read, without its checkpoints."""
+    """The folder of a run; of one in an object store, a copy to read without its checkpoints."""
     if not is_remote(place):
         return Path(place)
     mirror = Mirror(place, kind="read", without=f"/{CHECKPOINTS}/")
@@ -203,10 +204,10 @@ def local_run(place: str | Path) -> Path:
 
 
 def is_run(url: str) -> bool:
-    """Whether a run is there."""
+    """Whether there is a run at this address."""
     return Remote(url).read(SETTINGS) is not None
 
 
 def _only_driver(base: Path) -> AbstractContextManager[bool]:
-    """The only training of a run on this node; those on others know each other by the lease."""
+    """Lock a run against a second training on this node; across nodes, the lease does."""
     return locks.only(base / "driver", "another ptxdist trains this run on this machine; wait for it or stop it")

@@ -236,7 +236,7 @@ def test_a_killed_sender_leaves_no_torn_cache_and_goes_on_where_it_was(
     s3: Proxy, url: str, three_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = (
-        "import shutil, sys; from ptxdist.storage import caches; caches._TELL_S = 0;"
+        "import shutil, sys; from ptxdist.storage import caches; caches._REPORT_S = 0;"
         "from ptxdist.storage.caches import working_cache\n"
         "with working_cache(sys.argv[2]) as folder: shutil.copytree(sys.argv[1], folder, dirs_exist_ok=True)"
     )
@@ -245,7 +245,7 @@ def test_a_killed_sender_leaves_no_torn_cache_and_goes_on_where_it_was(
     end = time.monotonic() + 60
     while not (len(s3.written()) >= 7 and (Remote(url).read(MANIFEST) or b"").count(b'"image_crc32c"') >= 2):
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.01)
     sender.send_signal(signal.SIGKILL)
     sender.wait()
     with pytest.raises(StoreError, match="no finished store"):
@@ -315,7 +315,7 @@ def test_nothing_that_is_printed_holds_a_credential(s3: Proxy, url: str, monkeyp
         s3.heal()
     done = run("verify", url)
     assert done.exit_code == 7
-    assert "is no ptxdist cache" in " ".join(done.output.split())
+    assert "is not a ptxdist cache" in " ".join(done.output.split())
 
 
 def test_doctor_reads_a_cache_in_a_store(s3: Proxy, url: str, three_shards: Path) -> None:

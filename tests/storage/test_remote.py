@@ -123,7 +123,7 @@ def test_a_fault_that_stays_ends_in_bounded_time_with_what_to_do(
     monkeypatch.setenv("PTXDIST_STORAGE_PATIENCE_S", "1")
     s3.fail(kind, 10_000, method="GET")
     started = time.monotonic()
-    with pytest.raises(StorageError, match="give the same command again") as caught:
+    with pytest.raises(StorageError, match="rerun the same command") as caught:
         Remote(url).fetch(["large.bin"], tmp_path / "back")
     assert time.monotonic() - started < 15
     assert KEY not in str(caught.value)

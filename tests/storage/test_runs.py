@@ -90,12 +90,12 @@ def test_while_the_store_is_gone_work_goes_on_and_is_sent_afterwards(
         end = time.monotonic() + 60
         while len(s3.written()) < 3:
             assert time.monotonic() < end
-            time.sleep(0.05)
+            time.sleep(0.01)
         s3.heal()
     assert Remote(url).read("a") == b"one"
     s3.fail("500", 10_000)
     (here.folder / "b").write_text("two")
-    with pytest.raises(StorageError, match="same command again"), here.sending(REST):
+    with pytest.raises(StorageError, match="rerun the same command"), here.sending(REST):
         pass
     s3.heal()
     here.push(REST)
