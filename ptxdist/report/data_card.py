@@ -17,7 +17,7 @@ from ptxdist.report.tables import shared_table
 
 _REASONS_SHOWN = 10
 _VALUES_SHOWN = 4
-UNKNOWN_PATIENTS = "images of one patient may be on both sides of the split, and the scores may be too good"
+UNKNOWN_PATIENTS = "images of one patient may be on both sides of the split, and the scores may be too high"
 
 
 def data_card(catalog: Catalog, shared: SharedPatients | None) -> tuple[Block, ...]:

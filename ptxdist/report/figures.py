@@ -94,7 +94,7 @@ def _curves(
 
 
 def _loss_axis(lines: Sequence[Series]) -> Axis:
-    """From 0; logarithmic if the first losses are so high that later ones could not be told apart."""
+    """From 0; logarithmic if the first losses are so high that later ones could not be distinguished."""
     values = sorted(point[1] for line in lines for part in line.parts for point in part)
     if values and values[0] > 0 and values[-1] > 5 * values[len(values) // 2]:
         return log_axis("loss (logarithmic)", values[0] / 1.1, values[-1] * 1.1)

@@ -28,7 +28,7 @@ FOLDS = 5
 LEVELS_TRIED = np.arange(5, LEVELS, 5)  # thresholds 0.025, 0.05, … 0.975; the source's 0.5 and 0.55 are among them
 AREAS_PX = np.array(
     (0, 64, 128, 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 4096, 6144, 8192)
-)  # of 1024 x 1024 px, finest where the authors and the winners chose theirs
+)  # of 1024 x 1024 pixels, closest where the authors and the winners chose theirs
 
 Floats = npt.NDArray[np.float64]
 _Place = tuple[int, int, int]  # of top, area and bottom in the lists above

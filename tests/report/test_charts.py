@@ -1,4 +1,4 @@
-"""Axes have sensible ticks, and what is drawn stands where its numbers say."""
+"""Axes have round ticks, and points are drawn at the places of their values."""
 
 from __future__ import annotations
 

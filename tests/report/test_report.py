@@ -102,7 +102,7 @@ def read(path: Path) -> Element:
 
 @pytest.fixture(scope="module")
 def run(described_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the smoke pipeline at 32 and 64 px, with its report; nothing may write to it."""
+    """A run of the smoke pipeline at 32 and 64 pixels, with its report; nothing may write to it."""
     settings = load_settings(
         "smoke",
         assignments=[
@@ -160,7 +160,7 @@ def test_headline_numbers_are_those_of_the_run(run: Path, root: Element) -> None
     assert f"predicting nothing: {shown(evaluation.scores.all_empty_dice)}" in tiles[0].text
 
 
-def test_every_operating_point_stands_in_the_table(run: Path, root: Element) -> None:
+def test_every_operating_point_is_in_the_table(run: Path, root: Element) -> None:
     evaluation = read_result(run).evaluation
     rows = table(root, "Scores at the original resolution")
     wanted = {"threshold 0.5": evaluation.scores, "threshold 0.55": evaluation.at_other_thresholds["0.55"]}
@@ -215,7 +215,7 @@ def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, ro
 
 
 def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, page: Path, tmp_path: Path) -> None:
-    """Every number, interval and chart of it: from cases.csv, and what is of px from histograms.safetensors."""
+    """Every number, interval and chart comes from cases.csv, those of pixels from histograms.safetensors."""
     copy = Path(shutil.copytree(run, tmp_path / "run"))
     evaluation = read_result(run).evaluation
     assert not evaluation.scores.equals_all_empty
@@ -267,7 +267,7 @@ def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, 
 
 
 def test_headline_numbers_are_those_of_other_libraries(run: Path, root: Element) -> None:
-    """From cases.csv, without a line of ours."""
+    """From cases.csv, without the package's functions."""
     with open(run / EVALUATION / CASES, newline="") as file:
         rows = list(csv.DictReader(file))
     overlap, predicted, truth, score = (
@@ -431,7 +431,7 @@ def test_a_browser_shows_it_without_complaint(chromium: Browser, page: Path, wid
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_words_stand_out_from_their_ground(chromium: Browser, page: Path, dark: bool) -> None:
+def test_text_has_enough_contrast(chromium: Browser, page: Path, dark: bool) -> None:
     """Contrast of at least 4.5 to 1 (WCAG AA) for all text, in both modes."""
     chromium.open(page.as_uri(), 1280, dark=dark)
     assert chromium.run(CONTRAST) == []
@@ -475,7 +475,7 @@ def test_everything_is_reached_and_used_with_the_keyboard(chromium: Browser, pag
 
 
 def test_it_prints_in_black_on_white_and_nothing_is_cut_off(chromium: Browser, page: Path, tmp_path: Path) -> None:
-    """As wide as A4 less its margins, whatever the screen likes."""
+    """At the width of A4 without margins, in dark mode too."""
     chromium.open(page.as_uri(), 688, dark=True)
     try:
         scheme = [{"name": "prefers-color-scheme", "value": "dark"}]

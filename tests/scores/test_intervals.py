@@ -1,4 +1,4 @@
-"""Intervals: right where theory knows them, wider when patients have many images, the same for any order."""
+"""Intervals: as in theory where it gives them, wider when patients have many images, equal for any order."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_interval_of_the_auroc_is_about_hanley_and_mcneil_s() -> None:
 
 
 def test_a_paired_difference_is_surer_than_two_intervals() -> None:
-    """The second run is a little better on every case: the scores overlap, their difference does not hold zero."""
+    """The second run is slightly better on every case: the scores overlap, their difference excludes zero."""
     before = cases(400, seed=8)
     after = before.copy()
     after[:, 0] = np.minimum(np.minimum(after[:, 1], after[:, 2]), (after[:, 0] * 1.1).astype(np.int64))

@@ -1,4 +1,4 @@
-"""The operating point: what the search counts is what the masks are, and its estimate is honest."""
+"""The operating point: the search counts what the masks are, and its estimate is not optimistic."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_point_removes_the_false_alarms(images: tuple[torch.Tensor, torch.Te
 
 
 def noise(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Histograms of 30 masks whose sizes know nothing of the truth, and the truth's areas."""
+    """Histograms of 30 masks whose sizes are independent of the truth, and the truth's areas."""
     area = np.where(random.random(30) < 0.5, 3000, 0)
     hist = np.zeros((30, 2, LEVELS), np.int32)
     for row in range(30):
@@ -117,7 +117,7 @@ def test_a_fold_has_no_part_in_its_own_point() -> None:
 
 
 def test_what_is_tuned_on_noise_is_estimated_lower_than_it_seems() -> None:
-    """The best point of many seems better than it is."""
+    """The best point of many scores better than on new cases."""
     random, seems, holds = np.random.default_rng(1), 0.0, 0.0
     ids = [str(index) for index in range(30)]
     for _ in range(20):
@@ -133,7 +133,7 @@ def test_one_patient_cannot_be_tuned_on() -> None:
 
 
 def test_few_cases_may_leave_a_fold_without_any() -> None:
-    """One case of each kind: each lacks in every fold alike, so all go to the first ones."""
+    """One case of each kind: each is missing in every fold alike, so all go to the first folds."""
     area = np.array([0, 1_000, 5_000, 20_000, 0])
     hist = np.zeros((5, 2, LEVELS), np.int32)
     hist[:, :, -1] = area[:, None]
