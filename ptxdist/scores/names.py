@@ -13,7 +13,7 @@ from ptxdist.records import Scores
 
 @dataclass(frozen=True)
 class Score:
-    """One score: its field, its name, the short name for a column below "Dice" and for metrics, and its definition.
+    """One score: its field, its name, its short name beside "Dice", its definition.
 
     `baseline` is its value without a model, of the kind that `without` names; None: the share of negative images.
     """
@@ -21,8 +21,8 @@ class Score:
     field: str
     name: str
     short: str
-    definition: str
     baseline: float | None
+    definition: str
     without: str = "predicting nothing"
 
     def of(self, scores: Scores) -> float | None:
@@ -35,61 +35,34 @@ class Score:
         return scores.all_empty_dice if self.baseline is None else self.baseline
 
 
-SCORES = {
-    score.field: score
-    for score in (
-        Score(
-            "kaggle_dice",
-            "Kaggle Dice",
-            "Kaggle",
-            "Dice of each image at the original resolution, averaged over all images; both empty = 1, one empty = 0.",
-            None,
-        ),
-        Score(
-            "positive_dice",
-            "Positives-only Dice",
-            "positives only",
-            "The same average over the images that have a pneumothorax.",
-            0.0,
-        ),
-        Score("pooled_dice", "Pooled Dice", "pooled", "One Dice over the pixels of all images together.", 0.0),
-        Score("pooled_iou", "Pooled IoU", "IoU", "Intersection over union of the pixels of all images together.", 0.0),
-        Score(
-            "sensitivity",
-            "Sensitivity",
-            "sensitivity",
-            "Share of the images with a pneumothorax in which any pixel is predicted.",
-            0.0,
-        ),
-        Score(
-            "specificity",
-            "Specificity",
-            "specificity",
-            "Share of the images without a pneumothorax in which no pixel is predicted.",
-            1.0,
-        ),
-    )
-}
-DICES = tuple(score for score in SCORES.values() if score.field.endswith("_dice"))  # those with a value for each epoch
+_ALL = (
+    Score("kaggle_dice", "Kaggle Dice", "Kaggle", None,
+          "Dice of each image at the original resolution, averaged over all images; both empty = 1, one empty = 0."),
+    Score("positive_dice", "Positives-only Dice", "positives only", 0.0,
+          "The same average over the images that have a pneumothorax."),
+    Score("pooled_dice", "Pooled Dice", "pooled", 0.0,
+          "One Dice over the pixels of all images together."),
+    Score("pooled_iou", "Pooled IoU", "IoU", 0.0,
+          "Intersection over union of the pixels of all images together."),
+    Score("sensitivity", "Sensitivity", "sensitivity", 0.0,
+          "Share of the images with a pneumothorax in which any pixel is predicted."),
+    Score("specificity", "Specificity", "specificity", 1.0,
+          "Share of the images without a pneumothorax in which no pixel is predicted."),
+)  # fmt: skip
+SCORES = {score.field: score for score in _ALL}
+DICES = tuple(score for score in _ALL if score.field.endswith("_dice"))  # those that are shown for each epoch
 
-# Scores of an evaluation that are no fields of `Scores`.
+# Scores of an evaluation that are not fields of `Scores`.
 AUROC = Score(
-    "auroc",
-    "AUROC",
-    "AUROC",
+    "auroc", "AUROC", "AUROC", 0.5,
     "Probability that an image with a pneumothorax has a higher score than one without; the score of an image is its "
-    "highest probability.",
-    0.5,
-    "chance",
-)
+    "highest probability.", "chance",
+)  # fmt: skip
 ECE = Score(
-    "error",
-    "ECE of images",
-    "ECE",
+    "error", "ECE of images", "ECE", 0.0,
     "Expected calibration error: how far the score of an image is from the share of such images that are positive.",
-    0.0,
     "one score for all",
-)
+)  # fmt: skip
 
 
 def dice_metrics(scores: Scores) -> dict[str, float]:

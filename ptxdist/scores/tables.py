@@ -30,6 +30,7 @@ COLUMNS = (
     "pair_predicted_px", "pair_intersection_px", "triplet_predicted_px", "triplet_intersection_px",
     *(f"at_{threshold}_{what}_px" for threshold in FIXED_THRESHOLDS for what in ("predicted", "intersection")),
 )  # fmt: skip
+_PX, _FLOATS = ("intersection_px", "predicted_px", "truth_px"), ("kaggle_dice", "score")  # as in CaseRow
 _PREDICTION_COLUMNS = ("ImageId", "EncodedPixels")
 
 
@@ -84,13 +85,7 @@ def read_cases(run: Path) -> list[CaseRow]:
     try:
         return [
             CaseRow(
-                row["case_id"],
-                row["group"],
-                int(row["intersection_px"]),
-                int(row["predicted_px"]),
-                int(row["truth_px"]),
-                float(row["kaggle_dice"]),
-                float(row["score"]),
+                row["case_id"], row["group"], *(int(row[name]) for name in _PX), *(float(row[name]) for name in _FLOATS)
             )
             for row in _read(path)
         ]
