@@ -100,10 +100,11 @@ def test_work_ahead_keeps_the_order_is_bounded_and_raises_at_its_turn() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ptxdist-ahead")]
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/predict.md"])
 def test_the_documented_lines_predict(
-    finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]
+    page: str, finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = (Path(__file__).parents[2] / "docs" / "predict.md").read_text().split("```python\n")[1].split("```")[0]
+    code = (Path(__file__).parents[2] / page).read_text().split("```python\n")[1].split("```")[0]
     path = next(iter(files(small_dataset).values()))
     for name, real in (("runs/exp4", finished_run), ("image.dcm", path)):
         assert code.count(f'"{name}"') == 1
