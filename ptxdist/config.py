@@ -1,11 +1,11 @@
 """Settings: frozen, strict models, read from TOML and written as a JSON snapshot.
 
 Owns: what can be set, its defaults and its checks. Refuses: unknown keys, wrong types, code or imports in settings.
-Every part receives only its own section. How files and options become Settings stands in `resolve`.
+Every part receives only its own section. `resolve` turns files and options into Settings.
 
     Settings
-    ├── data        where the cache is                                     configs/data.toml
-    ├── train       how much machine: workers, device, precision           configs/train.toml + configs/<site>.toml
+    ├── data        where the cache is                                     configs/<site>.toml
+    ├── train       how much machine: workers, device, precision           configs/<site>.toml
     └── pipeline    what is trained: model, ordered stages, evaluation     pipelines/<name>.toml
 """
 

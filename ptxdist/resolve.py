@@ -1,7 +1,9 @@
 """From files, `--set` and named options to Settings.
 
-Owns: the order defaults < configs < pipeline < `--set` < named options; how files of `configs/` and `pipelines/` are
+Owns: the order defaults < site < pipeline < `--set` < named options; how files of `configs/` and `pipelines/` are
 found. Refuses: unknown keys (with the nearest valid name), inheritance between files.
+
+Only the two files that `--site` and `--pipeline` name are read.
 """
 
 from __future__ import annotations
@@ -38,9 +40,9 @@ def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
 
 
 def settings_folders(kind: str) -> list[Path]:
-    """Folders `configs` or `pipelines` that are there, in the order in which a name is looked up."""
-    # In a checkout the folders stand beside the package, in an installed wheel inside it.
-    # (Inside first: beside an installed package anybody's folder of that name may lie.)
+    """Existing folders `configs` or `pipelines`, in the order in which a name is looked up."""
+    # In a checkout the folders are beside the package, in an installed wheel inside it. Inside comes first, since
+    # another package may have a folder of that name beside an installed one.
     candidates = [Path.cwd() / kind, PACKAGE / kind, PACKAGE.parent / kind]
     return [folder for folder in candidates if folder.is_dir()]
 
@@ -62,25 +64,18 @@ def load_settings(
 ) -> Settings:
     """Resolve the settings of a run.
 
-    `pipeline` and `site` are names or paths of TOML files; `assignments` are texts `a.b=value` as given with
-    `--set` (value in TOML syntax, bare words are text; stages are numbered from 1, `stages.*` means all of them);
-    `options` maps dotted keys to the values of named options (None: not given). Later sources win.
-    Raises SettingsError naming the source, the key and the nearest valid name.
+    `pipeline` and `site` are names or paths of TOML files; without `site` the defaults of `config` apply. `assignments`
+    are texts `a.b=value` as given with `--set` (value in TOML syntax, bare words are text; stages are numbered from 1,
+    `stages.*` means all of them); `options` maps dotted keys to the values of named options (None: not given). Later
+    sources win. Raises SettingsError with the source, the key and the nearest valid name.
     """
     merged: dict[str, Any] = {}
     sources: list[tuple[str, str]] = []  # pattern of a dotted key, and where its value comes from; the last one counts
-    for name in ("data", "train", *([site] if site else [])):
-        if name == site or any((folder / f"{name}.toml").is_file() for folder in settings_folders("configs")):
-            path = find("configs", name)
-            content = read_toml(path)
-            _check_keys(content, path)
-            _merge(merged, content)
-            sources += [(key, str(path)) for key in _leaves(content)]
+    if site:
+        path = find("configs", site)
+        _add_file(merged, sources, path, read_toml(path))
     path = find("pipelines", pipeline)
-    content = {"pipeline": {"name": path.stem, **read_toml(path)}}
-    _check_keys(content, path)
-    _merge(merged, content)
-    sources += [(key, str(path)) for key in _leaves(content)]
+    _add_file(merged, sources, path, {"pipeline": {"name": path.stem, **read_toml(path)}})
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator:
@@ -105,6 +100,12 @@ def _parse_value(text: str) -> Any:
         return text
 
 
+def _add_file(merged: dict[str, Any], sources: list[tuple[str, str]], path: Path, content: dict[str, Any]) -> None:
+    _check_keys(content, path)
+    _merge(merged, content)
+    sources += [(key, str(path)) for key in _leaves(content)]
+
+
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
     for key, value in source.items():
         if isinstance(value, Mapping) and isinstance(target.get(key), dict):
@@ -119,7 +120,7 @@ def _full_key(key: str) -> str:
 
 
 def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all values that are no group of settings."""
+    """Dotted keys of all values that are not groups of settings."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")

@@ -152,7 +152,7 @@ def test_settings_cannot_be_changed() -> None:
         ("stages.1.size_px=100", "multiple of 32"),
         ("stages.3.epochs=1", "no stage '3'; the pipeline has stages 1 to 2"),
         ("stages.1=1", "such as stages.1.epochs"),
-        ("model=1", "'pipeline.model' is a group; set one of: encoder_weights"),
+        ("model=1", "'pipeline.model' is a group; set one of: encoder, encoder_weights"),
         ("seed.x=1", "'pipeline.seed' is a value"),
         ("seed", "expected key=value"),
     ],
@@ -213,6 +213,17 @@ def test_own_files_come_before_those_of_the_package(tmp_path: Path, monkeypatch:
     assert find("pipelines", "paper").resolve() == tmp_path.resolve() / "pipelines" / "paper.toml"
     assert [stage.size_px for stage in load_settings("paper").pipeline.stages] == [64]
     assert len(load_settings("exp4").pipeline.stages) == 2
+
+
+def test_only_files_that_are_named_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in (".", "configs"):
+        for name in ("train", "data", "local"):
+            (tmp_path / place).mkdir(exist_ok=True)
+            (tmp_path / place / f"{name}.toml").write_text("[optimizer]\nof = 'another project'\n")
+    before = load_settings("smoke")
+    monkeypatch.chdir(tmp_path)
+    assert load_settings("smoke") == before
+    assert refusal(site="local").startswith(str(tmp_path / "configs" / "local.toml"))
 
 
 def test_snapshot_of_another_version_is_refused() -> None:
