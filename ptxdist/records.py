@@ -24,9 +24,9 @@ class Scores(Record):
 
     `kaggle_dice`     mean Dice over all images, 1 where truth and prediction are empty, 0 where one of them is
     `positive_dice`   mean Dice over the images with a pneumothorax; None without such images
-    `pooled_dice`     Dice over the px of all images together; 1 when nothing is there and nothing is predicted
-    `sensitivity`     part of the positive images with at least one px predicted; None without positive images
-    `specificity`     part of the negative images without any px predicted; None without negative images
+    `pooled_dice`     Dice over the pixels of all images together; 1 when truth and prediction are empty
+    `sensitivity`     share of positive images with at least one pixel predicted; None without positive images
+    `specificity`     share of negative images without a predicted pixel; None without negative images
     `all_empty_dice`  the Kaggle Dice that empty masks for all images would score
     """
 
@@ -41,20 +41,20 @@ class Scores(Record):
 
     @property
     def pooled_iou(self) -> float:
-        """Intersection over union of the px of all images together, which the pooled Dice determines."""
+        """Intersection over union of the pixels of all images together, which the pooled Dice determines."""
         return self.pooled_dice / (2 - self.pooled_dice)
 
     @property
     def equals_all_empty(self) -> bool:
-        """Whether not a single px was predicted, so that nothing but the baseline is measured."""
+        """Whether not a single pixel was predicted, so that the scores are those of the baseline."""
         return self.sensitivity in (None, 0.0) and self.specificity in (None, 1.0)
 
 
 class OperatingPoint(Record):
-    """How a probability map becomes a mask: empty unless `min_area_px` px reach `top`, else all px that reach `bottom`.
+    """How a probability map becomes a mask: all pixels that reach `bottom`, if `min_area_px` pixels reach `top`.
 
-    Areas are in px of the original image. `top == bottom` is the plain pair of a threshold and a smallest area; the
-    source's way is such a pair with `min_area_px` 0.
+    Areas are in pixels of the original image. `top == bottom` is a pair of threshold and minimum area; the source used
+    such a pair with `min_area_px` 0.
     """
 
     top: float
@@ -89,9 +89,9 @@ class StageHistory(Record):
 
 
 class StageResult(Record):
-    """What a finished stage leaves: its epochs, the best of them, and its weights (a path below the run folder).
+    """Result of a finished stage: its epochs, the best of them, and its weights (a path below the run folder).
 
-    `reused_from` names the run that trained it, when it was not this one.
+    `reused_from` names the run that trained it, if that was another one.
     """
 
     stage: int
@@ -108,12 +108,12 @@ class StageResult(Record):
 
 
 class TunedPoint(Record):
-    """The operating point that scores the best Kaggle Dice, and how much of that is more than luck.
+    """The operating point with the best Kaggle Dice, and an honest estimate of its scores.
 
-    `kind` is "pair" (threshold, smallest area) or "triplet" (top threshold, smallest area, bottom threshold). `scores`
-    are those of `point` on the cases it was chosen on, and flatter it. `estimate` is the number to report: each case is
-    masked by the point chosen on the cases of the other `folds`, which share no patient with it; its points are
-    `points`, its 95 % intervals `intervals`.
+    `kind` is "pair" (threshold, minimum area) or "triplet" (top threshold, minimum area, bottom threshold). `scores`
+    are those of `point` on the cases on which it was chosen, and so too high. `estimate` is to be reported: each case
+    is masked by the point chosen on the cases of the other `folds`, which share no patient with it; `points` are these
+    points, `intervals` its 95 % intervals.
     `surface` has the mean Kaggle Dice on all cases for each of `thresholds` (rows; for a triplet the bottom one, at
     the best top) and each of `areas_px`; None where no point is tried.
     """
@@ -131,7 +131,7 @@ class TunedPoint(Record):
 
 
 class Reliability(Record):
-    """Predicted against observed: things (px or images) by their predicted probability, in bins of equal width.
+    """Predicted against observed: `things` ("px" or "images") by their predicted probability, in bins of equal width.
 
     `predicted` is the mean probability in a bin, `observed` the share that is pneumothorax; empty bins are left out.
     `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015);
@@ -175,8 +175,8 @@ class EvaluationResult(Record):
     `scores` are those at `threshold`, with masks below `min_area_px` emptied; `intervals` are the 95 % intervals by
     name (also `pooled_iou` and `auroc`), from a bootstrap over patients; empty with one patient. `auroc` is that of the
     image-level score (the highest probability); None without both kinds of images. `tuned` is () with too few patients.
-    `folds` are the folds whose cases were evaluated, `runs` how many runs took part. What has a default is missing in
-    results of an older version.
+    `folds` are the folds whose cases were evaluated, `runs` is the number of runs. Fields with a default are missing in
+    results of older versions.
     """
 
     threshold: float
@@ -210,7 +210,7 @@ class Compared(Record):
 
 
 class Comparison(Record):
-    """Runs beside each other, on the `cases` images that all of them evaluated."""
+    """Scores of several runs on the `cases` images that all of them evaluated."""
 
     cases: int
     runs: tuple[Compared, ...]

@@ -85,7 +85,7 @@ def log_progress() -> Callable[[str, int, int], None]:
 
     def update(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < former.get(what, 0):  # it starts again, as with the next fold
+        if done < former.get(what, 0):  # restarted, for example by the next fold
             del started[what]
             printed.pop(what, None)
         former[what] = done

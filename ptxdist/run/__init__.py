@@ -1,1 +1,1 @@
-"""A run from its plan to its result, in this process or in torchrun's; never ray."""
+"""A run from its settings to its report: plan, stages, evaluation, tracking. Never ray."""

@@ -1,7 +1,7 @@
-"""What does the work of a run: the interface of an engine, and the record that tells it which stage to train.
+"""The interface of an engine, which does the work of a run, and StageTask, its unit of work.
 
 An engine is opened for one run, trains its stages one after the other and evaluates the last one. `run.local` has the
-one for this process and for those of torchrun, `cluster.engine` the one for Ray.
+engine for this process and for those of torchrun, `cluster.engine` the one for Ray.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from ptxdist.storage.runs import Mirror
 
 
 class StageTask(Record):
-    """All that a rank needs to train or evaluate a stage. As JSON it can be sent to other machines.
+    """All that a rank needs to train or evaluate a stage; it crosses Ray's border as JSON.
 
-    `settings` with the place of the cache as an absolute path or s3://…; `token`, under which a copy of that cache has
-    been checked; `run`, an absolute path or s3://…; `number` of the stage, from 1, and its `fingerprint`; `parent`, the
-    result of the stage before it; `result`, that of the stage itself, for the evaluation.
+    `settings`      with `data.cache` as an absolute path or s3://…
+    `token`         of the check that a copy of this cache has passed, so that nodes do not repeat it
+    `run`           an absolute path or s3://…
+    `number`        of the stage, from 1
+    `fingerprint`   of the stage
+    `parent`        result of the stage before, whose weights it starts from
+    `result`        result of the stage itself, for the evaluation
     """
 
     settings: Settings

@@ -1,7 +1,6 @@
-"""What a run was made with: versions, commit, hardware; the content of RUN/environment.json.
+"""The content of RUN/environment.json: versions, commit and hardware that a run was made with.
 
-Owns: how this machine is asked. Refuses: nothing; what cannot be found out is null. Called by: `pipeline`. No host
-name, address or user name is in it.
+Unknown values are null. It contains no host name, address or user name.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def _cpu_name() -> str | None:
 
 
 def _gpus() -> list[dict[str, str]]:
-    """Asked of the driver, so that this process makes no CUDA context."""
+    """The GPUs as nvidia-smi lists them: torch would create a CUDA context in this process."""
     keys = ("name", "driver_version", "memory.total")
     text = _output("nvidia-smi", f"--query-gpu={','.join(keys)}", "--format=csv,noheader")
     names = ("name", "driver", "memory")

@@ -90,9 +90,9 @@ def train(
 
 @contextmanager
 def only_training(run: Path) -> Iterator[None]:
-    """Lock a run, whose folder is made, for one training; BusyError when another process, on any machine, has it.
+    """Make the folder of a run and lock it for one training; BusyError when another process, on any machine, has it.
 
-    If the block raises before the folder has become a run, what was made is removed again.
+    If the folder has not become a run when the block ends, it is removed.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     try:
@@ -207,7 +207,7 @@ def _take_over(other: StageResult, source: Path, run: Path, number: int, folder:
 
 def _check_weights(path: Path, sha256: str) -> None:
     if not path.is_file() or files.sha256(path) != sha256:
-        raise RunError(f"{path} is missing or was altered; remove {path.parent} to train this stage again")
+        raise RunError(f"{path} is missing or was altered; remove {path.parent} to retrain this stage")
 
 
 def _is_first(engine: OpenEngine | None) -> bool:

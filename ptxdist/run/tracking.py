@@ -7,7 +7,7 @@
 Owns: these formats. Refuses: an MLflow server that does not answer when a run starts (SettingsError). Later failures
 are reported once, and training continues.
 
-Epochs after the last checkpoint of a killed run are trained again. So the points of a stage are always those of its
+Epochs after the last checkpoint of a killed run are retrained. So the points of a stage are always those of its
 history: event files that differ from it are rewritten, and MLflow receives the points that it lacks.
 """
 
