@@ -1,4 +1,4 @@
-"""One training of a run at a time, and no folder made for what is refused."""
+"""One training of a run at a time, no folder for what is refused, and the checks before a run starts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from ptxdist.errors import BusyError, RunError
-from ptxdist.run.pipeline import only_training
-from ptxdist.rundir import SETTINGS
+from ptxdist.errors import BusyError, ClusterError, RunError, SettingsError
+from ptxdist.resolve import load_settings
+from ptxdist.run import plan
+from ptxdist.run.folds import train_folds
+from ptxdist.run.pipeline import only_training, train
+from ptxdist.rundir import SETTINGS, read_settings, start_run
 
 
 def test_a_second_training_is_refused_until_the_first_one_has_ended_however_it_does(tmp_path: Path) -> None:
@@ -50,3 +53,36 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path: Path) -> None:
         only_training(tmp_path / "file" / "run"),
     ):
         pass
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_is_started(tmp_path: Path) -> None:
+    settings = load_settings("smoke")
+    (tmp_path / "stages").mkdir()
+    with pytest.raises(RunError, match="holds other files"):
+        start_run(tmp_path, settings)
+    (tmp_path / "stages").rmdir()
+    leftover = tmp_path / f"{SETTINGS}.ptxdist-0123abcd.tmp"
+    leftover.touch()
+    start_run(tmp_path, settings)
+    assert read_settings(tmp_path) == settings
+    assert not leftover.exists()
+
+
+def test_a_disk_that_is_nearly_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan._refuse_full_disk(tmp_path)
+    monkeypatch.setattr(plan, "_LEAST_FREE", 2**70)
+    with pytest.raises(ClusterError, match=r"GiB free; free some space"):
+        plan._refuse_full_disk(tmp_path)
+
+
+def test_what_torchrun_and_object_stores_cannot_do_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="torchrun --nproc-per-node 2"):
+        train(load_settings("smoke", options={"train.workers": 2}), tmp_path / "run")
+    with pytest.raises(SettingsError, match="writes to a folder, not to s3://bucket/run"):
+        train_folds(load_settings("smoke"), "s3://bucket/run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="one process or with Ray"):
+        train(load_settings("smoke", options={"train.workers": 2}), "s3://bucket/run")
+    with pytest.raises(SettingsError, match="under torchrun is not possible"):
+        train_folds(load_settings("smoke"), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
