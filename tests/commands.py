@@ -1,0 +1,52 @@
+"""The commands as a user starts them, and what tests that kill them need; for the tests of whole runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+INSIDE = "epoch-0000-step-000010"  # the checkpoint inside the first epoch of a stage, with `train_words`
+
+
+def ptxdist(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ptxdist", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, timeout=400)
+    assert done.returncode == code, f"{arguments}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def train_words(work: Path, run: Path, workers: int = 2) -> list[str | Path | int]:
+    """The smoke pipeline in thirteen steps an epoch, with a checkpoint after the tenth."""
+    settings = ["stages.*.batch_size=2", "train.checkpoint_every_images=20"]
+    words = ["train", "--pipeline", "smoke", "--workers", workers, "--data", work / "cache", "--run", run]
+    return [*words, *(word for setting in settings for word in ("--set", setting))]
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until a file or folder is there; its process must be alive till then."""
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+
+
+def workers_of(driver: int) -> list[int]:
+    """Process ids of a driver's Ray Train workers."""
+    found = subprocess.run(["pgrep", "-f", "ray::RayTrainWorker"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split() if _belongs_to(int(pid), driver)]
+
+
+def _belongs_to(pid: int, ancestor: int) -> bool:
+    """Whether a process descends from another one."""
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            return False
+    return False
