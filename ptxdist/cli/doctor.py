@@ -1,7 +1,4 @@
-"""The command that looks whether a run would work; parse, call, print.
-
-Owns: its options. Refuses: command lines that do not parse. Called by: click.
-"""
+"""`ptxdist doctor`: check whether a run would work."""
 
 from __future__ import annotations
 
@@ -23,9 +20,9 @@ from ptxdist.errors import ClusterError
 @click.option("--full", is_flag=True, help="Read every byte of the cache, on every node.")
 @json_option
 def doctor(address: str | None, data: Path | str | None, run: Path | str | None, full: bool, as_json: bool) -> None:
-    """Look before a run whether it would work: on every node versions, GPUs, networks, storage, disks, cache, clock.
+    """Check before a run whether it would work: versions, GPUs, network, storage, disks, cache and clock of every node.
 
-    Ends with exit code 11 if anything is wrong; warnings do not count.
+    The exit code is 11 if anything is wrong; warnings do not count.
 
     Example: ptxdist doctor --address HEAD:6379 --data /shared/cache --run /shared/runs/exp4
     """

@@ -1,6 +1,6 @@
-"""The command that hands another command to a Ray cluster; parse, call, print.
+"""`ptxdist submit`: run another command as a job on a Ray cluster.
 
-Owns: its options, and the paths of what is submitted. Refuses: commands that would not parse there. Called by: click.
+Owns: its options, and the absolute paths in the submitted command. Refuses: commands that do not parse.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ptxdist.errors import SettingsError
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--address", required=True, help="The cluster's dashboard, such as http://HEAD:8265.")
-@click.option("--status", "status_of", metavar="JOB", help="Say what a job does, and stop there.")
-@click.option("--logs", "logs_of", metavar="JOB", help="Follow a job that was submitted before.")
+@click.option("--status", "status_of", metavar="JOB", help="Print the state of a job.")
+@click.option("--logs", "logs_of", metavar="JOB", help="Follow the log of a job that was submitted before.")
 @click.option("--stop", "stop_job", metavar="JOB", help="Stop a job.")
 @click.option("--follow/--no-follow", default=True, show_default=True, help="Follow the log of the new job to its end.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
@@ -33,10 +33,10 @@ def submit(
     follow: bool,
     command: tuple[str, ...],
 ) -> None:
-    """Run a ptxdist command as a job on a Ray cluster, follow its log, end with its exit code.
+    """Run a ptxdist command as a job on a Ray cluster, follow its log, exit with its exit code.
 
-    Paths are made absolute: data and runs belong on storage that all nodes share. Ctrl-C leaves the job running. The
-    same `train` submitted again goes on where its run stands.
+    Paths are made absolute: data and runs belong on storage that all nodes share. Ctrl-C leaves the job running.
+    Submitted again, `train` resumes its run.
 
     Example: ptxdist submit --address http://127.0.0.1:8265 -- train --workers 8 --pipeline exp4 --data /shared/cache
     """
@@ -69,23 +69,23 @@ def submit(
     except KeyboardInterrupt:
         if job:
             console.say(
-                f"job {job[0]} goes on; come back with `ptxdist submit --address {address} --logs {job[0]}`, "
-                "end it with --stop"
+                f"job {job[0]} is still running; `ptxdist submit --address {address} --logs {job[0]}` follows it, "
+                "--stop stops it"
             )
         raise SystemExit(130) from None
     raise SystemExit(code)
 
 
 def absolute_paths(commands: Mapping[str, click.Command], command: Sequence[str]) -> list[str]:
-    """The command line with its relative paths made absolute and the default cache and run folder spelt out.
+    """The command line with absolute paths, and with the default cache and run folder as options.
 
-    Raises click's own error when it does not parse, so that a wrong job is never submitted.
+    Raises click's error when the command line does not parse, so a wrong job is never submitted.
     """
     name, *arguments = command
     target = commands.get(name)
     if target is None or name == "submit":
         raise SettingsError(
-            f"'{name}' is no command that can be submitted; there are: {', '.join(sorted(set(commands) - {'submit'}))}"
+            f"'{name}' is not a command that can be submitted; these are: {', '.join(sorted(set(commands) - {'submit'}))}"
         )
     context = target.make_context(name, list(arguments), resilient_parsing=False)
     given = [context.params[p.name] for p in target.params if p.name and isinstance(p.type, click.Path)]

@@ -1,7 +1,7 @@
-"""Would a run work here? Every node is asked what it is and has, and what nodes do together is tried on a small scale.
+"""Checks before a run: every node is measured, and what nodes do together is tried on a small scale.
 
-Owns: what counts as right, and what to do where it is not. Refuses: runs that would surely fail (`refuse_unfit`,
-ClusterError). Called by: `cli` for `doctor`, and by `run.pipeline` before a training (the quick part).
+Owns: what counts as right, and the advice where something is wrong. Refuses: runs that are certain to fail
+(`refuse_unfit`, ClusterError), which a training checks before it starts.
 """
 
 from __future__ import annotations
@@ -9,20 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ptxdist.cluster import probe
-from ptxdist.cluster.connection import connection
+from ptxdist.cluster.nodes import THIS_MACHINE, Nodes, ThisMachine, cluster_nodes
 from ptxdist.errors import ClusterError
 
-HERE = "this machine"
 _GIB = 1024**3
-_PATIENCE_S = 120.0  # for an answer of a node
-_CHECKPOINT = 2 * _GIB  # three resumable checkpoints of 400 MB, the best weights, and some room
+_CHECKPOINT = 2 * _GIB  # three resumable checkpoints of 400 MB, the best weights, and a reserve
 _SKEW_S = 5.0
 
 State = Literal["ok", "warning", "wrong"]
@@ -30,7 +28,7 @@ State = Literal["ok", "warning", "wrong"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at: where, its state, what was found, and what to do about it ("" where all is well)."""
+    """The result of one check: where, its state, what was found, and what to do about it ("" where it is ok)."""
 
     check: str
     where: str
@@ -39,125 +37,51 @@ class Finding:
     advice: str = ""
 
 
-class _Nodes:
-    """Machines to ask; each answers for itself. `ask` gives the answers by name, an exception for a lost one."""
-
-    def __init__(self, actors: Mapping[str, Any], ids: Mapping[str, str] | None = None) -> None:
-        self.actors, self._ids = actors, ids or {}
-
-    def ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        return self.ask_each(function, dict.fromkeys(self.actors, arguments))
-
-    def ask_each(self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Call `function` on the nodes named, at the same time, each with its own arguments."""
-        import ray
-
-        calls = {name: self.actors[name].call.remote(function, *words) for name, words in arguments.items()}
-        end, answers = time.monotonic() + _PATIENCE_S, dict[str, Any]()
-        for name, call in calls.items():
-            try:
-                answers[name] = ray.get(call, timeout=max(0.1, end - time.monotonic()))
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                answers[name] = ClusterError(" ".join(str(error).split())[:400] or type(error).__name__)
-        return answers
-
-    def gone(self) -> set[str]:
-        """Those that Ray has found dead by now: it notices a death after seconds, when a node is asked in vain."""
-        import ray
-
-        living = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if self._ids else set()
-        return {name for name, node_id in self._ids.items() if node_id not in living}
-
-
-class _Here(_Nodes):
-    """This machine alone."""
-
-    def __init__(self) -> None:
-        super().__init__({HERE: None})
-
-    def ask_each(self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        return {name: function(*words) for name, words in arguments.items()}
-
-
-@contextmanager
-def _cluster_nodes(address: str) -> Iterator[_Nodes]:
-    with connection(address), ray_nodes() as nodes:
-        yield nodes
-
-
-@contextmanager
-def ray_nodes() -> Iterator[_Nodes]:
-    """The nodes of the cluster that this process is connected to, one actor on each."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    class Node:
-        def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-            return function(*arguments)
-
-    ray.cloudpickle.register_pickle_by_value(probe)  # so that a node without ptxdist can say so
-    actor = ray.remote(num_cpus=0, max_restarts=0)(Node)
-    actors, ids, seen = {}, dict[str, str](), dict[str, int]()
-    for node in ray.nodes():
-        if node["Alive"]:
-            name = str(node["NodeManagerAddress"])
-            seen[name] = seen.get(name, 0) + 1  # several nodes on one machine
-            name = name if seen[name] == 1 else f"{name} ({seen[name]})"
-            ids[name] = node["NodeID"]
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            actors[name] = actor.options(scheduling_strategy=there).remote()
-    try:
-        yield _Nodes(actors, ids)
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(probe)
-        for one in actors.values():
-            ray.kill(one)
-
-
 def diagnose(
     address: str | None, *, cache: Path | str | None = None, run: Path | str | None = None, full: bool = False
 ) -> list[Finding]:
-    """Look at every node of the cluster at `address` (as for `connection.connection`), or at this machine.
+    """Check every node of the cluster at `address` (as for `connection.connection`), or this machine with None.
 
-    `cache` is read on every node, every byte of it if `full`; below `run`, or where it would be, nodes write small
-    files for each other, which are removed again. Raises ClusterError when there is no cluster to be reached.
+    `cache` is opened on every node; with `full`, every byte of it is read. In `run`, or in the nearest folder above it
+    that exists, the nodes write small files for each other, which are removed afterwards. Raises ClusterError when no
+    cluster can be reached.
     """
     folder = None if run is None else _existing(run)
     if address is None:
-        findings = _examine(_Here(), cache, folder, full)
+        findings = _examine(ThisMachine(), cache, folder, full)
         if folder is not None:
-            findings += _storage(_Here(), folder)
+            findings += _storage(ThisMachine(), folder)
         return findings + _collective_here()
-    with _cluster_nodes(address) as nodes:
+    with cluster_nodes(address) as nodes:
         findings = _examine(nodes, cache, folder, full) + _clocks(nodes)
         if folder is not None:
             findings += _storage(nodes, folder)
         return findings + _collective(nodes)
 
 
-def refuse_unfit(run: Path | str, cache: Path | str | None = None, nodes: _Nodes | None = None) -> None:
-    """ClusterError when a training into `run` would surely fail: the quick part of `diagnose`.
+def refuse_unfit(run: Path | str, cache: Path | str | None = None, nodes: Nodes | None = None) -> None:
+    """Raise ClusterError when a training into `run` is certain to fail: the quick part of `diagnose`.
 
-    With `nodes`, also when they do not share the storage or run another ptxdist. One that has just died is no reason:
-    the others train, or wait for another one.
+    With `nodes`, also when they do not share the storage or have other versions. A node that has just died is ignored,
+    since the others train, or wait for a new node.
     """
     folder = _existing(run)
-    findings = _storage(nodes or _Here(), folder)
+    findings = _storage(nodes or ThisMachine(), folder)
     if nodes:
         findings += [item for item in _examine(nodes, cache, folder, False) if item.check in ("versions", "cache")]
-    free = None if isinstance(folder, str) else probe._free(str(folder))
+    free = None if isinstance(folder, str) else probe.free_bytes(str(folder))
     if free is not None and free < _CHECKPOINT // 4:
-        findings.append(_disk("runs", HERE, free))
+        findings.append(_disk("runs", THIS_MACHINE, free))
     gone = nodes.gone() if nodes else set[str]()
     for item in findings:
         if item.state == "wrong" and item.where not in gone:
             raise ClusterError(
-                f"{item.check} of {item.where}: {item.found}; {item.advice} (`ptxdist doctor` looks at everything)"
+                f"{item.check} of {item.where}: {item.found}; {item.advice} (`ptxdist doctor` runs all checks)"
             )
 
 
 def _existing(folder: Path | str) -> Path | str:
-    """The folder, or the nearest one above it that is there; an address as it is."""
+    """The folder, or the nearest one above it that exists; an address as it is."""
     if isinstance(folder, str):
         return folder
     folder = folder.absolute()
@@ -166,7 +90,7 @@ def _existing(folder: Path | str) -> Path | str:
     return folder
 
 
-def _examine(nodes: _Nodes, cache: Path | str | None, folder: Path | str | None, full: bool) -> list[Finding]:
+def _examine(nodes: Nodes, cache: Path | str | None, folder: Path | str | None, full: bool) -> list[Finding]:
     mine = probe.examine(None, None)
     words = (
         str(cache.absolute()) if isinstance(cache, Path) else cache,
@@ -176,7 +100,7 @@ def _examine(nodes: _Nodes, cache: Path | str | None, folder: Path | str | None,
     findings, digests = [], dict[str, str]()
     for where, found in nodes.ask(probe.examine, *words).items():
         if isinstance(found, ClusterError):
-            findings.append(Finding("node", where, "wrong", f"does not answer: {found}", "look at it, or remove it"))
+            findings.append(Finding("node", where, "wrong", f"does not answer: {found}", "check it, or remove it"))
             continue
         findings += [_versions(where, found["versions"], mine["versions"]), _gpus(where, found["gpus"])]
         findings += [
@@ -188,17 +112,17 @@ def _examine(nodes: _Nodes, cache: Path | str | None, folder: Path | str | None,
             digests[where] = found["cache"]["digest"]
             findings.append(_cache(where, found["cache"], full))
     if len(set(digests.values()) - {""}) > 1:
-        advice = "give a path on storage that all nodes share, or copy the same cache to all of them"
+        advice = "use a path on storage that all nodes share, or copy the same cache to all of them"
         findings.append(Finding("cache", "all nodes", "wrong", "nodes hold different caches at this path", advice))
     return findings
 
 
 def _versions(where: str, found: Mapping[str, str], mine: Mapping[str, str]) -> Finding:
-    differing = [f"{name} {value}, here {mine[name]}" for name, value in found.items() if value != mine[name]]
+    differing = [f"{name} {value}, locally {mine[name]}" for name, value in found.items() if value != mine[name]]
     text = ", ".join(f"{name} {value}" for name, value in found.items())
     if not differing:
         return Finding("versions", where, "ok", text)
-    advice = "install the same there: pip install --constraint constraints.txt ptxdist"
+    advice = "install the same versions there: pip install --constraint constraints.txt ptxdist"
     return Finding("versions", where, "wrong", "; ".join(differing), advice)
 
 
@@ -208,7 +132,7 @@ def _gpus(where: str, found: Mapping[str, Any]) -> Finding:
         return Finding("GPU", where, "ok", "none")
     text = f"{len(names)} {names[0]}, driver {found['driver']}"
     if found["torch"] < len(names):
-        advice = "install a torch for CUDA and this driver there, and look at CUDA_VISIBLE_DEVICES"
+        advice = "install a torch for CUDA and this driver there, and check CUDA_VISIBLE_DEVICES"
         return Finding("GPU", where, "wrong", f"{text}; torch can use {found['torch']}", advice)
     return Finding("GPU", where, "ok", text)
 
@@ -228,32 +152,32 @@ def _disk(name: str, where: str, free: int | None) -> Finding:
 
 def _cache(where: str, found: Mapping[str, str], full: bool) -> Finding:
     if not found["digest"]:
-        advice = "give the cache that `ptxdist preprocess` wrote, on storage that this node reaches"
+        advice = "use a cache that `ptxdist preprocess` wrote, on storage that this node can reach"
         return Finding("cache", where, "wrong", found["wrong"], advice)
     if found["wrong"]:
         return Finding("cache", where, "wrong", found["wrong"], "run `ptxdist verify` on it")
-    return Finding("cache", where, "ok", "every byte as written" if full else "manifest and sizes as written")
+    return Finding("cache", where, "ok", "every byte verified" if full else "manifest and sizes verified")
 
 
-def _clocks(nodes: _Nodes) -> list[Finding]:
+def _clocks(nodes: Nodes) -> list[Finding]:
     findings = []
     for where in nodes.actors:
         before = time.time()
         answer = nodes.ask_each(probe.clock, {where: ()})[where]
         after = time.time()
         if isinstance(answer, float):
-            skew = max(0.0, before - answer, answer - after)  # what the way there and back does not explain
+            skew = max(0.0, before - answer, answer - after)  # what the time of the call does not explain
             state: State = "ok" if skew < _SKEW_S else "wrong"
             findings.append(
-                Finding("clock", where, state, f"{skew:.1f} s off", "" if state == "ok" else "let NTP set it")
+                Finding("clock", where, state, f"{skew:.1f} s off", "" if state == "ok" else "synchronise it with NTP")
             )
     return findings
 
 
-def _storage(nodes: _Nodes, folder: Path | str) -> list[Finding]:
-    """Every node writes a file of its own and reads those of all others; or an object into a store."""
+def _storage(nodes: Nodes, folder: Path | str) -> list[Finding]:
+    """Every node writes a file and reads those of all others; in an object store, it writes and reads an object."""
     if isinstance(folder, str):
-        advice = "give this node credentials that may write there, and a way to the store"
+        advice = "give this node credentials with write permission, and a network route to the store"
         return [
             Finding("storage", where, "wrong" if answer else "ok", str(answer) or "written and read",
                     advice if answer else "")
@@ -264,7 +188,7 @@ def _storage(nodes: _Nodes, folder: Path | str) -> list[Finding]:
         name: (f".ptxdist-doctor-{draw}-{number}", secrets.token_hex(8)) for number, name in enumerate(nodes.actors)
     }
     place = str(folder)
-    advice = f"mount the same storage at {folder} on all nodes, for this user to write to, or give another --run"
+    advice = f"mount the same storage at {folder} on all nodes, writable for this user, or use another --run"
     try:
         written = nodes.ask_each(
             probe.write_token, {name: (place, file, text) for name, (file, text) in tokens.items()}
@@ -292,39 +216,39 @@ def _remove(paths: Sequence[str]) -> None:
             Path(path).unlink(missing_ok=True)
 
 
-def _collective(nodes: _Nodes) -> list[Finding]:
+def _collective(nodes: Nodes) -> list[Finding]:
     """An all-reduce over gloo among all nodes, and over NCCL among those with a GPU."""
     names = list(nodes.actors)
     host = nodes.ask_each(probe.free_port, {names[0]: ()})[names[0]]
     if isinstance(host, ClusterError):
         return []
     words = {name: ("gloo", *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _told("gloo", nodes.ask_each(probe.all_reduce, words)) + _nccl(nodes)
+    return _judged("gloo", nodes.ask_each(probe.all_reduce, words)) + _nccl(nodes)
 
 
-def _nccl(nodes: _Nodes) -> list[Finding]:
-    found = nodes.ask(probe._gpus)
+def _nccl(nodes: Nodes) -> list[Finding]:
+    found = nodes.ask(probe.gpus)
     names = [name for name, gpus in found.items() if isinstance(gpus, dict) and gpus["torch"]]
     if not names:
         return []
     host = nodes.ask_each(probe.free_port, {names[0]: ()})[names[0]]
     words = {name: ("nccl", *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _told("NCCL", nodes.ask_each(probe.all_reduce, words))
+    return _judged("NCCL", nodes.ask_each(probe.all_reduce, words))
 
 
 def _collective_here() -> list[Finding]:
-    """The same between two processes of this machine."""
+    """The same between two processes on this machine."""
     _, port = probe.free_port()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         answers = pool.starmap(probe.all_reduce, [("gloo", "127.0.0.1", port, rank, 2) for rank in range(2)])
-    findings = _told("gloo", {HERE: next((text for text in answers if text), "")})
-    if probe._gpus()["torch"]:
+    findings = _judged("gloo", {THIS_MACHINE: next((text for text in answers if text), "")})
+    if probe.gpus()["torch"]:
         _, port = probe.free_port()
-        findings += _told("NCCL", {HERE: probe.all_reduce("nccl", "127.0.0.1", port, 0, 1)})
+        findings += _judged("NCCL", {THIS_MACHINE: probe.all_reduce("nccl", "127.0.0.1", port, 0, 1)})
     return findings
 
 
-def _told(backend: str, answers: Mapping[str, Any]) -> list[Finding]:
+def _judged(backend: str, answers: Mapping[str, Any]) -> list[Finding]:
     advice = (
         "let all nodes reach each other on all ports; where a node has several networks, "
         f"name the right one in {'NCCL' if backend == 'NCCL' else 'GLOO'}_SOCKET_IFNAME"

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ptxdist.cluster.connection import on_cluster, ray_for_training
-from ptxdist.cluster.doctor import ray_nodes, refuse_unfit
+from ptxdist.cluster.doctor import refuse_unfit
+from ptxdist.cluster.nodes import ray_nodes
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, TrainingError
 from ptxdist.records import EvaluationResult, Message, OnEvent, StageResult, decode_event

@@ -1,7 +1,6 @@
-"""Work over the nodes of a Ray cluster, in the shape of `executor`: the same tasks, the same bytes.
+"""An executor whose tasks run on the nodes of a Ray cluster; what they write is the same as with local processes.
 
-Owns: Ray tasks for the data layer. Refuses: clusters that cannot be reached (ClusterError). Called by: `cli`. Images,
-tables and cache must lie on storage that all nodes share, under the same paths.
+Images, tables and cache must be on storage that all nodes share, under the same paths.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from ptxdist.cluster.connection import connection
 from ptxdist.errors import ClusterError, PtxdistError
 from ptxdist.executor import Executor, Result
 
-_END_S = 30.0  # for running tasks to end by themselves after an error; then their processes are killed
+_END_S = 30.0  # running tasks have this long to end after an error; then their processes are killed
 _AGAIN_S = 1.0
-_AHEAD = 4  # tasks given out for each CPU of the cluster: enough for none to wait, few enough to stop soon
+_AHEAD = 4  # tasks submitted for each CPU of the cluster: no CPU waits, and few tasks have to be cancelled
 
 
 @contextmanager
 def ray_tasks(address: str) -> Iterator[Executor]:
-    """Executor over the cluster at `address` (`host:6379`, `ray://host:10001`, or `auto` for the one this node is in).
+    """Executor over the cluster at `address` (`host:6379`, `ray://host:10001`, or `auto` for that of this node).
 
-    A task whose node dies is done again elsewhere by Ray. Raises ClusterError when there is no cluster to be reached.
+    Ray retries a task on another node when its node dies. Raises ClusterError when no cluster can be reached.
     """
     with connection(address):
         import ray
@@ -58,14 +57,14 @@ class _Tasks:
                         raise cause from error
                     raise
                 except ray.exceptions.RayError as error:
-                    raise ClusterError(f"a task was lost for good: {str(error).splitlines()[0]}") from error
+                    raise ClusterError(f"a task failed after all retries: {str(error).splitlines()[0]}") from error
         finally:
-            # Whatever ended it: when the caller goes on, and perhaps lets go of its lock, nobody writes any more.
+            # The caller may release its lock after this, so no task may still be writing.
             end = time.monotonic() + _END_S
-            while running:  # again and again: a task that is just starting may miss it
+            while running:  # a task that is just starting may miss the first request
                 for task in running:
                     ray.cancel(task, force=time.monotonic() > end)
                 running = ray.wait(running, num_returns=len(running), timeout=_AGAIN_S)[1]
 
     def prepare(self, module: str) -> None:
-        pass  # Ray starts its workers itself
+        pass  # Ray starts its own workers

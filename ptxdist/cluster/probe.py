@@ -1,9 +1,8 @@
-"""What one machine can tell of itself: versions, GPUs, memory, disks, clock, the cache, and whether it is heard.
+"""Measurements of one machine for `doctor`: versions, GPUs, memory, disks, clock, cache, storage, network.
 
-Owns: how each of these is found out. Refuses: nothing; what cannot be found out is left out or told as a text. Called
-by: `doctor`, in this process or on the nodes of a cluster.
-
-The standard library alone is loaded at the start, since `doctor` sends this module to nodes that may lack everything.
+The functions run in this process or on the nodes of a cluster. They return plain values; a failure is returned as a
+text. Only the standard library is imported at the start, since `doctor` sends this module to nodes that may have
+nothing else installed.
 """
 
 from __future__ import annotations
@@ -26,32 +25,33 @@ _COLLECTIVE_S = 60
 
 
 def examine(cache: str | None, folder: str | None, full: bool = False) -> dict[str, Any]:
-    """Everything about this machine that needs no other one, as plain values; sizes in bytes.
+    """Everything that this machine can measure alone, as plain values; sizes in bytes.
 
-    `cache` is a cache that a training will read, of which every byte is read if `full`; `folder` is where runs go.
+    `cache` is a cache that a training will read; with `full`, every byte of it is read. `folder` is where runs are
+    written.
     """
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "memory": _memory(),
-        "shm": _free("/dev/shm"),
-        "disks": {"temporary files": _free(tempfile.gettempdir())},
+        "shm": free_bytes("/dev/shm"),
+        "disks": {"temporary files": free_bytes(tempfile.gettempdir())},
     }
     if folder is not None:
-        found["disks"]["runs"] = _free(folder)
+        found["disks"]["runs"] = free_bytes(folder)
     if cache is not None:
         found["cache"] = _remote_cache(cache, full) if "://" in cache else _cache(Path(cache), full)
     return found
 
 
 def clock() -> float:
-    """Seconds since 1970 by this machine's clock."""
+    """Seconds since 1970 by the clock of this machine."""
     return time.time()
 
 
 def write_token(folder: str, name: str, text: str) -> str:
-    """Write a small file for the other nodes to read; "" or what went wrong."""
+    """Write a small file for the other nodes to read; returns "" or what failed."""
     try:
         with open(Path(folder, name), "x") as file:
             file.write(text)
@@ -63,9 +63,9 @@ def write_token(folder: str, name: str, text: str) -> str:
 
 
 def read_tokens(folder: str, tokens: dict[str, str], patience_s: float = 10.0) -> str:
-    """Read what the other nodes have written, as texts by file name; "" or what went wrong.
+    """Read what the other nodes have written, given as texts by file name; returns "" or what failed.
 
-    Network file systems show the file of another node with a delay, hence the patience.
+    Retries for `patience_s`, since network file systems show files of other nodes with a delay.
     """
     end = time.monotonic() + patience_s
     while True:
@@ -73,12 +73,12 @@ def read_tokens(folder: str, tokens: dict[str, str], patience_s: float = 10.0) -
         if not missing:
             return ""
         if time.monotonic() > end:
-            return f"does not see what {len(missing)} of {len(tokens)} nodes have written there"
+            return f"does not see what {len(missing)} of {len(tokens)} nodes have written"
         time.sleep(0.2)
 
 
 def free_port() -> tuple[str, int]:
-    """This machine's address as its cluster knows it, and a port that is free on it."""
+    """The address of this machine in its cluster, and a free port."""
     with socket.socket() as found:
         found.bind(("", 0))
         try:
@@ -89,7 +89,7 @@ def free_port() -> tuple[str, int]:
 
 
 def all_reduce(backend: str, host: str, port: int, rank: int, ranks: int) -> str:
-    """Add up one number per rank over torch.distributed; "" or what went wrong. All ranks call it at the same time."""
+    """Sum one number per rank over torch.distributed; returns "" or what failed. All ranks call it at the same time."""
     try:
         import torch
         import torch.distributed as dist
@@ -105,7 +105,7 @@ def all_reduce(backend: str, host: str, port: int, rank: int, ranks: int) -> str
             return "" if bool((total == wanted).all()) else f"sum is {float(total[0])}, not {wanted}"
         finally:
             dist.destroy_process_group()
-    except Exception as error:  # of torch, of its backends, of the network: all of it is the finding
+    except Exception as error:  # of torch, a backend or the network: it is the result of the check
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
@@ -114,14 +114,14 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         pass
-    try:  # a job's own copy of the code is not installed
+    try:  # the copy of the code in a job is not installed
         return str(__import__(package).__version__)
     except (ImportError, AttributeError):
         return "not installed"
 
 
-def _gpus() -> dict[str, Any]:
-    """GPUs that the driver sees and those that torch can use."""
+def gpus() -> dict[str, Any]:
+    """GPUs that the driver lists, and the number that torch can use."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
@@ -145,8 +145,8 @@ def _memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _free(folder: str) -> int | None:
-    """Bytes that are free where a folder is, or would be; None when that cannot be found out."""
+def free_bytes(folder: str) -> int | None:
+    """Free bytes on the disk of a folder, which need not exist yet; None when they cannot be determined."""
     path = Path(folder)
     while not path.exists() and path != path.parent:
         path = path.parent
@@ -157,7 +157,7 @@ def _free(folder: str) -> int | None:
 
 
 def _cache(cache: Path, full: bool) -> dict[str, Any]:
-    """The checksum of a cache's manifest, and what is wrong with what it names."""
+    """The checksum of a cache's manifest, and the first fault of the files that it names."""
     manifest = cache / "manifest.json"
     try:
         digest = hashlib.sha256(manifest.read_bytes()).hexdigest()
@@ -168,12 +168,12 @@ def _cache(cache: Path, full: bool) -> dict[str, Any]:
         from ptxdist.cache.store import open_store
         from ptxdist.cache.verify import refuse_damaged
         from ptxdist.errors import PtxdistError
-    except ImportError:  # the versions say so
+    except ImportError:  # reported with the versions
         return {"digest": digest, "wrong": ""}
     try:
         sizes = sorted(read_manifest(cache).sizes)
         for size in sizes:
-            open_store(cache, size)  # maps every shard, by its size and its index
+            open_store(cache, size)  # checks the length and the index of every shard
         if full:
             refuse_damaged(cache, sizes)
     except PtxdistError as error:
@@ -182,7 +182,7 @@ def _cache(cache: Path, full: bool) -> dict[str, Any]:
 
 
 def _remote_cache(cache: str, full: bool) -> dict[str, Any]:
-    """The same of a cache in an object store; if `full`, it is copied to this machine and compared."""
+    """The same for a cache in an object store; with `full`, it is copied to this machine and verified."""
     try:
         from ptxdist.errors import PtxdistError
         from ptxdist.storage.caches import local_cache, remote_digest
@@ -198,7 +198,7 @@ def _remote_cache(cache: str, full: bool) -> dict[str, Any]:
 
 
 def try_store(url: str) -> str:
-    """Write a small object, read it and remove it; "" or what went wrong."""
+    """Write a small object, read it and delete it; returns "" or what failed."""
     try:
         from ptxdist.errors import PtxdistError
         from ptxdist.storage.remote import Remote
@@ -212,7 +212,7 @@ def try_store(url: str) -> str:
         remote.delete([name])
     except PtxdistError as error:
         return str(error)
-    return "" if found == text else "does not see what it has written there"
+    return "" if found == text else "does not see what it has written"
 
 
 def _read(path: Path) -> str | None:

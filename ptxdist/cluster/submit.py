@@ -1,11 +1,11 @@
-"""Hands a ptxdist command to a running Ray cluster as a job, through Ray's own job client.
+"""Submits a ptxdist command to a running Ray cluster as a job, with Ray's job client.
 
-Owns: what travels to the cluster (the code and the settings folders, never data, caches or runs), tokens, and what
-the end of a job means. Refuses: addresses where no Ray cluster answers, missing or wrong tokens, clusters with a Ray
-that is too old or without ptxdist's packages (ClusterError). Called by: `cli`.
+Owns: what is uploaded to the cluster (the code and the settings folders, never data, caches or runs), tokens, and the
+exit code of a job. Refuses: addresses where no Ray cluster answers, missing or wrong tokens, clusters with a Ray that
+is too old or without ptxdist's packages (ClusterError).
 
-Ray switches token authentication on by itself once a token exists on a machine, but its job client sends the token only
-where RAY_AUTH_MODE=token is set. Here the cluster is asked first, and gets the token if it wants one.
+Ray enables token authentication by itself once a token exists on a machine, but its job client sends the token only if
+RAY_AUTH_MODE=token is set. So this module first asks the cluster, and sends the token if the cluster requires one.
 """
 
 from __future__ import annotations
@@ -37,25 +37,25 @@ from ptxdist.errors import ClusterError
 from ptxdist.resolve import settings_folders
 
 OLDEST_RAY = "2.60"
-# The dashboard takes no larger request (DASHBOARD_CLIENT_MAX_SIZE in ray/_private/ray_constants.py); the 512 MiB of
-# Ray's own store are never reached. Ray uploads a zip file, so counting the files before zipping is on the safe side.
+# The largest request that the dashboard accepts (DASHBOARD_CLIENT_MAX_SIZE in ray/_private/ray_constants.py), which is
+# less than the 512 MiB of Ray's own store. Ray uploads a zip file, so the size of the unzipped files is an upper bound.
 MAX_UPLOAD_BYTES = 100 * 1024**2
 STOPPED = 130
 _ANSWER_S = 10.0
-# A job runs the `python` that was first in PATH when Ray was started, which need not be the one Ray itself runs on.
+# A job runs the `python` that was first in PATH when Ray was started, which need not be the one that runs Ray.
 _CHECK_FILE = "check_python.py"
 _CHECK = f"""import importlib.util, sys
 missing = [name for name in ("ray", "torch", "zarr", "rich") if importlib.util.find_spec(name) is None]
 if missing:
     print(
-        f"error: {{sys.executable}}, the cluster's python, lacks {{', '.join(missing)}}: install ptxdist there, "
+        f"error: {{sys.executable}}, the python of the cluster, lacks {{', '.join(missing)}}: install ptxdist there, "
         "and start Ray with that environment activated"
     )
     sys.exit({ClusterError.exit_code})
 """
-# What Ray writes into a job's log before the command does.
+# What Ray writes into the log of a job before the command starts.
 _PREAMBLE = re.compile(r"^(?:[-\d]{10} [\d:,]+\tINFO job_manager\.py:.*|Running entrypoint for job .*)\n", re.MULTILINE)
-_TALKATIVE = (
+_VERBOSE_LOGGERS = (
     "ray.dashboard.modules.dashboard_sdk",
     "ray.dashboard.modules.job.sdk",
     "ray._private.runtime_env.packaging",
@@ -73,9 +73,9 @@ def submit(
 ) -> int:
     """Run `python -m ptxdist <command>` as a job, pass its log to `on_log` as it comes, and return its exit code.
 
-    `address` is the URL of the cluster's dashboard; `on_submitted` is called with the job's id. A stopped
-    job gives 130, one that is not `following` 0 at once. An interruption while following (KeyboardInterrupt)
-    leaves the job running. Raises ClusterError in one sentence.
+    `address` is the URL of the cluster's dashboard; `on_submitted` is called with the id of the job. The exit code of a
+    stopped job is 130. Without `following`, the function returns 0 as soon as the job is submitted. KeyboardInterrupt
+    while following leaves the job running. Raises ClusterError.
     """
     with _client(address) as (client, job):
         with tempfile.TemporaryDirectory(prefix="ptxdist-job-") as folder:
@@ -92,14 +92,14 @@ def submit(
 
 
 def follow(job_id: str, *, address: str, on_log: Callable[[str], None]) -> int:
-    """Pass the log of a job to `on_log`, from its start to its end, and return its exit code, as `submit` does."""
+    """Pass the log of a job to `on_log`, from its start to its end, and return its exit code as `submit` does."""
     with _client(address, job_id) as (client, _):
         _follow(client, job_id, on_log)
         return _exit_code(client, job_id)
 
 
 def status(job_id: str, *, address: str) -> dict[str, Any]:
-    """What a job does: `job`, `status` (Ray's word, such as RUNNING), `command`, `seconds`, `exit_code`, `message`."""
+    """The state of a job: `job`, `status` (as Ray calls it: RUNNING, …), `command`, `seconds`, `exit_code`, `message`."""
     with _client(address, job_id) as (client, _):
         info = client.get_job_info(job_id)
         started, ended = info.start_time or 0, info.end_time or int(time.time() * 1000)
@@ -114,7 +114,7 @@ def status(job_id: str, *, address: str) -> dict[str, Any]:
 
 
 def stop(job_id: str, *, address: str) -> str:
-    """Stop a job and return its last status; what it has finished is kept, and the same command goes on from there."""
+    """Stop a job and return its last status. Finished work is kept; submitted again, the command skips it."""
     with _client(address, job_id) as (client, _):
         client.stop_job(job_id)
         with suppress(ClusterError):
@@ -129,9 +129,9 @@ class _Job:
 
 @contextmanager
 def _client(address: str, job_id: str = "") -> Iterator[tuple[Any, _Job]]:
-    """Ray's job client for the cluster, and the job it is about; what goes wrong becomes a ClusterError."""
+    """Ray's job client for the cluster, and the job that errors name; every failure becomes a ClusterError."""
     headers = _authorise(address)
-    for name in _TALKATIVE:  # these set levels of their own, below what their parents say
+    for name in _VERBOSE_LOGGERS:  # these set levels of their own, below those of their parents
         logging.getLogger(name).setLevel(logging.ERROR)
     job = _Job(job_id)
     try:
@@ -139,11 +139,11 @@ def _client(address: str, job_id: str = "") -> Iterator[tuple[Any, _Job]]:
     except AuthenticationError as error:
         if not headers and not job.id:
             raise ClusterError(
-                f"RAY_AUTH_MODE=token is set here without a token, and the Ray cluster at {address} asks for none; "
+                f"RAY_AUTH_MODE=token is set without a token, and the Ray cluster at {address} requires none; "
                 "unset RAY_AUTH_MODE"
             ) from error
         raise ClusterError(f"the Ray cluster at {address} no longer accepts this machine's token") from error
-    except BrokenPipeError:  # whoever read what `on_log` writes is gone
+    except BrokenPipeError:  # the reader of what `on_log` writes is gone
         raise
     except (ConnectionError, requests.RequestException, RuntimeError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
@@ -151,17 +151,19 @@ def _client(address: str, job_id: str = "") -> Iterator[tuple[Any, _Job]]:
             raise ClusterError(f"the Ray cluster at {address} knows no job {job_id}") from error
         if job.id:
             raise ClusterError(
-                f"lost the connection to {address} ({lines[0][:200]}); if the cluster is still up, job {job.id} goes "
-                f"on: `ptxdist submit --address {address} --logs {job.id}` shows it"
+                f"lost the connection to {address} ({lines[0][:200]}); if the cluster is still up, job {job.id} is "
+                f"running: `ptxdist submit --address {address} --logs {job.id}` shows its log"
             ) from error
-        raise ClusterError(f"the Ray cluster at {address} did not do as asked: {lines[0][:300]}") from error
+        raise ClusterError(f"a request to the Ray cluster at {address} failed: {lines[0][:300]}") from error
 
 
 def _authorise(address: str) -> dict[str, str]:
-    """Headers that the cluster wants; checks that a cluster of a Ray that is new enough answers there."""
+    """The headers that the cluster requires; checks that a cluster with a recent enough Ray answers there."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ClusterError(f"'{address}' is not the address of a Ray dashboard; expected such as http://127.0.0.1:8265")
+        raise ClusterError(
+            f"'{address}' is not the address of a Ray dashboard; expected one such as http://127.0.0.1:8265"
+        )
     answer = _ask(address, {})
     headers: dict[str, str] = {}
     if answer.status_code in (401, 403):
@@ -169,16 +171,16 @@ def _authorise(address: str) -> dict[str, str]:
         answer = _ask(address, headers)
         if answer.status_code in (401, 403):
             raise ClusterError(
-                f"the Ray cluster at {address} does not accept this machine's token; set RAY_AUTH_TOKEN to the "
-                "cluster's own (`ray get-auth-token` prints it on the head node)"
+                f"the Ray cluster at {address} does not accept this machine's token; set RAY_AUTH_TOKEN to the token of "
+                "the cluster (`ray get-auth-token` on the head node prints it)"
             )
     try:
         found = str(answer.json()["ray_version"])
         too_old = Version(found) < Version(OLDEST_RAY)
     except (ValueError, KeyError, TypeError, InvalidVersion):
-        raise ClusterError(f"what answers at {address} is not a Ray dashboard (HTTP {answer.status_code})") from None
+        raise ClusterError(f"the server at {address} is not a Ray dashboard (HTTP {answer.status_code})") from None
     if too_old:
-        raise ClusterError(f"the cluster at {address} runs Ray {found}, ptxdist needs {OLDEST_RAY} or newer there")
+        raise ClusterError(f"the cluster at {address} runs Ray {found}; ptxdist needs Ray {OLDEST_RAY} or newer")
     return headers
 
 
@@ -187,13 +189,13 @@ def _ask(address: str, headers: dict[str, str]) -> requests.Response:
         return requests.get(f"{address.rstrip('/')}/api/version", headers=headers, timeout=_ANSWER_S)
     except requests.RequestException as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address}; is it up, and is its dashboard reachable from here "
-            "(`ray dashboard cluster.yaml` forwards it)?"
+            f"no Ray cluster answers at {address}; check that it is up and that this machine can reach its dashboard "
+            "(`ray dashboard cluster.yaml` forwards it)"
         ) from error
 
 
 def _token(address: str) -> str:
-    """This machine's token, where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
+    """This machine's token, from where Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -201,13 +203,13 @@ def _token(address: str) -> str:
         return path.read_text().strip()
     except OSError:
         raise ClusterError(
-            f"the Ray cluster at {address} asks for a token and there is none here; set RAY_AUTH_TOKEN to the "
-            "cluster's own (`ray get-auth-token` prints it on the head node)"
+            f"the Ray cluster at {address} asks for a token, and this machine has none; set RAY_AUTH_TOKEN to the token "
+            "of the cluster (`ray get-auth-token` on the head node prints it)"
         ) from None
 
 
 def _pack(folder: Path) -> None:
-    """Copy what the job needs into an empty folder: the package and the settings, those of this folder first."""
+    """Copy what the job needs into an empty folder: package and settings; those of the working folder come first."""
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "*.yaml")
     shutil.copytree(PACKAGE, folder / "ptxdist", ignore=ignore)
     for kind in ("configs", "pipelines"):
@@ -218,31 +220,31 @@ def _pack(folder: Path) -> None:
     if size > MAX_UPLOAD_BYTES:
         raise ClusterError(
             f"code and settings are {size / 1024**2:,.0f} MiB, more than the {MAX_UPLOAD_BYTES // 1024**2} MiB that "
-            "Ray takes; remove what does not belong into configs/ and pipelines/"
+            "Ray accepts; remove what does not belong in configs/ and pipelines/"
         )
 
 
 def _follow(client: Any, job_id: str, on_log: Callable[[str], None]) -> None:
-    """Pass the log on until the job ends; read in a thread, since an interruption inside asyncio is noisy."""
-    words: SimpleQueue[str | Exception | None] = SimpleQueue()
+    """Pass the log on until the job ends; read in a thread, since interrupting asyncio prints tracebacks."""
+    texts: SimpleQueue[str | Exception | None] = SimpleQueue()
 
     async def read() -> None:
         async for text in client.tail_job_logs(job_id):
-            words.put(text)
+            texts.put(text)
 
     def work() -> None:
         try:
             asyncio.run(read())
-        except Exception as error:  # of the library below Ray's client, whichever that is
-            words.put(error)
+        except Exception as error:  # of whichever library Ray's client uses
+            texts.put(error)
         else:
-            words.put(None)
+            texts.put(None)
 
     threading.Thread(target=work, name="ptxdist-log", daemon=True).start()
-    while (word := words.get()) is not None:
-        if isinstance(word, Exception):
-            raise ConnectionError(f"the log broke off: {str(word) or type(word).__name__}") from word
-        if text := _PREAMBLE.sub("", word):
+    while (item := texts.get()) is not None:
+        if isinstance(item, Exception):
+            raise ConnectionError(f"the log broke off: {str(item) or type(item).__name__}") from item
+        if text := _PREAMBLE.sub("", item):
             on_log(text)
 
 
@@ -254,6 +256,6 @@ def _exit_code(client: Any, job_id: str) -> int:
     if status == JobStatus.STOPPED:
         return STOPPED
     info = client.get_job_info(job_id)
-    if info.driver_exit_code is None:  # the command was never started, or what watched over it died
+    if info.driver_exit_code is None:  # the command was not started, or its supervisor died
         raise ClusterError(f"job {job_id} failed without an exit code: {(info.message or 'no reason given')[:300]}")
     return int(info.driver_exit_code) or 1

@@ -16,7 +16,7 @@ from faults import cluster as local_cluster
 from ray.cluster_utils import Cluster
 
 from ptxdist.cache.preprocess import PreprocessResult
-from ptxdist.cluster import doctor, probe
+from ptxdist.cluster import doctor, nodes, probe
 from ptxdist.cluster.doctor import Finding, diagnose, refuse_unfit
 from ptxdist.errors import ClusterError
 
@@ -68,20 +68,20 @@ def test_a_gpu_that_torch_cannot_use_and_a_clock_that_is_off_are_red(monkeypatch
     assert (blind.state, "torch can use 0" in blind.found, "CUDA" in blind.advice) == ("wrong", True, True)
     assert doctor._gpus("there", {"names": [], "driver": "", "torch": 0}).state == "ok"
     right = time.time
-    assert [item.state for item in doctor._clocks(doctor._Here())] == ["ok"]
+    assert [item.state for item in doctor._clocks(nodes.ThisMachine())] == ["ok"]
     monkeypatch.setattr(probe, "clock", lambda: right() - 60)
-    (late,) = doctor._clocks(doctor._Here())
-    assert (late.state, late.advice) == ("wrong", "let NTP set it")
+    (late,) = doctor._clocks(nodes.ThisMachine())
+    assert (late.state, late.advice) == ("wrong", "synchronise it with NTP")
     assert float(late.found.split()[0]) == pytest.approx(60, abs=5)
 
 
 def test_a_node_that_does_not_answer_is_red() -> None:
-    class Silent(doctor._Here):
+    class Silent(nodes.ThisMachine):
         def ask_each(self, function, arguments):  # type: ignore[no-untyped-def]
             return {name: ClusterError("the node died") for name in arguments}
 
     (finding,) = doctor._examine(Silent(), None, None, False)
-    assert (finding.check, finding.state, finding.advice) == ("node", "wrong", "look at it, or remove it")
+    assert (finding.check, finding.state, finding.advice) == ("node", "wrong", "check it, or remove it")
     assert [item.state for item in doctor._storage(Silent(), Path("/"))] == ["wrong"]
 
 

@@ -252,7 +252,7 @@ def test_a_lost_connection_names_the_job_and_the_way_back() -> None:
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(ClusterError, match=r"job raysubmit_1 goes on: `ptxdist submit .* --logs raysubmit_1`"):
+        with pytest.raises(ClusterError, match=r"job raysubmit_1 is running: `ptxdist submit .* --logs raysubmit_1`"):
             submit(["--version"], address=f"http://127.0.0.1:{server.server_port}", on_log=print)
         server.shutdown()
 
