@@ -85,7 +85,7 @@ def absolute_paths(commands: Mapping[str, click.Command], command: Sequence[str]
     target = commands.get(name)
     if target is None or name == "submit":
         raise SettingsError(
-            f"'{name}' is not a command that can be submitted; these are: {', '.join(sorted(set(commands) - {'submit'}))}"
+            f"'{name}' cannot be submitted; these commands can: {', '.join(sorted(set(commands) - {'submit'}))}"
         )
     context = target.make_context(name, list(arguments), resilient_parsing=False)
     given = [context.params[p.name] for p in target.params if p.name and isinstance(p.type, click.Path)]

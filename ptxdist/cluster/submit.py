@@ -99,7 +99,7 @@ def follow(job_id: str, *, address: str, on_log: Callable[[str], None]) -> int:
 
 
 def status(job_id: str, *, address: str) -> dict[str, Any]:
-    """The state of a job: `job`, `status` (as Ray calls it: RUNNING, …), `command`, `seconds`, `exit_code`, `message`."""
+    """The state of a job: `job`, `status` (Ray's: RUNNING, …), `command`, `seconds`, `exit_code`, `message`."""
     with _client(address, job_id) as (client, _):
         info = client.get_job_info(job_id)
         started, ended = info.start_time or 0, info.end_time or int(time.time() * 1000)
@@ -171,8 +171,8 @@ def _authorise(address: str) -> dict[str, str]:
         answer = _ask(address, headers)
         if answer.status_code in (401, 403):
             raise ClusterError(
-                f"the Ray cluster at {address} does not accept this machine's token; set RAY_AUTH_TOKEN to the token of "
-                "the cluster (`ray get-auth-token` on the head node prints it)"
+                f"the Ray cluster at {address} does not accept this machine's token; set RAY_AUTH_TOKEN to that of the "
+                "cluster (`ray get-auth-token` on the head node prints it)"
             )
     try:
         found = str(answer.json()["ray_version"])
@@ -203,8 +203,8 @@ def _token(address: str) -> str:
         return path.read_text().strip()
     except OSError:
         raise ClusterError(
-            f"the Ray cluster at {address} asks for a token, and this machine has none; set RAY_AUTH_TOKEN to the token "
-            "of the cluster (`ray get-auth-token` on the head node prints it)"
+            f"the Ray cluster at {address} asks for a token, and this machine has none; set RAY_AUTH_TOKEN to that of "
+            "the cluster (`ray get-auth-token` on the head node prints it)"
         ) from None
 
 
