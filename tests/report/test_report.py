@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from html import unescape
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from browser import CHROMIUM, CONTRAST, Browser, browser
 from safetensors.numpy import load_file
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
 
 from ptxdist.cache.catalog import Case
 from ptxdist.errors import RunError
@@ -32,11 +33,13 @@ from ptxdist.report.sections import RunData, sections
 from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import run_pipeline
 from ptxdist.run.plan import plan_run
-from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, read_result
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, SETTINGS, read_result, read_settings
 from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.metrics import scores
 from ptxdist.scores.tables import FIXED_THRESHOLDS
+from ptxdist.train import augment, losses
+from ptxdist.train.encoders import ENCODERS, Encoder
 
 PURPOSE = "look at <script>alert('purpose')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "input"}
@@ -100,8 +103,28 @@ def read(path: Path) -> Element:
     return reader.open[0]
 
 
+class TinyEncoder(nn.Module):
+    """Five convolutions with stride 2 and their outputs, since ResNet-34 takes most of the time of these tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(before, 8, 3, 2, 1) for before in (3, 8, 8, 8, 8))
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """Features of an image (B, 3, H, W)."""
+        return list(accumulate(self.layers, lambda features, layer: layer(features).relu(), initial=image))[1:]
+
+
 @pytest.fixture(scope="module")
-def run(described_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def encoder() -> Iterator[str]:
+    """The name of an encoder that no user has."""
+    ENCODERS["tiny"] = Encoder("Lilliput", (8, 8, 8, 8, 8), TinyEncoder, "this test", "TinyEncoder")
+    yield "tiny"
+    del ENCODERS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def run(encoder: str, described_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the smoke pipeline at 32 and 64 pixels, with its report; nothing may write to it."""
     settings = load_settings(
         "smoke",
@@ -110,7 +133,8 @@ def run(described_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             "stages.2.size_px=64",
             "stages.*.batch_size=4",
             "train.device=cpu",
-            "pipeline.model.decoder_channels=[32, 16, 16, 8, 8]",
+            f"pipeline.model.encoder={encoder}",
+            "pipeline.model.decoder_channels=[16, 8, 8, 8, 8]",
         ],
         options={"data.cache": str(described_cache), "pipeline.purpose": PURPOSE},
     )
@@ -289,6 +313,13 @@ def test_headline_numbers_are_those_of_other_libraries(run: Path, root: Element)
     assert f"predicting nothing: {np.mean(~positive):.4f}" in tiles[0].text
 
 
+def test_the_model_card_names_encoder_loss_and_augmentation_by_their_own_words(run: Path, root: Element) -> None:
+    card = next(item for item in root.all("section") if item.attributes["id"] == "model-card").text
+    stage = read_settings(run).pipeline.stages[0]
+    assert "U-Net: Lilliput encoder, started from random weights" in card
+    assert f"{losses.chosen(stage).words}, augmentation: {augment.in_words(stage.augmentation)}" in card
+
+
 def test_texts_are_escaped(page: Path, root: Element) -> None:
     text = page.read_text(encoding="utf-8")
     assert not list(root.all("script"))
@@ -377,6 +408,8 @@ def test_a_new_chart_is_a_function_and_a_line_in_the_list_of_sections(run: Path,
 def test_report_and_compare_load_neither_torch_nor_ray(run: Path, tmp_path: Path, command: str) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("best.safetensors"))
+    settings = copy / SETTINGS
+    settings.write_text(settings.read_text().replace('"tiny"', '"resnet34"'))
     words = [command, str(copy)] if command == "report" else [command, str(run), str(copy)]
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ptxdist", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
