@@ -298,6 +298,5 @@ def test_a_call_of_flock_is_found() -> None:
     assert not uses_flock("'flock'")
 
 
-@pytest.mark.skip(reason="issue 12: to be enabled when every caller uses ptxdist.locks")
 def test_flock_is_called_in_one_module() -> None:
     assert [path.name for path in sorted(PACKAGE.rglob("*.py")) if uses_flock(path.read_text())] == ["locks.py"]

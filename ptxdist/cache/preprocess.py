@@ -61,7 +61,7 @@ Records = dict[int, dict[int, ShardRecord]]
 class PreprocessResult:
     """The catalog as written, the path of each case's file, and the shards written and kept over all sizes.
 
-    `dealt_anew` says that the catalog of a former run could not be read, so order and split are new.
+    `is_new_split` says that the catalog of a former run could not be read, so order and split are new.
     """
 
     catalog: Catalog
@@ -69,7 +69,7 @@ class PreprocessResult:
     sizes_px: tuple[int, ...]
     written: int
     reused: int
-    dealt_anew: bool = False
+    is_new_split: bool = False
 
 
 def preprocess(
@@ -122,7 +122,7 @@ def preprocess(
                 held.enter_context(exclusive(out))
             _keep_salt(out / SALT, salt)
             result = _write_cache(catalog, paths, former, images, out, sizes, work, on_progress)
-            return replace(result, dealt_anew=was_there and former is None)
+            return replace(result, is_new_split=was_there and former is None)
     except OSError as error:
         raise StoreError(
             f"{out}: writing stopped: {error.strerror}; finished work is kept, rerun the same command to continue"

@@ -107,7 +107,7 @@ def preprocess(
                 f"warning: {len(rejects)} files were rejected, see {folder / 'rejects.csv'}; "
                 f"the first one: {rejects[0].path} {rejects[0].reason}"
             )
-        if result.dealt_anew:
+        if result.is_new_split:
             console.say(
                 "warning: the previous catalog.jsonl was damaged or of another version: the cases were sorted and "
                 "split again, and runs on the previous split are not comparable with new ones"

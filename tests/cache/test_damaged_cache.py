@@ -44,7 +44,7 @@ def test_damaged_table_is_made_anew(small_cache, small_dataset, tmp_path: Path, 
         path.write_bytes(content[:-3])
     result = preprocess(data.dicom, data.labels, cache, patients=data.patients, sizes_px=(64, 96))
     assert (result.written, result.reused) == (0, 2)
-    assert result.dealt_anew == (name == "catalog.jsonl")
+    assert result.is_new_split == (name == "catalog.jsonl")
     assert digests(cache) == before
 
 
