@@ -1,4 +1,4 @@
-"""A bundle predicts what its run predicts; what is foreign, damaged or altered is refused."""
+"""A bundle predicts what its run predicts; foreign, damaged and altered files are rejected."""
 
 from __future__ import annotations
 

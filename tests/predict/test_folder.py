@@ -1,4 +1,4 @@
-"""`ptxdist predict`: what it writes, what it refuses, how it goes on; the round trip through DICOM SEG."""
+"""`ptxdist predict`: what it writes and rejects, reruns, locks; the round trip through DICOM SEG."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, write_dicom: Callable[..., 
 
 @pytest.fixture(scope="module")
 def predictor(finished_run: Path, images: Path) -> Predictor:
-    """The run with an operating point at which some px are in, and some are not."""
+    """The run with an operating point at which some pixels are in the mask, and some are not."""
     loaded = Predictor.load(finished_run, device="cpu")
     values = loaded.predict(images / "study2" / "2.dcm").probability
     middle = float(np.quantile(values, 0.7))
@@ -99,7 +99,7 @@ def test_the_submission_is_the_challenges_and_says_what_the_masks_say(
         assert set(np.unique(mask)) <= {0, 255}
         assert rows[uid] == rle.encode(mask)
         prediction = predictor.predict(images / f"study{number}" / f"{number}.dcm")
-        assert np.mean(prediction.mask != (mask > 0)) < 1e-3, "one image alone rounds differently, no more"
+        assert np.mean(prediction.mask != (mask > 0)) < 1e-3, "a single image is rounded differently"
         finding = Finding.model_validate_json((done / "findings" / f"{uid}.json").read_bytes())
         assert finding.area_px == np.count_nonzero(mask)
         assert finding.encoded_pixels == rows[uid]
@@ -225,6 +225,7 @@ def test_a_zip_file_is_read_safely(predictor: Predictor, finished_run: Path, ima
     assert "has 209,715,200 bytes unpacked" in read_table(tmp_path / "out" / "rejects.csv")[1][1]
 
 
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # of writing the files
 def test_one_id_with_two_contents_and_ids_that_are_no_uid(
     predictor: Predictor, finished_run: Path, tmp_path: Path, write_dicom: Callable[..., Path]
 ) -> None:

@@ -57,7 +57,7 @@ def test_a_model_with_itself_is_itself(finished_run: Path, small_dataset: Any) -
     assert np.array_equal(one.predict(path).probability, two.predict(path).probability)
 
 
-def test_a_mask_needs_enough_px_at_the_top_and_has_all_at_the_bottom() -> None:
+def test_a_mask_needs_enough_pixels_at_the_top_and_has_all_at_the_bottom() -> None:
     probability = np.array([[0.1, 0.4, 0.6, 0.9]], np.float32)
     for top, area, bottom, expected in (
         (0.5, 2, 0.3, [0, 1, 1, 1]),

@@ -1,4 +1,4 @@
-"""The viewer's server over real connections: answers that equal `predict`'s, refusals, limits, silence."""
+"""The viewer's server over real connections: answers equal to `predict`'s, errors, limits, nothing stored."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, write_dicom: Callable[..., P
 
 @pytest.fixture(scope="module")
 def predictor(files: list[Path]) -> Predictor:
-    """Untrained, with an operating point between the steps of the slider at which some px are in, and some are not."""
+    """Untrained, with an operating point between the slider's steps at which some pixels are in the mask."""
     loaded = make_predictor(OperatingPoint(top=0.5, min_area_px=0, bottom=0.5))
     low, high = np.quantile(loaded.predict(files[0]).probability, (0.5, 0.7)).tolist()
     loaded.operating_point = OperatingPoint(top=high, min_area_px=40, bottom=low)

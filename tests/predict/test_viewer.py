@@ -1,4 +1,4 @@
-"""The viewer's page in a real browser: a file goes up, the mask is drawn, sliders move it, nothing else is fetched."""
+"""The viewer's page in a real browser: upload, drawing of the mask, sliders; nothing else is fetched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ptxdist.records import OperatingPoint
 
 KEYS = {"Tab": 9, "Enter": 13, "End": 35, "Home": 36, "ArrowRight": 39}
 NAME = "Quagmire^Zebulon.dcm"
-# Px of the mask at any threshold: the area inside the path, whose corners are the px' corners.
+# Pixels of the mask at any threshold: the area inside the path, whose corners are pixel corners.
 AREA_OF_PATH = r"""
 (() => {
   const path = document.querySelector('#mask .prediction').getAttribute('d') || '';
