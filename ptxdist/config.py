@@ -1,19 +1,20 @@
 """Settings: frozen, strict models, read from TOML and written as a JSON snapshot.
 
-Owns: what can be set, its defaults and its checks. Refuses: unknown keys, wrong types, code or imports in settings.
-Every part receives only its own section. `resolve` turns files and options into Settings.
+Owns: all settings with their defaults and checks. Refuses: unknown keys and wrong types; settings are values, never
+code. Every part of ptxdist receives only its own section. `resolve` turns files and options into Settings.
 
     Settings
-    ├── data        where the cache is                                     configs/<site>.toml
-    ├── train       how much machine: workers, device, precision           configs/<site>.toml
-    └── pipeline    what is trained: model, ordered stages, evaluation     pipelines/<name>.toml
+    ├── data        the cache                                              configs/<site>.toml
+    ├── train       hardware: workers, device, precision                   configs/<site>.toml
+    └── pipeline    experiment: model, ordered stages, evaluation          pipelines/<name>.toml
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,10 +48,10 @@ _ALL = "all settings"
 
 
 def added(default: Any, **more: Any) -> Any:
-    """A setting that came after version 0.1.0; arguments as for pydantic's Field.
+    """A setting that was added after version 0.1.0; arguments as for pydantic's Field.
 
-    At its default it is left out of snapshots, and so of fingerprints: a new setting does not make finished stages look
-    as if they were trained with other settings. Its default must therefore never change.
+    At its default it is left out of snapshots and fingerprints. So stages that were finished before a setting existed
+    keep their fingerprints, and its default must never change.
     """
     return Field(default, json_schema_extra={_ADDED: True}, **more)
 
@@ -74,45 +75,43 @@ class Section(BaseModel):
 
 
 class DataSettings(Section):
-    """Where the training data is."""
+    """The training data."""
 
     cache: str = Field("cache", min_length=1, description="folder that `ptxdist preprocess` wrote, or s3://…")
     staging: str | None = Field(
-        None, min_length=1, description="local folder for copies of s3://…; not set: PTXDIST_STAGING"
+        None, min_length=1, description="local folder for copies of s3://…; default: PTXDIST_STAGING"
     )
-    staging_gb: float = Field(200.0, gt=0, description="copies nobody uses go, the oldest first, when there are more")
+    staging_gb: float = Field(200.0, gt=0, description="above this size, the least recently used copies are deleted")
 
 
 class TrainSettings(Section):
-    """How much machine a run may use; nothing here changes what is trained, only how fast."""
+    """The hardware that a run uses; these settings change how fast it trains, not what is trained."""
 
     workers: int = Field(1, ge=1, description="Ray Train workers (DDP ranks)")
     min_workers: int | None = Field(
-        None, ge=1, description="go on with this few when nodes are lost, and grow again; not set: wait for all"
+        None, ge=1, description="train with this many while nodes are missing; default: wait for all workers"
     )
-    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: a GPU per worker if there is one")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
-    sync_batch_norm: bool = Field(True, description="batch statistics over the global batch, whatever `workers` is")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: one GPU per worker if there are enough")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware supports it")
+    sync_batch_norm: bool = Field(True, description="batch statistics over the global batch of all workers")
     micro_batch: int | None = Field(
-        None, ge=1, description="cases a worker passes through the network at once; the global batch is accumulated"
+        None, ge=1, description="cases per forward pass of a worker; gradients are accumulated over the global batch"
     )
     compile: bool = Field(
-        False, description="torch.compile the training passes; minutes to start, on a GPU CUDA graphs"
+        False, description="torch.compile the training passes; on a GPU with CUDA graphs. Takes minutes to start"
     )
     data_on_device: Literal["auto", "on", "off"] = Field(
-        "auto", description="the whole data set in the memory of each GPU; auto: where it fits easily"
+        "auto", description="keep the data set in the memory of each GPU; auto: if it takes a quarter of it at most"
     )
     checkpoint_every_s: float = Field(300.0, ge=0, description="seconds between checkpoints inside an epoch; 0: none")
     checkpoint_every_images: int = Field(
         0, ge=0, description="images between checkpoints inside an epoch, up to the next ten steps; 0: none"
     )
     max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
-    worker_timeout_s: float = Field(60.0, gt=0, description="a worker that does not answer for this long is replaced")
-    resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between looks for new nodes")
+    worker_timeout_s: float = Field(60.0, gt=0, description="seconds until a worker that does not respond is replaced")
+    resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between checks for new nodes")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
-    mlflow: str | None = Field(
-        None, min_length=1, description="address of an MLflow server or store, which is told too"
-    )
+    mlflow: str | None = Field(None, min_length=1, description="MLflow tracking URI; metrics are also logged there")
 
 
 class ModelSettings(Section):
@@ -155,26 +154,26 @@ Recipe = Annotated[str | tuple[Transform, ...], WrapValidator(_recipe)]
 class StageSettings(Section):
     """One training at one size."""
 
-    size_px: int = Field(ge=32, multiple_of=32, description="side of the square images, in px")
+    size_px: int = Field(ge=32, multiple_of=32, description="side of the square images, in pixels")
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="cases per optimiser step over all workers together")
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.2, gt=0, lt=1)
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")
-    swa_epochs: int = Field(0, ge=0, description="average the weights of this many last epochs; 0: none")
-    swa_update_batch_norm: bool = Field(True, description="re-estimate batch-norm statistics of the average")
+    swa_epochs: int = Field(0, ge=0, description="SWA over this many last epochs; 0: no SWA")
+    swa_update_batch_norm: bool = Field(True, description="re-estimate the batch-norm statistics of the SWA weights")
     augmentation: Recipe = Field("siim", description="a name in `train.augment.RECIPES`, or a list of transforms")
     loss: str = added("bce_dice", min_length=1, description="a name in `train.losses.LOSSES`")
     dice: Literal["image", "batch"] = Field(
         "image", description="Dice in the loss: per image, or flattened over a batch"
     )
     positive_share: tuple[Share, Share] | None = Field(
-        None, description="share of positive cases in a batch, of the first and of the last epoch; none: as they come"
+        None, description="share of positive cases in the first and the last epoch; default: as in the data"
     )
     threshold: Threshold = Field(0.5, description="probability from which a pixel counts as pneumothorax")
     best_by: Literal["kaggle_dice", "positive_dice", "loss"] = Field(
-        "kaggle_dice", description="validation number that chooses the best weights"
+        "kaggle_dice", description="validation score that selects the best weights"
     )
 
     @model_validator(mode="after")
@@ -188,7 +187,7 @@ class EvaluationSettings(Section):
     """How the last stage's weights are evaluated, at the resolution of the original images."""
 
     flip_averaging: bool = Field(True, description="average the probabilities of the image and its mirror image")
-    min_area_px: int = Field(0, ge=0, description="predicted masks below this many original px are emptied")
+    min_area_px: int = Field(0, ge=0, description="predicted masks with fewer pixels of the original image are emptied")
 
 
 class PipelineSettings(Section):
@@ -208,7 +207,7 @@ class PipelineSettings(Section):
 
 
 class Settings(Section):
-    """Everything that decides a run."""
+    """All settings of a run."""
 
     data: DataSettings = DataSettings()
     train: TrainSettings = TrainSettings()
@@ -227,11 +226,6 @@ class Settings(Section):
                     f"stage {number} of pipeline '{self.pipeline.name}'; use at most {stage.batch_size} workers or set "
                     f"pipeline.stages.{number}.batch_size"
                 )
-            if stage.dice == "batch" and self.train.micro_batch is not None:
-                raise ValueError(
-                    f"stage {number} takes the Dice over whole batches (dice = 'batch'), and train.micro_batch divides "
-                    "them; use dice = 'image' or no micro_batch"
-                )
         return self
 
 
@@ -241,7 +235,7 @@ def snapshot(section: Section) -> dict[str, Any]:
 
 
 def complete(section: Section) -> dict[str, Any]:
-    """All settings of the section as plain JSON values, as people read them."""
+    """All settings of the section as plain JSON values, for people to read."""
     return section.model_dump(mode="json", context=_ALL)
 
 
@@ -275,17 +269,58 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def explain(error: ValidationError, sources: Sequence[tuple[str, str]], default: str) -> str:
-    """What is wrong, with the source of each value; `default` is named for what no source sets."""
+    """The errors as one sentence each, with the source of the value.
+
+    `sources` are pairs of a pattern of dotted keys and the name of where their values come from; the last match counts.
+    `default` is named for values without a source.
+    """
     lines = []
     problems = error.errors()
     for problem in problems:
-        if any(other["loc"][: len(problem["loc"])] == problem["loc"] != other["loc"] for other in problems):
-            continue  # a consequence of what is wrong inside
-        place = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in problem["loc"])
+        loc = problem["loc"]
+        if any(other["loc"][: len(loc)] == loc != other["loc"] for other in problems):
+            continue  # a consequence of an error inside
+        place = ".".join(str(part + 1) if isinstance(part, int) else str(part) for part in loc)
         matching = (
-            name for key, name in reversed(sources) if fnmatchcase(place, key) or fnmatchcase(place, f"{key}.*")
+            name
+            for key, name in reversed(sources)
+            if fnmatchcase(place, key) or fnmatchcase(place, f"{key}.*") or key.startswith(f"{place}.")
         )
+        where = next(matching, default)
         message = problem["msg"].removeprefix("Value error, ")
         found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
-        lines.append(f"{next(matching, default)}: {place}: {message}{found}" if place else message)
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown setting '{place}'{nearest(str(loc[-1]), _names(loc[:-1]))}")
+        elif problem["type"].endswith("_type") and _names(loc):
+            lines.append(f"{where}: '{place}' must be a group of settings{found}")
+        else:
+            lines.append(f"{where}: {place}: {message}{found}" if place else message)
     return "; ".join(lines)
+
+
+def section_of(model: type[Section], key: str) -> Any:
+    """The type of a setting; for the list of stages that of one stage."""
+    annotation = model.model_fields[key].annotation
+    return StageSettings if annotation == tuple[StageSettings, ...] else annotation
+
+
+def _names(loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the settings in the group at a place; [] if no group is there."""
+    model: Any = Settings
+    for key in loc:
+        if isinstance(key, str):
+            if not (_is_section(model) and key in model.model_fields):
+                return []
+            model = section_of(model, key)
+    return list(model.model_fields) if _is_section(model) else []
+
+
+def _is_section(model: Any) -> bool:
+    return isinstance(model, type) and issubclass(model, Section)
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The valid name nearest to a wrong one, or all of them, as the end of a message."""
+    valid = list(valid)
+    matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f" (did you mean '{matches[0]}'?)" if matches else f" (valid: {', '.join(valid)})" if valid else ""

@@ -1,6 +1,6 @@
-"""Records that a run writes as JSON, and the events that it reports while it works.
+"""Records that a run writes as JSON, and the events that it reports while it trains.
 
-Owns: the content of these files; `rundir` has their names. Owns: the JSON form of an event.
+Owns: the content of these files (`rundir` has their names), and the JSON form of an event.
 """
 
 from __future__ import annotations

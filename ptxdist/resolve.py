@@ -1,30 +1,29 @@
-"""From files, `--set` and named options to Settings.
+"""Turns settings files, `--set` and named options into Settings.
 
 Owns: the order defaults < site < pipeline < `--set` < named options; how files of `configs/` and `pipelines/` are
-found. Refuses: unknown keys (with the nearest valid name), inheritance between files.
+found. Refuses: unknown keys (with the nearest valid name). No file inherits from another one.
 
 Only the two files that `--site` and `--pipeline` name are read.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ptxdist.config import PACKAGE, PipelineSettings, Section, Settings, StageSettings, explain
+from ptxdist.config import PACKAGE, PipelineSettings, Section, Settings, StageSettings, explain, nearest, section_of
 from ptxdist.errors import SettingsError
 
 
 def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
-    """Path of a settings file: a path as given, else `<name>.toml` in ./kind, else in ptxdist's own.
+    """Path of a settings file: `name` itself if it is a path, else `<name>.toml` in ./kind, else in ptxdist's folder.
 
-    Raises SettingsError naming the files there are when none matches.
+    Raises SettingsError with the names of the existing files when none matches.
     """
     given = Path(name)
     if given.suffix == ".toml" or len(given.parts) > 1:
@@ -101,7 +100,6 @@ def _parse_value(text: str) -> Any:
 
 
 def _add_file(merged: dict[str, Any], sources: list[tuple[str, str]], path: Path, content: dict[str, Any]) -> None:
-    _check_keys(content, path)
     _merge(merged, content)
     sources += [(key, str(path)) for key in _leaves(content)]
 
@@ -146,7 +144,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
             raise SettingsError(f"{where}: '{'.'.join(parts[:depth])}' is a value and has no settings inside")
         if part not in model.model_fields:
             raise SettingsError(f"{where}: unknown setting '{part}'{nearest(part, model.model_fields)}")
-        model = _section_of(model, part)
+        model = section_of(model, part)
         if last:
             if isinstance(model, type) and issubclass(model, Section):
                 raise SettingsError(f"{where}: '{key}' is a group; set one of: {', '.join(model.model_fields)}")
@@ -162,30 +160,3 @@ def _stages(stages: list[dict[str, Any]], part: str, where: str) -> list[Any]:
     if not part.isdecimal() or not 1 <= int(part) <= len(stages):
         raise SettingsError(f"{where}: no stage '{part}'; the pipeline has stages 1 to {len(stages)} (or *)")
     return [stages[int(part) - 1]]
-
-
-def _section_of(model: type[Section], key: str) -> Any:
-    annotation = model.model_fields[key].annotation
-    if annotation == tuple[StageSettings, ...]:
-        return StageSettings
-    return annotation
-
-
-def _check_keys(content: Mapping[str, Any], path: Path, model: Any = Settings, prefix: str = "") -> None:
-    for key, value in content.items():
-        if key not in model.model_fields:
-            raise SettingsError(f"{path}: unknown setting '{prefix}{key}'{nearest(key, model.model_fields)}")
-        inner = _section_of(model, key)
-        if isinstance(inner, type) and issubclass(inner, Section):
-            for number, item in enumerate(value if isinstance(value, list) else [value], start=1):
-                name = f"{prefix}{key}.{number}" if isinstance(value, list) else f"{prefix}{key}"
-                if not isinstance(item, Mapping):
-                    raise SettingsError(f"{path}: '{name}' must be a group of settings, found {item!r}")
-                _check_keys(item, path, inner, f"{name}.")
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """The valid name nearest to a wrong one, or all of them, as the end of a message."""
-    valid = list(valid)
-    matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f" (did you mean '{matches[0]}'?)" if matches else f" (valid: {', '.join(valid)})" if valid else ""

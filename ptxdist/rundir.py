@@ -1,7 +1,7 @@
 """Names inside a run folder, and reading and writing the records in it.
 
     RUN/                        e.g. runs/exp4
-        settings.json           resolved settings, as `--dry-run` prints them
+        settings.json           resolved settings
         environment.json        versions, commit, hardware
         metrics.jsonl           one line an epoch, all stages, from the first epoch on
         result.json             PipelineResult: one StageResult a stage, and the evaluation

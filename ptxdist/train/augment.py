@@ -32,9 +32,8 @@ import cv2
 import numpy as np
 import stringzilla
 
-from ptxdist.config import Recipe, Transform
+from ptxdist.config import Recipe, Transform, nearest
 from ptxdist.errors import SettingsError, TrainingError
-from ptxdist.resolve import nearest
 
 if TYPE_CHECKING:
     import albumentations as A

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
-from ptxdist.config import Settings, Transform, explain
+from ptxdist.config import Settings, Transform, explain, nearest
 from ptxdist.errors import SettingsError
-from ptxdist.resolve import nearest
 from ptxdist.train import augment, encoders, losses
 
 _TRIALS = 3  # of a transform, each with other random numbers

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptxdist.config import ModelSettings
+from ptxdist.config import ModelSettings, nearest
 from ptxdist.errors import CheckpointError, SettingsError
-from ptxdist.resolve import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

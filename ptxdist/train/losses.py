@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.config import StageSettings
+from ptxdist.config import StageSettings, nearest
 from ptxdist.errors import SettingsError
-from ptxdist.resolve import nearest
 
 if TYPE_CHECKING:
     from torch import Tensor
