@@ -27,13 +27,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from ptxdist import files
 from ptxdist.config import Settings, differences, restore, snapshot
 from ptxdist.errors import RunError
-from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, StageResult
+from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, Record, StageResult
 
 SETTINGS = "settings.json"
 ENVIRONMENT = "environment.json"
@@ -51,6 +52,7 @@ HISTOGRAMS = "histograms.safetensors"
 PREDICTIONS = "predictions.csv"
 REPORT = "report"
 REPORT_PAGE = "report/index.html"
+_Record = TypeVar("_Record", bound=Record)
 
 
 def stage_folder(run: Path, stage: int, size_px: int) -> Path:
@@ -97,12 +99,7 @@ def start_run(run: Path, settings: Settings) -> None:
 def read_stage_result(folder: Path) -> StageResult | None:
     """Result of a stage folder; None when the stage is not finished."""
     path = folder / RESULT
-    if not path.is_file():
-        return None
-    try:
-        return StageResult.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise RunError(f"{path} is damaged or of another version; remove {folder} to retrain this stage") from error
+    return _read(path, StageResult, f"remove {folder} to retrain this stage") if path.is_file() else None
 
 
 def read_stages(run: Path) -> list[StageResult]:
@@ -120,10 +117,7 @@ def read_evaluation(folder: Path) -> EvaluationResult:
     path = folder / RESULT
     if not path.is_file():
         raise RunError(f"{folder} holds no evaluation; `ptxdist evaluate` makes one")
-    try:
-        return EvaluationResult.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise RunError(f"{path} is damaged or of another version; rerun `ptxdist evaluate`") from error
+    return _read(path, EvaluationResult, "rerun `ptxdist evaluate`")
 
 
 def read_result(run: Path) -> PipelineResult:
@@ -132,10 +126,7 @@ def read_result(run: Path) -> PipelineResult:
     path = run / RESULT
     if not path.is_file():
         raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
-    try:
-        return PipelineResult.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
-        raise RunError(f"{path} is damaged or of another version") from error
+    return _read(path, PipelineResult, "rerun the same `ptxdist train`")
 
 
 def read_metrics(run: Path) -> list[EpochMetrics]:
@@ -143,6 +134,13 @@ def read_metrics(run: Path) -> list[EpochMetrics]:
     path = run / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [EpochMetrics.model_validate_json(line) for line in lines]
+
+
+def _read(path: Path, kind: type[_Record], remedy: str) -> _Record:
+    try:
+        return kind.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged or of another version; {remedy}") from error
 
 
 def write_metrics(run: Path, metrics: list[EpochMetrics]) -> None:
