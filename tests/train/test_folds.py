@@ -86,7 +86,7 @@ def test_evaluations_that_would_be_lost_or_overwritten_are_refused(trained: tupl
     unfinished = call("evaluate", run)
     assert unfinished.exit_code == 8
     report = call("report", run / "out-of-fold")
-    assert (report.exit_code, "is an evaluation; a report is made of a run" in report.stderr) == (8, True)
+    assert (report.exit_code, "is an evaluation; give a run" in report.stderr) == (8, True)
 
 
 def test_a_comparison_tells_runs_of_one_name_apart(trained: tuple[Path, Result], tmp_path: Path) -> None:
