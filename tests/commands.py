@@ -1,4 +1,4 @@
-"""The commands as a user starts them, and what tests that kill them need; for the tests of whole runs."""
+"""Commands started as a user starts them, and how tests of whole runs find and await what they kill."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def ptxdist(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> s
     return done
 
 
-def train_words(work: Path, run: Path, workers: int = 2) -> list[str | Path | int]:
-    """The smoke pipeline in thirteen steps an epoch, with a checkpoint after the tenth."""
-    settings = ["stages.*.batch_size=2", "train.checkpoint_every_images=20"]
+def train_words(work: Path, run: Path, workers: int = 2, *, inside: bool = False) -> list[str | Path | int]:
+    """The smoke pipeline in thirteen steps an epoch; with `inside`, it writes the checkpoint INSIDE."""
     words = ["train", "--pipeline", "smoke", "--workers", workers, "--data", work / "cache", "--run", run]
-    return [*words, *(word for setting in settings for word in ("--set", setting))]
+    words += ["--set", "stages.*.batch_size=2"]
+    return [*words, "--set", "train.checkpoint_every_images=20"] if inside else words
 
 
 def wait_for(path: Path, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until a file or folder is there; its process must be alive till then."""
+    """Wait until `path` exists; AssertionError when the process ends before that."""
     deadline = time.monotonic() + 300
     while not path.exists():
         assert process.poll() is None, log.read_text()

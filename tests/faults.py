@@ -1,7 +1,7 @@
-"""Faults of a Ray cluster of several nodes on this machine, made on purpose with real signals; for tests and benchmark.
+"""A Ray cluster of several nodes on this machine, and faults caused by real signals; for tests and the benchmark.
 
-The cluster is `ray.cluster_utils.Cluster`: each node has a raylet and workers of its own. Only processes of this
-cluster, found by their parents and command lines, are ever signalled.
+The cluster is `ray.cluster_utils.Cluster`: each node has its own raylet and workers. Only processes of this cluster,
+found by their parents and command lines, receive signals.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ray.cluster_utils import Cluster
 
 @contextmanager
 def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
-    """A head without CPUs, which holds driver and events, and `nodes` nodes of one CPU."""
+    """A head without CPUs, on which drivers and events run, and `nodes` nodes of one CPU."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
     try:
         for _ in range(nodes):
@@ -29,11 +29,13 @@ def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
         made.wait_for_nodes()
         yield made
     finally:
+        for node in [*living_nodes(made), made.head_node]:
+            kill_node(node)  # an end in order takes Ray some seconds for each node
         made.shutdown()
 
 
 class Training:
-    """`ptxdist train …` as a process of its own on a cluster; its words are in `log`."""
+    """`ptxdist train …` in a process on a cluster; what it prints is appended to `log`."""
 
     def __init__(self, address: str, words: Sequence[object], *, log: Path) -> None:
         self.log = log
@@ -42,7 +44,7 @@ class Training:
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it again."""
+        """Start it, or restart it."""
         with open(self.log, "ab") as file:
             self.process = subprocess.Popen(
                 self.command, env=self.environment, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
@@ -58,11 +60,11 @@ class Training:
 
     @property
     def words(self) -> str:
-        """All it has said so far."""
+        """Everything printed so far."""
         return self.log.read_text()
 
     def wait_for(self, ready: Callable[[], bool], timeout_s: float = 400) -> float:
-        """Seconds until something is true; an error when the run ends before."""
+        """Wait until `ready()` and return the seconds; AssertionError when the run ends before that."""
         started = time.monotonic()
         while not ready():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.words}"
@@ -71,14 +73,14 @@ class Training:
         return time.monotonic() - started
 
     def finish(self, timeout_s: float = 400) -> float:
-        """Seconds until it has ended well."""
+        """Wait for the end with exit code 0 and return the seconds."""
         started = time.monotonic()
         assert self.process.wait(timeout=timeout_s) == 0, self.words
         return time.monotonic() - started
 
 
 def living_nodes(cluster: Cluster) -> list[Any]:
-    """The nodes of a cluster but its head, those that were killed left out; the last one to have come is last."""
+    """The nodes of a cluster that are alive, without the head, in the order in which they were added."""
     living = [node for node in cluster.worker_nodes if node.all_processes["raylet"][0].process.poll() is None]
     return sorted(living, key=lambda node: node.all_processes["raylet"][0].process.pid)
 
@@ -97,7 +99,7 @@ def train_workers(node: Any) -> list[int]:
 
 
 def kill_node(node: Any) -> None:
-    """SIGKILL a node as a power cut would: raylet, agents and workers at once; the cluster is told nothing."""
+    """SIGKILL raylet, agents and workers of a node at once, as a power cut would, without notice to the cluster."""
     import psutil
 
     raylet = node.all_processes["raylet"][0].process.pid
@@ -112,7 +114,7 @@ def kill_node(node: Any) -> None:
 
 
 def drain_node(address: str, node: Any, deadline_s: int) -> None:
-    """Tell the cluster that a node will be taken away, as a cloud does with a spot instance."""
+    """Send the cluster a preemption notice for a node, as a cloud does for a spot instance."""
     from ray._raylet import GcsClient
     from ray.core.generated import autoscaler_pb2
 

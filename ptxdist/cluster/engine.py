@@ -1,7 +1,7 @@
 """Ray as the engine of a run: one TorchTrainer for each stage and for the evaluation, on this machine or on a cluster.
 
-Owns: the workers, what happens when they are lost, and the transport of their events. Refuses: clusters whose nodes are
-not fit (ClusterError). `run.local` is the engine without Ray.
+Owns: the workers, when lost ones are replaced, and how their events reach this process. Refuses: clusters whose nodes
+are not fit (ClusterError). `run.local` is the engine without Ray.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Work = Callable[[dict[str, Any]], None]  # of `worker`: train_stage or evaluate_
 
 
 class _LostError(Exception):
-    """Workers died, hung or were cut off, which a restart may repair; `preempted` when their node was taken away."""
+    """Workers died, hung or were cut off, which a restart may repair; `preempted` if their node was."""
 
     def __init__(self, message: str, *, preempted: bool = False) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class _LostError(Exception):
 def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[RayEngine]:
     """The engine, while Ray runs; a `run.engine.OpenEngine`.
 
-    In a Ray job that is the job's cluster, whose nodes are checked first; otherwise a Ray of its own on this machine.
+    With RAY_ADDRESS, as in a Ray job, it uses that cluster and checks its nodes first; else it starts Ray on this machine.
     """
     on_event(Message(text="Ray starts"))
     with ray_for_training(settings.train) as use_gpu:
@@ -58,7 +58,7 @@ def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterato
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Does the work of a run with Ray Train's workers."""
+    """Trains and evaluates with Ray Train's workers."""
 
     settings: Settings
     mirror: Mirror
@@ -98,7 +98,7 @@ class RayEngine:
         return read_evaluation(folder)
 
     def _work(self, work: Work, task: StageTask, folder: Path, what: str, again: str) -> None:
-        """Have workers do `work`, and restart them when they are lost; what they raise themselves is final."""
+        """Call `work` on workers, with new ones when they are lost; an exception of their own is final (TrainingError)."""
         limit, failures = self.settings.train.max_worker_failures, 0
         while True:
             try:
@@ -116,7 +116,7 @@ class RayEngine:
         self.on_event(Message(text=text))
 
     def _work_once(self, work: Work, task: StageTask, folder: Path, what: str) -> None:
-        """One TorchTrainer over the workers."""
+        """Call `work` on the workers of one TorchTrainer; _LostError when they are lost, else TrainingError."""
         import ray
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -147,7 +147,7 @@ class RayEngine:
                 run_config=RunConfig(
                     name=f"{folder.name}-{time.time_ns()}",
                     storage_path=str(folder / "ray"),
-                    failure_config=FailureConfig(max_preemption_failures=0),  # `_work` restarts, and says so
+                    failure_config=FailureConfig(max_preemption_failures=0),  # `_work` restarts the workers and logs it
                 ),
             )
             try:
@@ -228,16 +228,30 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
 
 
+class Inbox:
+    """Where workers put encoded events for the driver; a Ray actor. Not in `worker`, so that it loads no torch."""
+
+    def __init__(self) -> None:
+        self._events: list[dict[str, Any]] = []
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Add one event."""
+        self._events.append(event)
+
+    def take(self) -> list[dict[str, Any]]:
+        """Remove and return all events, oldest first."""
+        events, self._events = self._events, []
+        return events
+
+
 @contextmanager
 def _listen(on_event: OnEvent) -> Iterator[Any]:
-    """An Inbox for workers, and a thread that passes its events on in order."""
+    """An `Inbox` actor on this node, and a thread that passes its events to `on_event` in order."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from ptxdist.cluster.worker import Inbox
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    inbox = Inbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    inbox = ray.remote(num_cpus=0)(Inbox).options(scheduling_strategy=this_node).remote()
     ended = threading.Event()
 
     def pass_on() -> None:

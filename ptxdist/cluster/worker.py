@@ -1,13 +1,12 @@
-"""What runs on Ray's workers: one rank of a stage or of the evaluation, and the inbox through which events come back.
+"""What runs on Ray's workers: one rank of a stage or of the evaluation.
 
-Events and tasks cross Ray's border as JSON (`records.encode_event`, `StageTask`). `cluster.engine` starts all of this.
+Tasks come and events are sent as JSON (`StageTask`, `records.encode_event`). `cluster.engine` starts the workers.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import ray
 import ray.train
 import ray.train.torch
 from ray.train.v2._internal.execution.context import get_train_context
@@ -17,34 +16,17 @@ from ptxdist.run.engine import StageTask
 from ptxdist.run.stage import run_evaluation, run_stage
 from ptxdist.scores.names import DICES
 
-Config = dict[str, Any]  # what Ray Train hands to a worker: `task`, a StageTask as JSON text, and `inbox`, an Inbox
-
-
-@ray.remote(num_cpus=0)
-class Inbox:
-    """Where workers put encoded events for the driver."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Add one event."""
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Remove and return all events, oldest first."""
-        events, self._events = self._events, []
-        return events
+Config = dict[str, Any]  # from `cluster.engine`: `task`, a StageTask as JSON text, and `inbox`, an actor `Inbox`
 
 
 def train_stage(config: Config) -> None:
-    """On a Ray Train worker: train one stage as one rank."""
+    """Train one stage as one rank, on a Ray Train worker."""
     context, send, warned = ray.train.get_context(), _Sender(config["inbox"]), False
 
     def on_event(event: Event) -> None:
         send(event)
         if isinstance(event, EpochMetrics):
-            preempted()  # logs the notice where an epoch is too short for a checkpoint inside it
+            preempted()  # logs the notice, also when an epoch is too short for a checkpoint inside it
             # A barrier: `fit` calls this on every rank, after every epoch.
             dices = {score.field: score.of(event.at_full) for score in DICES}  # as Ray's dashboard shows them
             ray.train.report({"epoch": event.epoch, "val_loss": event.val_loss, **dices})
@@ -69,7 +51,7 @@ def train_stage(config: Config) -> None:
 
 
 def evaluate_run(config: Config) -> None:
-    """On a Ray Train worker: evaluate the stage of `task.result` as one rank."""
+    """Evaluate the stage of `task.result` as one rank, on a Ray Train worker."""
     run_evaluation(
         StageTask.model_validate_json(config["task"]),
         device=ray.train.torch.get_device(),
@@ -79,7 +61,7 @@ def evaluate_run(config: Config) -> None:
 
 
 class _Sender:
-    """Sends the events of rank 0 to an inbox; those of the other ranks say the same and are dropped."""
+    """Sends the events of rank 0 to an inbox; those of the other ranks are the same and are dropped."""
 
     def __init__(self, inbox: Any) -> None:
         self._inbox = inbox if ray.train.get_context().get_world_rank() == 0 else None

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faults import cluster as local_cluster
 from ray.cluster_utils import Cluster
 
 from ptxdist.cache.preprocess import preprocess
@@ -30,12 +25,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs and two nodes with one each, on this machine."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
+    with local_cluster(2) as made:
+        yield made
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -122,7 +113,7 @@ def test_a_slow_machine_does_not_hold_up_the_others(cluster: Cluster) -> None:
         import ray
 
         here = ray.get_runtime_context().get_node_id()
-        time.sleep(1.0 if here == slow else 0.1)
+        time.sleep(0.5 if here == slow else 0.05)
         return here
 
     with ray_tasks(cluster.address) as executor:
@@ -130,9 +121,9 @@ def test_a_slow_machine_does_not_hold_up_the_others(cluster: Cluster) -> None:
         started = time.monotonic()
         done = list(executor(work, [(number,) for number in range(40)]))
         seconds = time.monotonic() - started
-    # Ten times as slow: at best it does 4 of 40 and all is over after 3.7 s, in equal shares after 20 s.
+    # Ten times as slow: at best it does 4 of 40, in 1.9 s; equal shares would take 10 s.
     assert done.count(slow) <= 8, done.count(slow)
-    assert seconds < 9
+    assert seconds < 7
 
 
 def test_a_cluster_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,42 +132,3 @@ def test_a_cluster_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPat
         ray_tasks("127.0.0.1:1"),
     ):
         pass
-
-
-@pytest.mark.parametrize("mode", ["token", "disabled"])
-def test_the_command_finds_its_token_where_the_cluster_wants_one(mode: str, small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token, folder = tmp_path / "token", Path(f"/tmp/ptxdist-spread-{os.getpid()}-{mode}")  # Ray's sockets: short paths
-    token.write_text("0123456789abcdef0123456789abcdef")
-    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(token)}
-    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ADDRESS"):
-        environment.pop(name, None)
-    head = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=1", f"--port={port}",
-        "--include-dashboard=false", f"--temp-dir={folder}", "--node-ip-address=127.0.0.1",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        head, env={**environment, "RAY_AUTH_MODE": mode}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            time.sleep(0.2)
-        time.sleep(3)  # the port is open before the node is there
-        command = [sys.executable, "-m", "ptxdist", "preprocess", "--size", "32", "--address", f"127.0.0.1:{port}"]
-        words = ["--dicom", small_dataset.dicom, "--labels", small_dataset.labels, "--out", tmp_path / "cache"]
-        done = subprocess.run(
-            [*command, *map(str, words)], env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert verify(tmp_path / "cache") == []
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        shutil.rmtree(folder, ignore_errors=True)

@@ -21,12 +21,13 @@ from ray._private.ray_constants import DASHBOARD_CLIENT_MAX_SIZE
 from ray.job_submission import JobSubmissionClient
 
 import ptxdist.cluster.submit as submit_module
+from ptxdist.cache.verify import verify
 from ptxdist.cluster.submit import MAX_UPLOAD_BYTES, STOPPED, follow, status, submit
 from ptxdist.errors import ClusterError, StoreError
 
 pytestmark = pytest.mark.slow
-with_token = pytest.mark.parametrize("cluster", ["token"], indirect=True)
-without_token = pytest.mark.parametrize("cluster", ["disabled"], indirect=True)
+with_token = pytest.mark.parametrize("head", ["token"], indirect=True)
+without_token = pytest.mark.parametrize("head", ["disabled"], indirect=True)
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 
@@ -38,17 +39,19 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module", params=["token", "disabled"])
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a cluster of its own; this machine has its token, and no RAY_AUTH_MODE."""
+def head(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Addresses of the dashboard and of Ray of a cluster whose token this machine has, without RAY_AUTH_MODE."""
     # Ray's sockets have paths of limited length: not below pytest's folder.
-    port, folder = free_port(), Path(f"/tmp/ptxdist-ray-{os.getpid()}-{request.param}")
+    port, ray_port = free_port(), free_port()
+    folder = Path(f"/tmp/ptxdist-ray-{os.getpid()}-{request.param}")
     token = tmp_path_factory.mktemp("token") / "token"
     token.write_text(TOKEN)
     environment = {**os.environ, "RAY_AUTH_MODE": request.param, "RAY_AUTH_TOKEN_PATH": str(token)}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # as with the environment activated
     environment.pop("RAY_ADDRESS", None)
     command = [
-        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--port=0",
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2",
+        f"--port={ray_port}", "--node-ip-address=127.0.0.1",
         f"--dashboard-port={port}", "--dashboard-host=127.0.0.1", f"--temp-dir={folder}",
         f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
@@ -62,11 +65,17 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         patch.delenv(name, raising=False)
     try:
         wait_for(address, process)
-        yield address
+        yield address, f"127.0.0.1:{ray_port}"
     finally:
         patch.undo()
         stop(process)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(head: tuple[str, str]) -> str:
+    """Address of the dashboard of `head`."""
+    return head[0]
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
@@ -82,15 +91,11 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End this cluster's processes and no others: `ray start --block` ends its own, what is left goes by its id.
+    """Kill the processes of this cluster and no others, by their ids.
 
-    On SIGTERM the head first drains its node, for up to half a minute when there are actors; that is not waited for.
+    On SIGTERM the head would first drain its node, for up to half a minute when there are actors.
     """
-    started = descendants(process.pid)
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
-    for pid in [process.pid, *started]:
+    for pid in [process.pid, *descendants(process.pid)]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -183,6 +188,16 @@ def test_a_job_left_running_is_asked_after_followed_and_stopped(cluster: str, tm
     assert follow(job, address=cluster, on_log=lambda text: None) == STOPPED
     with pytest.raises(ClusterError, match="knows no job nothing"):
         status("nothing", address=cluster)
+
+
+def test_the_command_finds_its_token_where_the_cluster_wants_one(
+    head: tuple[str, str], small_dataset, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
+    command = [sys.executable, "-m", "ptxdist", "preprocess", "--size", "32", "--address", head[1]]
+    words = ["--dicom", small_dataset.dicom, "--labels", small_dataset.labels, "--out", tmp_path / "cache"]
+    done = subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert verify(tmp_path / "cache") == []
 
 
 @with_token

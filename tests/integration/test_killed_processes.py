@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def test_whatever_is_killed_the_run_ends_with_the_same_weights(work: Path, reference: list[str]) -> None:
     """One run, three deaths: a worker inside an epoch; the coordinator between the stages; all workers at once."""
     run = work / "killed" / "smoke"  # a folder of its own, so that no stage of another run is used again
-    command = [sys.executable, "-m", "ptxdist", *map(str, train_words(work, run))]
+    command = [sys.executable, "-m", "ptxdist", *map(str, train_words(work, run, inside=True))]
     first, second = stage_folder(run, 1, 64), stage_folder(run, 2, 96)
     log = work / "killed.log"
     with open(log, "w") as file:

@@ -21,7 +21,8 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(wo
 
     Then a run that may go on with one worker begins on the one node that is left, and another node joins.
     """
-    run, words = work / "cluster" / "smoke", train_words(work, work / "cluster" / "smoke")
+    run = work / "cluster" / "smoke"
+    words = train_words(work, run, inside=True)
     words += ["--set", "train.worker_timeout_s=8", "--set", "train.max_worker_failures=4"]
     with cluster(2) as nodes:
         with Training(nodes.address, words, log=work / "cluster.log") as training:
@@ -38,7 +39,8 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(wo
 
         kill_node(living_nodes(nodes)[-1])
         run = work / "grown" / "smoke"
-        words = [*train_words(work, run), "--set", "train.min_workers=1", "--set", "train.resize_every_s=1"]
+        words = train_words(work, run, inside=True)
+        words += ["--set", "train.min_workers=1", "--set", "train.resize_every_s=1"]
         with Training(nodes.address, words, log=work / "grown.log") as training:
             training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
             assert len(workers_on(nodes)) == 1

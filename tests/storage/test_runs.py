@@ -144,7 +144,7 @@ def test_what_is_no_run_is_told(s3: Proxy, url: str) -> None:
 
 # --- a training -----------------------------------------------------------------------------------------------------
 
-# Loaded by every Python process of a command, Ray's workers too: a checkpoint of the real network has 250 MB.
+# Loaded by every Python process of a command, Ray's workers too: a checkpoint of the real network has 300 MB.
 SMALL_NETWORK = """
 import importlib.util, sys
 
