@@ -45,7 +45,8 @@ class _LostError(Exception):
 def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[RayEngine]:
     """The engine, while Ray runs; a `run.engine.OpenEngine`.
 
-    With RAY_ADDRESS, as in a Ray job, it uses that cluster and checks its nodes first; else it starts Ray on this machine.
+    With RAY_ADDRESS, as in a Ray job, it checks the nodes of that cluster and uses it; else it starts Ray on this
+    machine.
     """
     on_event(Message(text="Ray starts"))
     with ray_for_training(settings.train) as use_gpu:
@@ -98,7 +99,7 @@ class RayEngine:
         return read_evaluation(folder)
 
     def _work(self, work: Work, task: StageTask, folder: Path, what: str, again: str) -> None:
-        """Call `work` on workers, with new ones when they are lost; an exception of their own is final (TrainingError)."""
+        """Call `work` on workers, and on new ones when they are lost; an exception of their own is a TrainingError."""
         limit, failures = self.settings.train.max_worker_failures, 0
         while True:
             try:
