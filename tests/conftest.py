@@ -48,6 +48,12 @@ class Dataset:
     masks: Mapping[str, Image]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the folders with long files first: the last file to start decides when all processes have ended."""
+    long = {"integration": 0, "predict": 1, "train": 2}
+    items.sort(key=lambda item: long.get(item.path.relative_to(Path(__file__).parent).parts[0], 3))
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of the real SIIM-ACR files, which no repository holds."""
