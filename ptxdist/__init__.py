@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ptxdist.run.folds import train_folds
     from ptxdist.run.pipeline import train
     from ptxdist.scores.compare import compare
-    from ptxdist.train.evaluate import evaluate_again as evaluate
+    from ptxdist.train.evaluate import evaluate_runs as evaluate
 
 __all__ = [
     "Prediction",
@@ -46,7 +46,7 @@ _FROM = {
     "Prediction": ("predict.predictor", "Prediction"),
     "Predictor": ("predict.predictor", "Predictor"),
     "compare": ("scores.compare", "compare"),
-    "evaluate": ("train.evaluate", "evaluate_again"),
+    "evaluate": ("train.evaluate", "evaluate_runs"),
     "load_settings": ("resolve", "load_settings"),
     "preprocess": ("cache.preprocess", "preprocess"),
     "train": ("run.pipeline", "train"),

@@ -26,13 +26,13 @@ def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | No
     from ptxdist import console
     from ptxdist.rundir import read_stages
     from ptxdist.storage.runs import local_run
-    from ptxdist.train.evaluate import evaluate_again
+    from ptxdist.train.evaluate import evaluate_runs
 
     if out is None and isinstance(runs[0], str):
         raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
     folders = [local_run(run) for run in runs]
     with console.progress() as update:
-        evaluation = evaluate_again(folders, folder=out, patients=patients, on_cases=partial(update, "images"))
+        evaluation = evaluate_runs(folders, folder=out, patients=patients, on_cases=partial(update, "images"))
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:

@@ -33,7 +33,7 @@ def train_folds(
     `settings.pipeline.fold` is ignored. Otherwise parameters and errors are those of `train`. Under torchrun, and for a
     run in an object store, raises SettingsError.
     """
-    from ptxdist.train.evaluate import evaluate_again  # loads torch
+    from ptxdist.train.evaluate import evaluate_runs  # loads torch
 
     if is_remote(run):
         raise SettingsError(f"--fold all writes to a folder, not to {run}; give --fold 0, --fold 1, … a run each")
@@ -55,4 +55,4 @@ def train_folds(
             on_progress=on_progress,
         )
     runs = [run / f"fold-{fold}" for fold in range(folds)]
-    return evaluate_again(runs, folder=run / OUT_OF_FOLD, on_cases=partial(on_progress, "images"))
+    return evaluate_runs(runs, folder=run / OUT_OF_FOLD, on_cases=partial(on_progress, "images"))

@@ -152,7 +152,7 @@ class FullDraw(NamedTuple):
 
 
 class Augmentation:
-    """One recipe with a seed. `by_table` says in which way it is applied."""
+    """One recipe with a seed. `by_table` is the way in which it is applied."""
 
     def __init__(self, recipe: Recipe, seed: int) -> None:
         self._transforms = make(recipe)
@@ -192,7 +192,7 @@ def _is_flip(transform: A.BasicTransform) -> bool:
 
 
 def _maps_levels(transform: A.BasicTransform) -> bool:
-    """Whether a flip and a table can stand for the transform.
+    """Whether a flip and a table can replace the transform.
 
     Such transforms are listed and not tried out: one that looks at other pixels only sometimes would pass a trial.
     """

@@ -1,13 +1,12 @@
 """Batch normalisation over the global batch of all ranks, so that results do not depend on the number of workers.
 
-Owns: `GlobalBatchNorm2d` and the conversion of a model to it. Refuses: nothing. Called by: `loop`, when there is more
-than one rank. PyTorch's own SyncBatchNorm does the same on GPUs only, and is used there.
+On GPUs, PyTorch's own SyncBatchNorm does the same and is used; it does not run on CPUs.
 
 With N the global count of values per channel, x̂ = (x - mean) / sqrt(var + eps) and g the gradient of y = w x̂ + b:
 
     dL/dx = w / sqrt(var + eps) · (g - sum(g) / N - x̂ sum(g x̂) / N),  both sums over all ranks.
 
-Forward and backward each cost one collective (2 C + 1 and 2 C numbers) a layer. Ranks may have batches of different
+Forward and backward each cost one collective (2 C + 1 and 2 C numbers) per layer. Ranks may have batches of different
 sizes, or none at all. The gradients of w and b are this rank's sums, as DistributedDataParallel expects of any layer.
 """
 

@@ -1,22 +1,21 @@
-"""What is saved of a training: weights for others, checkpoints to go on from.
+"""Weights and checkpoints of a training: writing, reading and checking them.
 
-    checkpoints/epoch-0002-step-000140/   model.safetensors, optimizer.safetensors, average.safetensors (if there is
-                                one), state.json with the sha256 of the others: two finished epochs, and 140 steps
+    checkpoints/epoch-0002-step-000140/   after two epochs and 140 steps of the third: model.safetensors,
+                                          optimizer.safetensors, average.safetensors (with SWA), and state.json with
+                                          the sha256 of the others
     checkpoints/best-0002.safetensors
 
-Tensors are in safetensors files, the rest is JSON: nothing pickled. A checkpoint is written beside its place, flushed
-and renamed; one that is truncated or altered is recognised and the one before it is taken.
+Tensors are in safetensors files, the rest is JSON; nothing is pickled. A checkpoint that is truncated or altered is
+recognised, and the one before it is used.
 
 Owns: weight keys on disk and the layout above. Refuses: files that are damaged or do not fit the model
-(CheckpointError). Called by: `loop`, `evaluate`, `cluster.worker`.
+(CheckpointError).
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -36,19 +35,16 @@ _STATE = "state.json"
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
-    """Write a model's state dict in one step and return the sha256 of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a model's state dict atomically and return the sha256 of the file."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-    def fill(temporary: Path) -> None:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        # Not `save`, which makes one bytes object of them: it holds the interpreter's lock for 100 ms per 100 MB, and
-        # the thread that trains cannot start a kernel for so long.
-        save_file(tensors, temporary)
-        temporary.chmod(mode)  # it leaves a file that nobody else may read
-
-    return _write(path, fill)
+    with files.replacing(path, error=CheckpointError) as temporary:
+        try:
+            # Not `save`, which makes one bytes object of them: it holds the interpreter's lock for 100 ms per 100 MB,
+            # and the training thread cannot start a kernel for so long.
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        return files.sha256(temporary)
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
@@ -57,12 +53,12 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
     Raises CheckpointError when the file is missing, damaged, not the one of `sha256`, or of another model.
     """
     if sha256 is not None and (not path.is_file() or files.sha256(path) != sha256):
-        raise CheckpointError(f"{path} is missing or was altered since it was written; train its stage again")
+        raise CheckpointError(f"{path} is missing or was altered after it was written; retrain its stage")
     fill_model(model, _read(path), str(path))
 
 
 def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put a state dict into a model; CheckpointError naming its `source` when it is of another model."""
+    """Load a state dict into a model; CheckpointError naming its `source` if it is of another model."""
     expected = model.state_dict()
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is not known" for key in state if key not in expected]
@@ -78,10 +74,10 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 
 @dataclass
 class TrainingState:
-    """Everything a stage needs to go on after `epoch` finished epochs and `step` optimiser steps of the next one.
+    """Everything a stage needs to resume after `epoch` finished epochs and `step` optimiser steps of the next one.
 
-    `progress` is plain JSON: the history and what else `loop` wants to remember. No generator's state is in it: order
-    and augmentation are drawn from (seed, epoch, case), and learning rates follow from the history.
+    `progress` is plain JSON: the history and the rest of the state of `loop`. It has no state of random generators:
+    order and augmentation are drawn from (seed, epoch, case), and learning rates follow from the history.
     """
 
     @property
@@ -100,8 +96,8 @@ class TrainingState:
 def snapshot(state: TrainingState, former: TrainingState | None = None) -> TrainingState:
     """A copy in host memory, which later steps do not change.
 
-    The memory of a `former` snapshot is written over where it fits: new pages take longer than copying 300 MB into
-    old ones, while the training waits.
+    The memory of a `former` snapshot is reused where it fits: allocating new pages takes longer than copying 300 MB
+    into old ones, while the training waits.
     """
 
     def copy_of(value: Any, there: Any) -> Any:
@@ -124,19 +120,9 @@ def snapshot(state: TrainingState, former: TrainingState | None = None) -> Train
 
 
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> None:
-    """Write a checkpoint in one step, then remove all but the `keep` newest. A failure leaves those there were."""
-    final = folder / state.name
-    draft = final.with_name(final.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
+    """Write a checkpoint atomically, then remove all but the `keep` newest. After a failure the old ones are kept."""
+    with files.replacing_folder(folder / state.name, error=CheckpointError) as draft:
         _write_parts(draft, state)
-        shutil.rmtree(final, ignore_errors=True)
-        draft.replace(final)
-    except OSError as error:
-        raise CheckpointError(f"{final} cannot be written: {error.strerror}; what was saved before is kept") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -161,23 +147,23 @@ def _write_parts(draft: Path, state: TrainingState) -> None:
         "progress": state.progress,
         "sha256": {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()},
     }
-    _write(draft / _STATE, lambda temporary: temporary.write_text(json.dumps(content)))
+    files.write_whole(draft / _STATE, json.dumps(content), error=CheckpointError)
 
 
 def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda message: None) -> TrainingState | None:
-    """The newest checkpoint that is whole; None when there is none. `on_damaged` hears of each one passed over."""
+    """The newest checkpoint that is whole; None if there is none. `on_damaged` is called for each damaged one."""
     for path in reversed(checkpoints(folder)):
         try:
             return _load(path)
         except (CheckpointError, OSError, ValueError, KeyError) as error:
-            on_damaged(f"checkpoint {path.name} is damaged ({error}); going back to the one before it")
+            on_damaged(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
     return None
 
 
 def await_checkpoint(path: Path, patience_s: float = 90.0) -> TrainingState:
-    """The checkpoint at this place, which another node has written or read: a network file system may show it late.
+    """The checkpoint at this path, which rank 0 has read: a network file system may show it late to other nodes.
 
-    Raises CheckpointError when it is not there, whole, in time.
+    Raises CheckpointError if it cannot be read within `patience_s`.
     """
     end = time.monotonic() + patience_s
     while True:
@@ -186,7 +172,8 @@ def await_checkpoint(path: Path, patience_s: float = 90.0) -> TrainingState:
         except (CheckpointError, OSError, ValueError, KeyError) as error:
             if time.monotonic() > end:
                 raise CheckpointError(
-                    f"{path} cannot be read here, and rank 0 goes on from it ({error}); is the run on shared storage?"
+                    f"{path} cannot be read on this node, but rank 0 resumes from it ({error}); put the run on shared "
+                    "storage"
                 ) from error
         time.sleep(0.5)
 
@@ -215,22 +202,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
-
-
-def _write(path: Path, fill: Callable[[Path], object]) -> str:
-    """Have `fill` write a file, flush it, move it into its place; the sha256 of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        fill(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} cannot be written: {reason}; what was saved before is kept") from error
-    return sha256
 
 
 def match_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -71,11 +71,11 @@ def epoch_order(
     order = np.argsort(indices, kind="stable")
     if positive is None or positive_share is None or positive.all() or not positive.any():
         return random.permutation(indices[order])
-    count, here = len(indices), positive[order]
+    count, is_positive = len(indices), positive[order]
     wanted = min(count - 1, max(1, round(positive_share * count)))
     slots = np.diff(np.arange(count + 1) * wanted // count).astype(bool)
     result = np.empty(count, np.int64)
-    for pool, places in ((indices[order][here], slots), (indices[order][~here], ~slots)):
+    for pool, places in ((indices[order][is_positive], slots), (indices[order][~is_positive], ~slots)):
         rounds = [random.permutation(pool) for _ in range(-(-int(places.sum()) // len(pool)))]
         result[places] = np.concatenate(rounds)[: places.sum()]
     return result

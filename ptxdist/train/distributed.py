@@ -1,7 +1,7 @@
-"""What the ranks of a training share; each function is the identity when torch.distributed is not initialised.
+"""Communication between the ranks of a training; with one process each function does nothing.
 
-Owns: every call of torch.distributed's collectives. Refuses: nothing. Called by: `loop`, `evaluate`, `batchnorm`. Each
-rank must call `sum_over_ranks` and `barrier` equally often and in the same order, or all of them hang.
+Owns: every call of torch.distributed's collectives. Each rank must call `sum_over_ranks` and `barrier` equally often
+and in the same order, or all of them hang.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Wait until every rank has called it."""
     if _initialised():
         dist.barrier()
 
 
 def first(action: Callable[[], Result]) -> Result:
-    """What `action` returns: rank 0 does it before the others do, who find what it has left on the disk."""
+    """The result of `action`, which rank 0 runs before the others: they find its files on disk."""
     if rank() == 0:
         result = action()
         barrier()

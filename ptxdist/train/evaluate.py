@@ -1,11 +1,10 @@
-"""Finished runs over the cases they have not seen, at the original resolution.
+"""Evaluation of finished runs on the cases they have held out, at the original resolution.
 
-Owns: whose weights see which cases (one run, an ensemble, out-of-fold), and the files an evaluation leaves. Refuses:
-runs that do not go together (RunError). Called by: `cli`, `run.stage`. What is concluded from the counts stands in
-`analysis`; what the scores mean, in `metrics`.
+Runs that held out the same fold are an ensemble, whose probabilities are averaged; the cases of different folds are
+pooled. All ranks of a process group must call `evaluate` together; each scores its share of the cases. What
+follows from the counts is in `scores.analysis`, the definition of the scores in `scores.metrics`.
 
-One rule serves all: runs that held out the same fold are an ensemble, whose probabilities are averaged; the cases of
-different folds are pooled. All ranks of a process group must call `evaluate` together; each scores its share.
+Owns: which weights see which cases. Refuses: runs that do not go together (RunError).
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ from ptxdist.train.unet import build_unet
 
 @dataclass(frozen=True)
 class Member:
-    """A run that takes part: its folder, its settings, and the result of its last stage."""
+    """A run in an evaluation: its folder, its settings, and the result of its last stage."""
 
     run: Path
     settings: Settings
@@ -62,12 +61,12 @@ class Member:
 
     @classmethod
     def of(cls, run: Path) -> Member:
-        """The member that a run is whose stages are finished, evaluated or not; RunError for others."""
+        """A run whose stages are finished, evaluated or not; RunError for others."""
         return cls(run, read_settings(run), read_stages(run)[-1])
 
 
 class Ensemble(nn.Module):
-    """Models as one, which returns the logits of the mean of their probabilities."""
+    """Several models as one: the logits of the mean of their probabilities."""
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -115,7 +114,7 @@ def evaluate(
     for member in members:
         if member.stage.size_px != first.stage.size_px:
             raise RunError(
-                f"{member.run} ends at {member.stage.size_px} px and {first.run} at {first.stage.size_px} px; "
+                f"{member.run} ends at {member.stage.size_px} pixels and {first.run} at {first.stage.size_px} pixels; "
                 "runs are evaluated together at one size"
             )
         if member.settings.pipeline.fold >= catalog.folds:
@@ -155,7 +154,8 @@ def evaluate(
     counts = _join(found)
     texts = [json.loads(text) for text in gather_texts(json.dumps(predictions))]
     masks = {int(index): text for share in texts for index, text in share.items()}
-    if rank() == 0:  # the others wait, and leave it the cores
+    if rank() == 0:  # the others wait and leave the cores to it
+        files.remove_leftovers(folder, deep=False)
         evaluated = Evaluated(
             [catalog.labelled[index] for index in indices],
             counts,
@@ -177,7 +177,7 @@ def evaluate(
     return read_evaluation(folder)
 
 
-def evaluate_again(
+def evaluate_runs(
     runs: Sequence[Path],
     *,
     folder: Path | None = None,
@@ -198,7 +198,7 @@ def evaluate_again(
     if len(caches) > 1:
         raise RunError(f"the runs were trained on different caches ({', '.join(sorted(caches))})")
     if folder is None and len(runs) > 1:
-        raise RunError("say with --out where the evaluation of several runs shall go")
+        raise RunError("name a folder for the evaluation of several runs with --out")
     if folder is not None and (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
     sizes = sorted({member.stage.size_px for member in members})
@@ -232,7 +232,7 @@ def evaluate_again(
 def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:
     store = open_store(cache, size_px)
     if store.cases != len(catalog.labelled):
-        raise RunError(f"{store.path} and the catalog of {cache} differ; run `ptxdist preprocess` again")
+        raise RunError(f"{store.path} and the catalog of {cache} differ; rerun `ptxdist preprocess`")
     return store
 
 
@@ -251,7 +251,7 @@ def _join(parts: Sequence[CaseCounts]) -> CaseCounts:
 def _patients_of(
     catalog: Catalog, indices: Iterable[int], folds: Sequence[int], patients: Path | None, salt: bytes
 ) -> tuple[list[str], list[bool | None], str]:
-    """Group of each case, whether its patient has images in the training side of its fold, and who says so."""
+    """Group of each case, whether its patient has images in the training side of its fold, and the source of both."""
     cases = catalog.labelled
     known_from = "nothing" if catalog.leakage.grouped_by == "nothing" else "catalog"
     if patients is not None:

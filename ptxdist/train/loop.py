@@ -1,6 +1,6 @@
 """fit(): one stage of training, on one process or on many that share a torch.distributed group.
 
-Owns: epochs, averaging, validation, the choice of the best weights, when a checkpoint is due, resuming. It does not
+Owns: epochs, SWA, validation, the choice of the best weights, when a checkpoint is due, resuming. It does not
 know Ray; its caller receives events.
 
 The global batch decides: order, augmentation and optimiser steps are the same for any number of ranks, and with
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ptxdist import files
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
 from ptxdist.config import StageSettings, TrainSettings
@@ -48,7 +49,7 @@ from ptxdist.train.on_device import OnDeviceStore, hold
 from ptxdist.train.schedule import learning_rate, positive_share
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.step import FiniteCheck, Stepper
-from ptxdist.train.swa import WeightAverage, reestimate_batch_norm
+from ptxdist.train.swa import SWA, reestimate_batch_norm
 
 _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written
 _PREEMPTED_S = 1.0  # seconds between checkpoints after a preemption notice
@@ -87,10 +88,10 @@ def fit(
     on_event: OnEvent = lambda event: None,
     preempted: Callable[[], bool] = lambda: False,
 ) -> FitResult:
-    """Train `model` on one stage and keep its best weights below `folder`, going on from a checkpoint if there is one.
+    """Train `model` on one stage and keep its best weights below `folder`; resumes from a checkpoint if there is one.
 
     `number` is the stage's place in the pipeline, from 1. `on_event` is called with one StageHistory, with Progress
-    after each step, with EpochMetrics after each epoch and after the averaging, and with Messages. **Every rank calls
+    after each step, with EpochMetrics after each epoch and after SWA, and with Messages. **Every rank calls
     it**, with StageHistory and EpochMetrics equally often, so that it may wait for the other ranks there. Rank 0 calls
     `preempted`; while it returns True, since this node or that of another rank has a preemption notice, rank 0 writes a
     checkpoint about every second.
@@ -98,13 +99,13 @@ def fit(
     cannot be written or read.
     """
     trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_event, preempted)
-    with trainer.writer:  # whatever ends the stage, what is being written is written first
+    with trainer.writer:  # however the stage ends, a checkpoint that is being written is finished first
         trainer.resume()
         on_event(StageHistory(stage=number, epochs=tuple(trainer.history)))
         for epoch in range(len(trainer.history) + 1, stage.epochs + 1):
             on_event(trainer.run_epoch(epoch))
         if stage.swa_epochs:
-            on_event(trainer.finish_average())
+            on_event(trainer.finish_swa())
         return trainer.result()
 
 
@@ -119,7 +120,7 @@ class _Position:
 
 @dataclass(eq=False)
 class _Trainer:
-    """The state of one stage: model, optimiser, average, history, place in the epoch."""
+    """The state of one stage: model, optimiser, SWA, history, place in the epoch."""
 
     model: nn.Module
     data: StageData
@@ -150,7 +151,7 @@ class _Trainer:
                 gradient_as_bucket_view=True,
             )
         self.stepper = Stepper(parallel, self.optimizer, self.stage, self.train, self.precision)
-        self.average = WeightAverage()
+        self.swa = SWA()
         self.history: list[EpochMetrics] = []
         self.best: EpochMetrics | None = None
         self.sha256 = ""
@@ -163,13 +164,16 @@ class _Trainer:
         self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
 
     def resume(self) -> None:
-        """Take up the newest whole checkpoint, if there is one; rank 0 says which, so that all take the same."""
+        """Load the newest whole checkpoint, if there is one; rank 0 chooses it for all ranks."""
         if isinstance(self.data.store, OnDeviceStore) and not self.augmentation.by_table:
             self._say(
                 f"stage {self.number}: only flips and grey levels are augmented on the device, so the CPU prepares the "
                 "training batches; the on-device data set is used for validation"
             )
-        state = load_checkpoint(self.folder, self._say) if rank() == 0 else None
+        state = None
+        if rank() == 0:
+            files.remove_leftovers(self.folder)  # of a killed trainer; only rank 0 writes there
+            state = load_checkpoint(self.folder, self._say)
         name = gather_texts(state.name if state else "")[0]
         if name and rank() != 0:
             state = await_checkpoint(self.folder / name)
@@ -185,8 +189,8 @@ class _Trainer:
         best = state.progress["best"]
         self.best = EpochMetrics.model_validate(best) if best else None
         self.sha256 = state.progress["best_sha256"]
-        self.average.count = state.progress["averaged"]
-        self.average.state = match_device(state.average, self.device)
+        self.swa.count = state.progress["averaged"]
+        self.swa.state = match_device(state.average, self.device)
         self.position = _Position(state.step, state.progress["loss_sum"], state.progress["seconds"])
         where = f" and {state.step} steps of the next" if state.step else ""
         self._say(f"stage {self.number} resumes after epoch {state.epoch} of {self.stage.epochs}{where}")
@@ -199,14 +203,14 @@ class _Trainer:
         self._train(epoch)
         done, self.position = self.position, _Position()
         if epoch > self.stage.epochs - self.stage.swa_epochs:
-            self.average.update(self.model)
+            self.swa.update(self.model)
         metrics = self._validate(epoch, rate, done.loss_sum / len(self.data.train), done.seconds)
         self._keep(metrics)
         return metrics
 
-    def finish_average(self) -> EpochMetrics:
-        """Validate the averaged weights as a candidate of their own."""
-        self.model.load_state_dict(match_device(self.average.state, self.device))
+    def finish_swa(self) -> EpochMetrics:
+        """Validate the SWA weights, as a further candidate for the best ones."""
+        self.model.load_state_dict(match_device(self.swa.state, self.device))
         if self.stage.swa_update_batch_norm:
             shares = self._shares(self.stage.epochs)
             reestimate_batch_norm(self.model, self._batches(shares, self.stage.epochs), self.precision)
@@ -215,7 +219,7 @@ class _Trainer:
         return metrics
 
     def result(self) -> FitResult:
-        """What the stage leaves; the model holds its last weights."""
+        """The result of the stage; the model holds its last weights."""
         assert self.best is not None
         self._wait()
         barrier()  # rank 0 has written the weights
@@ -252,7 +256,7 @@ class _Trainer:
             self.on_event(Progress(stage=self.number, step="train", epoch=epoch, done=done, total=total))
 
     def _is_due(self, images: int) -> bool:
-        """Whether rank 0 shall write a checkpoint, so many images after the last one; the others write none."""
+        """Whether to write a checkpoint, this many images after the last one; True on rank 0 only."""
         if rank() != 0:
             return False
         seconds = time.monotonic() - self.saved_at
@@ -319,7 +323,7 @@ class _Trainer:
         self._save(best=metrics if is_best else None, checkpoint=checkpoint)
 
     def _save(self, *, best: EpochMetrics | None = None, checkpoint: bool = True) -> None:
-        """On rank 0: copy the state, and write it in the background, after what is being written already."""
+        """On rank 0: copy the state, and write it in the background after the former one."""
         self.saved_at = time.monotonic()
         if rank() != 0:
             return
@@ -327,7 +331,7 @@ class _Trainer:
         progress = {
             "history": [item.model_dump(mode="json") for item in self.history],
             "best": self.best.model_dump(mode="json") if self.best else None,
-            "averaged": self.average.count,
+            "averaged": self.swa.count,
             "loss_sum": self.position.loss_sum,
             "seconds": self.position.seconds,
         }
@@ -338,7 +342,7 @@ class _Trainer:
                 self.position.step,
                 self.model.state_dict(),
                 self.optimizer.state_dict() if checkpoint else {"state": {}, "param_groups": []},
-                self.average.state if checkpoint else {},
+                self.swa.state if checkpoint else {},
                 progress,
             ),
             self.saved,
@@ -358,7 +362,7 @@ class _Trainer:
         self.writing = self.writer.submit(write)
 
     def _wait(self) -> None:
-        """Until what is being written is written; raises what went wrong."""
+        """Wait until the checkpoint in the background is written; raises its error."""
         if self.writing is not None:
             self.writing.result()
             self.writing = None

@@ -66,8 +66,8 @@ def hold(store: Store, device: torch.device, choice: Choice) -> Store:
         return store
     if free is not None and needed > free:
         raise TrainingError(
-            f"the store of {store.size_px} px takes {needed / 1e9:.1f} GB and the GPU has {free / 1e9:.1f} GB free; "
-            "use train.data_on_device = 'auto' or 'off'"
+            f"the store of {store.size_px} pixels takes {needed / 1e9:.1f} GB and the GPU has {free / 1e9:.1f} GB "
+            "free; use train.data_on_device = 'auto' or 'off'"
         )
     image, mask = (
         torch.empty((store.cases, store.size_px, store.size_px), dtype=torch.uint8, device=device) for _ in range(2)

@@ -1,6 +1,6 @@
-"""Learning rates, and shares of positive cases, as a function of what has happened; no state to save or to lose.
+"""Learning rate and share of positive cases of an epoch.
 
-Owns: the two schedules of the source, and that of the share. Refuses: nothing. Called by: `loop`.
+Both are functions of the epoch and of the losses so far, so there is no state to save.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ PLATEAU_THRESHOLD = 1e-4  # relative; torch's default
 
 
 def learning_rate(stage: StageSettings, val_losses: Sequence[float]) -> float:
-    """Learning rate of the epoch that follows `val_losses` (one a finished epoch; none before the first epoch).
+    """Learning rate of the epoch that follows `val_losses` (one per finished epoch; none before the first epoch).
 
     cosine: half a cosine from `learning_rate` towards 0 over the stage's epochs (Loshchilov and Hutter 2017, no
     restarts), as torch's CosineAnnealingLR. plateau: times `plateau_factor` whenever more than `plateau_patience`
-    epochs went by without a loss lower by at least 0.01 %, as torch's ReduceLROnPlateau.
+    epochs pass without a loss lower by at least 0.01 %, as torch's ReduceLROnPlateau.
     """
     if stage.schedule == "constant":
         return stage.learning_rate
@@ -36,10 +36,10 @@ def learning_rate(stage: StageSettings, val_losses: Sequence[float]) -> float:
 
 
 def positive_share(stage: StageSettings, epoch: int) -> float | None:
-    """Share of positive cases in the batches of an epoch (from 1), linear over the epochs; None: as they come.
+    """Share of positive cases in the batches of an epoch (from 1), linear over the epochs; None: as in the data.
 
-    The winners of the challenge went from 0.8 down to 0.22 to 0.4, which keeps a network from learning first of all
-    that most images are empty.
+    The winners of the challenge went from 0.8 down to 0.22 or 0.4, so that the network does not first learn that most
+    images are empty.
     """
     if stage.positive_share is None:
         return None

@@ -133,7 +133,7 @@ def to_levels(probability: Tensor) -> Tensor:
     """Level of each probability, int32 0..LEVELS - 1 of the same shape: level k from k / LEVELS on, exactly."""
     scaled = probability * LEVELS
     levels = scaled.to(torch.int32).clamp_(0, LEVELS - 1)
-    # The product is rounded. What lies so close to an edge that this may matter, few px, is compared with it.
+    # The product is rounded. The few pixels so close to an edge that this may matter are compared with the edge.
     close = (scaled - scaled.round()).abs() < 4 * LEVELS * torch.finfo(probability.dtype).eps
     edges = torch.arange(1, LEVELS, dtype=torch.float64, device=probability.device) / LEVELS
     levels[close] = torch.bucketize(probability[close], edges.to(probability.dtype), right=True, out_int32=True)

@@ -1,7 +1,7 @@
-"""One optimiser step over a global batch: forward, loss, backward, and whether all numbers are finite.
+"""One optimiser step over a global batch: forward, loss, backward, and the check that all numbers are finite.
 
-Owns: number formats, accumulation, the share of the loss each rank stands for. Refuses: a loss or gradient that is not
-finite (TrainingError, on all ranks). Called by: `loop`.
+Owns: accumulation, and the share of the loss that each rank contributes. Refuses: a loss or gradient that is not finite
+(TrainingError, on all ranks).
 """
 
 from __future__ import annotations

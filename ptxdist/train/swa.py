@@ -1,7 +1,4 @@
-"""Stochastic weight averaging: an equal average of the weights after the last epochs (Izmailov et al. 2018).
-
-Owns: the average and the batch-norm statistics that belong to it. Refuses: nothing. Called by: `loop`.
-"""
+"""Stochastic weight averaging (SWA): the mean of the weights after each of the last epochs (Izmailov et al. 2018)."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from ptxdist.train.device import autocast
 from ptxdist.train.distributed import sum_over_ranks, world_size
 
 
-class WeightAverage:
+class SWA:
     """Running mean of a model's parameters; its buffers are those of the latest model."""
 
     def __init__(self) -> None:
@@ -23,7 +20,7 @@ class WeightAverage:
         self.state: dict[str, Tensor] = {}
 
     def update(self, model: nn.Module) -> None:
-        """Add the model's present weights to the average."""
+        """Add the model's present weights to the mean."""
         self.count += 1
         parameters = dict(model.named_parameters())
         for key, value in model.state_dict().items():
@@ -35,9 +32,9 @@ class WeightAverage:
 
 @torch.no_grad()
 def reestimate_batch_norm(model: nn.Module, batches: Iterable[Batch], precision: torch.dtype) -> None:
-    """Replace the batch-norm statistics by the mean over the batches' own, over all ranks.
+    """Replace the running statistics of batch norm by the mean of the batches' statistics, over all ranks.
 
-    The statistics of averaged weights are nobody's: those of the last epoch belong to other weights (pytorch#59363).
+    After SWA the running statistics belong to other weights, those of the last epoch (pytorch#59363).
     """
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]

@@ -27,7 +27,7 @@ from ptxdist.predict import folder as command
 from ptxdist.predict.folder import Finding, predict_files
 from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
-from ptxdist.train.evaluate import evaluate_again
+from ptxdist.train.evaluate import evaluate_runs
 
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest
 ALWAYS = OperatingPoint(top=0.0, min_area_px=0, bottom=0.0)
@@ -321,7 +321,7 @@ def test_the_command_prints_what_it_did(finished_run: Path, images: Path, tmp_pa
 def test_nothing_that_a_run_leaves_names_a_patient(finished_run: Path, tmp_path: Path) -> None:
     """The DICOM files of its cache hold these names, in their headers, their folders and the patient map."""
     copy = Path(shutil.copytree(finished_run, tmp_path / "run"))
-    evaluate_again([copy])
+    evaluate_runs([copy])
     write_report(copy)
     files = [path for path in copy.rglob("*") if path.is_file()]
     assert {"index.html", "cases.csv", "predictions.csv", "settings.json", "metrics.jsonl"} <= {f.name for f in files}

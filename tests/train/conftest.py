@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from tiny_encoder import TINY
 from torch import Tensor, nn
 
 from ptxdist.config import Transform
@@ -35,34 +36,12 @@ def small_net() -> Callable[[], nn.Module]:
     return make
 
 
-class TinyFeatures(nn.Module):
-    """An encoder whose U-Net trains in milliseconds; a checkpoint of one with ResNet-34 is 300 MB."""
-
-    CHANNELS = (4, 4, 8, 8, 16)
-
-    def __init__(self) -> None:
-        super().__init__()
-        pairs = zip((3, *self.CHANNELS), self.CHANNELS, strict=False)
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
-            for before, after in pairs
-        )
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
-
-
 @pytest.fixture(scope="session", autouse=True)
 def tiny_encoder() -> Iterator[Encoder]:
     """`model.encoder = "tiny"` is known in these tests."""
-    tiny = Encoder("five convolutions", TinyFeatures.CHANNELS, TinyFeatures, "these tests", "TinyFeatures")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "tiny", tiny)
-        yield tiny
+        patch.setitem(ENCODERS, "tiny", TINY)
+        yield TINY
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -177,7 +178,8 @@ def test_ranks_together_write_what_one_process_writes(
     folds: Path, evaluated: tuple[Path, EvaluationResult], tmp_path: Path
 ) -> None:
     """20 cases are three blocks: the second rank has one of them."""
-    torch.multiprocessing.spawn(on_rank, (2, folds, tmp_path), nprocs=2)
+    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # imported once for all processes
+    torch.multiprocessing.start_processes(on_rank, (2, folds, tmp_path), nprocs=2, start_method="forkserver")
     one, two = evaluated[0], tmp_path / "evaluation"
     for name in (CASES, PREDICTIONS, HISTOGRAMS):
         assert (two / name).read_bytes() == (one / name).read_bytes(), name
@@ -217,7 +219,7 @@ def test_runs_that_do_not_go_together_are_refused(folds: Path, tmp_path: Path) -
         evaluate([member(tmp_path, fold=2)], folds, tmp_path / "x", device=CPU)
     small = member(tmp_path)
     large = replace(small, stage=small.stage.model_copy(update={"size_px": 64}))
-    with pytest.raises(RunError, match="64 px"):
+    with pytest.raises(RunError, match="64 pixels"):
         evaluate([small, large], folds, tmp_path / "x", device=CPU)
     cache = Path(shutil.copytree(folds, tmp_path / "cache"))
     write_catalog(replace(read_catalog(cache), folds=3), cache / FILE_NAME)

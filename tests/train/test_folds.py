@@ -20,6 +20,7 @@ from ptxdist.rundir import CASES, read_result, read_settings
 PIPELINE = """
 purpose = "a test"
 [model]
+encoder = "tiny"
 encoder_weights = "none"
 [[stages]]
 size_px = 32

@@ -98,7 +98,7 @@ def test_auto_takes_a_quarter_of_a_gpus_free_memory_at_most_and_on_all_of_it(
     needed, gpu = 2 * store.cases * 64**2, torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (needed - 1, 0))
     assert hold(store, gpu, "auto") is store
-    with pytest.raises(TrainingError, match=r"the store of 64 px takes .* free; use train.data_on_device"):
+    with pytest.raises(TrainingError, match=r"the store of 64 pixels takes .* free; use train.data_on_device"):
         hold(store, gpu, "on")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * needed - 1, 0))
     assert hold(store, gpu, "auto") is store

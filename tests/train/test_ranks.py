@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from tiny_encoder import TINY
 
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
@@ -22,6 +23,7 @@ from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.dataset import batches, epoch_order, training_shares
+from ptxdist.train.encoders import ENCODERS
 from ptxdist.train.loop import StageData, fit
 from ptxdist.train.losses import LOSSES
 from ptxdist.train.scoring import score_cases
@@ -30,6 +32,7 @@ from ptxdist.train.unet import build_unet
 
 CPU = torch.device("cpu")
 SEED = 3
+TRAINED = ModelSettings(encoder="tiny", encoder_weights="none", decoder_channels=(32, 16, 16, 8, 8))
 EXACT = TrainSettings(precision="fp32", keep_checkpoints=1)  # `auto` is bf16 on some CPUs
 
 # Six training cases in batches of five: the last global batch has one case, so some ranks get none of it. With one case
@@ -50,7 +53,7 @@ def train(
     cache: Path, folder: Path, stage: StageSettings, settings: TrainSettings, *, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     torch.manual_seed(SEED)
-    model = build_unet(ModelSettings(encoder_weights="none")).to(dtype)
+    model = build_unet(TRAINED).to(dtype)
     cases = read_catalog(cache).labelled
     sides = [np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val")]
     data = StageData(open_store(cache, stage.size_px), cases, *sides)
@@ -92,6 +95,7 @@ def statistics(cache: Path, ranks: int, rank: int, *, synchronised: bool = True)
 
 def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
     torch.set_num_threads(1)
+    ENCODERS["tiny"] = TINY  # in this process too
     for ranks in (1, 2, 3, 4):
         runs = {name: run for name, run in RUNS.items() if run[0] == ranks}
         if rank < ranks:
@@ -155,7 +159,7 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
         assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
         assert other.at_full.cases == one.at_full.cases == 4
     torch.manual_seed(SEED)
-    start = build_unet(ModelSettings(encoder_weights="none")).state_dict()
+    start = build_unet(TRAINED).state_dict()
     ends = [weights(folder / "epoch-0002-step-000000") for folder in (tmp_path, together / name)]
     kernels = [key for key in start if key.endswith("weight")]
     moved = sum(float((ends[0][key] - start[key]).square().sum()) for key in kernels) ** 0.5
@@ -167,7 +171,7 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    model = build_unet(ModelSettings(encoder_weights="none"))
+    model = build_unet(TRAINED)
     load_weights(model, checkpoint / "model.safetensors")
     return model.state_dict()
 
@@ -193,7 +197,7 @@ def test_the_average_is_equal_and_its_statistics_are_as_set(cache: Path, tmp_pat
         for name, value in model.named_buffers()
         if not name.endswith("num_batches_tracked") and not name.startswith("input.")
     ]
-    assert len(off) > 80
+    assert len(off) > 25
     # At 32 px the deepest layers normalise four values each, which enlarges rounding.
     assert np.median(off) <= (1e-5 if update else 0)
     assert max(off) <= (2e-2 if update else 0)
@@ -206,7 +210,7 @@ def reestimated(cache: Path, stage: StageSettings, model: torch.nn.Module) -> di
     cases = read_catalog(cache).labelled
     train_side = np.array([i for i, case in enumerate(cases) if case.split == "train"])
     shares = training_shares(epoch_order(train_side, seed=SEED, epoch=stage.epochs), stage.batch_size, 0, 1)
-    other = build_unet(ModelSettings(encoder_weights="none"))
+    other = build_unet(TRAINED)
     other.load_state_dict(model.state_dict())
     other.train()
     seen: dict[str, list[torch.Tensor]] = {}
