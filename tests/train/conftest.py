@@ -38,9 +38,9 @@ def small_net() -> Callable[[], nn.Module]:
 
 @pytest.fixture(scope="session", autouse=True)
 def tiny_encoder() -> Iterator[Encoder]:
-    """`model.encoder = "tiny"` is known in these tests."""
+    """`model.encoder = "small"` is known in these tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "tiny", TINY)
+        patch.setitem(ENCODERS, "small", TINY)
         yield TINY
 
 

@@ -17,7 +17,7 @@ from ptxdist.train.unet import UNet, build_unet
 
 def build(**settings: object) -> UNet:
     torch.manual_seed(0)
-    return build_unet(ModelSettings(**{"encoder_weights": "none", "encoder": "tiny", **settings}))
+    return build_unet(ModelSettings(**{"encoder_weights": "none", "encoder": "small", **settings}))
 
 
 @pytest.mark.parametrize("name", sorted(ENCODERS))
@@ -33,7 +33,7 @@ def test_features_have_the_strides_and_channels_that_the_entry_states(name: str)
 
 def test_an_encoder_of_ones_own_is_trained_within_the_unet() -> None:
     network = build(decoder_channels=(8, 8, 4, 4, 4))
-    assert chosen(ModelSettings(encoder="tiny")).words == "five convolutions"
+    assert chosen(ModelSettings(encoder="small")).words == "five convolutions"
     image = torch.randint(0, 256, (4, 1, 64, 64), dtype=torch.uint8)
     before = {name: value.clone() for name, value in network.named_parameters()}
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
@@ -66,7 +66,7 @@ def test_imagenet_weights_are_those_of_the_entry_if_it_has_any(
     with pytest.raises(CheckpointError, match="no ImageNet weights of five convolutions"):
         build(encoder_weights="imagenet")
     state = {name: torch.ones_like(value) for name, value in tiny_encoder.build().state_dict().items()}
-    monkeypatch.setitem(ENCODERS, "tiny", replace(tiny_encoder, imagenet=lambda: state))
+    monkeypatch.setitem(ENCODERS, "small", replace(tiny_encoder, imagenet=lambda: state))
     assert all(bool((value == 1).all()) for value in build(encoder_weights="imagenet").encoder.parameters())
 
 

@@ -20,7 +20,7 @@ from ptxdist.rundir import CASES, read_result, read_settings
 PIPELINE = """
 purpose = "a test"
 [model]
-encoder = "tiny"
+encoder = "small"
 encoder_weights = "none"
 [[stages]]
 size_px = 32

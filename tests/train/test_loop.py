@@ -25,7 +25,7 @@ from ptxdist.train.loop import FitResult, StageData, fit
 from ptxdist.train.unet import build_unet
 
 CPU = torch.device("cpu")
-MODEL = ModelSettings(encoder="tiny", encoder_weights="none", decoder_channels=(16, 8, 8, 4, 4))
+MODEL = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=(16, 8, 8, 4, 4))
 RESNET = ModelSettings(encoder_weights="none")
 
 
