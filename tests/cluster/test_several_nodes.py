@@ -1,9 +1,12 @@
-"""The data layer's work on a Ray cluster of several nodes: the same bytes as on one machine."""
+"""Work on a Ray cluster of several nodes, which starts once: tasks give the same bytes as on one machine; doctor."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +15,9 @@ import pytest
 from faults import cluster as local_cluster
 from ray.cluster_utils import Cluster
 
-from ptxdist.cache.preprocess import preprocess
+from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.cache.verify import verify, verify_source
+from ptxdist.cluster.doctor import Finding, diagnose
 from ptxdist.cluster.executor import ray_tasks
 from ptxdist.errors import ClusterError, StoreError
 from ptxdist.predict import folder as command
@@ -132,3 +136,33 @@ def test_a_cluster_that_is_not_there_is_a_sentence(monkeypatch: pytest.MonkeyPat
         ray_tasks("127.0.0.1:1"),
     ):
         pass
+
+
+# --- doctor ---------------------------------------------------------------------------------------------------------
+
+
+def states(findings: list[Finding], check: str) -> list[str]:
+    return [item.state for item in findings if item.check == check]
+
+
+def test_every_node_of_a_sound_cluster_is_green(
+    cluster: Cluster, small_cache: tuple[Path, PreprocessResult], tmp_path: Path
+) -> None:
+    findings = diagnose(cluster.address, cache=small_cache[0], run=tmp_path / "runs" / "new", full=True)
+    assert [item for item in findings if item.state == "wrong"] == []
+    for check in ("versions", "GPU", "memory", "/dev/shm", "disk of runs", "cache", "clock", "storage",
+                  "all-reduce, gloo"):  # fmt: skip
+        assert len(states(findings, check)) == 3, check
+    assert list(tmp_path.iterdir()) == [], "no file is left behind"
+
+
+def test_a_token_is_not_sent_to_a_cluster_that_wants_none(cluster: Cluster, tmp_path: Path) -> None:
+    # Such a cluster takes the token, but its actors die at once, Ray Train's among them.
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(token)}
+    environment.pop("RAY_AUTH_MODE", None)
+    command = [sys.executable, "-m", "ptxdist", "doctor", "--address", cluster.address, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0123456789abcdef" not in done.stdout + done.stderr
