@@ -17,11 +17,15 @@ pytestmark = pytest.mark.slow
 SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}  # of dead nodes; by default 5 s and 3 s
 
 
-def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(work: Path, reference: list[str]) -> None:
+def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
+    work: Path, reference: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a cluster of a head and two nodes: a worker hangs in the first stage, a node dies in the second one.
 
     Then a run that may go on with one worker begins on the one node that is left, and another node joins.
     """
+    # Ray looks at its nodes every 20 s, and waits so long (default: 60 s) for resources of a node that has died since.
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
     run = work / "cluster" / "smoke"
     words = train_words(work, run, inside=True)
     words += ["--set", "train.worker_timeout_s=8", "--set", "train.max_worker_failures=4"]
