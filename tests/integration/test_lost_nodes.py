@@ -1,4 +1,4 @@
-"""A hung worker, a dead node and a new node change no bit of a run; on a Ray cluster of several nodes."""
+"""A hung worker, a dead node and a joining node do not change a bit of a run; on a Ray cluster of several nodes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
 ) -> None:
     """On a cluster of a head and two nodes: a worker hangs in the first stage, a node dies in the second one.
 
-    Then a run that may go on with one worker begins on the one node that is left, and another node joins.
+    Then a run that needs only one worker starts on the one node that is left, and another node joins.
     """
     # Ray looks at its nodes every 20 s, and waits so long (default: 60 s) for resources of a node that has died since.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
@@ -46,11 +46,13 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
         run = work / "grown" / "smoke"
         words = train_words(work, run, inside=True)
         words += ["--set", "train.min_workers=1", "--set", "train.resize_every_s=1"]
+        words += ["--set", "stages.1.epochs=100"]  # it is still in its first stage when Ray has found the new node
         with Training(nodes.address, words, log=work / "grown.log") as training:
             training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
             assert len(workers_on(nodes)) == 1
             nodes.add_node(num_cpus=1)
             training.wait_for(lambda: len(workers_on(nodes)) == 2)
+            assert not stage_folder(run, 2, 96).exists()
         assert "the cluster has capacity for 1 of 2 workers, 1 are needed" in training.words
 
 
