@@ -49,11 +49,11 @@ def test_real_files_become_a_trained_and_evaluated_run(real_data: Path, tmp_path
 
     run = tmp_path / "runs" / "smoke"
     printed = _ptxdist(
-        "train", "--pipeline", "smoke", "--workers", 4, "--data", tmp_path / "cache", "--run", run, "--json"
+        "train", "--pipeline", "smoke", "--workers", 3, "--data", tmp_path / "cache", "--run", run, "--json"
     )
     result = read_result(run)
     assert json.loads(printed)["evaluation"] == result.evaluation.model_dump(mode="json")
-    assert [(stage.size_px, stage.workers) for stage in result.stages] == [(64, 4), (96, 4)]
+    assert [(stage.size_px, stage.workers) for stage in result.stages] == [(64, 3), (96, 3)]
     held_out = sides["val"]
     scores = result.evaluation.scores
     assert (scores.cases, scores.positives) == (len(held_out), len(held_out & set(positive)))
