@@ -271,7 +271,7 @@ def test_a_killed_run_goes_on_on_another_machine_with_the_same_weights(
 
 @pytest.mark.slow
 def test_two_ray_workers_train_from_a_store_into_a_store(s3: Proxy, url: str, words: list[object]) -> None:
-    s3.fail("500", 5)
+    s3.fail("500", 3)
     s3.fail("cut", 3, method="GET", name="/c/0")
     output = finished(*words, "--workers", 2, "--set", "stages.*.epochs=1")
     fetched = [path for method, path in s3.requests if method == "GET" and "64.zarr/image/c" in path]
