@@ -85,7 +85,7 @@ def test_training_is_refused_before_it_starts_where_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse_unfit(tmp_path / "runs" / "one")
-    monkeypatch.setattr(probe, "_free", lambda folder: 10 * 2**20)
+    monkeypatch.setattr(probe, "free_bytes", lambda folder: 10 * 2**20)
     with pytest.raises(ClusterError, match=r"disk of runs .*free some space"):
         refuse_unfit(tmp_path / "runs" / "one")
 

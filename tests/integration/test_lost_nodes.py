@@ -14,7 +14,6 @@ from ray.cluster_utils import Cluster
 from ptxdist.rundir import read_result, stage_folder
 
 pytestmark = pytest.mark.slow
-SOON = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 1000}  # of dead nodes; by default 5 s and 3 s
 
 
 def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
@@ -29,7 +28,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
     run = work / "cluster" / "smoke"
     words = train_words(work, run, inside=True)
     words += ["--set", "train.worker_timeout_s=8", "--set", "train.max_worker_failures=4"]
-    with cluster(2, _system_config=SOON) as nodes:
+    with cluster(2) as nodes:
         with Training(nodes.address, words, log=work / "cluster.log") as training:
             training.wait_for((stage_folder(run, 1, 64) / "checkpoints" / INSIDE).exists)
             os.kill(train_workers(living_nodes(nodes)[-1])[0], signal.SIGSTOP)
