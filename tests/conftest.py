@@ -48,10 +48,20 @@ class Dataset:
     masks: Mapping[str, Image]
 
 
+# Files whose tests start Ray. They run one after the other in one process: two Ray clusters at once on two cores take
+# several times as long.
+WITH_RAY = ("integration/", "cluster/", "storage/test_runs")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the folders with long files first: the last file to start decides when all processes have ended."""
-    long = {"integration": 0, "predict": 1, "train": 2}
-    items.sort(key=lambda item: long.get(item.path.relative_to(Path(__file__).parent).parts[0], 3))
+    """For `--dist loadgroup`: one group for all files with Ray, one for each other file; long ones first."""
+    long = {"predict": 1, "train": 2}
+    groups = {item: item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix() for item in items}
+    with_ray = {item for item in items if groups[item].startswith(WITH_RAY)}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item in with_ray else groups[item]))
+    items.sort(key=lambda item: 0 if item in with_ray else long.get(groups[item].split("/")[0], 3))
 
 
 @pytest.fixture(scope="session")
