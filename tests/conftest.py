@@ -53,8 +53,8 @@ class Dataset:
 WITH_RAY = ("integration/", "cluster/", "storage/test_runs")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """For `--dist loadgroup`: one group for all files with Ray, one for each other file; long ones first."""
     long = {"predict": 1, "train": 2}
     groups = {item: item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix() for item in items}
@@ -62,6 +62,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group("ray" if item in with_ray else groups[item]))
     items.sort(key=lambda item: 0 if item in with_ray else long.get(groups[item].split("/")[0], 3))
+    yield
 
 
 @pytest.fixture(scope="session")
