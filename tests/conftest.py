@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +19,7 @@ import pytest
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
+from xdist.scheduler import LoadFileScheduling
 
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.labels import rle
@@ -35,6 +37,7 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
 PATIENT_FOLDER = "Quagmire_Zebulon"
+WITH_RAY = ("tests/integration/", "tests/cluster/", "tests/storage/test_runs")
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,27 @@ class Dataset:
     masks: Mapping[str, Image]
 
 
-# Files whose tests start Ray. They run one after the other in one process: two Ray clusters at once on two cores take
-# several times as long.
-WITH_RAY = ("integration/", "cluster/", "storage/test_runs")
+class OneRayAtATime(LoadFileScheduling):  # type: ignore[misc]
+    """Each file goes to one process, and all files with Ray to the same one.
+
+    Two Ray clusters at once on two cores take several times as long as one after the other.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = str(super()._split_scope(nodeid))
+        return "ray" if file.startswith(WITH_RAY) else file
 
 
-@pytest.hookimpl(wrapper=True)  # before xdist's own, which reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """For `--dist loadgroup`: one group for all files with Ray, one for each other file; long ones first."""
-    long = {"predict": 1, "train": 2}
-    groups = {item: item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix() for item in items}
-    with_ray = {item for item in items if groups[item].startswith(WITH_RAY)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item in with_ray else groups[item]))
-    items.sort(key=lambda item: 0 if item in with_ray else long.get(groups[item].split("/")[0], 3))
-    yield
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRayAtATime:
+    """Of pytest-xdist: who runs which test."""
+    return OneRayAtATime(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with Ray and other long ones first: the last file to start decides when the suite ends."""
+    first = (*WITH_RAY, "tests/predict/", "tests/train/")
+    items.sort(key=lambda item: next((n for n, name in enumerate(first) if item.nodeid.startswith(name)), len(first)))
 
 
 @pytest.fixture(scope="session")
