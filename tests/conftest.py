@@ -37,7 +37,11 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
 PATIENT_FOLDER = "Quagmire_Zebulon"
-WITH_RAY = ("tests/integration/", "tests/cluster/", "tests/storage/test_runs")
+WITH_RAY = {
+    "first": tuple(f"tests/integration/test_{name}" for name in ("smoke", "killed", "lost", "real")),
+    "last": ("tests/cluster/", "tests/storage/test_runs"),
+}
+LONG = ("tests/integration/", "tests/predict/", "tests/train/")
 
 
 @dataclass(frozen=True)
@@ -51,27 +55,33 @@ class Dataset:
     masks: Mapping[str, Image]
 
 
-class OneRayAtATime(LoadFileScheduling):  # type: ignore[misc]
-    """Each file goes to one process, and all files with Ray to the same one.
+class FewRayAtOnce(LoadFileScheduling):  # type: ignore[misc]
+    """Each file goes to one process; the files with Ray form two groups, of which each goes to one process.
 
-    Two Ray clusters at once on two cores take several times as long as one after the other.
+    Two Ray clusters at once on two cores take several times as long as one after the other. So the first group runs
+    beside the tests without Ray, and the second one when these are finished.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = str(super()._split_scope(nodeid))
-        return "ray" if file.startswith(WITH_RAY) else file
+        return next((group for group, files in WITH_RAY.items() if file.startswith(files)), file)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRayAtATime:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FewRayAtOnce:
     """Of pytest-xdist: who runs which test."""
-    return OneRayAtATime(config, log)
+    return FewRayAtOnce(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with Ray and other long ones first: the last file to start decides when the suite ends."""
-    first = (*WITH_RAY, "tests/predict/", "tests/train/")
-    items.sort(key=lambda item: next((n for n, name in enumerate(first) if item.nodeid.startswith(name)), len(first)))
+    """Put the first group with Ray and other long files first, and the second group last."""
+
+    def place(item: pytest.Item) -> int:
+        if item.nodeid.startswith(WITH_RAY["last"]):
+            return 3
+        return 0 if item.nodeid.startswith(WITH_RAY["first"]) else 1 if item.nodeid.startswith(LONG) else 2
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

@@ -143,9 +143,9 @@ def test_the_holder_may_delete_the_file_and_nobody_is_alone_twice(tmp_path: Path
                     inside += 1
                     most = max(most, inside)
                 time.sleep(0.0002)
-                path.unlink()
                 with counting:
                     inside -= 1
+                path.unlink()  # from now on another thread may hold the lock of a new file
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:
