@@ -21,9 +21,7 @@ from ray.cluster_utils import Cluster
 
 @contextmanager
 def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
-    """A head without CPUs, on which drivers and events run, and `nodes` nodes of one CPU; it requires no token."""
-    before = os.environ.get("RAY_AUTH_MODE")
-    os.environ["RAY_AUTH_MODE"] = "disabled"  # not the token that an earlier Ray has left in the home folder
+    """A head without CPUs, on which drivers and events run, and `nodes` nodes of one CPU."""
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
     try:
         for _ in range(nodes):
@@ -34,9 +32,6 @@ def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
         for node in [*living_nodes(made), made.head_node]:
             kill_node(node)  # an end in order takes Ray some seconds for each node
         made.shutdown()
-        os.environ.pop("RAY_AUTH_MODE")
-        if before is not None:
-            os.environ["RAY_AUTH_MODE"] = before
 
 
 class Training:
