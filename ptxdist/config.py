@@ -112,6 +112,7 @@ class TrainSettings(Section):
     resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between checks for new nodes")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
     mlflow: str | None = Field(None, min_length=1, description="MLflow tracking URI; metrics are also logged there")
+    stop_on_collapse: bool = added(False, description="end a stage that has collapsed to empty masks; else only warn")
 
 
 class ModelSettings(Section):
@@ -123,6 +124,10 @@ class ModelSettings(Section):
         "repeat", description="grayscale to three channels: repeated, or by a learned 1x1 convolution"
     )
     decoder_channels: tuple[int, int, int, int, int] = Field((256, 128, 64, 32, 16))
+    image_head: bool = added(False, description="also predict from the pooled features whether the image is positive")
+    init: str | None = added(
+        None, min_length=1, description="a run, a bundle or a file with weights of the whole network"
+    )
 
 
 class Transform(BaseModel):
@@ -158,6 +163,12 @@ class StageSettings(Section):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="cases per optimiser step over all workers together")
     learning_rate: float = Field(1e-3, gt=0)
+    weight_decay: float = added(0.0, ge=0, description="decoupled from the gradient, as in AdamW; 0: Adam")
+    warmup_steps: int = added(0, ge=0, description="optimiser steps over which the learning rate rises from 0")
+    clip_norm: float | None = added(None, gt=0, description="gradients of a larger norm are scaled down to it")
+    ema_decay: float = added(
+        0.0, ge=0, lt=1, description="validate and keep the EMA of the weights over steps; 0: none"
+    )
     schedule: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.2, gt=0, lt=1)
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")
@@ -168,8 +179,12 @@ class StageSettings(Section):
     dice: Literal["image", "batch"] = Field(
         "image", description="Dice in the loss: per image, or flattened over a batch"
     )
+    image_weight: float = added(0.2, ge=0, description="weight in the loss of the image head's BCE")
     positive_share: tuple[Share, Share] | None = Field(
         None, description="share of positive cases in the first and the last epoch; default: as in the data"
+    )
+    epoch: Literal["cases", "positives"] = added(
+        "cases", description="as many cases as there are, or each positive case once and negatives to the share"
     )
     threshold: Threshold = Field(0.5, description="probability from which a pixel counts as pneumothorax")
     best_by: Literal["kaggle_dice", "positive_dice", "loss"] = Field(

@@ -143,7 +143,7 @@ def test_settings_cannot_be_changed() -> None:
     ("assignment", "named"),
     [
         ("train.wokers=2", "unknown setting 'wokers' (did you mean 'workers'?)"),
-        ("stages.1.epoch=2", "unknown setting 'epoch' (did you mean 'epochs'?)"),
+        ("stages.1.epchs=2", "unknown setting 'epchs' (did you mean 'epochs'?)"),
         ("dta.cache=x", "unknown setting 'dta' (did you mean 'data'?)"),
         ("train.workers=two", "train.workers: Input should be a valid integer, found 'two'"),
         ("stages.1.epochs=0.5", "pipeline.stages.1.epochs: Input should be a valid integer"),

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from goldens import facts
 
+from ptxdist.config import ModelSettings, StageSettings, TrainSettings, complete, snapshot
+
 GOLDEN = json.loads(facts.GOLDEN.read_text())
 
 
@@ -66,7 +68,15 @@ def test_training_at_a_fixed_seed(files: dict[str, Any]) -> None:
 
 def test_keys_of_every_json(data: Path) -> None:
     """As in 0.1.0; `--dry-run` also shows the settings that were added after it."""
-    added = {"pipeline.model.encoder", "pipeline.stages[].loss"}
+    added = {
+        f"{place}{name}"
+        for place, section in (
+            ("train.", TrainSettings()),
+            ("pipeline.model.", ModelSettings()),
+            ("pipeline.stages[].", StageSettings(size_px=32, epochs=1, batch_size=1)),
+        )
+        for name in {*complete(section)} - {*snapshot(section)}
+    }
     wanted = {**GOLDEN["json"], "train --dry-run": sorted({*GOLDEN["json"]["train --dry-run"], *added})}
     assert facts.printed_keys(data) == wanted
 
