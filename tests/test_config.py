@@ -166,7 +166,7 @@ def test_wrong_assignment_is_named_with_the_way_out(assignment: str, named: str)
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("[[stages]]\nsize_px = 64\nepoch = 1", "unknown setting 'pipeline.stages.1.epoch' (did you mean 'epochs'?)"),
+        ("[[stages]]\nsize_px = 64\nepchs = 1", "unknown setting 'pipeline.stages.1.epchs' (did you mean 'epochs'?)"),
         ("[[stages]]\nsize_px = 64\nepochs = '1'\nbatch_size = 8", "pipeline.stages.1.epochs: Input should be a valid"),
         ("[[stages]]\nsize_px = 64\nepochs = 1", "pipeline.stages.1.batch_size: Field required"),
         ("stages = 5", "'pipeline.stages' must be a group of settings, found 5"),
