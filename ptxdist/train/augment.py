@@ -59,6 +59,20 @@ def _siim() -> list[A.BasicTransform]:
     ]
 
 
+def _strong() -> list[A.BasicTransform]:
+    """Shift, scale and rotation, a bent grid, and `siim`: geometry as in the winning entries of the challenge.
+
+    They use an elastic transform too, which takes ten times as long as the grid. What comes in from outside is 0, as
+    the padding of images that are not square. Grey levels change last, so both kinds of padding stay alike.
+    """
+    A = load_albumentations()  # noqa: N806
+    return [
+        A.Affine(translate_percent=(-0.1, 0.1), scale=(0.8, 1.2), keep_ratio=True, rotate=(-20, 20), p=0.7),
+        A.GridDistortion(num_steps=5, distort_limit=(-0.2, 0.2), p=0.3),
+        *_siim(),
+    ]
+
+
 @dataclass(frozen=True)
 class Named:
     """A recipe that has a name: the `words` for reports, and a function that makes its transforms."""
@@ -70,6 +84,9 @@ class Named:
 RECIPES = {
     "none": Named("none", list),
     "siim": Named("siim (horizontal flip, brightness, contrast, gamma)", _siim),
+    "strong": Named(
+        "strong (shift, scale, rotation, grid distortion, horizontal flip, brightness, contrast, gamma)", _strong
+    ),
 }
 
 

@@ -167,8 +167,8 @@ class _Trainer:
         """Load the newest whole checkpoint, if there is one; rank 0 chooses it for all ranks."""
         if isinstance(self.data.store, OnDeviceStore) and not self.augmentation.by_table:
             self._say(
-                f"stage {self.number}: only flips and grey levels are augmented on the device, so the CPU prepares the "
-                "training batches; the on-device data set is used for validation"
+                f"stage {self.number}: the augmentation does more than flip images and change grey levels, so the CPU "
+                "prepares the training batches; the data set on the device is used for validation only"
             )
         state = None
         if rank() == 0:

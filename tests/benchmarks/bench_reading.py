@@ -9,6 +9,7 @@ memory gather       np.take from arrays in RAM
 ours: gather        the mapped store, into two buffers
 ours: loader        the thread that prefetches, no augmentation
 ours: augmented     the same with the recipe `siim`: drawn as flip and table, applied while copying
+ours: strong        the same with the recipe `strong`: albumentations moves and bends image and mask
 ours: Compose       what `ours: augmented` was before: albumentations' Compose on each pair, in the same thread
 zarr                zarr-python, oindex of the same store
 tensorstore         the same store, one gather a batch
@@ -16,9 +17,9 @@ litdata, streaming  litdata's and MosaicML's StreamingDataset, sample by sample,
 DataLoader          PyTorch's with two worker processes over np.memmap, no augmentation, batches of uint8
 DataLoader, usual   the same with the usual recipe: three channels, albumentations, Normalize, ToTensorV2
 
-All but the last two, which have two processes beside the reader, work in one thread (tensorstore in its pool); all of
-ours have one thread beside the reader. litdata and mosaicml-streaming are no dependencies of ptxdist: a way whose
-package is missing is left out and named. Ways take turns; the first round is dropped.
+All but the last two, which have two processes beside the reader, work in one thread (tensorstore in its pool, OpenCV is
+given one); all of ours have one thread beside the reader. litdata and mosaicml-streaming are no dependencies of
+ptxdist: a way whose package is missing is left out and named. Ways take turns; the first round is dropped.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from typing import Any
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 import albumentations as A
+import cv2
 import numpy as np
 import tensorstore
 import torch
@@ -159,7 +161,8 @@ def ours(store: Store, batch: int, kind: str) -> Step:
             return batch
 
         return augment
-    augmentation = Augmentation("siim", 0) if kind == "augmented" else None
+    recipes = {"augmented": "siim", "strong": "strong"}
+    augmentation = Augmentation(recipes[kind], 0) if kind in recipes else None
 
     def endless() -> Iterator[int]:
         for epoch in itertools.count():
@@ -265,13 +268,17 @@ def by_dataloader(store: Store, batch: int, folder: Path, transform: A.Compose |
 def run(size_px: int, seconds: float, rounds: int, only: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
     """Pairs/s of each way: min, median, max over the rounds."""
     batch, cases = BATCH[size_px], CASES[size_px]
+    cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         store = make_store(folder, size_px, cases)
         makers: dict[str, Callable[[], Step]] = {
             "memory copy": lambda: from_memory(store, batch, "copy"),
             "memory gather": lambda: from_memory(store, batch, "take"),
-            **{f"ours: {kind}": partial(ours, store, batch, kind) for kind in ("gather", "loader", "augmented")},
+            **{
+                f"ours: {kind}": partial(ours, store, batch, kind)
+                for kind in ("gather", "loader", "augmented", "strong")
+            },
             "ours: Compose": partial(ours, store, batch, "Compose"),
             "zarr": lambda: by_zarr(store, batch),
             "tensorstore": lambda: by_tensorstore(store, batch),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
+import tomllib
+from pathlib import Path
 
 import albumentations as A
 import cv2
@@ -23,7 +26,8 @@ def transform(name: str, **arguments: object) -> Transform:
 
 # Each transform that is applied by table is in one of these.
 BY_TABLE: dict[str, Recipe] = {
-    **{name: name for name in RECIPES},
+    "none": "none",
+    "siim": "siim",
     "tables": (
         transform("RandomGamma", gamma_limit=[40, 250], p=0.7),
         transform("Posterize", num_bits=[2, 7], p=0.3),
@@ -36,6 +40,7 @@ BY_TABLE: dict[str, Recipe] = {
 }
 # As many kinds as there are: on image and mask together, on the image alone, with either generator, slow ones left out.
 IN_FULL: dict[str, Recipe] = {
+    "strong": "strong",
     "blur and tables": (transform("GaussianBlur", p=0.7), transform("RandomGamma", p=0.5), transform("InvertImg")),
     "affine": (transform("HorizontalFlip"), transform("Affine", rotate=[-20, 20], scale=[0.8, 1.2], p=0.8)),
     "distortion": (
@@ -55,6 +60,9 @@ IN_FULL: dict[str, Recipe] = {
     "extremes of the image": (transform("RandomBrightnessContrast", ensure_safe_range=True, p=1),),
     "vertical": (transform("VerticalFlip", p=0.5),),
 }
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "train.md"
 
 
 def by_albumentations(recipe: Recipe, image: np.ndarray, mask: np.ndarray, seed: str) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +141,27 @@ def test_what_happens_to_a_case_depends_on_its_key_only(name: str) -> None:
         case: b"".join(part.tobytes() for part in applied(Augmentation(IN_FULL[name], 2), *sample(7, 32), case=case))
         for case in cases
     }
+
+
+def test_the_recipe_in_the_docs_is_strong() -> None:
+    """So what is written there for a pipeline file is complete and correct."""
+    (text,) = re.findall(r"```toml\n(augmentation = .*?)```", DOCS.read_text(), re.DOTALL)
+    written = tuple(Transform.model_validate(item) for item in tomllib.loads(text)["augmentation"])
+    image, mask = sample(3, 64)
+    ours, theirs = Augmentation("strong", 4), Augmentation(written, 4)
+    for case in range(20):
+        found = [applied(recipe, image, mask, case=str(case)) for recipe in (ours, theirs)]
+        assert all((one == other).all() for one, other in zip(*found, strict=True))
+
+
+def test_strong_moves_most_cases_and_what_comes_in_from_outside_is_no_mask() -> None:
+    noise, full = sample(3, 64)[0], np.full((64, 64), 255, np.uint8)
+    augmentation, cases = Augmentation("strong", 2), range(100)
+    moved = [(applied(augmentation, noise, noise, case=str(case))[1] != noise).any() for case in cases]
+    assert 80 < sum(moved) < 98  # 1 - 0.5 * 0.3 * 0.7 of all
+    ends = [applied(augmentation, full, full, case=str(case))[1] for case in cases]
+    assert 50 < sum(end.min() == 0 for end in ends) < 80
+    assert all(end[32, 32] == 255 for end in ends)
 
 
 @pytest.mark.parametrize("name", ["affine", "distortion"])

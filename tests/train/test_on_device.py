@@ -81,7 +81,10 @@ def test_a_recipe_in_full_is_applied_by_the_cpu_which_is_said(
         settings = TrainSettings(data_on_device=choice)
         ends.append(train(small_net(), cache, tmp_path / choice, settings, full_recipe, on_event=listen).sha256)
     assert len(set(ends)) == 1
-    assert [text[:60] for text in texts] == ["stage 1: only flips and grey levels are augmented on the dev"]
+    assert texts == [
+        "stage 1: the augmentation does more than flip images and change grey levels, so the CPU prepares the training "
+        "batches; the data set on the device is used for validation only"
+    ]
 
 
 def test_auto_holds_nothing_on_a_cpu(cache: Path) -> None:
