@@ -161,7 +161,7 @@ class _Exported(nn.Module):
         self._network, self._flip_averaging = _folded(network), flip_averaging
 
     def forward(self, image: Tensor) -> Tensor:
-        return predict_probability(self._network, image, self._flip_averaging, one_pass=True)[1]
+        return predict_probability(self._network, image, self._flip_averaging, one_pass=True).probability
 
 
 def _folded(network: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from ptxdist.phantoms import anatomy, greys
 from ptxdist.predict.predictor import Predictor
 from ptxdist.rundir import read_settings
 from ptxdist.storage.caches import local_cache
+from ptxdist.train.unet import heads
 
 LIMIT = 1e-4  # of a probability; operating points are searched in steps of 0.005
 BATCHES = (1, 3, 4)  # batch sizes that are compared: the smallest, an odd one, the one that was traced
@@ -98,6 +99,6 @@ def allowed_difference(predictor: Predictor, images: Sequence[Pixels]) -> float:
     Logits of a trained network stay within tens. After an epoch or two they may not, and then even the checkpoint's
     own fp32 differs by about 1e-7 of the largest logit from exact arithmetic.
     """
-    logits = [predictor.models[0](torch.from_numpy(image[None, None].copy())) for image in images]
+    logits = [heads(predictor.models[0](torch.from_numpy(image[None, None].copy())))[0] for image in images]
     largest = max(float(part.abs().amax()) for part in logits)
     return LIMIT * min(max(1.0, largest / _PLAIN_LOGITS), _MOST_ROUNDING)

@@ -170,8 +170,8 @@ class Predictor:
             if card.size_px != size:
                 continue
             with autocast(self.device, choose_precision(card.precision, self.device)):
-                _, probability = predict_probability(model, image, self.flip_averaging)
-            found.append(probability[: len(squares), 0])
+                predicted = predict_probability(model, image, self.flip_averaging)
+            found.append(predicted.probability[: len(squares), 0])
         return torch.stack(found).mean(0) if len(found) > 1 else found[0]
 
 

@@ -48,7 +48,7 @@ from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.device import choose_device, choose_precision
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.train.scoring import score_cases
-from ptxdist.train.unet import build_unet
+from ptxdist.train.unet import Output, build_unet, heads
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,27 @@ class Member:
 
 
 class Ensemble(nn.Module):
-    """Several models as one: the logits of the mean of their probabilities."""
+    """Several models as one: the logits of the mean of their probabilities, of pixels and of image heads.
+
+    Either all models have an image head, or none has one.
+    """
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         super().__init__()
         self.models = nn.ModuleList(models)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits B1HW of images B1HW."""
-        if len(self.models) == 1:
-            single: Tensor = self.models[0](image)
-            return single
-        mean = torch.stack([model(image).float().sigmoid() for model in self.models]).mean(0)
-        return torch.logit(mean, eps=1e-6)
+    def forward(self, image: Tensor) -> Output:
+        """Logits B1HW of images B1HW, and with image heads also logits (B,)."""
+        outputs: list[Output] = [model(image) for model in self.models]
+        if len(outputs) == 1:
+            return outputs[0]
+        masks, images = zip(*map(heads, outputs), strict=True)
+        return _average(masks) if images[0] is None else (_average(masks), _average(images))
+
+
+def _average(logits: Sequence[Tensor]) -> Tensor:
+    mean = torch.stack([part.float().sigmoid() for part in logits]).mean(0)
+    return torch.logit(mean, eps=1e-6)
 
 
 def load_ensemble(members: Sequence[Member], device: torch.device) -> Ensemble:
@@ -116,6 +124,12 @@ def evaluate(
             raise RunError(
                 f"{member.run} ends at {member.stage.size_px} pixels and {first.run} at {first.stage.size_px} pixels; "
                 "runs are evaluated together at one size"
+            )
+        if _has_head(member) != _has_head(first):
+            with_head, without = (member, first) if _has_head(member) else (first, member)
+            raise RunError(
+                f"{with_head.run} has an image head and {without.run} has none; evaluate runs with the same "
+                "model.image_head together"
             )
         if member.settings.pipeline.fold >= catalog.folds:
             raise RunError(f"{member.run} held out fold {member.settings.pipeline.fold}; {cache} has {catalog.folds}")
@@ -227,6 +241,10 @@ def evaluate_runs(
     )
     files.write_json(runs[0] / RESULT, result)
     return evaluation
+
+
+def _has_head(member: Member) -> bool:
+    return member.settings.pipeline.model.image_head
 
 
 def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:

@@ -6,6 +6,7 @@ Owns: LOSSES. To add a loss, write a function and add a line to LOSSES. A loss o
 
 in training over a global batch, in validation over all cases. The second part is optional: it serves losses that are
 not a mean over cases, such as a Dice over all pixels of a batch. The sum is the same for any number of ranks.
+With an image head, `image_weight` times the head's binary cross-entropy is added to each case.
 `bce_dice` is
 
     mean over pixels of BCE(logit, t)  +  1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s),   p = sigmoid(logit)
@@ -36,6 +37,8 @@ from ptxdist.errors import SettingsError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ptxdist.train.unet import Output
+
 SMOOTHING_PX = 1.0
 
 Function = Callable[["Tensor", "Tensor"], "Tensor"]
@@ -47,6 +50,7 @@ class Loss:
 
     `words` name it in reports. `per_case` gives (B,), and (0,) for no cases. `sums` gives (k,), sums over the given
     cases, and zeros for none; `whole` gives a scalar from them. `batch` is the variant that `dice = "batch"` chooses.
+    These three see the logits of the mask. `image_weight` is the weight of the BCE of an image head, if there is one.
     """
 
     words: str
@@ -55,11 +59,12 @@ class Loss:
     whole: Callable[[Tensor], Tensor] | None = None
     batch: Loss | None = None
     validated: Loss | None = None  # what validation reports instead; None: the loss itself
+    image_weight: float = 0.0
 
     @property
     def validation(self) -> Loss:
         """The loss that validation reports."""
-        return self.validated or self
+        return replace(self.validated or self, image_weight=self.image_weight)
 
     @property
     def width(self) -> int:
@@ -69,12 +74,23 @@ class Loss:
         empty = torch.zeros(0, 1, 1, 1)
         return 1 + (len(self.sums(empty, empty)) if self.sums else 0)
 
-    def parts(self, logits: Tensor, target: Tensor) -> Tensor:
-        """For each case `per_case` and, if there are any, its `sums`: float64 (B, width)."""
+    def of_cases(self, output: Output, target: Tensor) -> Tensor:
+        """`per_case` of what a network has returned, with the weighted loss of its image head: float32 (B,)."""
+        from ptxdist.train.unet import heads
+
+        logits, image = heads(output)
+        loss = self.per_case(logits, target)
+        return loss if image is None else loss + self.image_weight * image_bce(image, target)
+
+    def parts(self, output: Output, target: Tensor) -> Tensor:
+        """For each case `of_cases` and, if there are any, its `sums`: float64 (B, width)."""
         import torch
 
-        columns = [self.per_case(logits, target)[:, None].double()]
+        from ptxdist.train.unet import heads
+
+        columns = [self.of_cases(output, target)[:, None].double()]
         if self.sums is not None:
+            logits, _ = heads(output)
             cases = range(len(logits))
             columns.append(torch.stack([self.sums(logits[i : i + 1], target[i : i + 1]).double() for i in cases]))
         return torch.cat(columns, dim=1)
@@ -88,15 +104,18 @@ class Loss:
 
 
 def chosen(stage: StageSettings) -> Loss:
-    """The loss of a stage; SettingsError with the nearest name when there is none, or no variant for its `dice`."""
+    """The loss of a stage, with its `image_weight`.
+
+    SettingsError with the nearest name when there is none of this name, or no variant for its `dice`.
+    """
     if stage.loss not in LOSSES:
         raise SettingsError(f"unknown loss '{stage.loss}'{nearest(stage.loss, LOSSES)}")
     loss = LOSSES[stage.loss]
-    if stage.dice == "image":
-        return loss
-    if loss.batch is None:
-        raise SettingsError(f"the loss '{stage.loss}' has no Dice over the batch; leave out dice = '{stage.dice}'")
-    return loss.batch
+    if stage.dice == "batch":
+        if loss.batch is None:
+            raise SettingsError(f"the loss '{stage.loss}' has no Dice over the batch; leave out dice = '{stage.dice}'")
+        loss = loss.batch
+    return replace(loss, image_weight=stage.image_weight)
 
 
 def bce_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
@@ -117,6 +136,14 @@ def bce_per_image(logits: Tensor, target: Tensor) -> Tensor:
 
     logits, target = logits.float().flatten(1), target.float().flatten(1)
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+
+
+def image_bce(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of image logits (B,), float32 (B,); an image is positive if its target B1HW is not all 0."""
+    import torch.nn.functional as F
+
+    positive = target.flatten(1).amax(1) > 0
+    return F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="none")
 
 
 def dice_sums(logits: Tensor, target: Tensor) -> Tensor:

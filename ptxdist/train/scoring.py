@@ -1,14 +1,15 @@
 """From a model and cases to counts, at the stage's size and at the original resolution.
 
-Owns: how logits become probabilities, how a probability map becomes a mask at the original resolution (bilinear
-up-sampling of probabilities, threshold last, small masks emptied) and how truth is counted there. No map is kept: each
-rank fills in the counts of its cases, and the others' are zero there, so that sums over the ranks are identical for any
-number of ranks.
+Owns: how logits become probabilities, how these become a case's score, how a probability map becomes a mask at the
+original resolution (bilinear up-sampling of probabilities, threshold last, small masks emptied) and how truth is
+counted there. No map is kept: each rank fills in the counts of its cases, and the others' are zero there, so that sums
+over the ranks are identical for any number of ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,9 @@ from ptxdist.train.dataset import Indices, batches, validation_shares
 from ptxdist.train.device import autocast
 from ptxdist.train.distributed import rank, sum_over_ranks, world_size
 from ptxdist.train.losses import Loss
+from ptxdist.train.unet import Output, heads
+
+_TOP_SHARE = 256  # one in so many pixels is among the highest ones, which are part of a case's score
 
 
 @torch.no_grad()
@@ -61,11 +65,11 @@ def score_cases(
     for batch in batches(store, validation_shares(indices, rank(), world_size()), device=device):
         rows = [position[int(index)] for index in batch.index]
         with autocast(device, precision):
-            logits, probability = predict_probability(model, batch.image, flip_averaging)
+            output, probability, image_probability = predict_probability(model, batch.image, flip_averaging)
         truth = batch.mask.float() / 255
         if loss is not None:
-            losses[rows] = loss.parts(logits, truth).cpu()
-        score[rows] = probability.flatten(1).amax(1).double().cpu()
+            losses[rows] = loss.parts(output, truth).cpu()
+        score[rows] = case_score(probability, image_probability).double().cpu()
         at_stage[rows] = count(probability >= thresholds[0], truth >= 0.5).cpu()
         if histograms:
             brightness[rows] = batch.image.double().mean((1, 2, 3)).cpu()
@@ -89,23 +93,61 @@ def score_cases(
     return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
 
 
-def predict_probability(
-    model: Callable[[Tensor], Tensor], image: Tensor, flip_averaging: bool, *, one_pass: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Logits of the images and their probabilities, float32 of the images' shape (B, 1, H, W).
+class Predicted(NamedTuple):
+    """What is predicted for B images of H x W pixels; probabilities are float32.
 
-    With `flip_averaging` the probability is the mean of the image's and of the mirror image's, mirrored back. The
+    `output` is what the network returned for the images as they are; `probability` (B, 1, H, W); `image` (B,) the image
+    head's probability that the image is positive, None for a network without one.
+    """
+
+    output: Output
+    probability: Tensor
+    image: Tensor | None
+
+
+def predict_probability(
+    model: Callable[[Tensor], Output], image: Tensor, flip_averaging: bool, *, one_pass: bool = False
+) -> Predicted:
+    """Run the model over images (B, 1, H, W); B = 0 gives empty tensors.
+
+    With `flip_averaging` each probability is the mean of the image's and of the mirror image's, maps mirrored back. The
     mirror images are a second pass, or with `one_pass` the second half of a batch twice as large.
     """
     if not flip_averaging:
-        logits = model(image).float()
-        return logits, logits.sigmoid()
+        output = model(image)
+        return Predicted(output, *_probabilities(output))
     if one_pass:
-        both, count = model(torch.cat((image, image.flip(-1)))).float(), image.shape[0]
-        logits, mirrored = both[:count], both[count:]
+        output, mirrored = _split(model(torch.cat((image, image.flip(-1)))), image.shape[0])
     else:
-        logits, mirrored = model(image).float(), model(image.flip(-1)).float()
-    return logits, (logits.sigmoid() + mirrored.sigmoid().flip(-1)) / 2
+        output, mirrored = model(image), model(image.flip(-1))
+    (own, own_head), (other, other_head) = _probabilities(output), _probabilities(mirrored)
+    head = None if own_head is None or other_head is None else (own_head + other_head) / 2
+    return Predicted(output, (own + other.flip(-1)) / 2, head)
+
+
+def case_score(probability: Tensor, image: Tensor | None) -> Tensor:
+    """How positive each case looks, (B,) in 0..1, from `Predicted.probability` and `Predicted.image`.
+
+    Without an image head it is the highest probability of the map. With one it is the mean of the head's probability
+    and of the mean of the highest pixels, one in 256: together they order images better than either does.
+    """
+    pixels = probability.flatten(1)
+    if image is None:
+        return pixels.amax(1)
+    return (image + pixels.topk(max(1, pixels.shape[1] // _TOP_SHARE), dim=1).values.mean(1)) / 2
+
+
+def _split(output: Output, count: int) -> tuple[Output, Output]:
+    """What was returned for the first `count` images, and for the others."""
+    if isinstance(output, Tensor):
+        return output[:count], output[count:]
+    mask, image = output
+    return (mask[:count], image[:count]), (mask[count:], image[count:])
+
+
+def _probabilities(output: Output) -> tuple[Tensor, Tensor | None]:
+    mask, image = heads(output)
+    return mask.float().sigmoid(), None if image is None else image.float().sigmoid()
 
 
 def count(prediction: Tensor, truth: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from ptxdist.train.dataset import Batch
 from ptxdist.train.device import autocast
 from ptxdist.train.distributed import gather_texts, rank, sum_over_ranks, world_size
 from ptxdist.train.losses import chosen, over_ranks
+from ptxdist.train.unet import Output, heads
 
 
 class Stepper:
@@ -57,8 +58,8 @@ class Stepper:
             waits = number < len(passes) and isinstance(self._model, DistributedDataParallel)
             with cast(DistributedDataParallel, self._model).no_sync() if waits else nullcontext():
                 with autocast(image.device, self._precision):
-                    logits = self._network(len(image))(image)
-                objective, loss = self._loss(logits, mask.float() / 255, batch.global_size)
+                    output = self._network(len(image))(image)
+                objective, loss = self._loss(output, mask.float() / 255, batch.global_size)
                 torch.autograd.backward(objective * world_size() / batch.global_size)
             total += loss.detach()
         norm = torch.nn.utils.get_total_norm(
@@ -81,11 +82,12 @@ class Stepper:
         for start in range(0, max(1, most), size):
             yield batch.image[start : start + size], batch.mask[start : start + size]
 
-    def _loss(self, logits: Tensor, target: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
+    def _loss(self, output: Output, target: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """What to differentiate, and this rank's part of the sum of the losses over the global batch."""
-        loss = self._loss_function.per_case(logits, target).sum()
+        loss = self._loss_function.of_cases(output, target).sum()
         if self._loss_function.sums is None or self._loss_function.whole is None:
             return loss, loss
+        logits, _ = heads(output)
         whole = self._loss_function.whole(over_ranks(self._loss_function.sums(logits, target)))
         return loss + global_size * whole, loss + len(logits) * whole
 

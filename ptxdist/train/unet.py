@@ -7,6 +7,10 @@ channel. The names of the weights, which checkpoints keep:
     encoder.conv1.weight, encoder.bn1.*, encoder.layer1.0.* …     ResNet-34: as torchvision's, without fc
     decoder.<block>.conv1.weight, .bn1.*, .conv2.weight, .bn2.*   blocks 0..4, coarse to fine
     head.weight, head.bias
+    image_head.weight (1, C), image_head.bias (1,)                only with image_head; C channels of the encoder's last
+
+With `image_head` the network also predicts whether the image is positive: the mean of the encoder's coarsest features
+over the image, then a linear layer to one logit. It then returns two tensors (`Output`).
 
 Decoder and ResNet-34 follow Abedalla et al. 2020 (2ST-UNet); sizes, initialisation and number of parameters are those
 of `Unet("resnet34")` in segmentation_models_pytorch.
@@ -22,6 +26,7 @@ from ptxdist.config import ModelSettings
 from ptxdist.train.encoders import Encoder, chosen, load_weights
 
 STRIDE = 32  # pixels of the image per pixel of the coarsest features
+Output = Tensor | tuple[Tensor, Tensor]  # mask logits (B, 1, H, W); with an image head also image logits (B,)
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -71,10 +76,29 @@ class _Block(nn.Module):
         return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
 
+class _ImageHead(nn.Linear):
+    """Mean of the features (B, C, h, w) over the image, then a linear layer to one logit (B,)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, 1)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        # Not F.linear, which autocast computes in bfloat16: a probability of 8 bits puts many images at one score.
+        pooled = features.to(self.weight.dtype).mean((2, 3))
+        return (pooled * self.weight).sum(1) + self.bias
+
+
 class UNet(nn.Module):
     """The network of all stages; 24,436,369 parameters with the default settings."""
 
-    def __init__(self, encoder: Encoder, decoder_channels: tuple[int, int, int, int, int], learned_input: bool) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder_channels: tuple[int, int, int, int, int],
+        learned_input: bool,
+        image_head: bool = False,
+    ) -> None:
         super().__init__()
         self.input = _Input(learned_input)
         self.encoder = encoder.build()
@@ -84,19 +108,27 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(decoder_channels[-1], 1, 3, padding=1)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        self.image_head = _ImageHead(coarsest) if image_head else None
 
-    def forward(self, image: Tensor) -> Tensor:
+    def forward(self, image: Tensor) -> Output:
         """Logits (B, 1, H, W) of an image (B, 1, H, W), uint8 or floating 0..255; B = 0 gives (0, 1, H, W).
 
+        With an image head a pair: these, and the logits (B,) that the images are positive, float32 under autocast too.
         Raises ValueError unless there is one channel and H and W are multiples of 32.
         """
         if image.shape[1] != 1 or image.shape[2] % STRIDE or image.shape[3] % STRIDE:
             raise ValueError(f"expected (B, 1, H, W) with H and W multiples of {STRIDE}, found {tuple(image.shape)}")
-        x, *skips = self.encoder(self.input(image))[::-1]
+        coarsest, *skips = self.encoder(self.input(image))[::-1]
+        x = coarsest
         for block, skip in zip(self.decoder, [*skips, None], strict=True):
             x = block(x, skip)
         logits: Tensor = self.head(x)
-        return logits
+        return logits if self.image_head is None else (logits, self.image_head(coarsest))
+
+
+def heads(output: Output) -> tuple[Tensor, Tensor | None]:
+    """What a network has returned as (mask logits, image logits), these None without an image head."""
+    return output if isinstance(output, tuple) else (output, None)
 
 
 def build_unet(model: ModelSettings) -> UNet:
@@ -105,6 +137,6 @@ def build_unet(model: ModelSettings) -> UNet:
     Raises CheckpointError when the weights that `encoder_weights` names cannot be had or do not fit.
     """
     encoder = chosen(model)
-    network = UNet(encoder, model.decoder_channels, learned_input=model.input_mapping == "learned")
+    network = UNet(encoder, model.decoder_channels, model.input_mapping == "learned", model.image_head)
     load_weights(network.encoder, encoder, model.encoder_weights)
     return network
