@@ -17,6 +17,7 @@ from ptxdist.cli.data import phantom, preprocess, verify
 from ptxdist.cli.demo import demo
 from ptxdist.cli.doctor import doctor
 from ptxdist.cli.export import export
+from ptxdist.cli.plan import plan
 from ptxdist.cli.predict import predict
 from ptxdist.cli.results import compare, evaluate, inspect, report
 from ptxdist.cli.serve import serve
@@ -55,6 +56,7 @@ for _command in (
     export,
     inspect,
     phantom,
+    plan,
     predict,
     preprocess,
     report,

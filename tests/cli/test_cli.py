@@ -102,7 +102,7 @@ def test_train_alone_is_the_full_recipe_and_dry_run_prints_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["train", "--set", "stages.1.epoch=3"], 3, ["epoch", "did you mean 'epochs'?"]),
+        (["train", "--set", "stages.1.epohs=3"], 3, ["epoch", "did you mean 'epochs'?"]),
         (["train", "--pipeline", "exp5"], 3, ["exp5", "exp1"]),
         (["train", "--set", "stages.1.epochs=many"], 3, ["stages.1.epochs", "integer"]),
         (["train", "--pipeline", "exp4", "--workers", 15], 3, ["15 workers", "batch of 14", "stage 2"]),

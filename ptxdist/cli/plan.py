@@ -1,0 +1,109 @@
+"""The command `plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ptxdist.cli.options import FILE, PLACE, json_option
+from ptxdist.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ptxdist.cache.survey import Spread, Survey
+    from ptxdist.run.advice import Machine
+
+
+@click.command()
+@click.argument("cache", type=PLACE)
+@click.option(
+    "--out",
+    type=FILE,
+    default=Path("plan.toml"),
+    show_default=True,
+    help="The pipeline file; a former plan is replaced.",
+)
+@json_option
+def plan(cache: Path | str, out: Path, as_json: bool) -> None:
+    """Look at a cache and at this machine, and write a pipeline that fits both, each line with its reason.
+
+    The same cache and machine give the same pipeline. Only its estimate of the time, from a few steps, differs.
+
+    Example: ptxdist plan cache --out plan.toml
+    """
+    from ptxdist import console
+    from ptxdist.cache.survey import survey
+    from ptxdist.config import DataSettings, Settings
+    from ptxdist.files import write_whole
+    from ptxdist.run.advice import WRITTEN_BY, advise
+    from ptxdist.run.timing import measure, this_machine
+    from ptxdist.storage.caches import local_cache
+    from ptxdist.train.choices import refuse_unknown
+
+    if out.exists() and not (out.is_file() and out.read_bytes().startswith(WRITTEN_BY.encode())):
+        raise SettingsError(f"{out} exists and is not a plan of this command; give another name with --out")
+    if out.suffix != ".toml":
+        raise SettingsError(f"--out {out}: `ptxdist train --pipeline` reads files named *.toml; give such a name")
+    with console.progress() as update:
+        folder = local_cache(cache, on_progress=update)
+        data, machine = survey(folder), this_machine()
+        advice = advise(data, machine)
+        settings = Settings(data=DataSettings(cache=str(cache)), pipeline=advice.settings(out.stem))
+        refuse_unknown(settings)
+        speeds = measure(settings, folder, update)
+    write_whole(out, advice.toml([speed.sentence for speed in speeds]), error=SettingsError)
+    minutes = sum(speed.minutes for speed in speeds)
+    workers = f" --workers {len(machine.gpus)}" if len(machine.gpus) > 1 else ""
+    command = f"ptxdist train --pipeline {out} --data {cache}{workers}"
+    if as_json:
+        found = {"plan": out, "data": asdict(data), "machine": asdict(machine), "notes": advice.warnings}
+        estimate = {"minutes": minutes, "stages": [asdict(speed) for speed in speeds]}
+        decisions = [asdict(decision) for decision in advice.decisions]
+        console.show_json({**found, "decisions": decisions, "estimate": estimate, "next": command})
+        return
+    console.show_pairs(str(cache), _data(data))
+    console.show_pairs("this machine", _machine(machine))
+    stages = [
+        (f"stage {speed.stage}: {stage.size_px} px", f"{stage.epochs} epochs, about {speed.minutes:,.0f} minutes")
+        for stage, speed in zip(settings.pipeline.stages, speeds, strict=True)
+    ]
+    model = settings.pipeline.model
+    console.show_pairs(str(out), [("encoder", f"{model.encoder}, {model.encoder_weights}"), *stages])
+    for text in advice.warnings:
+        console.say(f"note: {text}")
+    console.say(f"{out} has the reason of each setting. Next, about {minutes:,.0f} minutes: {command}")
+
+
+def _data(data: Survey) -> list[tuple[str, str]]:
+    from ptxdist.cache.summary import share
+
+    def spread(found: Spread | None, factor: float, digits: int, unit: str) -> str:
+        if found is None:
+            return "none"
+        low, middle, high = (f"{factor * value:,.{digits}f}" for value in found)
+        return f"{middle} ({low} to {high}) {unit}"
+
+    return [
+        ("labelled cases", f"{data.cases:,}"),
+        (" with a pneumothorax", f"{data.positive:,} ({share(data.positive, data.cases)})"),
+        (" to train on, fold 0 held out", f"{data.train[0]:,} ({data.train[1]:,} with a pneumothorax)"),
+        (f"patients, by {data.grouped_by}", f"{data.patients:,} ({data.positive_patients:,} with a pneumothorax)"),
+        ("mask area, median (5 % to 95 %)", spread(data.mask_px, 1, 0, "pixels")),
+        (" of the image", spread(data.mask_share, 100, 2, "%")),
+        ("mean grey level of an image", spread(data.brightness, 1, 0, "of 255")),
+        ("folds", f"{data.folds}"),
+        ("sizes in the cache", ", ".join(map(str, data.sizes_px)) + " px"),
+    ]
+
+
+def _machine(machine: Machine) -> list[tuple[str, str]]:
+    gpus = [f"{name}, {memory:,.0f} GiB" for name, memory in machine.gpus]
+    return [
+        ("CPU cores", f"{machine.cores}"),
+        ("memory", f"{machine.memory_gib:,.0f} GiB"),
+        ("GPUs", "; ".join(gpus) or "none"),
+        ("numbers in training", "bf16" if machine.bf16 else "fp32"),
+        ("ImageNet weights on this machine", ", ".join(machine.encoders) or "none"),
+    ]

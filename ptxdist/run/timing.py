@@ -1,0 +1,123 @@
+"""This machine, and how fast it trains a pipeline: measured by a few real steps of each stage."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from ptxdist.cache.catalog import read_catalog
+from ptxdist.config import Settings
+from ptxdist.records import Event, Progress
+from ptxdist.run.advice import Machine
+from ptxdist.run.stage import stage_data
+from ptxdist.train.dataset import VAL_BLOCK
+from ptxdist.train.device import choose_device, choose_precision
+from ptxdist.train.loop import fit
+from ptxdist.train.unet import build_unet
+
+_WARM_UP, _STEPS = 2, 6  # steps that are not counted, and that are; and as many blocks of validation
+
+OnProgress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured speed of one stage: images a second in training and in validation, and the minutes of the stage."""
+
+    stage: int
+    size_px: int
+    train_images_s: float
+    val_images_s: float
+    minutes: float
+
+    @property
+    def sentence(self) -> str:
+        """The speed for people."""
+        return (
+            f"Measured here, stage {self.stage}: {self.train_images_s:,.3g} images/s in training, "
+            f"{self.val_images_s:,.3g} in validation: about {self.minutes:,.0f} minutes."
+        )
+
+
+def this_machine() -> Machine:
+    """Cores, memory, GPUs and pre-trained weights of this machine."""
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    return Machine(
+        cores=os.cpu_count() or 1,
+        memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        gpus=tuple((gpu.name, round(gpu.total_memory / 2**30, 1)) for gpu in gpus),
+        bf16=choose_precision("auto", choose_device("auto")) == torch.bfloat16,
+        encoders=_pre_trained(),
+    )
+
+
+def _pre_trained() -> tuple[str, ...]:
+    """The encoders whose ImageNet weights are in torch's cache."""
+    from torchvision.models import ResNet34_Weights
+
+    file = Path(ResNet34_Weights.IMAGENET1K_V1.url).name
+    return ("resnet34",) if Path(torch.hub.get_dir(), "checkpoints", file).is_file() else ()
+
+
+def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda what, done, total: None) -> list[Speed]:
+    """Train and validate each stage for a few steps on one device, from random weights, and keep nothing.
+
+    The training cases of the fold are used in their order, as often as needed. Raises what `train.loop.fit` raises.
+    """
+    device = choose_device(settings.train.device)
+    if device.type == "cpu":
+        torch.set_num_threads(os.cpu_count() or 1)
+    catalog, found = read_catalog(cache), []
+    model = settings.pipeline.model.model_copy(update={"encoder_weights": "none", "init": None})
+    for number, stage in enumerate(settings.pipeline.stages, start=1):
+        torch.manual_seed(settings.pipeline.seed)
+        data = stage_data(catalog, cache, stage.size_px, settings.pipeline.fold)
+        few = replace(
+            data,
+            train=data.train[: (_WARM_UP + _STEPS) * stage.batch_size],
+            val=data.val[: (_WARM_UP + _STEPS) * VAL_BLOCK],
+        )
+        clock = _Clock(number, on_progress)
+        with tempfile.TemporaryDirectory(prefix="ptxdist-plan-") as folder:
+            fit(
+                build_unet(model),
+                few,
+                stage.model_copy(update={"epochs": 1, "swa_epochs": 0}),
+                settings.train,
+                number=number,
+                seed=settings.pipeline.seed,
+                device=device,
+                folder=Path(folder),
+                on_event=clock,
+            )
+        train, val = clock.speed("train"), clock.speed("validate")
+        seconds = stage.epochs * (len(data.train) / train + len(data.val) / val)
+        found.append(Speed(number, stage.size_px, train, val, seconds / 60))
+    return found
+
+
+class _Clock:
+    """Receives the events of a stage and notes when how many images were done."""
+
+    def __init__(self, stage: int, on_progress: OnProgress) -> None:
+        self._what, self._on_progress = f"steps of stage {stage}", on_progress
+        self._started = time.perf_counter()
+        self._marks: dict[str, list[tuple[float, int]]] = {}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            marks = self._marks.setdefault(event.step, [])
+            marks.append((time.perf_counter(), event.done))
+            self._on_progress(self._what, sum(map(len, self._marks.values())), 2 * (_WARM_UP + _STEPS))
+
+    def speed(self, step: str) -> float:
+        """Images a second after the first steps; over all of them where there are fewer."""
+        marks = [(self._started, 0), *self._marks[step]]
+        start, end = marks[min(_WARM_UP, len(marks) - 2)], marks[-1]
+        return (end[1] - start[1]) / max(1e-9, end[0] - start[0])
