@@ -58,11 +58,9 @@ def this_machine() -> Machine:
 
 
 def _pre_trained() -> tuple[str, ...]:
-    """The encoders whose ImageNet weights are in torch's cache."""
-    from torchvision.models import ResNet34_Weights
-
-    file = Path(ResNet34_Weights.IMAGENET1K_V1.url).name
-    return ("resnet34",) if Path(torch.hub.get_dir(), "checkpoints", file).is_file() else ()
+    """The encoders whose ImageNet weights are in the cache of torch."""
+    found = Path(torch.hub.get_dir(), "checkpoints").glob("resnet34-*.pth")
+    return ("resnet34",) if any(found) else ()
 
 
 def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda what, done, total: None) -> list[Speed]:
