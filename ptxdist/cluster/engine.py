@@ -220,7 +220,9 @@ def _verdict(causes: Sequence[BaseException], what: str) -> Exception:
         preempted = any(getattr(cause, "preempted", False) for cause in lost)
         return _LostError(f"a worker failed with {_brief((lost or transient)[0])}", preempted=preempted)
     cause = next(cause for cause in causes if cause not in transient)
-    advice = "; use a smaller train.micro_batch" if isinstance(cause, torch.OutOfMemoryError) else ""
+    advice = ""
+    if isinstance(cause, torch.OutOfMemoryError):
+        advice = '; use a smaller train.micro_batch, or, with dice = "batch", more workers or a smaller batch_size'
     return TrainingError(f"{what} stopped: a worker failed with {_brief(cause)}{advice}")
 
 

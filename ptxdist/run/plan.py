@@ -27,7 +27,9 @@ from ptxdist.storage.remote import is_remote
 from ptxdist.storage.runs import Mirror
 from ptxdist.train.choices import refuse_unknown
 
-TRAINING = 3  # raised by changes of the code that change what a stage learns: stages of another number are not reused
+# Raised by changes of the code that change what a stage learns: stages of another number are not reused. Stages with
+# `dice = "batch"` have a number of their own since validation reports their Dice of the batch.
+TRAINING, TRAINING_BATCH_DICE = 3, 4
 _LEAST_FREE = 2**29  # bytes; a checkpoint is about 400 MB
 
 OnProgress = Callable[[str, int, int], None]  # what, done, total
@@ -120,7 +122,8 @@ def _fingerprints(pipeline: PipelineSettings, cache: Path, catalog: Catalog) -> 
         if store.cases != len(catalog.labelled):
             raise StoreError(f"{store.path} and the catalog of {cache} differ; rerun `ptxdist preprocess`")
         parent = found[-1] if found else None
-        found.append(fingerprint(TRAINING, store.fingerprint, stage, model, pipeline.seed, pipeline.fold, parent))
+        code = TRAINING_BATCH_DICE if stage.dice == "batch" else TRAINING
+        found.append(fingerprint(code, store.fingerprint, stage, model, pipeline.seed, pipeline.fold, parent))
     return tuple(found)
 
 

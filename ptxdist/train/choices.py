@@ -33,9 +33,10 @@ def refuse_unknown(settings: Settings) -> None:
         place = f"pipeline.stages.{number}"
         with _at(f"{place}.loss"):
             if losses.chosen(stage).whole is not None and settings.train.micro_batch is not None:
+                way = 'dice = "image"' if stage.dice == "batch" else "another loss"
                 raise SettingsError(
-                    f"'{stage.loss}' is a loss of whole batches, and train.micro_batch divides them; use another loss "
-                    "or no micro_batch"
+                    f"'{stage.loss}' is a loss of whole batches, and train.micro_batch divides them; use {way} or no "
+                    "micro_batch"
                 )
         if isinstance(stage.augmentation, str):
             with _at(f"{place}.augmentation"):

@@ -278,7 +278,7 @@ class _Trainer:
         self, epoch: int, rate: float, train_loss: float | None, train_seconds: float, *, averaged: bool = False
     ) -> EpochMetrics:
         started = time.perf_counter()
-        total, loss = len(self.data.val), chosen(self.stage).validation
+        total, loss = len(self.data.val), chosen(self.stage)
 
         def on_cases(done: int) -> None:
             done = min(total, done * world_size())  # of all ranks, which are about equally far

@@ -58,13 +58,7 @@ class Loss:
     sums: Function | None = None
     whole: Callable[[Tensor], Tensor] | None = None
     batch: Loss | None = None
-    validated: Loss | None = None  # what validation reports instead; None: the loss itself
     image_weight: float = 0.0
-
-    @property
-    def validation(self) -> Loss:
-        """The loss that validation reports."""
-        return replace(self.validated or self, image_weight=self.image_weight)
 
     @property
     def width(self) -> int:
@@ -172,17 +166,10 @@ def over_ranks(own: Tensor) -> Tensor:
     return own + (sum_over_ranks(own.detach().clone()) - own.detach())
 
 
-_BCE_DICE = Loss("BCE and Dice loss (Dice per image)", bce_dice_per_image)
-_BCE_DICE_OF_BATCH = Loss(
-    "BCE and Dice loss (Dice per batch)",
-    bce_per_image,
-    dice_sums,
-    dice_loss,
-    # Validation reports the Dice per image, as in 0.1.0. The best epoch and the plateau rule follow from this number:
-    # another one needs another `TRAINING`.
-    validated=_BCE_DICE,
-)
-
 LOSSES = {
-    "bce_dice": replace(_BCE_DICE, batch=_BCE_DICE_OF_BATCH),
+    "bce_dice": Loss(
+        "BCE and Dice loss (Dice per image)",
+        bce_dice_per_image,
+        batch=Loss("BCE and Dice loss (Dice per batch)", bce_per_image, dice_sums, dice_loss),
+    ),
 }

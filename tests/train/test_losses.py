@@ -153,13 +153,6 @@ def test_words_are_those_of_reports_and_bundles() -> None:
     assert words("batch") == "BCE and Dice loss (Dice per batch)"
 
 
-def test_validation_of_the_dice_of_batches_is_still_that_of_images() -> None:
-    loss = LOSSES["bce_dice"]
-    assert loss.batch is not None
-    assert loss.batch.validation.per_case is loss.validation.per_case is bce_dice_per_image
-    assert loss.batch.validation.whole is None
-
-
 def test_a_loss_that_does_not_exist_and_one_without_the_dice_that_is_asked_for_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +75,7 @@ def validate(cache: Path) -> dict[str, torch.Tensor]:
     cases = read_catalog(cache).labelled
     counts = score_cases(
         model, open_store(cache, 32), cases, np.arange(len(cases)), thresholds=[0.4, 0.5], device=CPU,
-        flip_averaging=True, loss=replace(LOSSES["bce_dice"].batch, validated=None),
+        flip_averaging=True, loss=LOSSES["bce_dice"].batch,
     )  # fmt: skip
     return {name: torch.from_numpy(getattr(counts, name)) for name in ("loss", "score", "at_stage", "at_full")}
 
