@@ -103,7 +103,7 @@ def test_a_cache_and_a_run_of_the_former_version_are_used_as_they_are(old: Path)
     again = json.loads(facts.run("evaluate", old / "run", "--json"))
     assert again["scores"] == pytest.approx(before)
     with pytest.raises(
-        AssertionError, match="stage 2 of .* was trained .* by another version of ptxdist; give another"
+        AssertionError, match=r"stage 2 of .* was trained .* by another version of ptxdist; give another"
     ):
         facts.run(*facts.train_words(old))
     assert {path: path.stat().st_mtime_ns for path in weights} == weights, "no finished stage is trained again"
