@@ -1,7 +1,7 @@
 """fit(): one stage of training, on one process or on many that share a torch.distributed group.
 
-Owns: epochs, SWA, validation, the choice of the best weights, when a checkpoint is due, resuming. It does not
-know Ray; its caller receives events.
+Owns: epochs, SWA, validation, resuming. It does not know Ray; its caller receives events. `saving` decides what is
+kept.
 
 The global batch decides: order, augmentation and optimiser steps are the same for any number of ranks, and with
 `sync_batch_norm` so are the results, up to rounding. A run that is killed and resumes from a checkpoint, between
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +21,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ptxdist import files
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
 from ptxdist.config import StageSettings, TrainSettings
@@ -31,28 +29,19 @@ from ptxdist.records import EpochMetrics, Message, OnEvent, Progress, StageHisto
 from ptxdist.scores.metrics import scores
 from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation
-from ptxdist.train.checkpoint import (
-    TrainingState,
-    await_checkpoint,
-    checkpoints,
-    load_checkpoint,
-    match_device,
-    save_checkpoint,
-    save_weights,
-    snapshot,
-)
+from ptxdist.train.checkpoint import TrainingState, match_device
 from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, training_shares
 from ptxdist.train.device import choose_precision
-from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
+from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.losses import chosen
 from ptxdist.train.on_device import OnDeviceStore, hold
+from ptxdist.train.saving import Saver
 from ptxdist.train.schedule import learning_rate, positive_share
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.step import FiniteCheck, Stepper
 from ptxdist.train.swa import SWA, reestimate_batch_norm
 
 _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written
-_PREEMPTED_S = 1.0  # seconds between checkpoints after a preemption notice
 
 
 @dataclass(frozen=True)
@@ -98,8 +87,9 @@ def fit(
     Raises TrainingError when a loss or gradient is not finite, naming the step and cases; CheckpointError when weights
     cannot be written or read.
     """
-    trainer = _Trainer(model, data, stage, train, number, seed, device, folder, on_event, preempted)
-    with trainer.writer:  # however the stage ends, a checkpoint that is being written is finished first
+    saver = Saver(folder, stage, train, preempted)
+    trainer = _Trainer(model, data, stage, train, number, seed, device, on_event, saver)
+    with saver:  # however the stage ends, a checkpoint that is being written is finished first
         trainer.resume()
         on_event(StageHistory(stage=number, epochs=tuple(trainer.history)))
         for epoch in range(len(trainer.history) + 1, stage.epochs + 1):
@@ -129,9 +119,8 @@ class _Trainer:
     number: int
     seed: int
     device: torch.device
-    folder: Path
     on_event: OnEvent
-    preempted: Callable[[], bool]
+    saver: Saver
 
     def __post_init__(self) -> None:
         self.augmentation, on_device = Augmentation(self.stage.augmentation, self.seed), self.train.data_on_device
@@ -154,12 +143,7 @@ class _Trainer:
         self.swa = SWA()
         self.history: list[EpochMetrics] = []
         self.best: EpochMetrics | None = None
-        self.sha256 = ""
         self.position = _Position()
-        self.writer = ThreadPoolExecutor(1, "ptxdist-checkpoints")
-        self.writing: Future[None] | None = None
-        self.saved_at = time.monotonic()
-        self.saved: TrainingState | None = None
         self.names = [case.case_id for case in self.data.cases]
         self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
 
@@ -170,13 +154,7 @@ class _Trainer:
                 f"stage {self.number}: the augmentation does more than flip images and change grey levels, so the CPU "
                 "prepares the training batches; the data set on the device is used for validation only"
             )
-        state = None
-        if rank() == 0:
-            files.remove_leftovers(self.folder)  # of a killed trainer; only rank 0 writes there
-            state = load_checkpoint(self.folder, self._say)
-        name = gather_texts(state.name if state else "")[0]
-        if name and rank() != 0:
-            state = await_checkpoint(self.folder / name)
+        state = self.saver.load(self._say)
         if state is None:
             return
         self.model.load_state_dict(state.model)
@@ -188,7 +166,6 @@ class _Trainer:
         self.history = [EpochMetrics.model_validate(item) for item in state.progress["history"]]
         best = state.progress["best"]
         self.best = EpochMetrics.model_validate(best) if best else None
-        self.sha256 = state.progress["best_sha256"]
         self.swa.count = state.progress["averaged"]
         self.swa.state = match_device(state.average, self.device)
         self.position = _Position(state.step, state.progress["loss_sum"], state.progress["seconds"])
@@ -221,9 +198,9 @@ class _Trainer:
     def result(self) -> FitResult:
         """The result of the stage; the model holds its last weights."""
         assert self.best is not None
-        self._wait()
+        self.saver.wait()
         barrier()  # rank 0 has written the weights
-        return FitResult(tuple(self.history), self.best, self._best_path(self.best), self.sha256)
+        return FitResult(tuple(self.history), self.best, self.saver.best_path(self.best), self.saver.sha256)
 
     def _shares(self, epoch: int) -> list[Share]:
         share = positive_share(self.stage, epoch)
@@ -248,31 +225,15 @@ class _Trainer:
             check.add(step, loss, norm, batch)
             if step % _CHECK_EVERY == 0 or step == len(shares):
                 # The sums grow by the same pieces whether or not the epoch is interrupted at one of these places.
-                place.loss_sum += check.sum_losses(epoch, self._last_good)
+                place.loss_sum += check.sum_losses(epoch, self.saver.last_good)
                 place.step, place.seconds = step, seconds + time.perf_counter() - started
-                if step < len(shares) and self._is_due(done - saved):
+                if step < len(shares) and self.saver.is_due(done - saved):
                     self._save()
                     saved = done
             self.on_event(Progress(stage=self.number, step="train", epoch=epoch, done=done, total=total))
 
-    def _is_due(self, images: int) -> bool:
-        """Whether to write a checkpoint, this many images after the last one; True on rank 0 only."""
-        if rank() != 0:
-            return False
-        seconds = time.monotonic() - self.saved_at
-        return (
-            0 < self.train.checkpoint_every_s <= seconds
-            or 0 < self.train.checkpoint_every_images <= images
-            or (seconds >= _PREEMPTED_S and self.preempted())
-        )
-
     def _say(self, text: str) -> None:
         self.on_event(Message(text=text))
-
-    def _last_good(self) -> str:
-        self._wait()
-        found = checkpoints(self.folder)
-        return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
     def _validate(
         self, epoch: int, rate: float, train_loss: float | None, train_seconds: float, *, averaged: bool = False
@@ -298,7 +259,7 @@ class _Trainer:
         val_loss = loss.total(counts.loss)
         if not math.isfinite(val_loss):
             raise TrainingError(
-                f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}; {self._last_good()}"
+                f"the validation loss of stage {self.number}, epoch {epoch} is {val_loss}; {self.saver.last_good()}"
             )
         return EpochMetrics(
             stage=self.number,
@@ -317,17 +278,12 @@ class _Trainer:
     def _keep(self, metrics: EpochMetrics, *, checkpoint: bool = True) -> None:
         """Add to the history; rank 0 saves the weights if they are the best so far, and a checkpoint."""
         self.history.append(metrics)
-        is_best = self.best is None or self._merit(metrics) > self._merit(self.best)
+        is_best = self.best is None or self.saver.merit(metrics) > self.saver.merit(self.best)
         if is_best:
             self.best = metrics
         self._save(best=metrics if is_best else None, checkpoint=checkpoint)
 
     def _save(self, *, best: EpochMetrics | None = None, checkpoint: bool = True) -> None:
-        """On rank 0: copy the state, and write it in the background after the former one."""
-        self.saved_at = time.monotonic()
-        if rank() != 0:
-            return
-        self._wait()
         progress = {
             "history": [item.model_dump(mode="json") for item in self.history],
             "best": self.best.model_dump(mode="json") if self.best else None,
@@ -335,43 +291,12 @@ class _Trainer:
             "loss_sum": self.position.loss_sum,
             "seconds": self.position.seconds,
         }
-        epochs = sum(not item.averaged for item in self.history)
-        self.saved = state = snapshot(
-            TrainingState(
-                epochs,
-                self.position.step,
-                self.model.state_dict(),
-                self.optimizer.state_dict() if checkpoint else {"state": {}, "param_groups": []},
-                self.swa.state if checkpoint else {},
-                progress,
-            ),
-            self.saved,
+        state = TrainingState(
+            sum(not item.averaged for item in self.history),
+            self.position.step,
+            self.model.state_dict(),
+            self.optimizer.state_dict() if checkpoint else {"state": {}, "param_groups": []},
+            self.swa.state if checkpoint else {},
+            progress,
         )
-        ends = range(len(self.history), max(0, len(self.history) - self.train.keep_checkpoints - 1), -1)
-        needed = {self._best_path(max(self.history[:end], key=self._merit)) for end in ends}
-
-        def write() -> None:
-            if best is not None:
-                self.sha256 = save_weights(state.model, self._best_path(best))
-            state.progress["best_sha256"] = self.sha256
-            if checkpoint:
-                save_checkpoint(self.folder, state, keep=self.train.keep_checkpoints)
-            for path in set(self.folder.glob("best-*.safetensors")) - needed:  # no kept checkpoint refers to them
-                path.unlink()
-
-        self.writing = self.writer.submit(write)
-
-    def _wait(self) -> None:
-        """Wait until the checkpoint in the background is written; raises its error."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
-
-    def _best_path(self, metrics: EpochMetrics) -> Path:
-        return self.folder / f"best-{metrics.epoch:04d}{'-average' if metrics.averaged else ''}.safetensors"
-
-    def _merit(self, metrics: EpochMetrics) -> tuple[float, float]:
-        """Larger is better; the lower validation loss decides between equal scores."""
-        if self.stage.best_by == "loss":
-            return -metrics.val_loss, 0.0
-        return getattr(metrics.at_full, self.stage.best_by) or 0.0, -metrics.val_loss
+        self.saver.save(state, self.history, best=best, checkpoint=checkpoint)

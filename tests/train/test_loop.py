@@ -19,7 +19,7 @@ from ptxdist.cache.store import open_store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings, Transform
 from ptxdist.errors import CheckpointError, TrainingError
 from ptxdist.records import EpochMetrics, Event, Message, Progress
-from ptxdist.train import loop
+from ptxdist.train import saving
 from ptxdist.train.checkpoint import checkpoints, load_weights
 from ptxdist.train.loop import FitResult, StageData, fit
 from ptxdist.train.unet import build_unet
@@ -102,7 +102,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     inside = bool(settings) or preempted
     recipe = full_recipe if "checkpoint_every_images" in settings or not inside else "siim"
     cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
-    monkeypatch.setattr(loop, "_PREEMPTED_S", 0.0)
+    monkeypatch.setattr(saving, "_PREEMPTED_S", 0.0)
     stage = StageSettings(
         size_px=32, epochs=4, batch_size=2 if inside else 4, swa_epochs=2, best_by="loss", positive_share=(0.7, 0.3),
         augmentation=recipe,
