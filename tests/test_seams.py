@@ -25,6 +25,7 @@ from ptxdist.resolve import load_settings
 from ptxdist.rundir import read_metrics
 from ptxdist.train.augment import RECIPES, Named, load_albumentations
 from ptxdist.train.encoders import ENCODERS, Encoder
+from ptxdist.train.features import Features
 from ptxdist.train.losses import LOSSES, Loss
 
 
@@ -35,8 +36,10 @@ def focal_per_case(logits: Tensor, target: Tensor) -> Tensor:
     return ((1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy).mean(1)
 
 
-class FiveConvolutions(nn.Module):
+class FiveConvolutions(Features):
     """Features at strides 2 to 32, of four channels each."""
+
+    channels = (4, 4, 4, 4, 4)
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +70,7 @@ def gap_chart(run: RunData) -> Chart:
 def extended(monkeypatch: pytest.MonkeyPatch) -> None:
     """The four dicts and lists, each with one more line."""
     monkeypatch.setitem(LOSSES, "focal", Loss("focal loss of Lin et al.", focal_per_case))
-    tiny = Encoder("five convolutions", (4, 4, 4, 4, 4), FiveConvolutions, "ours", "five")
+    tiny = Encoder("five convolutions", FiveConvolutions, "ours", "five")
     monkeypatch.setitem(ENCODERS, "tiny", tiny)
     monkeypatch.setitem(RECIPES, "turned", Named("rotation and blur", turned))
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ptxdist.train.encoders import Encoder
+from ptxdist.train.features import Features
 
 
-class TinyFeatures(nn.Module):
+class TinyFeatures(Features):
     """An encoder whose U-Net trains in milliseconds; a checkpoint of one with ResNet-34 is 300 MB."""
 
-    CHANNELS = (4, 4, 8, 8, 16)
+    channels = (4, 4, 8, 8, 16)
 
     def __init__(self) -> None:
         super().__init__()
-        pairs = zip((3, *self.CHANNELS), self.CHANNELS, strict=False)
+        pairs = zip((3, *self.channels), self.channels, strict=False)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(before, after, 3, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
             for before, after in pairs
@@ -28,4 +29,4 @@ class TinyFeatures(nn.Module):
         return features
 
 
-TINY = Encoder("five convolutions", TinyFeatures.CHANNELS, TinyFeatures, "these tests", "TinyFeatures")
+TINY = Encoder("five convolutions", TinyFeatures, "these tests", "TinyFeatures")

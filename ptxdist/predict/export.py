@@ -106,7 +106,7 @@ def describe(card: ModelCard) -> dict[str, Any]:
         "output": {"name": OUTPUT, "dtype": "float32", "shape": shape},
         "before": "grey levels 0..255 of one frontal chest radiograph, air dark (MONOCHROME1 inverted); padded with 0 "
         "to a square, the image in its middle; resized by area averaging, or bilinearly where it has to grow",
-        "inside": "three channels, ImageNet normalisation, network, sigmoid"
+        "inside": "three channels, the normalisation of its encoder, network, sigmoid"
         + (", mean of the image and its mirror image" if card.flip_averaging else ""),
         "after": "probabilities up-sampled bilinearly (centres of px, corners not aligned) to the padded square, the "
         "padding cut off; threshold last: no px unless min_area_px of them reach top, else all that reach bottom",
@@ -170,7 +170,7 @@ def _folded(network: nn.Module) -> nn.Module:
     for module in list(network.modules()):
         for first, second in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):  # 0, 1: torchvision's downsample
             convolution, norm = getattr(module, first, None), getattr(module, second, None)
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(convolution, nn.Conv2d) and type(norm) is nn.BatchNorm2d:  # not timm's, which also activates
                 setattr(module, first, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, second, nn.Identity())
     return network

@@ -47,6 +47,17 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         return output
 
 
+class _GlobalBatchNormAct2d(GlobalBatchNorm2d):
+    """timm's BatchNormAct2d, a batch norm with the activation after it, whose batch statistics run over all ranks."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.act(self.drop(super().forward(input)))
+        return output
+
+
 @torch.no_grad()
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, int]:
     # Each rank's mean and variance come from one kernel and are joined in float64, in which mean² may be 1e8 times the
@@ -102,14 +113,21 @@ class _Normalise(torch.autograd.Function):
 
 
 def convert(module: nn.Module) -> nn.Module:
-    """Make every nn.BatchNorm2d of the module global, and return the module.
+    """Make every nn.BatchNorm2d and every BatchNormAct2d of timm in the module global, and return the module.
 
     Parameters, buffers and state dict keys stay the same. In place on the CPU; on a GPU torch's SyncBatchNorm takes
     over the parameters and buffers of each layer. To be called before DistributedDataParallel wraps the module.
     """
+    of_timm = [layer for layer in module.modules() if isinstance(layer, nn.BatchNorm2d) and hasattr(layer, "act")]
     if any(parameter.is_cuda for parameter in module.parameters()):
-        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        if of_timm:
+            from timm.layers import convert_sync_batchnorm as convert_on_gpu
+        else:
+            convert_on_gpu = nn.SyncBatchNorm.convert_sync_batchnorm
+        converted: nn.Module = convert_on_gpu(module)
         return converted
+    for norm in of_timm:
+        norm.__class__ = _GlobalBatchNormAct2d
     for layer in module.modules():
         if type(layer) is nn.BatchNorm2d:
             layer.__class__ = GlobalBatchNorm2d  # the same state, another forward

@@ -1,7 +1,8 @@
 """Checks of the settings that name a loss, an encoder or an augmentation, before a training starts.
 
 Refuses: names that are in none of the dicts LOSSES, ENCODERS and RECIPES, and recipes in pipeline files that cannot be
-applied (SettingsError). Loads neither torch nor, unless there is such a recipe, albumentations.
+applied (SettingsError). Loads no torch unless the encoder is one of timm, and no albumentations unless there is such
+a recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ _ABSTRACT = {"BasicTransform", "DualTransform", "ImageOnlyTransform", "Transform
 def refuse_unknown(settings: Settings) -> None:
     """Raise SettingsError, with the place and the nearest names, for a choice that does not exist or does not work."""
     with _at("pipeline.model.encoder"):
-        encoders.chosen(settings.pipeline.model)
+        encoder = encoders.chosen(settings.pipeline.model)
+        if encoder.check:
+            for size_px in sorted({stage.size_px for stage in settings.pipeline.stages}):
+                encoder.check(size_px)
     for number, stage in enumerate(settings.pipeline.stages, start=1):
         place = f"pipeline.stages.{number}"
         with _at(f"{place}.loss"):

@@ -1,9 +1,9 @@
 """The encoders of the U-Net and their pre-trained weights.
 
-Owns: ENCODERS. To add an encoder, write a function and add a line to ENCODERS. Refuses: weights that do not fit the
-encoder (CheckpointError).
+Owns: ENCODERS, to which the networks of timm come under the names `timm/NAME`. To add an encoder, write a function and
+add a line to ENCODERS. Refuses: weights that do not fit the encoder (CheckpointError).
 
-torch and torchvision are imported in functions only, so that a report can name an encoder without loading them.
+torch, torchvision and timm are imported in functions only, so that a report can name an encoder without loading them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torchvision.models import WeightsEnum
 
+    from ptxdist.train.features import Features
+
 State = Mapping[str, "Tensor"]
 
 
@@ -29,27 +31,35 @@ State = Mapping[str, "Tensor"]
 class Encoder:
     """A network that turns an image into features.
 
-    `words` name it in reports. `build` makes it with random weights, on the CPU; called with an image (B, 3, H, W)
-    normalised as ImageNet's, it returns five features, at strides 2, 4, 8, 16 and 32, which have `channels`.
+    `words` name it in reports. `build` makes it with random weights, on the CPU. `check` raises SettingsError, before
+    anything is built, when it cannot be an encoder of images of a size in pixels; None: it always can.
     Files of its weights contain the state dict of `library`'s `architecture`, of which keys that start with one of
     `ignored` are left out. `imagenet` returns such a state dict with ImageNet weights, or raises CheckpointError; None:
     there are none.
     """
 
     words: str
-    channels: tuple[int, int, int, int, int]
-    build: Callable[[], nn.Module]
+    build: Callable[[], Features]
     library: str
     architecture: str
     ignored: tuple[str, ...] = ()
     imagenet: Callable[[], State] | None = None
+    check: Callable[[int], None] | None = None
 
 
 def chosen(model: ModelSettings) -> Encoder:
-    """The encoder of a model; SettingsError with the nearest name when there is none."""
-    if model.encoder not in ENCODERS:
-        raise SettingsError(f"unknown encoder '{model.encoder}'{nearest(model.encoder, ENCODERS)}")
-    return ENCODERS[model.encoder]
+    """The encoder of a model; SettingsError with the nearest name when there is none.
+
+    Whether timm has the network of `timm/NAME` is not looked up here, but by the entry's `check` and `build`.
+    """
+    name = model.encoder
+    if name.startswith(_TIMM) and name != _TIMM:
+        return _of_timm(name.removeprefix(_TIMM))
+    if name not in ENCODERS:
+        raise SettingsError(
+            f"unknown encoder '{name}'{nearest(name, ENCODERS)}; the networks of timm have the names {_TIMM}NAME"
+        )
+    return ENCODERS[name]
 
 
 def load_weights(network: nn.Module, encoder: Encoder, source: str) -> None:
@@ -72,25 +82,41 @@ def load_weights(network: nn.Module, encoder: Encoder, source: str) -> None:
         )
 
 
-def _resnet34() -> nn.Module:
-    from torchvision.models import resnet34
+def _resnet(depth: int) -> Encoder:
+    """An encoder of torchvision."""
 
-    from ptxdist.train.resnet import ResNetFeatures
+    def build() -> Features:
+        from torchvision import models
 
-    return ResNetFeatures(resnet34(weights=None))
+        from ptxdist.train.resnet import ResNetFeatures
+
+        return ResNetFeatures(models.get_model(name, weights=None))
+
+    def imagenet() -> State:
+        from torchvision import models
+
+        return _downloaded(models.get_model_weights(name)["IMAGENET1K_V1"])
+
+    name = f"resnet{depth}"
+    return Encoder(f"ResNet-{depth}", build, "torchvision", name, ("fc.",), imagenet)
 
 
-def _resnet34_imagenet() -> State:
-    from torchvision.models import ResNet34_Weights
+def _of_timm(name: str) -> Encoder:
+    def build() -> Features:
+        from ptxdist.train.timm_networks import TimmFeatures
 
-    return _downloaded(ResNet34_Weights.IMAGENET1K_V1)
+        return TimmFeatures(name)
+
+    def check(size_px: int) -> None:
+        from ptxdist.train.timm_networks import check_timm
+
+        check_timm(name, size_px)
+
+    return Encoder(f"timm's {name}", build, "timm", name, check=check)
 
 
-ENCODERS = {
-    "resnet34": Encoder(
-        "ResNet-34", (64, 64, 128, 256, 512), _resnet34, "torchvision", "resnet34", ("fc.",), _resnet34_imagenet
-    ),
-}
+ENCODERS = {f"resnet{depth}": _resnet(depth) for depth in (34, 18, 50)}
+_TIMM = "timm/"
 
 
 def _downloaded(weights: WeightsEnum) -> State:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models import ResNet
 
+from ptxdist.train.features import Features
 
-class ResNetFeatures(nn.Module):
+
+class ResNetFeatures(Features):
     """A ResNet without average pooling and fully connected layer; its weights keep torchvision's names."""
 
     def __init__(self, network: ResNet) -> None:
@@ -18,6 +20,8 @@ class ResNetFeatures(nn.Module):
             network.layer3,
             network.layer4,
         )
+        wide = network.fc.in_features
+        self.channels = (64, wide // 8, wide // 4, wide // 2, wide)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features at strides 2, 4, 8, 16 and 32 of an image (B, 3, H, W)."""

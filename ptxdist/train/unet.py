@@ -1,10 +1,11 @@
 """The U-Net, from one-channel images to one-channel logits; its encoder is one of `encoders`.
 
-Three channels and the ImageNet normalisation are made in the network, on the device; everything before moves one uint8
+Three channels and the encoder's normalisation are made in the network, on the device; everything before moves one uint8
 channel. The names of the weights, which checkpoints keep:
 
     input.weight, input.bias                                      only with input_mapping = 'learned'
-    encoder.conv1.weight, encoder.bn1.*, encoder.layer1.0.* …     ResNet-34: as torchvision's, without fc
+    encoder.conv1.weight, encoder.bn1.*, encoder.layer1.0.* …     a ResNet: as torchvision's, without fc
+    encoder.network.…                                             a network of timm: as timm's with features_only
     decoder.<block>.conv1.weight, .bn1.*, .conv2.weight, .bn2.*   blocks 0..4, coarse to fine
     head.weight, head.bias
     image_head.weight (1, C), image_head.bias (1,)                only with image_head; C channels of the encoder's last
@@ -24,15 +25,14 @@ from torch import Tensor, nn
 
 from ptxdist.config import ModelSettings
 from ptxdist.train.encoders import Encoder, chosen, load_weights
+from ptxdist.train.features import Features
 
 STRIDE = 32  # pixels of the image per pixel of the coarsest features
 Output = Tensor | tuple[Tensor, Tensor]  # mask logits (B, 1, H, W); with an image head also image logits (B,)
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class _Input(nn.Module):
-    """Grey levels 0..255, (B, 1, H, W) -> three channels normalised as ImageNet's, float32.
+    """Grey levels 0..255, (B, 1, H, W) -> three channels normalised for the encoder, float32.
 
     A 1x1 convolution from one channel is a factor and an offset per channel. With `learned` these are parameters, which
     start at 1 and 0 and so at the output of the repeated channel; factor, offset and normalisation are one operation.
@@ -41,9 +41,9 @@ class _Input(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, learned: bool) -> None:
+    def __init__(self, encoder: Features, learned: bool) -> None:
         super().__init__()
-        mean, std = torch.tensor(_IMAGENET_MEAN).view(3, 1, 1), torch.tensor(_IMAGENET_STD).view(3, 1, 1)
+        mean, std = torch.tensor(encoder.mean).view(3, 1, 1), torch.tensor(encoder.std).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
         self.weight = nn.Parameter(torch.ones(3, 1, 1)) if learned else None
@@ -100,9 +100,10 @@ class UNet(nn.Module):
         image_head: bool = False,
     ) -> None:
         super().__init__()
-        self.input = _Input(learned_input)
-        self.encoder = encoder.build()
-        coarsest, *finer = encoder.channels[::-1]
+        features = encoder.build()
+        self.input = _Input(features, learned_input)
+        self.encoder = features
+        coarsest, *finer = features.channels[::-1]
         channels, skips = (coarsest, *decoder_channels[:-1]), (*finer, 0)
         self.decoder = nn.ModuleList(map(_Block, channels, skips, decoder_channels))
         self.head = nn.Conv2d(decoder_channels[-1], 1, 3, padding=1)

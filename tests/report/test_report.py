@@ -40,6 +40,7 @@ from ptxdist.scores.metrics import scores
 from ptxdist.scores.tables import FIXED_THRESHOLDS
 from ptxdist.train import augment, losses
 from ptxdist.train.encoders import ENCODERS, Encoder
+from ptxdist.train.features import Features
 
 PURPOSE = "look at <script>alert('purpose')</script> & \"quotes\""
 VOID = {"meta", "img", "br", "input"}
@@ -103,8 +104,10 @@ def read(path: Path) -> Element:
     return reader.open[0]
 
 
-class TinyEncoder(nn.Module):
+class TinyEncoder(Features):
     """Five convolutions with stride 2 and their outputs, since ResNet-34 takes most of the time of these tests."""
+
+    channels = (8, 8, 8, 8, 8)
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +121,7 @@ class TinyEncoder(nn.Module):
 @pytest.fixture(scope="module")
 def encoder() -> Iterator[str]:
     """The name of an encoder that no user has."""
-    ENCODERS["tiny"] = Encoder("Lilliput", (8, 8, 8, 8, 8), TinyEncoder, "this test", "TinyEncoder")
+    ENCODERS["tiny"] = Encoder("Lilliput", TinyEncoder, "this test", "TinyEncoder")
     yield "tiny"
     del ENCODERS["tiny"]
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,9 +23,9 @@ STEPS = 3
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def layer(momentum: float | None = 0.1) -> nn.BatchNorm2d:
+def layer(momentum: float | None = 0.1, kind: type[nn.BatchNorm2d] = nn.BatchNorm2d) -> nn.BatchNorm2d:
     torch.manual_seed(0)
-    norm = nn.BatchNorm2d(CHANNELS, momentum=momentum)
+    norm = kind(CHANNELS, momentum=momentum)
     nn.init.uniform_(norm.weight, 0.5, 2)
     nn.init.uniform_(norm.bias, -1, 1)
     return norm
@@ -84,6 +85,7 @@ def on_rank(rank: int, ranks: int, folder: Path) -> None:
         own = slices(share)[rank]
         for name, memory_format in FORMATS.items():
             results[share, name] = run_layer(convert(layer()), sum(share), own, memory_format)
+        results[share, "timm"] = run_layer(convert(layer(kind=BatchNormAct2d)), sum(share), own, torch.channels_last)
         results[share, "cumulative"] = run_layer(convert(layer(None)), sum(share), own, torch.channels_last)
     norm = convert(layer())
     results["offset"] = norm(1e4 + data(4 * ranks, 0, torch.channels_last)[0][4 * rank : 4 * rank + 4]).detach()
@@ -128,11 +130,11 @@ def test_the_helpers_know_the_ranks_and_sum_over_them(results: list[dict]) -> No
     assert all(result["sum is in place"] for result in results)
 
 
-@pytest.mark.parametrize("kind", [*FORMATS, "cumulative"])
+@pytest.mark.parametrize("kind", [*FORMATS, "cumulative", "timm"])
 def test_ranks_together_equal_one_process_with_the_whole_batch(results: list[dict], kind: str) -> None:
     for share in SHARES[len(results)]:
         parts = [result[share, kind] for result in results]
-        norm = layer(None if kind == "cumulative" else 0.1)
+        norm = layer(None if kind == "cumulative" else 0.1, BatchNormAct2d if kind == "timm" else nn.BatchNorm2d)
         whole = run_layer(norm, sum(share), slice(None), FORMATS.get(kind, torch.channels_last))
         for name, expected in whole.items():
             values = [part[name] for part in parts]

@@ -1,0 +1,79 @@
+"""Networks of timm as encoders."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor
+
+from ptxdist.errors import SettingsError
+from ptxdist.train.features import STRIDES, Features
+
+
+class TimmFeatures(Features):
+    """A network of timm with random weights, without the layers after the last features.
+
+    Raises SettingsError when timm has no such network or it lacks one of `STRIDES`.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if not timm.is_model(name):
+            raise SettingsError(f"timm has no network '{name}'{_nearest(name)}")
+        network = _create(name)
+        strides = list(network.feature_info.reduction())
+        if missing := [stride for stride in STRIDES if stride not in strides]:
+            raise SettingsError(
+                f"timm's '{name}' has features at strides {_in_words(strides)} only; an encoder of the U-Net also "
+                f"needs {_in_words(missing)}: use another one"
+            )
+        if strides != list(STRIDES):
+            network = _create(name, out_indices=[strides.index(stride) for stride in STRIDES])
+        self.network = network
+        self.channels = tuple(network.feature_info.channels())
+        self.mean, self.std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Features at strides 2, 4, 8, 16 and 32 of an image (B, 3, H, W)."""
+        features: list[Tensor] = self.network(x)
+        return features
+
+
+def check_timm(name: str, size_px: int) -> None:
+    """Raise SettingsError when a network of timm cannot be an encoder of images of this size; calculates nothing."""
+    with torch.device("meta"):
+        network = TimmFeatures(name).eval()
+        try:
+            found = [tuple(feature.shape) for feature in network(torch.zeros(2, 3, size_px, size_px))]
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise SettingsError(
+                f"timm's '{name}' takes no images of {size_px} x {size_px} pixels: {reason}; use another one"
+            ) from error
+    expected = [
+        (2, channels, size_px // stride, size_px // stride)
+        for channels, stride in zip(network.channels, STRIDES, strict=True)
+    ]
+    if found != expected:
+        raise SettingsError(f"the features of timm's '{name}' have the shapes {found}, not {expected}: use another one")
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    try:
+        return timm.create_model(name, pretrained=False, features_only=True, **arguments)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingsError(f"timm's '{name}' cannot be an encoder: {reason}; use another one") from error
+
+
+def _nearest(name: str) -> str:
+    found = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    return f" (did you mean {' or '.join(found)}?)" if found else ": `timm.list_models()` names them"
+
+
+def _in_words(strides: Sequence[int]) -> str:
+    return " and ".join(", ".join(map(str, strides)).rsplit(", ", 1))
