@@ -118,7 +118,7 @@ class TrainSettings(Section):
 class ModelSettings(Section):
     """The network of all stages: a U-Net."""
 
-    encoder: str = added("resnet34", min_length=1, description="resnet34, resnet18, resnet50, or timm/NAME for one of timm")
+    encoder: str = added("resnet34", min_length=1, description="resnet34, resnet18, resnet50 or timm/NAME")
     encoder_weights: str = Field("imagenet", min_length=1, description="imagenet, none, or a file of weights")
     input_mapping: Literal["repeat", "learned"] = Field(
         "repeat", description="grayscale to three channels: repeated, or by a learned 1x1 convolution"
