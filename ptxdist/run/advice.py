@@ -37,7 +37,7 @@ _PASSES_PER_CORE, _PASSES_PER_GPU = 10_000, 1_000_000
 _FIRST_EPOCHS = (6, 30)  # least and most
 _SECOND_EPOCHS = (5, 10)
 _BATCH, _SMALL_BATCH = 16, 8
-_GIB_PER_PASS = 0.3  # memory of a training image of 256 px, with what the optimiser keeps
+_GIB, _GIB_PER_IMAGE = 1.5, 0.12  # memory of a training, and more for each image of 256 px in a batch (ResNet-34, fp32)
 _RATE, _SECOND_RATE = 1e-3, 3e-4
 _SHARE = (0.5, 0.4)
 _ON_CPU = ("timm/tf_efficientnet_lite0", "resnet34", "resnet18")
@@ -212,8 +212,8 @@ def _stages(data: Survey, machine: Machine) -> Iterator[tuple[_Stage, float]]:
 
 def _stage_of(data: Survey, machine: Machine, size: int, epochs: int, why_epochs: str) -> _Stage:
     memory = machine.gpus[0][1] if machine.gpus else machine.memory_gib
-    needed = _BATCH * _GIB_PER_PASS * (size / _FIRST_PX) ** 2
-    batch = _BATCH if memory >= needed else _SMALL_BATCH
+    needed = {count: _GIB + count * _GIB_PER_IMAGE * (size / _FIRST_PX) ** 2 for count in (_BATCH, _SMALL_BATCH)}
+    batch = _BATCH if memory >= needed[_BATCH] else _SMALL_BATCH
     smallest = data.mask_share.low * size**2 if data.mask_share else 0
     present = data.train[1] / data.train[0]
     return _Stage(
@@ -222,7 +222,7 @@ def _stage_of(data: Survey, machine: Machine, size: int, epochs: int, why_epochs
         epochs=epochs,
         why_epochs=why_epochs,
         batch=batch,
-        why_batch=f"takes about {batch * _GIB_PER_PASS * (size / _FIRST_PX) ** 2:.0f} of {memory:.0f} GiB",
+        why_batch=f"takes at most about {needed[batch]:.0f} of {memory:.0f} GiB",
         steps=epochs * -(-data.train[0] // batch),
         share=_SHARE if present < _SHARE[1] else None,
         why_share=f"{100 * present:.0f} % in the data: too few for a mask to pay off",

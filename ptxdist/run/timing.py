@@ -49,7 +49,7 @@ def this_machine() -> Machine:
     """Cores, memory, GPUs and pre-trained weights of this machine."""
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     return Machine(
-        cores=os.cpu_count() or 1,
+        cores=len(os.sched_getaffinity(0)),
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=tuple((gpu.name, round(gpu.total_memory / 2**30, 1)) for gpu in gpus),
         bf16=choose_precision("auto", choose_device("auto")) == torch.bfloat16,

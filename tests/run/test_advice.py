@@ -43,7 +43,7 @@ FULL = replace(REAL, cases=12_047, positive=2_669, folds=10, train=(10_842, 2_40
         pytest.param(REAL, replace(CPU, cores=16), LITE0, [(256, 30, 16, 0.99), (512, 10, 16, 0.99)], id="16 cores"),
         pytest.param(REAL, replace(CPU, encoders=("resnet34",)), "resnet34", [(256, 30, 16, 0.99)], id="ResNet cached"),
         pytest.param(REAL, replace(CPU, encoders=()), "resnet18", [(256, 30, 16, 0.99)], id="no weights"),
-        pytest.param(REAL, replace(CPU, memory_gib=4.0), LITE0, [(256, 30, 8, 0.99)], id="little memory"),
+        pytest.param(REAL, replace(CPU, memory_gib=3.0), LITE0, [(256, 30, 8, 0.99)], id="little memory"),
         pytest.param(REAL, GPU, "resnet34", [(256, 30, 16, 0.99), (512, 10, 16, 0.99)], id="few cases on a GPU"),
         pytest.param(REAL, replace(GPU, encoders=(LITE0,)), LITE0, [(256, 30, 16, 0.99), (512, 10, 16, 0.99)]),
         pytest.param(REAL, replace(GPU, encoders=()), "resnet34", [(256, 30, 16, 0.99), (512, 10, 16, 0.99)]),
