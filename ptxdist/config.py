@@ -164,7 +164,7 @@ class StageSettings(Section):
     batch_size: int = Field(ge=1, description="cases per optimiser step over all workers together")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = added(0.0, ge=0, description="decoupled from the gradient, as in AdamW; 0: Adam")
-    warmup_steps: int = added(0, ge=0, description="optimiser steps over which the learning rate rises from 0")
+    warmup_steps: int = added(0, ge=0, description="first optimiser steps, over which the learning rate rises from 0")
     clip_norm: float | None = added(None, gt=0, description="gradients of a larger norm are scaled down to it")
     ema_decay: float = added(
         0.0, ge=0, lt=1, description="validate and keep the EMA of the weights over steps; 0: none"
@@ -192,9 +192,11 @@ class StageSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _swa_fits(self) -> StageSettings:
+    def _fits(self) -> StageSettings:
         if self.swa_epochs > self.epochs:
             raise ValueError(f"swa_epochs ({self.swa_epochs}) is more than epochs ({self.epochs})")
+        if self.swa_epochs and self.ema_decay:
+            raise ValueError("swa_epochs and ema_decay both average the weights; leave out one of them")
         return self
 
 

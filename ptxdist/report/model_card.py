@@ -74,7 +74,10 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
     parts = [
         f"{stage.epochs} {'epoch' if stage.epochs == 1 else 'epochs'} at {stage.size_px} pixels",
         f"batches of {how.batch_size} over {stage.workers} {'worker' if stage.workers == 1 else 'workers'}",
-        f"Adam, learning rate from {how.learning_rate:g}, {how.schedule} schedule",
+        f"{f'AdamW, weight decay {how.weight_decay:g}' if how.weight_decay else 'Adam'}, learning rate from "
+        f"{how.learning_rate:g}, {how.schedule} schedule"
+        + (f", warm-up over {how.warmup_steps} steps" if how.warmup_steps else "")
+        + (f", gradients clipped to a norm of {how.clip_norm:g}" if how.clip_norm else ""),
         losses.chosen(how).words,
         f"augmentation: {augment.in_words(how.augmentation)}",
     ]
@@ -83,6 +86,8 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
         parts.append(f"share of positive images in a batch from {first} to {last}")
     if how.swa_epochs:
         parts.append(f"weights averaged over the last {how.swa_epochs} epochs (SWA)")
+    if how.ema_decay:
+        parts.append(f"exponential moving average of the weights (EMA), decay {how.ema_decay:g}")
     best = "the averaged weights" if stage.best.averaged else f"epoch {stage.best.epoch}"
     reused = f"; taken from run {stage.reused_from}" if stage.reused_from else ""
     return f"Stage {stage.stage}: {', '.join(parts)}; best by {how.best_by}: {best}{reused}."

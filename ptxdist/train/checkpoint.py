@@ -1,8 +1,8 @@
 """Weights and checkpoints of a training: writing, reading and checking them.
 
     checkpoints/epoch-0002-step-000140/   after two epochs and 140 steps of the third: model.safetensors,
-                                          optimizer.safetensors, average.safetensors (with SWA), and state.json with
-                                          the sha256 of the others
+                                          optimizer.safetensors, average.safetensors (with SWA or EMA), and state.json
+                                          with the sha256 of the others
     checkpoints/best-0002.safetensors
 
 Tensors are in safetensors files, the rest is JSON; nothing is pickled. A checkpoint that is truncated or altered is

@@ -1,7 +1,7 @@
 """fit(): one stage of training, on one process or on many that share a torch.distributed group.
 
-Owns: epochs, SWA, validation, resuming. It does not know Ray; its caller receives events. `saving` decides what is
-kept.
+Owns: epochs, averaged weights, validation, resuming. It does not know Ray; its caller receives events. `saving` decides
+what is kept.
 
 The global batch decides: order, augmentation and optimiser steps are the same for any number of ranks, and with
 `sync_batch_norm` so are the results, up to rounding. A run that is killed and resumes from a checkpoint, between
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,8 +36,9 @@ from ptxdist.train.device import choose_precision
 from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.losses import chosen
 from ptxdist.train.on_device import OnDeviceStore, hold
+from ptxdist.train.optimizer import EMA, make_optimizer
 from ptxdist.train.saving import Saver
-from ptxdist.train.schedule import learning_rate, positive_share
+from ptxdist.train.schedule import learning_rate, positive_share, warm_up
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.step import FiniteCheck, Stepper
 from ptxdist.train.swa import SWA, reestimate_batch_norm
@@ -110,7 +112,7 @@ class _Position:
 
 @dataclass(eq=False)
 class _Trainer:
-    """The state of one stage: model, optimiser, SWA, history, place in the epoch."""
+    """The state of one stage: model, optimiser, averages, history, place in the epoch."""
 
     model: nn.Module
     data: StageData
@@ -131,7 +133,7 @@ class _Trainer:
         self.model = self.model.to(self.device).to(memory_format=torch.channels_last)
         if world_size() > 1 and self.train.sync_batch_norm:
             self.model = batchnorm.convert(self.model)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.stage.learning_rate, fused=True)
+        self.optimizer = make_optimizer(self.model, self.stage)
         parallel: nn.Module = self.model
         if world_size() > 1:
             parallel = DistributedDataParallel(
@@ -141,6 +143,8 @@ class _Trainer:
             )
         self.stepper = Stepper(parallel, self.optimizer, self.stage, self.train, self.precision)
         self.swa = SWA()
+        self.ema = EMA(self.model, self.stage.ema_decay) if self.stage.ema_decay else None
+        self.steps = 0  # of the optimiser, over all epochs
         self.history: list[EpochMetrics] = []
         self.best: EpochMetrics | None = None
         self.position = _Position()
@@ -167,7 +171,11 @@ class _Trainer:
         best = state.progress["best"]
         self.best = EpochMetrics.model_validate(best) if best else None
         self.swa.count = state.progress["averaged"]
-        self.swa.state = match_device(state.average, self.device)
+        if self.ema:
+            self.ema.load(state.average)
+        else:
+            self.swa.state = match_device(state.average, self.device)
+        self.steps = state.progress.get("steps", 0)  # older checkpoints have none, nor settings that need it
         self.position = _Position(state.step, state.progress["loss_sum"], state.progress["seconds"])
         where = f" and {state.step} steps of the next" if state.step else ""
         self._say(f"stage {self.number} resumes after epoch {state.epoch} of {self.stage.epochs}{where}")
@@ -175,9 +183,7 @@ class _Trainer:
     def run_epoch(self, epoch: int) -> EpochMetrics:
         """Train and validate one epoch, or what is left of it, then save."""
         rate = learning_rate(self.stage, [item.val_loss for item in self.history])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self._train(epoch)
+        self._train(epoch, rate)
         done, self.position = self.position, _Position()
         if epoch > self.stage.epochs - self.stage.swa_epochs:
             self.swa.update(self.model)
@@ -196,7 +202,7 @@ class _Trainer:
         return metrics
 
     def result(self) -> FitResult:
-        """The result of the stage; the model holds its last weights."""
+        """The result of the stage; the model holds its last weights, those of SWA or of the last step."""
         assert self.best is not None
         self.saver.wait()
         barrier()  # rank 0 has written the weights
@@ -212,7 +218,7 @@ class _Trainer:
             self.data.store, shares, augmentation=self.augmentation, names=self.names, epoch=epoch, device=self.device
         )
 
-    def _train(self, epoch: int) -> None:
+    def _train(self, epoch: int, rate: float) -> None:
         """Optimiser steps from the present position to the end of the epoch."""
         total, place, started = len(self.data.train), self.position, time.perf_counter()
         shares = self._shares(epoch)
@@ -220,7 +226,12 @@ class _Trainer:
         check = FiniteCheck(self.number, lambda indices: [self.names[index] for index in indices])
         seconds = place.seconds
         for step, batch in enumerate(self._batches(shares[place.step :], epoch), start=place.step + 1):
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * warm_up(self.stage, self.steps)
             loss, norm = self.stepper.step(batch)
+            if self.ema:
+                self.ema.update(self.steps)
+            self.steps += 1
             done += batch.global_size
             check.add(step, loss, norm, batch)
             if step % _CHECK_EVERY == 0 or step == len(shares):
@@ -245,17 +256,18 @@ class _Trainer:
             done = min(total, done * world_size())  # of all ranks, which are about equally far
             self.on_event(Progress(stage=self.number, step="validate", epoch=epoch, done=done, total=total))
 
-        counts = score_cases(
-            self.model,
-            self.data.store,
-            self.data.cases,
-            self.data.val,
-            thresholds=[self.stage.threshold],
-            device=self.device,
-            precision=self.precision,
-            loss=loss,
-            on_cases=on_cases,
-        )
+        with self.ema.in_model() if self.ema else nullcontext():
+            counts = score_cases(
+                self.model,
+                self.data.store,
+                self.data.cases,
+                self.data.val,
+                thresholds=[self.stage.threshold],
+                device=self.device,
+                precision=self.precision,
+                loss=loss,
+                on_cases=on_cases,
+            )
         val_loss = loss.total(counts.loss)
         if not math.isfinite(val_loss):
             raise TrainingError(
@@ -288,6 +300,7 @@ class _Trainer:
             "history": [item.model_dump(mode="json") for item in self.history],
             "best": self.best.model_dump(mode="json") if self.best else None,
             "averaged": self.swa.count,
+            "steps": self.steps,
             "loss_sum": self.position.loss_sum,
             "seconds": self.position.seconds,
         }
@@ -296,7 +309,7 @@ class _Trainer:
             self.position.step,
             self.model.state_dict(),
             self.optimizer.state_dict() if checkpoint else {"state": {}, "param_groups": []},
-            self.swa.state if checkpoint else {},
+            self.ema.state if self.ema else self.swa.state if checkpoint else {},
             progress,
         )
         self.saver.save(state, self.history, best=best, checkpoint=checkpoint)

@@ -1,6 +1,6 @@
-"""Learning rate and share of positive cases of an epoch.
+"""Learning rate of an epoch and of its steps, and share of positive cases of an epoch.
 
-Both are functions of the epoch and of the losses so far, so there is no state to save.
+They are functions of epoch, steps and losses so far, so there is no state to save.
 """
 
 from __future__ import annotations
@@ -33,6 +33,11 @@ def learning_rate(stage: StageSettings, val_losses: Sequence[float]) -> float:
         if bad_epochs > stage.plateau_patience:
             rate, bad_epochs = rate * stage.plateau_factor, 0
     return rate
+
+
+def warm_up(stage: StageSettings, steps: int) -> float:
+    """Factor of the learning rate after so many optimiser steps of the stage: 1 / `warmup_steps` at first, then 1."""
+    return min(1.0, (steps + 1) / stage.warmup_steps) if stage.warmup_steps else 1.0
 
 
 def positive_share(stage: StageSettings, epoch: int) -> float | None:

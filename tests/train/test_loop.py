@@ -26,6 +26,8 @@ from ptxdist.train.unet import build_unet
 
 CPU = torch.device("cpu")
 MODEL = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=(16, 8, 8, 4, 4))
+PLAIN: dict[str, object] = {"swa_epochs": 2}
+ALL: dict[str, object] = {"weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9}
 RESNET = ModelSettings(encoder_weights="none")
 
 
@@ -80,14 +82,15 @@ def test_four_images_are_learnt_by_heart(cache: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "preempted", "where"),
+    ("changes", "settings", "preempted", "where"),
     [
-        ({}, False, "epoch 2 of 4"),
-        ({"checkpoint_every_images": 15}, False, "epoch 2 of 4 and 10 steps of the next"),
-        ({"checkpoint_every_s": 1e-9}, False, "epoch 2 of 4 and 10 steps of the next"),
-        ({}, True, "epoch 2 of 4 and 10 steps of the next"),
+        (PLAIN, {}, False, "epoch 2 of 4"),
+        (PLAIN, {"checkpoint_every_images": 15}, False, "epoch 2 of 4 and 10 steps of the next"),
+        (PLAIN, {"checkpoint_every_s": 1e-9}, False, "epoch 2 of 4 and 10 steps of the next"),
+        (PLAIN, {}, True, "epoch 2 of 4 and 10 steps of the next"),
+        (ALL, {"checkpoint_every_images": 15}, False, "epoch 2 of 4 and 10 steps of the next"),
     ],
-    ids=["between epochs", "by images", "by time", "after a preemption notice"],
+    ids=["between epochs", "by images", "by time", "after a preemption notice", "with every setting of the optimiser"],
 )
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     cache: Path,
@@ -95,6 +98,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     full_recipe: tuple[Transform, ...],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, object],
     settings: dict[str, float],
     preempted: bool,
     where: str,
@@ -104,8 +108,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
     monkeypatch.setattr(saving, "_PREEMPTED_S", 0.0)
     stage = StageSettings(
-        size_px=32, epochs=4, batch_size=2 if inside else 4, swa_epochs=2, best_by="loss", positive_share=(0.7, 0.3),
-        augmentation=recipe,
+        size_px=32, epochs=4, batch_size=2 if inside else 4, best_by="loss", positive_share=(0.7, 0.3),
+        augmentation=recipe, **changes,
     )  # fmt: skip
     whole = train(cache, tmp_path / "whole", stage)
 
@@ -121,7 +125,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         train(cache, broken, stage, settings, on_event=stop_in_epoch_three, preempted=lambda: preempted)
     resumed = train(cache, broken, stage, settings, seed=3, on_event=events.append)
     assert messages(events) == [f"stage 1 resumes after {where}"]
-    assert len(whole.history) == len(resumed.history) == 5
+    assert len(whole.history) == len(resumed.history) == (5 if stage.swa_epochs else 4)
 
     def numbers(item: EpochMetrics) -> dict[str, object]:
         return item.model_dump(exclude={"train_seconds", "val_seconds", "images_per_second"})
@@ -144,6 +148,34 @@ def test_the_best_weights_are_those_of_the_best_epoch(cache: Path, tmp_path: Pat
     last = state(tmp_path / "epoch-0003-step-000000" / "model.safetensors")
     same = all(torch.equal(value, last[key]) for key, value in state(result.weights).items())
     assert same == (result.best.epoch == 3)
+
+
+def test_averaged_weights_are_validated_kept_and_not_trained_on(
+    cache: Path, small_net: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """Against a plain sum over the raw weights of each step; 6 cases in batches of 2 are 3 steps an epoch."""
+    raw: list[dict[str, torch.Tensor]] = []
+    model = small_net()
+
+    def remember(event: Event) -> None:
+        if isinstance(event, Progress) and event.step == "train":
+            raw.append({key: value.double().clone() for key, value in model.state_dict().items()})
+
+    stage = StageSettings(size_px=32, epochs=2, batch_size=2, best_by="loss", ema_decay=0.25)
+    result = train(cache, tmp_path / "ema", stage, make_model=lambda: model, on_event=remember)
+    plain = train(cache, tmp_path / "plain", stage.model_copy(update={"ema_decay": 0.0}), make_model=small_net)
+    assert [item.train_loss for item in result.history] == [item.train_loss for item in plain.history]
+    assert [item.val_loss for item in result.history] != [item.val_loss for item in plain.history]
+
+    expected = {key: value.double() for key, value in small_net().state_dict().items()}
+    for steps, state in enumerate(raw[: 3 * result.best.epoch]):
+        decay = min(0.25, (1 + steps) / (10 + steps))
+        for key, value in state.items():
+            expected[key] = value if key.endswith("tracked") else decay * expected[key] + (1 - decay) * value
+    kept = small_net()
+    load_weights(kept, result.weights)
+    for key, value in kept.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7, msg=key)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_cases(cache: Path, tmp_path: Path) -> None:

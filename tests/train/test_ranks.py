@@ -41,6 +41,12 @@ RUNS: dict[str, tuple[int, dict[str, Any], TrainSettings, TrainSettings]] = {
     "two, Dice of the batch": (2, {"dice": "batch"}, EXACT, EXACT),
     "three, accumulating": (3, {}, *(EXACT.model_copy(update={"micro_batch": cases}) for cases in (1, 3))),
     "four": (4, {}, EXACT, EXACT),
+    "three, every setting of the optimiser": (
+        3,
+        {"dice": "batch", "weight_decay": 0.05, "warmup_steps": 3, "clip_norm": 0.5, "ema_decay": 0.5},
+        EXACT,
+        EXACT,
+    ),
 }
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptxdist.config import StageSettings
-from ptxdist.train.schedule import learning_rate, positive_share
+from ptxdist.train.schedule import learning_rate, positive_share, warm_up
 
 
 def stage(schedule: str, epochs: int = 12) -> StageSettings:
@@ -42,6 +42,12 @@ def test_cosine_equals_cosine_annealing() -> None:
 def test_a_stage_starts_at_its_own_learning_rate_and_constant_stays_there() -> None:
     assert {learning_rate(stage(name), []) for name in ("plateau", "cosine", "constant")} == {1e-3}
     assert learning_rate(stage("constant"), [9.0] * 50) == 1e-3
+
+
+def test_the_rate_rises_in_a_line_over_the_first_steps() -> None:
+    slow = stage("constant").model_copy(update={"warmup_steps": 4})
+    assert [warm_up(slow, steps) for steps in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert warm_up(stage("constant"), 0) == 1
 
 
 def test_share_of_positives_goes_in_a_line_from_first_to_last_epoch() -> None:

@@ -1,0 +1,57 @@
+"""Weight decay and clipping against torch's own optimisers and functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ptxdist.config import StageSettings, TrainSettings
+from ptxdist.errors import SettingsError
+from ptxdist.resolve import load_settings
+from ptxdist.train.dataset import Batch
+from ptxdist.train.losses import chosen
+from ptxdist.train.optimizer import make_optimizer
+from ptxdist.train.step import Stepper
+
+
+def stage(**changes: Any) -> StageSettings:
+    return StageSettings(size_px=32, epochs=1, batch_size=4, learning_rate=0.01, **changes)
+
+
+def test_weights_decay_and_biases_and_batch_norm_do_not(small_net: Callable[[], nn.Module]) -> None:
+    """With gradients of 0, a step of AdamW is the decay alone."""
+    model, before = small_net(), small_net().state_dict()
+    optimizer = make_optimizer(model, stage(weight_decay=0.1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        factor = 1 - 0.01 * 0.1 if parameter.ndim == 4 else 1
+        torch.testing.assert_close(parameter.detach(), before[name] * factor, msg=name)
+    assert type(make_optimizer(model, stage())) is torch.optim.Adam
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
+def test_larger_gradients_are_scaled_down_and_their_own_norm_is_reported(
+    small_net: Callable[[], nn.Module], clip_norm: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    image, mask = torch.randint(0, 256, (2, 4, 1, 32, 32), generator=generator, dtype=torch.uint8)
+    batch = Batch(image, mask, torch.arange(4), 4)
+    model, reference = small_net(), small_net()
+    loss = chosen(stage()).per_case(reference(image), mask.float() / 255).mean()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), clip_norm)
+    stepper = Stepper(model, make_optimizer(model, stage()), stage(clip_norm=clip_norm), TrainSettings(), torch.float32)
+    assert stepper.step(batch)[1].item() == pytest.approx(norm.item(), rel=1e-5)
+    for (name, found), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-9, msg=name)
+
+
+def test_two_averages_of_the_weights_are_refused() -> None:
+    with pytest.raises(SettingsError, match="swa_epochs and ema_decay both average the weights; leave out one of them"):
+        load_settings("paper", assignments=["stages.1.ema_decay=0.99"])
