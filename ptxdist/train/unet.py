@@ -76,14 +76,15 @@ class _Block(nn.Module):
         return F.relu(self.bn2(self.conv2(x)), inplace=True)
 
 
-class _ImageHead(nn.Linear):
-    """Mean of the features (B, C, h, w) over the image, then a linear layer to one logit (B,)."""
+class ImageHead(nn.Linear):
+    """Whether an image is positive, from its features: their mean over the image, then a linear layer to one logit."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, 1)
         nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:
+        """Logits (B,) of features (B, C, h, w), in the type of the weights; B = 0 gives (0,)."""
         # Not F.linear, which autocast computes in bfloat16: a probability of 8 bits puts many images at one score.
         pooled = features.to(self.weight.dtype).mean((2, 3))
         return (pooled * self.weight).sum(1) + self.bias
@@ -109,7 +110,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(decoder_channels[-1], 1, 3, padding=1)
         nn.init.xavier_uniform_(self.head.weight)
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
-        self.image_head = _ImageHead(coarsest) if image_head else None
+        self.image_head = ImageHead(coarsest) if image_head else None
 
     def forward(self, image: Tensor) -> Output:
         """Logits (B, 1, H, W) of an image (B, 1, H, W), uint8 or floating 0..255; B = 0 gives (0, 1, H, W).

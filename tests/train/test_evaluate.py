@@ -197,6 +197,19 @@ def test_an_ensemble_averages_probabilities() -> None:
         assert torch.equal(Ensemble(models[:1])(image), models[0](image))
 
 
+def test_an_ensemble_averages_the_probabilities_of_image_heads_too() -> None:
+    torch.manual_seed(0)
+    models = [build_unet(MODEL.model_copy(update={"image_head": True})).eval() for _ in range(2)]
+    image = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = [
+            torch.stack(parts).sigmoid().mean(0) for parts in zip(*[model(image) for model in models], strict=True)
+        ]
+        for found, mean in zip(Ensemble(models)(image), expected, strict=True):
+            torch.testing.assert_close(found.sigmoid(), mean)
+        torch.testing.assert_close(Ensemble(models[:1])(image), models[0](image))
+
+
 def test_runs_of_one_fold_are_an_ensemble_and_of_two_folds_are_pooled(
     folds: Path, evaluated: tuple[Path, EvaluationResult], tmp_path: Path
 ) -> None:
@@ -221,6 +234,12 @@ def test_runs_that_do_not_go_together_are_refused(folds: Path, tmp_path: Path) -
     large = replace(small, stage=small.stage.model_copy(update={"size_px": 64}))
     with pytest.raises(RunError, match="64 pixels"):
         evaluate([small, large], folds, tmp_path / "x", device=CPU)
+    pipeline = small.settings.pipeline
+    headed = pipeline.model_copy(update={"model": pipeline.model.model_copy(update={"image_head": True})})
+    other = Member(tmp_path / "headed", small.settings.model_copy(update={"pipeline": headed}), small.stage)
+    for members in ([small, other], [other, small]):
+        with pytest.raises(RunError, match=f"headed has an image head and {small.run} has none"):
+            evaluate(members, folds, tmp_path / "x", device=CPU)
     cache = Path(shutil.copytree(folds, tmp_path / "cache"))
     write_catalog(replace(read_catalog(cache), folds=3), cache / FILE_NAME)
     with pytest.raises(RunError, match="no labelled case in fold 2"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -22,10 +23,13 @@ from ptxdist.records import EpochMetrics, Event, Message, Progress
 from ptxdist.train import saving
 from ptxdist.train.checkpoint import checkpoints, load_weights
 from ptxdist.train.loop import FitResult, StageData, fit
+from ptxdist.train.losses import LOSSES, Loss
+from ptxdist.train.scoring import predict_probability
 from ptxdist.train.unet import build_unet
 
 CPU = torch.device("cpu")
 MODEL = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=(16, 8, 8, 4, 4))
+HEADED = MODEL.model_copy(update={"image_head": True})
 PLAIN: dict[str, object] = {"swa_epochs": 2}
 ALL: dict[str, object] = {"weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9}
 RESNET = ModelSettings(encoder_weights="none")
@@ -104,6 +108,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     where: str,
 ) -> None:
     inside = bool(settings) or preempted
+    model = HEADED if "checkpoint_every_s" in settings or not inside else MODEL
     recipe = full_recipe if "checkpoint_every_images" in settings or not inside else "siim"
     cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
     monkeypatch.setattr(saving, "_PREEMPTED_S", 0.0)
@@ -111,7 +116,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         size_px=32, epochs=4, batch_size=2 if inside else 4, best_by="loss", positive_share=(0.7, 0.3),
         augmentation=recipe, **changes,
     )  # fmt: skip
-    whole = train(cache, tmp_path / "whole", stage)
+    whole = train(cache, tmp_path / "whole", stage, make_model=lambda: build_unet(model))
 
     class StoppedError(Exception):
         pass
@@ -122,8 +127,11 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
     broken, events = tmp_path / "broken", list[Event]()
     with pytest.raises(StoppedError):
-        train(cache, broken, stage, settings, on_event=stop_in_epoch_three, preempted=lambda: preempted)
-    resumed = train(cache, broken, stage, settings, seed=3, on_event=events.append)
+        train(
+            cache, broken, stage, settings, make_model=lambda: build_unet(model), on_event=stop_in_epoch_three,
+            preempted=lambda: preempted,
+        )  # fmt: skip
+    resumed = train(cache, broken, stage, settings, make_model=lambda: build_unet(model), on_event=events.append)
     assert messages(events) == [f"stage 1 resumes after {where}"]
     assert len(whole.history) == len(resumed.history) == (5 if stage.swa_epochs else 4)
 
@@ -138,6 +146,24 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
             tmp_path / run / "epoch-0004-step-000000" / f"{name}.safetensors" for run in ("whole", "broken")
         )
         assert first.read_bytes() == second.read_bytes(), name
+
+
+def test_an_image_head_alone_learns_which_images_are_positive(
+    long_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = Loss("no loss of masks", lambda logits, target: 0 * logits.float().flatten(1).sum(1))
+    monkeypatch.setitem(LOSSES, "nothing", nothing)
+    stage = StageSettings(
+        size_px=32, epochs=12, batch_size=4, learning_rate=0.01, loss="nothing", image_weight=1.0, best_by="loss"
+    )
+    torch.manual_seed(3)
+    model, sides = build_unet(HEADED), data(long_cache)
+    result = fit(model, sides, stage, TrainSettings(), number=1, seed=3, device=CPU, folder=tmp_path)
+    assert result.history[0].val_loss == pytest.approx(math.log(2), abs=0.2)
+    assert result.best.val_loss < 0.3
+    images, masks = (np.stack([sides.store.sample(i)[part] for i in sides.val]) for part in (0, 1))
+    found = predict_probability(model.eval(), torch.from_numpy(images)[:, None], flip_averaging=True).image
+    assert ((found.detach().numpy() > 0.5) == masks.any((1, 2))).all()
 
 
 def test_the_best_weights_are_those_of_the_best_epoch(cache: Path, tmp_path: Path) -> None:

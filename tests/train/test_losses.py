@@ -17,6 +17,7 @@ from ptxdist.train.losses import (
     chosen,
     dice_loss,
     dice_sums,
+    image_bce,
     over_ranks,
 )
 
@@ -143,6 +144,31 @@ def test_a_loss_of_cases_is_the_objective_of_the_same_cases(loss: Loss) -> None:
     assert loss.total(parts.numpy()) == pytest.approx(expected.item(), rel=1e-6)
     apart = torch.cat([loss.parts(logits[i : i + 1], target[i : i + 1]) for i in range(5)])
     torch.testing.assert_close(parts, apart, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_target_of_an_image_is_whether_any_of_its_mask_is_left(dtype: torch.dtype) -> None:
+    target = torch.zeros(3, 1, 8, 8)
+    target[1, 0, 2, 3], target[2] = 1 / 255, 0.4
+    logits = torch.tensor([1.5, -0.5, 2.0])
+    expected = [math.log(1 + math.exp(1.5)), math.log(1 + math.exp(0.5)), math.log(1 + math.exp(-2.0))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = image_bce(logits.to(dtype), target)
+    assert found.dtype == torch.float32
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    assert image_bce(logits[:0], target[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("dice", ["image", "batch"])
+def test_the_loss_of_an_image_head_is_added_to_each_case_with_its_weight(dice: Literal["image", "batch"]) -> None:
+    (mask, target), image = batch(1, (4, 1, 16, 16)), torch.randn(4, generator=torch.Generator().manual_seed(2))
+    target[::2] = 0
+    loss = chosen(StageSettings(size_px=32, epochs=1, batch_size=1, dice=dice, image_weight=0.3))
+    assert loss.of_cases(mask, target).equal(loss.per_case(mask, target))
+    added = 0.3 * image_bce(image, target)
+    torch.testing.assert_close(loss.of_cases((mask, image), target), loss.per_case(mask, target) + added)
+    with_head, without = (loss.total(loss.parts(output, target).numpy()) for output in ((mask, image), mask))
+    assert with_head == pytest.approx(without + added.mean().item(), rel=1e-6)
 
 
 def test_words_are_those_of_reports_and_bundles() -> None:

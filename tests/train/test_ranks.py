@@ -24,7 +24,7 @@ from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.dataset import batches, epoch_order, training_shares
 from ptxdist.train.encoders import ENCODERS
 from ptxdist.train.loop import StageData, fit
-from ptxdist.train.losses import LOSSES
+from ptxdist.train.losses import chosen
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.swa import reestimate_batch_norm
 from ptxdist.train.unet import build_unet
@@ -32,17 +32,19 @@ from ptxdist.train.unet import build_unet
 CPU = torch.device("cpu")
 SEED = 3
 TRAINED = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=(32, 16, 16, 8, 8))
+HEADED = TRAINED.model_copy(update={"image_head": True})
 EXACT = TrainSettings(precision="fp32", keep_checkpoints=1)  # `auto` is bf16 on some CPUs
 
 # Six training cases in batches of five: the last global batch has one case, so some ranks get none of it. With one case
 # in a pass, three ranks make the passes of one process with three: the second one has an idle rank.
 # All in float64: Adam turns rounding in vanishing gradients into whole steps, and hides so what is wrong.
-RUNS: dict[str, tuple[int, dict[str, Any], TrainSettings, TrainSettings]] = {
-    "two, Dice of the batch": (2, {"dice": "batch"}, EXACT, EXACT),
-    "three, accumulating": (3, {}, *(EXACT.model_copy(update={"micro_batch": cases}) for cases in (1, 3))),
-    "four": (4, {}, EXACT, EXACT),
+RUNS: dict[str, tuple[int, ModelSettings, dict[str, Any], TrainSettings, TrainSettings]] = {
+    "two, Dice of the batch": (2, HEADED, {"dice": "batch"}, EXACT, EXACT),
+    "three, accumulating": (3, HEADED, {}, *(EXACT.model_copy(update={"micro_batch": cases}) for cases in (1, 3))),
+    "four": (4, TRAINED, {}, EXACT, EXACT),
     "three, every setting of the optimiser": (
         3,
+        HEADED,
         {"dice": "batch", "weight_decay": 0.05, "warmup_steps": 3, "clip_norm": 0.5, "ema_decay": 0.5},
         EXACT,
         EXACT,
@@ -55,10 +57,16 @@ def stage_of(**changes: Any) -> StageSettings:
 
 
 def train(
-    cache: Path, folder: Path, stage: StageSettings, settings: TrainSettings, *, dtype: torch.dtype = torch.float32
+    cache: Path,
+    folder: Path,
+    stage: StageSettings,
+    settings: TrainSettings,
+    *,
+    model_settings: ModelSettings = HEADED,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.nn.Module:
     torch.manual_seed(SEED)
-    model = build_unet(TRAINED).to(dtype)
+    model = build_unet(model_settings).to(dtype)
     cases = read_catalog(cache).labelled
     sides = [np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val")]
     data = StageData(open_store(cache, stage.size_px), cases, *sides)
@@ -77,11 +85,11 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 def validate(cache: Path) -> dict[str, torch.Tensor]:
     """Counts of all 26 cases, in four blocks, by a network of random weights that finds something."""
     torch.manual_seed(1)
-    model = build_unet(ModelSettings(encoder_weights="none"))
+    model = build_unet(ModelSettings(encoder_weights="none", image_head=True))
     cases = read_catalog(cache).labelled
     counts = score_cases(
         model, open_store(cache, 32), cases, np.arange(len(cases)), thresholds=[0.4, 0.5], device=CPU,
-        flip_averaging=True, loss=LOSSES["bce_dice"].batch,
+        flip_averaging=True, loss=chosen(stage_of(dice="batch")),
     )  # fmt: skip
     return {name: torch.from_numpy(getattr(counts, name)) for name in ("loss", "score", "at_stage", "at_full")}
 
@@ -108,8 +116,11 @@ def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
             torch.save(validate(long_cache), folder / f"counts-{ranks}-{rank}.pt")
             torch.save(statistics(cache, ranks, rank), folder / f"statistics-{ranks}-{rank}.pt")
             torch.save(statistics(cache, ranks, rank, synchronised=False), folder / f"apart-{ranks}-{rank}.pt")
-            for name, (_, changes, settings, _) in runs.items():
-                model = train(cache, folder / name, stage_of(**changes), settings, dtype=torch.float64)
+            for name, (_, model_settings, changes, settings, _) in runs.items():
+                model = train(
+                    cache, folder / name, stage_of(**changes), settings, model_settings=model_settings,
+                    dtype=torch.float64,
+                )  # fmt: skip
                 (folder / f"{name}-{rank}.json").write_text(json.dumps(digests(model)))
             dist.destroy_process_group()
 
@@ -149,10 +160,10 @@ def test_statistics_are_reestimated_over_all_ranks(cache: Path, together: Path, 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_path: Path, name: str) -> None:
-    ranks, changes, _, alone = RUNS[name]
+    ranks, model, changes, _, alone = RUNS[name]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    train(cache, tmp_path, stage_of(**changes), alone, dtype=torch.float64)
+    train(cache, tmp_path, stage_of(**changes), alone, model_settings=model, dtype=torch.float64)
     torch.set_num_threads(threads)
     one_by_one, many = (
         [EpochMetrics.model_validate(item) for item in json.loads((folder / "history.json").read_text())]
@@ -164,8 +175,8 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
         assert other.val_loss == pytest.approx(one.val_loss, rel=1e-4)
         assert other.at_full.cases == one.at_full.cases == 4
     torch.manual_seed(SEED)
-    start = build_unet(TRAINED).state_dict()
-    ends = [weights(folder / "epoch-0002-step-000000") for folder in (tmp_path, together / name)]
+    start = build_unet(model).state_dict()
+    ends = [weights(folder / "epoch-0002-step-000000", model) for folder in (tmp_path, together / name)]
     kernels = [key for key in start if key.endswith("weight")]
     moved = sum(float((ends[0][key] - start[key]).square().sum()) for key in kernels) ** 0.5
     apart = sum(float((ends[0][key] - ends[1][key]).square().sum()) for key in kernels) ** 0.5
@@ -175,8 +186,8 @@ def test_ranks_together_train_as_one_process(cache: Path, together: Path, tmp_pa
         assert all(state[key] == value for state in states), f"{key} differs between ranks"
 
 
-def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    model = build_unet(TRAINED)
+def weights(checkpoint: Path, settings: ModelSettings = HEADED) -> dict[str, torch.Tensor]:
+    model = build_unet(settings)
     load_weights(model, checkpoint / "model.safetensors")
     return model.state_dict()
 
@@ -215,7 +226,7 @@ def reestimated(cache: Path, stage: StageSettings, model: torch.nn.Module) -> di
     cases = read_catalog(cache).labelled
     train_side = np.array([i for i, case in enumerate(cases) if case.split == "train"])
     shares = training_shares(epoch_order(train_side, seed=SEED, epoch=stage.epochs), stage.batch_size, 0, 1)
-    other = build_unet(TRAINED)
+    other = build_unet(HEADED)
     other.load_state_dict(model.state_dict())
     other.train()
     seen: dict[str, list[torch.Tensor]] = {}

@@ -14,7 +14,7 @@ from ptxdist.cache.render import fit_square, resize
 from ptxdist.cache.store import open_store
 from ptxdist.labels import rle
 from ptxdist.scores.metrics import scores
-from ptxdist.train.scoring import score_cases, to_original
+from ptxdist.train.scoring import case_score, predict_probability, score_cases, to_original
 
 CPU = torch.device("cpu")
 
@@ -87,6 +87,34 @@ def test_flip_averaging_of_a_symmetric_model_changes_nothing(cache: Path) -> Non
         for flip in (False, True)
     )
     assert (plain.at_full == averaged.at_full).all()
+
+
+class Sides(nn.Module):
+    """A map that is the image, and an image logit that sees its left half only."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        grey = image.float() / 64 - 2
+        return grey, grey[..., : image.shape[-1] // 2].mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_flip_averaging_averages_the_probability_of_the_image_head_too(one_pass: bool) -> None:
+    image = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (mask, head), (_, mirrored) = Sides()(image), Sides()(image.flip(-1))
+    found = predict_probability(Sides(), image, True, one_pass=one_pass)
+    torch.testing.assert_close(found.output, (mask, head))
+    torch.testing.assert_close(found.probability, mask.sigmoid())
+    assert found.image is not None
+    assert found.image.equal((head.sigmoid() + mirrored.sigmoid()) / 2)
+    assert not found.image.equal(head.sigmoid())
+
+
+def test_the_score_of_a_case_is_its_highest_pixel_or_with_an_image_head_more() -> None:
+    probability = torch.zeros(2, 1, 32, 64)
+    probability[0, 0, 5, 10:20] = torch.linspace(0.1, 1.0, 10)  # the highest 8 of 2048 pixels are 0.3 to 1
+    assert case_score(probability, None).tolist() == [1, 0]
+    assert case_score(probability, torch.tensor([0.25, 0.5])).tolist() == pytest.approx([(0.25 + 0.65) / 2, 0.25])
+    assert case_score(probability[:0], torch.zeros(0)).shape == case_score(probability[:0], None).shape == (0,)
 
 
 def test_no_cases_give_empty_counts(cache: Path) -> None:

@@ -15,8 +15,21 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.train.loop import StageData, fit
+from ptxdist.train.unet import ImageHead
 
 CPU = torch.device("cpu")
+
+
+class Headed(nn.Module):
+    """A small network that returns two tensors, as a U-Net with an image head."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.features, self.head, self.image_head = network.layers[:3], network.layers[3], ImageHead(8)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features(image.float() / 255)
+        return self.head(features), self.image_head(features)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -28,10 +41,10 @@ def test_a_compiled_stage_learns_the_same(
     train, val = (np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val"))
     data, sizes, compile_ = StageData(open_store(long_cache, 32), cases, train, val), [], torch.compile
 
-    def compile_and_count(model: nn.Module, **options: object) -> Callable[[Tensor], Tensor]:
+    def compile_and_count(model: nn.Module, **options: object) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         compiled = compile_(model, **options)
 
-        def forward(image: Tensor) -> Tensor:
+        def forward(image: Tensor) -> tuple[Tensor, Tensor]:
             sizes.append(len(image))
             return compiled(image)
 
@@ -41,7 +54,7 @@ def test_a_compiled_stage_learns_the_same(
     stage = StageSettings(size_px=32, epochs=2, batch_size=4, learning_rate=1e-4, best_by="loss")
     ends = [
         fit(
-            small_net(), data, stage, TrainSettings(compile=choice), number=1, seed=0, device=CPU,
+            Headed(small_net()), data, stage, TrainSettings(compile=choice), number=1, seed=0, device=CPU,
             folder=tmp_path / str(choice),
         ).history
         for choice in (False, True)

@@ -72,6 +72,29 @@ def test_weight_names_are_those_that_checkpoints_keep(network: UNet) -> None:
     assert {name for name in names if name.startswith("encoder.")} == encoder
     assert all(re.fullmatch(decoder, name) or name in ("head.weight", "head.bias") for name in names - encoder)
     assert set(build(input_mapping="learned").state_dict()) - names == {"input.weight", "input.bias"}
+    assert set(build(encoder="small", image_head=True).state_dict()) - set(build(encoder="small").state_dict()) == {
+        "image_head.weight",
+        "image_head.bias",
+    }
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_an_image_head_adds_one_logit_and_changes_no_other(batch: int) -> None:
+    plain, headed = (build(encoder="small", image_head=choice).eval() for choice in (False, True))
+    mask, image = headed(grey(batch))
+    assert mask.equal(plain(grey(batch)))
+    features = headed.encoder(headed.input(grey(batch)))[-1]
+    expected = torch.nn.functional.linear(features.mean((2, 3)), headed.image_head.weight, headed.image_head.bias)
+    assert image.shape == (batch,)
+    torch.testing.assert_close(image, expected[:, 0])
+
+
+def test_under_autocast_the_logits_of_images_are_still_computed_in_float32() -> None:
+    network = build(encoder="small", image_head=True).eval()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mask, image = network(grey())
+    assert (mask.dtype, image.dtype) == (torch.bfloat16, torch.float32)
+    assert not image.equal(image.bfloat16().float())
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (64, 96)])
@@ -83,10 +106,10 @@ def test_logits_have_the_size_of_the_image(network: UNet, height: int, width: in
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_empty_batch_goes_through_forward_and_backward(training: bool) -> None:
-    network = build().train(training)
-    logits = network(grey(0))
+    network = build(image_head=True).train(training)
+    logits, image = network(grey(0))
     assert logits.shape == (0, 1, 32, 32)
-    logits.sum().backward()
+    (logits.sum() + image.sum()).backward()
     assert all(p.grad is not None and not p.grad.any() for p in network.parameters())
     assert all(buffer.isfinite().all() for buffer in network.buffers())
 
@@ -124,8 +147,9 @@ def test_a_learned_mapping_starts_as_the_repeated_channel_and_learns(network: UN
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    network = build(input_mapping="learned")
-    network(grey()).square().mean().backward()
+    network = build(input_mapping="learned", image_head=True)
+    mask, image = network(grey())
+    (mask.square().mean() + image.square().mean()).backward()
     assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
