@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Intervals = dict[str, tuple[float, float]]
 
@@ -51,15 +51,30 @@ class Scores(Record):
 
 
 class OperatingPoint(Record):
-    """How a probability map becomes a mask: all pixels that reach `bottom`, if `min_area_px` pixels reach `top`.
+    """How a probability map becomes a mask: all pixels that reach `bottom`, if the image is taken for a positive one.
 
-    Areas are in pixels of the original image. `top == bottom` is a pair of threshold and minimum area; the source used
-    such a pair with `min_area_px` 0.
+    It is if the case's score reaches `image` and `min_area_px` pixels reach `top`. Areas are in pixels of the original
+    image. `top == bottom` is a pair of threshold and minimum area; the source used such a pair with `min_area_px` 0.
+    `image` is searched for models with an image head. At 0 any score reaches it, and it is left out of JSON.
     """
 
     top: float
     min_area_px: int
     bottom: float
+    image: float = Field(0.0, exclude_if=lambda value: value == 0)
+
+    def admits(self, score: float) -> bool:
+        """Whether a score reaches `image`; rounded to six digits, as it is written for people."""
+        return round(score, 6) >= self.image
+
+    @property
+    def words(self) -> str:
+        """The point as a sentence without its end: when a mask is empty, and of which pixels it is made."""
+        needed = [f"the score reaches {self.image:g}"] if self.image else []
+        if self.min_area_px:
+            needed.append(f"{self.min_area_px:,} pixels reach {self.top:g}")
+        made = f"made of all pixels that reach {self.bottom:g}"
+        return f"a mask is empty unless {' and '.join(needed)}; it is {made}" if needed else f"a mask is {made}"
 
 
 class EpochMetrics(Record):
@@ -174,9 +189,10 @@ class EvaluationResult(Record):
 
     `scores` are those at `threshold`, with masks below `min_area_px` emptied; `intervals` are the 95 % intervals by
     name (also `pooled_iou` and `auroc`), from a bootstrap over patients; empty with one patient. `auroc` is that of the
-    image-level score (the highest probability); None without both kinds of images. `tuned` is () with too few patients.
-    `folds` are the folds whose cases were evaluated, `runs` is the number of runs. Fields with a default are missing in
-    results of older versions.
+    image-level score (see `image_head`); None without both kinds of images. `tuned` is () with too few patients.
+    `folds` are the folds whose cases were evaluated, `runs` is the number of runs. `image_head` says what the score of
+    an image is: False: the highest probability of its map; True: also the image head's (`train.scoring.case_score`).
+    Fields with a default are missing in results of older versions.
     """
 
     threshold: float
@@ -192,6 +208,7 @@ class EvaluationResult(Record):
     calibration: tuple[Reliability, ...] = ()
     subgroups: tuple[Subgroup, ...] = ()
     shared_patients: SharedPatients | None = None
+    image_head: bool = Field(False, exclude_if=lambda value: not value)
     seconds: float
 
 

@@ -17,10 +17,6 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     return names
 
 
-def _rule(bottom: float, min_area_px: int, top: float) -> str:
-    return f"pixels from {bottom:g}" + (f", if {min_area_px:,} of them reach {top:g}" if min_area_px else "")
-
-
 @click.command()
 @click.argument("model", type=PLACE)
 @click.argument("paths", metavar="PATH...", type=FILE, nargs=-1, required=True)
@@ -67,6 +63,7 @@ def predict(
     predictor = Predictor.load(*models, device=device)  # type: ignore[arg-type]
     point = predictor.operating_point
     predictor.operating_point = OperatingPoint(
+        image=point.image,
         top=point.top if threshold is None else threshold,
         min_area_px=point.min_area_px if min_area is None else min_area,
         bottom=point.bottom if threshold is None else threshold,
@@ -95,10 +92,7 @@ def predict(
                 ("with a pneumothorax", f"{result.positive:,}"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),
-                (
-                    "operating point",
-                    _rule(point.bottom, point.min_area_px, point.top),
-                ),
+                ("operating point", point.words),
             ],
         )
         console.say("research use only; not a medical device")

@@ -60,10 +60,8 @@ def _show_details(evaluation: EvaluationResult) -> None:
     for part in evaluation.calibration:
         out.print(_calibration(part))
     for tuned in evaluation.tuned:
-        point = tuned.point
-        low = "" if point.bottom == point.top else f", then all pixels from {point.bottom:g} on"
         out.print(
-            f"tuned {tuned.kind}: at least {point.min_area_px:,} pixels from {point.top:g} on{low} "
+            f"tuned {tuned.kind}: {tuned.point.words} "
             f"(on the cases it was tuned on {number(tuned.scores.kaggle_dice)})"
         )
 

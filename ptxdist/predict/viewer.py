@@ -41,7 +41,8 @@ _FILES = {
 class Answer(Record):
     """What is found in one radiograph; areas and `encoded_pixels` (run-length text) at the original resolution.
 
-    `px_mm2` is the area of a pixel, None where the spacing cannot be trusted, and `mm2_reason` says why.
+    `px_mm2` is the area of a pixel, None where the spacing cannot be trusted, and `mm2_reason` says why. `rule` is the
+    operating point in words.
     """
 
     rows: int
@@ -53,6 +54,7 @@ class Answer(Record):
     mm2_plane: str
     mm2_reason: str
     operating_point: OperatingPoint
+    rule: str
     encoded_pixels: str
     note: str = "research use only; not a medical device"
 
@@ -60,7 +62,9 @@ class Answer(Record):
 def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
     """The answer to one radiograph, whose mask was made at `point`."""
     spacing = read_spacing(prediction.content)
-    return Answer(px_mm2=spacing.area_mm2(1), operating_point=point, **measure(prediction, spacing))
+    return Answer(
+        px_mm2=spacing.area_mm2(1), operating_point=point, rule=point.words, **measure(prediction, spacing)
+    )
 
 
 def thresholds_at(point: OperatingPoint) -> list[float]:
@@ -110,7 +114,9 @@ def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
 def page_files(predictor: Predictor, max_bytes: int) -> Mapping[str, tuple[str, bytes]]:
     """Media type and content of the page (name "") and of each file it loads, by name."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("viewer.html").render(cards=predictor.cards, max_bytes=max_bytes)
+    page = environment.get_template("viewer.html").render(
+        cards=predictor.cards, image_head=predictor.image_head, max_bytes=max_bytes
+    )
     files = {name: (kind, (TEMPLATES / name).read_bytes()) for name, kind in _FILES.items()}
     files["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # defines the colours
     return {"": ("text/html", page.encode()), **files}

@@ -175,10 +175,12 @@ def tuned_surface(tuned: TunedPoint) -> list[Chart]:
         inside=plateau,
         ring=chosen,
     )
-    top = f" (top threshold {tuned.point.top:g})" if tuned.kind == "triplet" else ""
+    fixed = [f"image threshold {tuned.point.image:g}"] if tuned.point.image else []
+    fixed += [f"top threshold {tuned.point.top:g}"] if tuned.kind == "triplet" else []
+    at = f" ({', '.join(fixed)})" if fixed else ""
     return [
         Chart(
-            "Threshold and smallest area" if tuned.kind == "pair" else f"Two thresholds and smallest area{top}",
+            f"{'Threshold' if tuned.kind == 'pair' else 'Two thresholds'} and smallest area{at}",
             drawing,
             note=f"Ring: the chosen point. Outline: the plateau. {words}",
             scale=(f"{lowest:.3f}", _colours(np.linspace(0, 1, 64)[None]), f"{best:.3f}"),

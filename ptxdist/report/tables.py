@@ -108,14 +108,8 @@ def operating_points(evaluation: EvaluationResult) -> tuple[Block, ...]:
 
 
 def _tuned_words(tuned: TunedPoint) -> str:
-    point = tuned.point
-    how = (
-        f"top threshold {point.top:g}, bottom threshold {point.bottom:g}"
-        if tuned.kind == "triplet"
-        else f"threshold {point.top:g}"
-    )
     return (
-        f"Tuned {tuned.kind}: {how}; masks below {point.min_area_px:,} pixels are emptied. Its Kaggle Dice on the "
+        f"Tuned {tuned.kind}: {tuned.point.words}. Its Kaggle Dice on the "
         f"images that it was chosen on is {number(tuned.scores.kaggle_dice)}, which is optimistic. The number to "
         f"report is the cross-fitted one, {number(tuned.estimate.kaggle_dice)}: patients are divided into "
         f"{tuned.folds} folds, and each image is masked by the point chosen on the other folds."

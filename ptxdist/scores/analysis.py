@@ -48,19 +48,26 @@ class Evaluated:
 
 
 def conclude(
-    evaluated: Evaluated, thresholds: Sequence[float], *, min_area_px: int, flip_averaging: bool, runs: int
+    evaluated: Evaluated,
+    thresholds: Sequence[float],
+    *,
+    min_area_px: int,
+    flip_averaging: bool,
+    runs: int,
+    image_head: bool = False,
 ) -> tuple[EvaluationResult, list[Row]]:
     """All numbers, with `seconds` 0, and the rows of cases.csv by `tables.COLUMNS`.
 
     `thresholds` are those of `counts.at_full`: first the run's own one; FIXED_THRESHOLDS are among them. There must be
-    at least one case.
+    at least one case. With an `image_head`, operating points have a threshold of the score too.
     """
     cases, counts, groups = evaluated.cases, evaluated.counts, evaluated.groups
     own = counts.at_full[0]
     positive = own[:, 2] > 0
     area = auroc(counts.score, positive)[0]
     ids = [case.case_id for case in cases]
-    tuned = {kind: tune(counts.histograms, own[:, 2], ids, groups, kind) for kind in ("pair", "triplet")}
+    image_scores = counts.score if image_head else None
+    tuned = {kind: tune(counts.histograms, own[:, 2], ids, groups, kind, image_scores) for kind in ("pair", "triplet")}
     result = EvaluationResult(
         threshold=thresholds[0],
         min_area_px=min_area_px,
@@ -80,6 +87,7 @@ def conclude(
         ),
         subgroups=tuple(_subgroups(evaluated)),
         shared_patients=_shared_patients(evaluated),
+        image_head=image_head,
         seconds=0.0,
     )
     return result, list(_rows(evaluated, thresholds, tuned))

@@ -55,8 +55,7 @@ DICES = tuple(score for score in _ALL if score.field.endswith("_dice"))  # those
 # Scores of an evaluation that are not fields of `Scores`.
 AUROC = Score(
     "auroc", "AUROC", "AUROC", 0.5,
-    "Probability that an image with a pneumothorax has a higher score than one without; the score of an image is its "
-    "highest probability.", "chance",
+    "Probability that an image with a pneumothorax has a higher score than one without.", "chance",
 )  # fmt: skip
 ECE = Score(
     "error", "ECE of images", "ECE", 0.0,

@@ -182,9 +182,12 @@ def to_levels(probability: Tensor) -> Tensor:
     return levels
 
 
-def mask_at(probability: Tensor, point: OperatingPoint) -> Tensor:
-    """The mask, bool of the same shape, that an operating point makes of probabilities at the original resolution."""
-    if int((probability >= point.top).sum()) < point.min_area_px:
+def mask_at(probability: Tensor, point: OperatingPoint, score: float) -> Tensor:
+    """The mask, bool of the same shape, that an operating point makes of probabilities at the original resolution.
+
+    `score` is the case's (`case_score`); it matters for a point with an `image` threshold only.
+    """
+    if not point.admits(score) or int((probability >= point.top).sum()) < point.min_area_px:
         return torch.zeros_like(probability, dtype=torch.bool)
     return probability >= point.bottom
 

@@ -67,23 +67,24 @@ async function show(parts) {
   $("score").textContent = answer.score.toFixed(3);
   $("threshold").max = thresholds.length - 1;
   $("threshold").value = thresholds.indexOf(point.bottom);
-  $("point").textContent = `The model's operating point: ${rule(point)}.`;
-  $("smallest-label").hidden = !point.min_area_px;
+  $("point").textContent = `The model's operating point: ${answer.rule}.`;
+  $("smallest-label").hidden = !point.min_area_px && !point.image;
   $("smallest").checked = true;
-  $("smallest-words").textContent = `no mask of fewer than ${number(point.min_area_px)} pixels`;
+  $("smallest-words").textContent = "no mask " + [
+    ...(point.image ? [`for a score below ${point.image}`] : []),
+    ...(point.min_area_px ? [`of fewer than ${number(point.min_area_px)} pixels`] : []),
+  ].join(", and none ");
   $("result").hidden = false;
   draw();
 }
 
-const short = value => String(Number(value.toFixed(4)));
-const rule = point => `pixels from ${short(point.bottom)}` + (point.min_area_px ? `, if ${number(point.min_area_px)} of them reach ${short(point.top)}` : "");
-
 // Away from the operating point one threshold is used for both, as with `ptxdist predict --threshold`.
 function chosen() {
-  const {thresholds, reach, answer: {operating_point: point}} = shown;
+  const {thresholds, reach, answer: {score, operating_point: point}} = shown;
   const bottom = Number($("threshold").value), own = bottom === thresholds.indexOf(point.bottom);
   const top = own ? thresholds.indexOf(point.top) : bottom;
-  const emptied = $("smallest").checked && reach[top + 1] < point.min_area_px;
+  const reason = score < (point.image || 0) ? "the score is too low" : reach[top + 1] < point.min_area_px ? "too few pixels" : "";
+  const emptied = $("smallest").checked && reason;
   return {bottom, own, emptied, area: emptied ? 0 : reach[bottom + 1]};
 }
 
@@ -102,7 +103,7 @@ function draw() {
   const share = `${(100 * area / (answer.rows * answer.columns)).toFixed(2)} % of the image. `;
   const plane = answer.mm2_plane === "detector" ? " on the detector, where anatomy is slightly magnified" : "";
   const size = answer.px_mm2 === null ? `No mm²: ${answer.mm2_reason}.` : `${number(Math.round(area * answer.px_mm2))} mm²${plane}.`;
-  $("area-more").textContent = (emptied ? "No mask: too few pixels. " : share) + size;
+  $("area-more").textContent = (emptied ? `No mask: ${emptied}. ` : share) + size;
   const words = `Score ${answer.score.toFixed(3)}, threshold ${thresholds[bottom].toFixed(3)}: ` +
     (area ? `mask of ${number(area)} pixels` : "no mask") + (own ? ", at the model's operating point" : "");
   $("radiograph").alt = `Chest radiograph. ${words}`;
