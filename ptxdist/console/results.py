@@ -61,8 +61,7 @@ def _show_details(evaluation: EvaluationResult) -> None:
         out.print(_calibration(part))
     for tuned in evaluation.tuned:
         out.print(
-            f"tuned {tuned.kind}: {tuned.point.words} "
-            f"(on the cases it was tuned on {number(tuned.scores.kaggle_dice)})"
+            f"tuned {tuned.kind}: {tuned.point.words} (on the cases it was tuned on {number(tuned.scores.kaggle_dice)})"
         )
 
 

@@ -190,7 +190,8 @@ def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCa
 
 def _readme(card: ModelCard) -> str:
     scores, point, model = card.evaluation.scores, card.operating_point, card.pipeline.model
-    gate = f"the score reaches {point.image:g} and " if point.image else ""  # not `point.words`: the bytes must stay
+    # Not `point.words`: the same run must go on giving the same bytes.
+    needed = (f"the score reaches {point.image:g} and " if point.image else "") + f"{point.min_area_px} px"
     positive = "not defined" if scores.positive_dice is None else f"{scores.positive_dice:.4f}"
     encoder = encoders.chosen(model).words
     return f"""# Pneumothorax segmentation: {card.name}
@@ -200,7 +201,7 @@ Research use only; not a medical device. Made with ptxdist: `ptxdist predict FIL
 - **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
 - **Network**: U-Net on a {encoder}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
   encoder from {model.encoder_weights}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
-- **Operating point** (from {card.operating_point_from}): a mask is empty unless {gate}{point.min_area_px} px of the original
+- **Operating point** (from {card.operating_point_from}): a mask is empty unless {needed} of the original
   image reach {point.top:g}; it is made of all px that reach {point.bottom:g}.
 - **Measured** at threshold {card.evaluation.threshold:g} on {scores.cases} held-out images, {scores.positives} of them
   positive: Kaggle Dice {scores.kaggle_dice:.4f} (predicting nothing: {scores.all_empty_dice:.4f}), positives-only Dice

@@ -7,10 +7,10 @@
 Owns: inputs, outputs and metadata of the first two. Refuses: other suffixes (SettingsError), models that cannot be
 loaded (RunError, CheckpointError), files that would give other probabilities than the checkpoint (ExportError).
 
-Input: grey levels uint8 (B, 1, size, size), air dark, B >= 1. Output: probability float32 of the same shape. Three
-channels, normalisation, flip averaging if the card has it, and the sigmoid are part of the graph, so the numbers are
-those of the checkpoint in fp32 on every engine. Only uint8 is accepted: as a float, an image scaled to 0..1 would be
-taken for a black one.
+Input: grey levels uint8 (B, 1, size, size), air dark, B >= 1. Output: probability float32 of the same shape; of a model
+with an image head also score float32 (B,). Three channels, normalisation, flip averaging if the card has it, the
+sigmoid and the score are part of the graph, so the numbers are those of the checkpoint in fp32 on every engine. Only
+uint8 is accepted: as a float, an image scaled to 0..1 would be taken for a black one.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import io
 import json
 import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle
 from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
 from ptxdist.predict.predictor import Predictor
 from ptxdist.train.device import choose_device
-from ptxdist.train.scoring import predict_probability
+from ptxdist.train.scoring import case_score, predict_probability
 
 ONNX, PT2 = ".onnx", ".pt2"
 ABOUT = "ptxdist.json"
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-INPUT, OUTPUT = "image", "probability"
+INPUT, OUTPUT, SCORE = "image", "probability", "score"  # the score only with an image head
 _OPSET = 18  # ONNX Runtime has it since 1.14
 
 
@@ -49,8 +50,8 @@ _OPSET = 18  # ONNX Runtime has it since 1.14
 class ExportResult:
     """A written file, and how it was compared with the checkpoint.
 
-    `difference` is the largest of any probability, `limit` what was allowed, `images` how many images were compared,
-    and `images_from` where they come from. A bundle holds the checkpoint itself: None, None, 0 and "".
+    `difference` is the largest of any probability or score, `limit` what was allowed, `images` how many images were
+    compared, and `images_from` where they come from. A bundle holds the checkpoint itself: None, None, 0 and "".
     """
 
     out: Path
@@ -98,18 +99,32 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
 def describe(card: ModelCard) -> dict[str, Any]:
     """The metadata of a file, as plain JSON: all that is needed to get from an image file to a mask."""
     shape = ["batch", 1, card.size_px, card.size_px]
+    head, needed = {}, ""
+    if card.pipeline.model.image_head:
+        needed = "the score reaches image, if there is one, and "
+        head = {
+            SCORE: {
+                "name": SCORE,
+                "dtype": "float32",
+                "shape": ["batch"],
+                "meaning": "how positive the image looks, 0..1: mean of the image head's probability and of the mean "
+                "of the highest probabilities of the map, one pixel in 256",
+            }
+        }
     return {
         "format": "ptxdist export 1",
         "use": "research use only; not a medical device",
         "size_px": card.size_px,
         "input": {"name": INPUT, "dtype": "uint8", "shape": shape},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": shape},
+        **head,
         "before": "grey levels 0..255 of one frontal chest radiograph, air dark (MONOCHROME1 inverted); padded with 0 "
         "to a square, the image in its middle; resized by area averaging, or bilinearly where it has to grow",
         "inside": "three channels, the normalisation of its encoder, network, sigmoid"
         + (", mean of the image and its mirror image" if card.flip_averaging else ""),
         "after": "probabilities up-sampled bilinearly (centres of px, corners not aligned) to the padded square, the "
-        "padding cut off; threshold last: no px unless min_area_px of them reach top, else all that reach bottom",
+        f"padding cut off; threshold last: no px unless {needed}min_area_px of them reach top, else all that reach "
+        "bottom",
         "flip_averaging_inside": card.flip_averaging,
         "operating_point": card.operating_point.model_dump(),
         "parity": "compared with the checkpoint in fp32 before it was written",
@@ -120,7 +135,7 @@ def describe(card: ModelCard) -> dict[str, Any]:
 def encode(network: nn.Module, card: ModelCard, suffix: str) -> bytes:
     """The content of a file `.onnx` or `.pt2`; `network` is not changed."""
     image = torch.zeros(BATCHES[-1], 1, card.size_px, card.size_px, dtype=torch.uint8)
-    exported = _Exported(network, card.flip_averaging).requires_grad_(False)
+    exported = _Exported(_folded(network, image[:1]), card.flip_averaging).requires_grad_(False)
     about = json.dumps(describe(card))
     with torch.no_grad():
         program = torch.export.export(exported, (image,), dynamic_shapes=({0: torch.export.Dim("batch")},))
@@ -136,19 +151,20 @@ def encode(network: nn.Module, card: ModelCard, suffix: str) -> bytes:
 
 
 def load(content: bytes, suffix: str) -> Run:
-    """The network in the content of a file, as a function from uint8 (B, 1, size, size) to float32 of that shape."""
+    """The network in the content of a file, as `parity.Run`: from uint8 (B, 1, size, size) to its outputs, float32."""
     if suffix == ONNX:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        return lambda image: np.asarray(session.run([OUTPUT], {INPUT: image})[0])
+        return lambda image: tuple(map(np.asarray, session.run(None, {INPUT: image})))
     network = torch.export.load(io.BytesIO(content)).module()
 
-    def run(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def run(image: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], ...]:
         with torch.no_grad():
-            return np.asarray(network(torch.from_numpy(image)).numpy())
+            found = network(torch.from_numpy(image))
+        return tuple(part.numpy() for part in (found if isinstance(found, tuple) else (found,)))
 
     return run
 
@@ -158,21 +174,43 @@ class _Exported(nn.Module):
 
     def __init__(self, network: nn.Module, flip_averaging: bool) -> None:
         super().__init__()
-        self._network, self._flip_averaging = _folded(network), flip_averaging
+        self._network, self._flip_averaging = network, flip_averaging
 
-    def forward(self, image: Tensor) -> Tensor:
-        return predict_probability(self._network, image, self._flip_averaging, one_pass=True).probability
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        found = predict_probability(self._network, image, self._flip_averaging, one_pass=True)
+        return found.probability if found.image is None else (found.probability, case_score(*found[1:]))
 
 
-def _folded(network: nn.Module) -> nn.Module:
-    """A copy in inference mode whose batch norms are folded into its convolutions."""
+def _folded(network: nn.Module, image: Tensor) -> nn.Module:
+    """A copy in inference mode whose batch norms are folded into the convolutions that they directly follow.
+
+    Which do is seen in a pass over `image` (B, 1, H, W), since names do not tell for every encoder. Subclasses of
+    nn.BatchNorm2d stay as they are: they may also apply an activation, as timm's BatchNormAct2d does.
+    """
     network = copy.deepcopy(network).eval().to(memory_format=torch.channels_last)
-    for module in list(network.modules()):
-        for first, second in (("conv1", "bn1"), ("conv2", "bn2"), ("0", "1")):  # 0, 1: torchvision's downsample
-            convolution, norm = getattr(module, first, None), getattr(module, second, None)
-            if isinstance(convolution, nn.Conv2d) and type(norm) is nn.BatchNorm2d:  # not timm's, which also activates
-                setattr(module, first, fuse_conv_bn_eval(convolution, norm))
-                setattr(module, second, nn.Identity())
+    calls: Counter[nn.Module] = Counter()
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    last: list[Any] = [None, None]  # the convolution that was called last, and its output
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        calls[module] += 1
+        if isinstance(module, nn.Conv2d):
+            last[:] = module, output
+        elif type(module) is nn.BatchNorm2d and inputs[0] is last[1]:
+            pairs.append((last[0], module))
+
+    hooks = [module.register_forward_hook(note) for module in network.modules()]
+    with torch.no_grad():
+        network(image)
+    for hook in hooks:
+        hook.remove()
+    swaps: dict[nn.Module | None, nn.Module] = {}
+    for convolution, norm in pairs:
+        if calls[convolution] == calls[norm] == 1:
+            swaps |= {convolution: fuse_conv_bn_eval(convolution, norm), norm: nn.Identity()}
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            setattr(parent, name, swaps.get(child, child))
     return network
 
 
@@ -182,7 +220,7 @@ def _translate(program: torch.export.ExportedProgram, title: str, about: str) ->
         translated = torch.onnx.export(
             program,
             input_names=[INPUT],
-            output_names=[OUTPUT],
+            output_names=[OUTPUT, SCORE][: len(program.graph_signature.user_outputs)],
             dynamic_shapes=({0: "batch"},),  # only the name; the program says what is dynamic
             opset_version=_OPSET,
             dynamo=True,

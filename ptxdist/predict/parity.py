@@ -30,7 +30,8 @@ _IMAGES = sum(BATCHES)
 _PLAIN_LOGITS = 100  # up to which `LIMIT` holds; above it rounding shows, and the limit grows with the logits
 _MOST_ROUNDING = 100  # times `LIMIT` at most, whatever the logits
 
-Run = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # (B, 1, size, size) -> probabilities, same shape
+# (B, 1, size, size) -> probabilities of the same shape, and with an image head the scores (B,)
+Run = Callable[[npt.NDArray[np.uint8]], tuple[npt.NDArray[np.float32], ...]]
 Progress = Callable[[str, int, int], None]
 
 
@@ -78,7 +79,7 @@ def _phantoms(number: int) -> Iterator[Pixels]:
 def largest_difference(
     predictor: Predictor, run: Run, images: Sequence[Pixels], *, on_progress: Progress = lambda what, done, total: None
 ) -> float:
-    """Largest difference of any probability between `predictor` and `run`, over batches of several sizes.
+    """Largest difference of any probability or score between `predictor` and `run`, over batches of several sizes.
 
     `images` uint8 (size, size), at least one; they are repeated where there are too few. NaN if a probability is NaN.
     """
@@ -86,8 +87,10 @@ def largest_difference(
     for size in BATCHES:
         batch = np.stack([images[number % len(images)] for number in range(first, first + size)])
         first += size
-        expected = predictor.probabilities(list(batch), batch.shape[-1], fewest=1).numpy()
-        found = float(np.maximum(found, np.abs(run(batch[:, None])[:, 0] - expected).max()))  # keeps NaN
+        probability, score = predictor.probabilities(list(batch), batch.shape[-1], fewest=1)
+        expected = (probability[:, None], score) if predictor.image_head else (probability[:, None],)
+        for part, wanted in zip(run(batch[:, None]), expected, strict=True):
+            found = float(np.maximum(found, np.abs(part - wanted.numpy()).max()))  # keeps NaN
         on_progress("comparison with the checkpoint", first, sum(BATCHES))
     return found
 
@@ -99,6 +102,6 @@ def allowed_difference(predictor: Predictor, images: Sequence[Pixels]) -> float:
     Logits of a trained network stay within tens. After an epoch or two they may not, and then even the checkpoint's
     own fp32 differs by about 1e-7 of the largest logit from exact arithmetic.
     """
-    logits = [heads(predictor.models[0](torch.from_numpy(image[None, None].copy())))[0] for image in images]
-    largest = max(float(part.abs().amax()) for part in logits)
+    outputs = [heads(predictor.models[0](torch.from_numpy(image[None, None].copy()))) for image in images]
+    largest = max(float(part.abs().amax()) for output in outputs for part in output if part is not None)
     return LIMIT * min(max(1.0, largest / _PLAIN_LOGITS), _MOST_ROUNDING)

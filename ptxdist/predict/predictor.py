@@ -30,7 +30,7 @@ from ptxdist.errors import CheckpointError, DicomError
 from ptxdist.predict.bundle import ModelCard, load_model
 from ptxdist.records import OperatingPoint
 from ptxdist.train.device import Device, autocast, choose_device, choose_precision
-from ptxdist.train.scoring import mask_at, predict_probability, to_original
+from ptxdist.train.scoring import case_score, mask_at, predict_probability, to_original
 
 BATCH = 4  # images in a pass on a CPU, and at least so many: with fewer, oneDNN rounds differently
 _GPU_BATCH = 16
@@ -46,7 +46,7 @@ class Prediction:
     """What is predicted for one radiograph, at the original resolution.
 
     `pixels` uint8 (rows, columns), air dark; `probability` float32 (rows, columns), 0..1; `mask` bool (rows, columns);
-    `score` the highest probability at the network's size; `content` the bytes of the file.
+    `score` as `train.scoring.case_score` computes it, at the network's size; `content` the bytes of the file.
     """
 
     case_id: str
@@ -75,7 +75,8 @@ class _Loaded:
 class Predictor:
     """One model, or several whose probabilities are averaged, with an operating point.
 
-    `cards` describe the models; `models` are on `device`, in inference mode. To be used from one thread at a time.
+    `cards` describe the models; `models` are on `device`, in inference mode. `image_head` says whether they have image
+    heads. To be used from one thread at a time.
     """
 
     def __init__(
@@ -86,6 +87,12 @@ class Predictor:
         operating_point: OperatingPoint | None = None,
     ) -> None:
         self.cards, self.device = tuple(cards), device
+        self.image_head = self.cards[0].pipeline.model.image_head
+        if others := [card.name for card in self.cards if card.pipeline.model.image_head != self.image_head]:
+            raise CheckpointError(
+                f"of {self.cards[0].name} and {others[0]} only one has an image head, so their scores differ in "
+                "meaning; use models with the same model.image_head together"
+            )
         self.models = tuple(model.to(device).to(memory_format=torch.channels_last).eval() for model in models)
         self.operating_point = operating_point or self.cards[0].operating_point
         self.flip_averaging = self.cards[0].flip_averaging
@@ -98,7 +105,8 @@ class Predictor:
         """Load finished runs (folders) or bundles (files).
 
         Without an `operating_point`, that of the first model is used, as is its flip averaging. `auto` takes a GPU if
-        there is one. Raises RunError, CheckpointError, or SettingsError for a device that does not exist.
+        there is one. Raises RunError; CheckpointError, also for models with and without an image head together; or
+        SettingsError for a device that does not exist.
         """
         if not models:
             raise CheckpointError("no model to predict with: give a finished run or a bundle")
@@ -149,30 +157,36 @@ class Predictor:
 
     @torch.inference_mode()
     def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction]:
-        maps = {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
+        found = {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
         share = {size: sum(card.size_px == size for card in self.cards) / len(self.cards) for size in self._sizes}
         for row, item in enumerate(items):
             rows, columns = item.pixels.shape
-            parts = [to_original(maps[size][row], rows, columns) * share[size] for size in self._sizes]
+            parts = [to_original(found[size][0][row], rows, columns) * share[size] for size in self._sizes]
             probability = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-            score = sum(float(maps[size][row].amax()) * share[size] for size in self._sizes)
+            score = sum(float(found[size][1][row]) * share[size] for size in self._sizes)
             whole = probability.float().cpu().numpy()
-            mask = mask_at(torch.from_numpy(whole), self.operating_point).numpy()
+            mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
             yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content)
 
-    def probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> Tensor:
-        """Mean probabilities (n, size, size) of the models of one size; a pass has at least `fewest` images."""
+    def probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> tuple[Tensor, Tensor]:
+        """Mean probabilities (n, size, size) of the models of one size, and the scores (n,) that follow from them.
+
+        Both are float32; a pass has at least `fewest` images.
+        """
         stacked = torch.zeros(max(len(squares), fewest), 1, size, size, dtype=torch.uint8)
         stacked[: len(squares), 0] = torch.from_numpy(np.stack(squares))
         image = stacked.to(self.device)
-        found = []
+        maps, heads = [], []
         for card, model in zip(self.cards, self.models, strict=True):
             if card.size_px != size:
                 continue
             with autocast(self.device, choose_precision(card.precision, self.device)):
                 predicted = predict_probability(model, image, self.flip_averaging)
-            found.append(predicted.probability[: len(squares), 0])
-        return torch.stack(found).mean(0) if len(found) > 1 else found[0]
+            maps.append(predicted.probability[: len(squares)])
+            if predicted.image is not None:
+                heads.append(predicted.image[: len(squares)])
+        probability = _mean(maps)
+        return probability[:, 0], case_score(probability, _mean(heads) if heads else None)
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Iterator[Result]:
@@ -191,6 +205,10 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _mean(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(parts)).mean(0) if len(parts) > 1 else parts[0]
 
 
 def _reader(path: Path) -> Callable[[], tuple[bytes, str]]:

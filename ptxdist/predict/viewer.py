@@ -62,9 +62,7 @@ class Answer(Record):
 def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
     """The answer to one radiograph, whose mask was made at `point`."""
     spacing = read_spacing(prediction.content)
-    return Answer(
-        px_mm2=spacing.area_mm2(1), operating_point=point, rule=point.words, **measure(prediction, spacing)
-    )
+    return Answer(px_mm2=spacing.area_mm2(1), operating_point=point, rule=point.words, **measure(prediction, spacing))
 
 
 def thresholds_at(point: OperatingPoint) -> list[float]:

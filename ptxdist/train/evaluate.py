@@ -181,6 +181,7 @@ def evaluate(
             min_area_px=how.min_area_px,
             flip_averaging=how.flip_averaging,
             runs=len(members),
+            image_head=_has_head(first),
         )
         result = result.model_copy(update={"seconds": time.perf_counter() - started})
         ids = [catalog.labelled[index].case_id for index in indices]

@@ -59,8 +59,8 @@ def checkpoint(predictor: Predictor) -> Run:
     """The network of a predictor, as a function like an exported one."""
 
     @torch.inference_mode()
-    def run(image: np.ndarray) -> np.ndarray:
-        return predictor.probabilities(list(image[:, 0]), image.shape[-1], fewest=1).numpy()
+    def run(image: np.ndarray) -> tuple[np.ndarray, ...]:
+        return tuple(part.numpy() for part in predictor.probabilities(list(image[:, 0]), image.shape[-1], fewest=1))
 
     return run
 

@@ -86,7 +86,7 @@ def images(small_dataset: Any) -> np.ndarray:
 
 def expected(predictor: Predictor, images: np.ndarray) -> np.ndarray:
     with torch.no_grad():
-        return predictor.probabilities(list(images[:, 0]), SIZE_PX, fewest=1).numpy()[:, None]
+        return predictor.probabilities(list(images[:, 0]), SIZE_PX, fewest=1)[0].numpy()[:, None]
 
 
 def test_onnx_runtime_gives_the_checkpoints_numbers_for_any_batch(
@@ -250,11 +250,11 @@ def test_what_differs_from_the_checkpoint_is_not_written(
 def test_another_network_and_not_a_number_are_seen(
     predictor: Predictor, images: np.ndarray, limit: float, finished_run: Path, pt2_file: Exported
 ) -> None:
-    def shifted(offset: float) -> Callable[[np.ndarray], np.ndarray]:
-        def same(image: np.ndarray) -> np.ndarray:
+    def shifted(offset: float) -> Callable[[np.ndarray], tuple[np.ndarray]]:
+        def same(image: np.ndarray) -> tuple[np.ndarray]:
             found = expected(predictor, image)
             found[-1, 0, 3, 5] += offset  # one pixel of the last image of each batch
-            return found
+            return (found,)
 
         return same
 

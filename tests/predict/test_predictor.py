@@ -66,7 +66,7 @@ def test_a_mask_needs_enough_pixels_at_the_top_and_has_all_at_the_bottom() -> No
         (0.95, 0, 0.95, [0, 0, 0, 0]),
     ):
         point = OperatingPoint(top=top, min_area_px=area, bottom=bottom)
-        assert mask_at(torch.from_numpy(probability), point).int().tolist() == [expected]
+        assert mask_at(torch.from_numpy(probability), point, 1.0).int().tolist() == [expected]
 
 
 def test_what_cannot_be_loaded_is_refused(finished_run: Path) -> None:

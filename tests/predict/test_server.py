@@ -119,7 +119,7 @@ def test_levels_are_exact_at_the_very_thresholds() -> None:
         levels = levels_of(near, thresholds)
         for index, threshold in enumerate(thresholds):
             same = OperatingPoint(top=threshold, min_area_px=0, bottom=threshold)
-            assert np.array_equal(levels > index, mask_at(torch.from_numpy(near), same).numpy())
+            assert np.array_equal(levels > index, mask_at(torch.from_numpy(near), same, 1.0).numpy())
 
 
 def test_a_large_picture_is_made_smaller_and_its_levels_are_not(

@@ -64,7 +64,7 @@ def test_scores_of_the_search_are_those_of_the_masks(images: tuple[torch.Tensor,
     assert (tuned.point.top == tuned.point.bottom) == (kind == "pair") or tuned.point.top >= tuned.point.bottom
 
     def counts_at(points: list[OperatingPoint]) -> np.ndarray:
-        masks = torch.stack([mask_at(own, point) for own, point in zip(probability, points, strict=True)])
+        masks = torch.stack([mask_at(own, point, 1.0) for own, point in zip(probability, points, strict=True)])
         return count(masks, truth).numpy()
 
     assert tuned.scores == scores(counts_at([tuned.point] * 40))
@@ -148,7 +148,7 @@ def test_a_mask_is_empty_below_its_area_and_else_all_from_the_bottom_on() -> Non
     probability = torch.tensor([0.9, 0.8, 0.3, 0.1])
 
     def mask(top: float, area: int, bottom: float) -> list[bool]:
-        return mask_at(probability, OperatingPoint(top=top, min_area_px=area, bottom=bottom)).tolist()
+        return mask_at(probability, OperatingPoint(top=top, min_area_px=area, bottom=bottom), 0.0).tolist()
 
     assert mask(0.75, 2, 0.25) == [True, True, True, False]
     assert mask(0.75, 3, 0.25) == [False] * 4
