@@ -195,6 +195,10 @@ class StageSettings(Section):
     def _fits(self) -> StageSettings:
         if self.swa_epochs > self.epochs:
             raise ValueError(f"swa_epochs ({self.swa_epochs}) is more than epochs ({self.epochs})")
+        if self.epoch == "positives" and self.positive_share is None:
+            raise ValueError(
+                'epoch = "positives" needs positive_share, the share of positive cases that it is filled to'
+            )
         if self.swa_epochs and self.ema_decay:
             raise ValueError("swa_epochs and ema_decay both average the weights; leave out one of them")
         return self

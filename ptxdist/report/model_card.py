@@ -83,7 +83,10 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
     ]
     if how.positive_share:
         first, last = map(percent, how.positive_share)
-        parts.append(f"share of positive images in a batch from {first} to {last}")
+        kind = (
+            "all positive images in each epoch, their share" if how.epoch == "positives" else "share of positive images"
+        )
+        parts.append(f"{kind} in a batch from {first} to {last}")
     if how.swa_epochs:
         parts.append(f"weights averaged over the last {how.swa_epochs} epochs (SWA)")
     if how.ema_decay:

@@ -73,11 +73,42 @@ def epoch_order(
         return random.permutation(indices[order])
     count, is_positive = len(indices), positive[order]
     wanted = min(count - 1, max(1, round(positive_share * count)))
-    slots = np.diff(np.arange(count + 1) * wanted // count).astype(bool)
+    drawn = []
+    for pool, times in ((indices[order][is_positive], wanted), (indices[order][~is_positive], count - wanted)):
+        rounds = [random.permutation(pool) for _ in range(-(-times // len(pool)))]
+        drawn.append(np.concatenate(rounds)[:times])
+    return _spread(*drawn)
+
+
+def positives_order(
+    indices: Indices, *, seed: int, positive: npt.NDArray[np.bool_], positive_shares: Sequence[float]
+) -> Indices:
+    """The cases in the order of an epoch of each positive case once and negative cases up to a share.
+
+    `positive_shares` are those of the epochs 1, 2, … up to this one, at least one; `positive` (bool, one for each of
+    `indices`) marks the positive cases. No case occurs twice, so where there are too few negative cases, all occur.
+    Over the epochs, each negative case occurs before any occurs again. The order depends on the seed, the shares and
+    the set of cases only. Where there is only one kind, it is a permutation of all.
+    """
+    epoch, order = len(positive_shares), np.argsort(indices, kind="stable")
+    if positive.all() or not positive.any():
+        return epoch_order(indices, seed=seed, epoch=epoch)
+    positives, negatives = indices[order][positive[order]], indices[order][~positive[order]]
+    times = np.zeros(len(negatives), np.int64)
+    for number, share in enumerate(positive_shares, start=1):
+        random = np.random.default_rng((seed, number))
+        wanted = min(len(negatives), round(len(positives) * (1 - share) / share))
+        chosen = np.lexsort((random.permutation(len(negatives)), times))[:wanted]
+        times[chosen] += 1
+    return _spread(random.permutation(positives), random.permutation(negatives[chosen]))
+
+
+def _spread(positives: Indices, negatives: Indices) -> Indices:
+    """Both in one order, each in its own, the positive cases spread evenly."""
+    count = len(positives) + len(negatives)
+    places = np.diff(np.arange(count + 1) * len(positives) // count).astype(bool)
     result = np.empty(count, np.int64)
-    for pool, places in ((indices[order][is_positive], slots), (indices[order][~is_positive], ~slots)):
-        rounds = [random.permutation(pool) for _ in range(-(-int(places.sum()) // len(pool)))]
-        result[places] = np.concatenate(rounds)[: places.sum()]
+    result[places], result[~places] = positives, negatives
     return result
 
 

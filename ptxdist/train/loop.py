@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from ptxdist.scores.metrics import scores
 from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.checkpoint import TrainingState, match_device
-from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, training_shares
+from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, positives_order, training_shares
 from ptxdist.train.device import choose_precision
 from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.losses import chosen
@@ -103,11 +104,12 @@ def fit(
 
 @dataclass
 class _Position:
-    """Place inside an epoch: optimiser steps done, the sum of their losses, and the seconds they took."""
+    """Place inside an epoch: optimiser steps done, the sum of their losses, their seconds; the epoch's cases."""
 
     step: int = 0
     loss_sum: float = 0.0
     seconds: float = 0.0
+    cases: int = 0
 
 
 @dataclass(eq=False)
@@ -187,7 +189,7 @@ class _Trainer:
         done, self.position = self.position, _Position()
         if epoch > self.stage.epochs - self.stage.swa_epochs:
             self.swa.update(self.model)
-        metrics = self._validate(epoch, rate, done.loss_sum / len(self.data.train), done.seconds)
+        metrics = self._validate(epoch, rate, done)
         self._keep(metrics)
         return metrics
 
@@ -197,7 +199,7 @@ class _Trainer:
         if self.stage.swa_update_batch_norm:
             shares = self._shares(self.stage.epochs)
             reestimate_batch_norm(self.model, self._batches(shares, self.stage.epochs), self.precision)
-        metrics = self._validate(self.stage.epochs, self.history[-1].learning_rate, None, 0.0, averaged=True)
+        metrics = self._validate(self.stage.epochs, self.history[-1].learning_rate, _Position(), averaged=True)
         self._keep(metrics, checkpoint=False)
         return metrics
 
@@ -209,8 +211,12 @@ class _Trainer:
         return FitResult(tuple(self.history), self.best, self.saver.best_path(self.best), self.saver.sha256)
 
     def _shares(self, epoch: int) -> list[Share]:
-        share = positive_share(self.stage, epoch)
-        order = epoch_order(self.data.train, seed=self.seed, epoch=epoch, positive=self.positive, positive_share=share)
+        share, cases, positive = positive_share(self.stage, epoch), self.data.train, self.positive
+        if self.stage.epoch == "positives":
+            shares = cast(list[float], [positive_share(self.stage, number) for number in range(1, epoch + 1)])
+            order = positives_order(cases, seed=self.seed, positive=positive, positive_shares=shares)
+        else:
+            order = epoch_order(cases, seed=self.seed, epoch=epoch, positive=positive, positive_share=share)
         return training_shares(order, self.stage.batch_size, rank(), world_size())
 
     def _batches(self, shares: list[Share], epoch: int) -> Iterator[Batch]:
@@ -220,8 +226,8 @@ class _Trainer:
 
     def _train(self, epoch: int, rate: float) -> None:
         """Optimiser steps from the present position to the end of the epoch."""
-        total, place, started = len(self.data.train), self.position, time.perf_counter()
-        shares = self._shares(epoch)
+        place, started, shares = self.position, time.perf_counter(), self._shares(epoch)
+        place.cases = sum(share.global_size for share in shares)
         done = saved = sum(share.global_size for share in shares[: place.step])
         check = FiniteCheck(self.number, lambda indices: [self.names[index] for index in indices])
         seconds = place.seconds
@@ -241,14 +247,12 @@ class _Trainer:
                 if step < len(shares) and self.saver.is_due(done - saved):
                     self._save()
                     saved = done
-            self.on_event(Progress(stage=self.number, step="train", epoch=epoch, done=done, total=total))
+            self.on_event(Progress(stage=self.number, step="train", epoch=epoch, done=done, total=place.cases))
 
     def _say(self, text: str) -> None:
         self.on_event(Message(text=text))
 
-    def _validate(
-        self, epoch: int, rate: float, train_loss: float | None, train_seconds: float, *, averaged: bool = False
-    ) -> EpochMetrics:
+    def _validate(self, epoch: int, rate: float, done: _Position, *, averaged: bool = False) -> EpochMetrics:
         started = time.perf_counter()
         total, loss = len(self.data.val), chosen(self.stage)
 
@@ -278,13 +282,13 @@ class _Trainer:
             epoch=epoch,
             averaged=averaged,
             learning_rate=rate,
-            train_loss=train_loss,
+            train_loss=done.loss_sum / done.cases if done.cases else None,
             val_loss=val_loss,
             at_stage=scores(counts.at_stage),
             at_full=scores(counts.at_full[0]),
-            train_seconds=train_seconds,
+            train_seconds=done.seconds,
             val_seconds=time.perf_counter() - started,
-            images_per_second=len(self.data.train) / train_seconds if train_seconds else None,
+            images_per_second=done.cases / done.seconds if done.seconds else None,
         )
 
     def _keep(self, metrics: EpochMetrics, *, checkpoint: bool = True) -> None:

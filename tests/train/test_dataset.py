@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ptxdist.cache.store import open_store
 from ptxdist.config import Transform
 from ptxdist.train.augment import Augmentation
-from ptxdist.train.dataset import Share, batches, epoch_order, training_shares, validation_shares
+from ptxdist.train.dataset import Share, batches, epoch_order, positives_order, training_shares, validation_shares
 
 NAMES = [f"case-{number}" for number in range(10)]
 
@@ -56,6 +56,38 @@ def test_positive_cases_are_spread_evenly_in_the_share_asked_for(
         assert times.max() - (times.min() if everybody else 0) <= 1
     again = epoch_order(indices[::-1], seed=5, epoch=epoch, positive=positive[::-1], positive_share=share)
     assert (order == again).all()
+
+
+@given(
+    positives=st.integers(0, 20),
+    negatives=st.integers(0, 60),
+    shares=st.lists(st.floats(0.05, 0.95), min_size=1, max_size=6),
+)
+def test_an_epoch_of_positives_has_each_once_and_negatives_in_turn(
+    positives: int, negatives: int, shares: list[float]
+) -> None:
+    indices, positive = np.arange(positives + negatives) * 2, np.arange(positives + negatives) < positives
+
+    def order(epoch: int, turn: int = 1) -> np.ndarray:
+        return positives_order(indices[::turn], seed=5, positive=positive[::turn], positive_shares=shares[:epoch])
+
+    times = np.zeros(2 * negatives, int)
+    for epoch, share in enumerate(shares, start=1):
+        found = order(epoch)
+        assert (found == order(epoch, -1)).all(), "the order of the cases does not matter"
+        assert len(set(found.tolist())) == len(found), "nobody twice"
+        if not positives or not negatives:
+            assert sorted(found) == indices.tolist()
+            continue
+        drawn = found < 2 * positives
+        assert drawn.sum() == positives
+        wanted = positives * (1 - share) / share
+        assert abs(len(found) - positives - min(wanted, negatives)) <= 0.5
+        for start in range(0, len(found), 8):
+            batch = drawn[start : start + 8]
+            assert abs(batch.sum() - len(batch) * positives / len(found)) < 1 + 1e-9
+        times[found[~drawn] - 2 * positives] += 1
+        assert np.ptp(times[::2]) <= 1, "every negative case before any comes again"
 
 
 @given(order=st.lists(st.integers(0, 9), max_size=60), batch=st.integers(1, 7))

@@ -30,8 +30,11 @@ from ptxdist.train.unet import build_unet
 CPU = torch.device("cpu")
 MODEL = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=(16, 8, 8, 4, 4))
 HEADED = MODEL.model_copy(update={"image_head": True})
-PLAIN: dict[str, object] = {"swa_epochs": 2}
-ALL: dict[str, object] = {"weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9}
+PLAIN: dict[str, object] = {"swa_epochs": 2, "positive_share": (0.7, 0.3)}
+ALL: dict[str, object] = {
+    "weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9, "epoch": "positives",
+    "positive_share": (0.54, 0.45),
+}  # fmt: skip
 RESNET = ModelSettings(encoder_weights="none")
 
 
@@ -113,7 +116,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
     monkeypatch.setattr(saving, "_PREEMPTED_S", 0.0)
     stage = StageSettings(
-        size_px=32, epochs=4, batch_size=2 if inside else 4, best_by="loss", positive_share=(0.7, 0.3),
+        size_px=32, epochs=4, batch_size=2 if inside else 4, best_by="loss",
         augmentation=recipe, **changes,
     )  # fmt: skip
     whole = train(cache, tmp_path / "whole", stage, make_model=lambda: build_unet(model))

@@ -52,6 +52,13 @@ def test_larger_gradients_are_scaled_down_and_their_own_norm_is_reported(
         torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-9, msg=name)
 
 
-def test_two_averages_of_the_weights_are_refused() -> None:
-    with pytest.raises(SettingsError, match="swa_epochs and ema_decay both average the weights; leave out one of them"):
-        load_settings("paper", assignments=["stages.1.ema_decay=0.99"])
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("stages.1.ema_decay=0.99", "swa_epochs and ema_decay both average the weights; leave out one of them"),
+        ("stages.1.epoch=positives", 'epoch = "positives" needs positive_share'),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(assignment: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings("paper", assignments=[assignment])
