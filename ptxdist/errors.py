@@ -8,7 +8,7 @@
     ├── StoreError          7   a cache that is missing, incomplete, damaged or lacks a size
     ├── RunError            8   a run folder that does not fit the command or its settings
     ├── CheckpointError     9   a checkpoint or a weights file that cannot be used
-    ├── TrainingError      10   training stopped: a worker failed, the loss is not finite
+    ├── TrainingError      10   training stopped: a worker failed, the loss is not finite, a collapse
     ├── ClusterError       11   a Ray cluster that cannot be reached or used, a job that was rejected
     ├── BusyError          12   another ptxdist process works on the same folder
     ├── StorageError       13   an object store that cannot be reached, rejects a request, or keeps failing

@@ -14,6 +14,7 @@ from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
 from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, Progress, StageHistory, StageResult
+from ptxdist.scores.watchdog import Verdict, judge, why_not, worth
 
 _EPOCHS_SHOWN = 12
 
@@ -58,8 +59,8 @@ class TrainingDisplay:
                 self._rows.append(event)
                 self._left.add(event)
                 if not err.is_terminal:
-                    left = self._time_left(event.stage, ", ")
-                    say(epoch_line(event, self._stages[event.stage - 1].epochs) + left)
+                    left, stage = self._time_left(event.stage, ", "), self._stages[event.stage - 1]
+                    say(epoch_line(event, stage.epochs, judge(self._rows_of(event.stage), stage)[-1]) + left)
             case StageResult():
                 self._finish_stage(event)
             case EvaluationResult():
@@ -83,7 +84,8 @@ class TrainingDisplay:
 
     def _finish_stage(self, stage: StageResult) -> None:
         if err.is_terminal:
-            err.print(epoch_table(stage.history, f"stage {stage.stage}, {stage.size_px} px"))
+            verdicts = judge(stage.history, self._stages[stage.stage - 1])
+            err.print(epoch_table(stage.history, f"stage {stage.stage}, {stage.size_px} px", verdicts))
         best = f"best epoch {stage.best.epoch}{' (averaged weights)' if stage.best.averaged else ''}"
         source = f"reused from run {stage.reused_from}" if stage.reused_from else f"{stage.seconds:,.0f} s"
         say(f"stage {stage.stage} of {len(self._stages)} is finished: {best}, {source}")
@@ -93,6 +95,11 @@ class TrainingDisplay:
                 f"warning: stage {stage.stage} predicts nothing at all; its Kaggle Dice "
                 f"{stage.best.at_full.kaggle_dice:.4f} is the share of images without a pneumothorax"
             )
+        elif worth(stage.best.at_full).gain <= 0:
+            say(f"the masks of stage {stage.stage} do not raise the Kaggle Dice: {why_not(stage.best.at_full)}")
+
+    def _rows_of(self, stage: int) -> list[EpochMetrics]:
+        return [row for row in self._rows if row.stage == stage]
 
     def _time_left(self, stage: int, before: str) -> str:
         """The ETA in words, for a line or a title; "" before one epoch is finished."""
@@ -105,39 +112,44 @@ class TrainingDisplay:
         return f"{before}{in_stage}about {in_words(left[1])} in all"
 
     def _render(self) -> Group:
-        rows = self._rows[-_EPOCHS_SHOWN:]
-        if not rows:
+        if not self._rows:
             return Group(self._bars)
-        stage = rows[-1].stage
-        return Group(epoch_table(rows, f"stage {stage}{self._time_left(stage, ': ')}"), self._bars)
+        stage = self._rows[-1].stage
+        rows = self._rows_of(stage)
+        verdicts = judge(rows, self._stages[stage - 1])[-_EPOCHS_SHOWN:]
+        title = f"stage {stage}{self._time_left(stage, ': ')}"
+        return Group(epoch_table(rows[-_EPOCHS_SHOWN:], title, verdicts), self._bars)
 
 
-def epoch_line(item: EpochMetrics, epochs: int) -> str:
-    """One epoch as a line of text."""
+def epoch_line(item: EpochMetrics, epochs: int, verdict: Verdict) -> str:
+    """One epoch, of so many, as a line of text."""
     scores = item.at_full
     loss = "" if item.train_loss is None else f"train loss {item.train_loss:.4f}, "
     rate = "" if item.images_per_second is None else f", {item.images_per_second:,.1f} images/s"
     name = "averaged weights" if item.averaged else f"epoch {item.epoch}/{epochs}"
     nothing = "as predicting nothing" if scores.equals_all_empty else f"predicting nothing {scores.all_empty_dice:.4f}"
+    collapsed = " (collapsed)" if verdict == "collapsed" else ""
     return (
-        f"stage {item.stage} {name}: {loss}val loss {item.val_loss:.4f}, Dice {scores.kaggle_dice:.4f} Kaggle "
-        f"({nothing}), {number(scores.positive_dice)} positives only, "
+        f"stage {item.stage} {name}{collapsed}: {loss}val loss {item.val_loss:.4f}, Dice {scores.kaggle_dice:.4f} "
+        f"Kaggle ({nothing}), {number(scores.positive_dice)} positives only, "
         f"{scores.pooled_dice:.4f} pooled, lr {item.learning_rate:.2e}{rate}"
     )
 
 
-def epoch_table(rows: Sequence[EpochMetrics], title: str) -> Table:
-    """Epochs as a table."""
+def epoch_table(rows: Sequence[EpochMetrics], title: str, verdicts: Sequence[Verdict]) -> Table:
+    """Epochs as a table, with the verdict on each."""
     table = Table(title=title, title_justify="left", box=None, header_style="dim")
     for name in ("epoch", "lr", "train loss", "val loss", "Kaggle Dice", "positives", "pooled", "images/s"):
         table.add_column(name, justify="right")
-    for item in rows:
+    for item, verdict in zip(rows, verdicts, strict=True):
+        mark = " (nothing)" if item.at_full.equals_all_empty else ""
+        mark = " (collapsed)" if verdict == "collapsed" else mark
         table.add_row(
             f"{item.epoch}{' avg' if item.averaged else ''}",
             f"{item.learning_rate:.2e}",
             number(item.train_loss),
             number(item.val_loss),
-            f"{item.at_full.kaggle_dice:.4f}{' (nothing)' if item.at_full.equals_all_empty else ''}",
+            f"{item.at_full.kaggle_dice:.4f}{mark}",
             number(item.at_full.positive_dice),
             number(item.at_full.pooled_dice),
             f"{item.images_per_second:,.1f}" if item.images_per_second else "",

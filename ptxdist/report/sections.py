@@ -18,6 +18,8 @@ from ptxdist.report.model_card import model_card
 from ptxdist.report.page import Gallery, Notice, Section, Terms
 from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
+from ptxdist.scores.watchdog import why_not, worth
+from ptxdist.train import collapse
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
             "training",
             "Training",
             (
+                *_learning(run),
                 tables.stage_table(result),
                 *figures.learning_curves(result, run.metrics),
             ),
@@ -128,6 +131,20 @@ def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
                 "Operating points, subgroups and calibration are missing; `ptxdist evaluate RUN` adds them.",
             )
         )
+    return found
+
+
+def _learning(run: RunData) -> list[Notice]:
+    """Stages that have collapsed, or whose masks are not worth predicting."""
+    found = []
+    for stage in run.result.stages:
+        name, best = f"Stage {stage.stage}", stage.best.at_full
+        settings = run.settings.pipeline.stages[stage.stage - 1]
+        if (lost := collapse.find(stage.history, settings, stage.stage)) is not None:
+            later = "Later epochs have masks again. " if lost.over else ""
+            found.append(Notice(f"{name} has collapsed to empty masks.", f"{lost.words} {later}{lost.cure}"))
+        elif worth(best).gain <= 0:
+            found.append(Notice(f"The masks of {name.lower()} do not raise the Kaggle Dice.", why_not(best)))
     return found
 
 

@@ -29,7 +29,7 @@ from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.errors import TrainingError
 from ptxdist.records import EpochMetrics, Message, OnEvent, Progress, StageHistory
 from ptxdist.scores.metrics import scores
-from ptxdist.train import batchnorm
+from ptxdist.train import batchnorm, collapse
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.checkpoint import TrainingState, match_device
 from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, positives_order, training_shares
@@ -87,8 +87,8 @@ def fit(
     it**, with StageHistory and EpochMetrics equally often, so that it may wait for the other ranks there. Rank 0 calls
     `preempted`; while it returns True, since this node or that of another rank has a preemption notice, rank 0 writes a
     checkpoint about every second.
-    Raises TrainingError when a loss or gradient is not finite, naming the step and cases; CheckpointError when weights
-    cannot be written or read.
+    Raises TrainingError when a loss or gradient is not finite, naming the step and cases, and when the stage has
+    collapsed with `train.stop_on_collapse`; CheckpointError when weights cannot be written or read.
     """
     saver = Saver(folder, stage, train, preempted)
     trainer = _Trainer(model, data, stage, train, number, seed, device, on_event, saver)
@@ -96,7 +96,9 @@ def fit(
         trainer.resume()
         on_event(StageHistory(stage=number, epochs=tuple(trainer.history)))
         for epoch in range(len(trainer.history) + 1, stage.epochs + 1):
+            trainer.watch()
             on_event(trainer.run_epoch(epoch))
+        trainer.watch()
         if stage.swa_epochs:
             on_event(trainer.finish_swa())
         return trainer.result()
@@ -192,6 +194,21 @@ class _Trainer:
         metrics = self._validate(epoch, rate, done)
         self._keep(metrics)
         return metrics
+
+    def watch(self) -> None:
+        """Say when the stage has collapsed to empty masks, or stop it there; all ranks find the same."""
+        found = collapse.find(self.history, self.stage, self.number)
+        if found is None:
+            return
+        text = f"stage {self.number} has collapsed to empty masks. {found.words}"
+        if self.train.stop_on_collapse and not found.over:
+            assert self.best is not None
+            raise TrainingError(
+                f"{text} train.stop_on_collapse stops it: {self.saver.last_good()}, the best weights are "
+                f"{self.saver.best_path(self.best)}. {found.cure}"
+            )
+        if found.epoch == self.history[-1].epoch:
+            self._say(f"warning: {text} {found.cure}")
 
     def finish_swa(self) -> EpochMetrics:
         """Validate the SWA weights, as a further candidate for the best ones."""

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ptxdist import console
 from ptxdist.config import StageSettings
-from ptxdist.records import EpochMetrics, Message, Progress, Scores, StageHistory
+from ptxdist.records import EpochMetrics, Message, Progress, Scores, StageHistory, StageResult
 
 
 def epoch(number: int) -> EpochMetrics:
@@ -59,11 +59,53 @@ def test_an_epoch_that_predicts_nothing_says_so_in_the_table_and_in_the_log() ->
     item = epoch(1)
     empty = item.at_full.model_copy(update={"sensitivity": 0.0, "specificity": 1.0, "kaggle_dice": 0.6667})
     item = item.model_copy(update={"at_full": empty})
-    assert "Dice 0.6667 Kaggle (as predicting nothing), 0.2000 positives only" in console.epoch_line(item, 5)
-    assert "Dice 0.7000 Kaggle (predicting nothing 0.6667)" in console.epoch_line(epoch(1), 5)
+    assert "Dice 0.6667 Kaggle (as predicting nothing), 0.2000 positives only" in console.epoch_line(item, 5, "empty")
+    assert "Dice 0.7000 Kaggle (predicting nothing 0.6667)" in console.epoch_line(epoch(1), 5, "pays")
     terminal = Console(file=io.StringIO(), width=120)
-    terminal.print(console.epoch_table([item, epoch(2)], "stage 1"))
+    terminal.print(console.epoch_table([item, epoch(2)], "stage 1", ["empty", "pays"]))
     assert terminal.file.getvalue().count("(nothing)") == 1  # type: ignore[attr-defined]
+
+
+def test_a_collapsed_epoch_is_marked_in_the_table_and_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Here the third and fourth of four epochs are empty, after two with masks."""
+    gone = {"sensitivity": 0.0, "specificity": 1.0, "positive_dice": 0.0, "kaggle_dice": 0.6667}
+    empty = epoch(1).at_full.model_copy(update=gone)
+    epochs = [epoch(1), epoch(2), *(epoch(n).model_copy(update={"at_full": empty}) for n in (3, 4))]
+    with console.TrainingDisplay(stages((64, 4))) as display:
+        for item in epochs:
+            display.show(item)
+    starts = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
+    assert starts == [f"stage 1 epoch {n}/4" for n in (1, 2, 3)] + ["stage 1 epoch 4/4 (collapsed)"]
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
+    for module in (console.terminal, console.training):
+        monkeypatch.setattr(module, "err", terminal)
+    with console.TrainingDisplay(stages((64, 4))) as display:
+        display.show(StageHistory(stage=1, epochs=tuple(epochs)))
+        with terminal.capture() as capture:
+            terminal.print(display._render())
+    shown = capture.get()
+    assert shown.count("(nothing)") == 1
+    assert shown.count("(collapsed)") == 1
+
+
+def test_masks_that_do_not_pay_are_said_once_at_the_end_of_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    poor = epoch(1).at_full.model_copy(update={"specificity": 0.5, "kaggle_dice": 0.4})
+    best = epoch(1).model_copy(update={"at_full": poor})
+    with console.TrainingDisplay(stages((64, 1))) as display:
+        display.show(best)
+        display.show(
+            StageResult(
+                stage=1, size_px=64, fingerprint="", epochs=1, workers=1, seconds=1, best=best, history=(best,),
+                weights="", weights_sha256="",
+            )
+        )  # fmt: skip
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "the masks of stage 1 do not raise the Kaggle Dice: 50 % of the positive and 50 % of the negative images get a "
+        "mask, a ratio of 1.0. With a Dice of 0.40 on the positive ones, masks raise the Kaggle Dice above a ratio of "
+        "5.0."
+    )
 
 
 def test_each_fold_starts_with_its_own_lines_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:

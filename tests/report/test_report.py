@@ -387,6 +387,35 @@ def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) 
     assert not list(read(run / "report" / "index.html").all("script"))
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_a_stage_that_collapsed_and_one_whose_masks_do_not_pay_are_named_with_the_training(
+    run: Path, tmp_path: Path, later: bool
+) -> None:
+    """Runs of older versions too: the report finds it in the epochs."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    (copy / SETTINGS).write_text((copy / SETTINGS).read_text().replace('"epochs": 1', '"epochs": 6'))
+    result = read_result(copy)
+    poor, empty = scores(np.array([[5, 20, 20], [0, 9, 0], [0, 9, 0]])), scores(np.array([[0, 0, 20], [0, 0, 0]]))
+    epochs = [
+        result.stages[0].best.model_copy(update={"epoch": number, "at_full": found})
+        for number, found in enumerate([empty] * 5 + [poor if later else empty], start=1)
+    ]
+    stages = (
+        result.stages[0].model_copy(update={"history": tuple(epochs), "best": epochs[0]}),
+        result.stages[1].model_copy(update={"history": (epochs[0].model_copy(update={"at_full": poor}),)}),
+    )
+    stages = (stages[0], stages[1].model_copy(update={"best": stages[1].history[0]}))
+    write_json(copy / RESULT, result.model_copy(update={"stages": stages}))
+    training = next(item for item in read(write_report(copy)).all("section") if item.attributes["id"] == "training")
+    found = [item.text for item in training.all("p") if item.attributes.get("class") == "warning"]
+    assert len(found) == 2
+    assert found[0].startswith("Stage 1 has collapsed to empty masks. In epoch 4 of 6, 0 % of the images get a mask")
+    assert ("Later epochs have masks again. " in found[0]) == later
+    assert "--set stages.1.dice=batch" in found[0]
+    assert found[1].startswith("The masks of stage 2 do not raise the Kaggle Dice. 100 % of the positive and 100 % of")
+
+
 def test_a_new_chart_is_a_function_and_a_line_in_the_list_of_sections(run: Path, tmp_path: Path) -> None:
     def stages_over_time(data: RunData) -> list[Chart]:
         points = tuple((float(stage.stage), stage.seconds) for stage in data.result.stages)
