@@ -22,7 +22,8 @@ from ptxdist.train.loop import fit
 from ptxdist.train.pretrained import offline_encoders
 from ptxdist.train.unet import build_unet
 
-_WARM_UP, _STEPS = 2, 6  # steps that are not counted, and that are; and as many blocks of validation
+# Steps that are not counted, and that are; and as many blocks of validation. A GPU is waited for every ten steps.
+_STEPS = {"cpu": (1, 3), "cuda": (10, 20)}
 
 OnProgress = Callable[[str, int, int], None]  # what, done, total
 
@@ -66,21 +67,19 @@ def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda wh
     device = choose_device(settings.train.device)
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
+    warm_up, counted = _STEPS[device.type]
+    few = warm_up + counted
     catalog, found = read_catalog(cache), []
     model = settings.pipeline.model.model_copy(update={"encoder_weights": "none", "init": None})
     for number, stage in enumerate(settings.pipeline.stages, start=1):
         torch.manual_seed(settings.pipeline.seed)
         data = stage_data(catalog, cache, stage.size_px, settings.pipeline.fold)
-        few = replace(
-            data,
-            train=data.train[: (_WARM_UP + _STEPS) * stage.batch_size],
-            val=data.val[: (_WARM_UP + _STEPS) * VAL_BLOCK],
-        )
-        clock = _Clock(number, on_progress)
+        part = replace(data, train=data.train[: few * stage.batch_size], val=data.val[: few * VAL_BLOCK])
+        clock = _Clock(warm_up, f"steps of stage {number}", 2 * few, on_progress)
         with tempfile.TemporaryDirectory(prefix="ptxdist-plan-") as folder:
             fit(
                 build_unet(model),
-                few,
+                part,
                 stage.model_copy(update={"epochs": 1, "swa_epochs": 0}),
                 settings.train,
                 number=number,
@@ -98,19 +97,18 @@ def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda wh
 class _Clock:
     """Receives the events of a stage and notes when how many images were done."""
 
-    def __init__(self, stage: int, on_progress: OnProgress) -> None:
-        self._what, self._on_progress = f"steps of stage {stage}", on_progress
+    def __init__(self, warm_up: int, what: str, total: int, on_progress: OnProgress) -> None:
+        self._warm_up, self._what, self._total, self._on_progress = warm_up, what, total, on_progress
         self._started = time.perf_counter()
         self._marks: dict[str, list[tuple[float, int]]] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
-            marks = self._marks.setdefault(event.step, [])
-            marks.append((time.perf_counter(), event.done))
-            self._on_progress(self._what, sum(map(len, self._marks.values())), 2 * (_WARM_UP + _STEPS))
+            self._marks.setdefault(event.step, []).append((time.perf_counter(), event.done))
+            self._on_progress(self._what, sum(map(len, self._marks.values())), self._total)
 
     def speed(self, step: str) -> float:
-        """Images a second after the first steps; over all of them where there are fewer."""
+        """Images a second after the warm-up; over all steps where there are too few."""
         marks = [(self._started, 0), *self._marks[step]]
-        start, end = marks[min(_WARM_UP, len(marks) - 2)], marks[-1]
+        start, end = marks[min(self._warm_up, len(marks) - 2)], marks[-1]
         return (end[1] - start[1]) / max(1e-9, end[0] - start[0])
