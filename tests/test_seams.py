@@ -81,8 +81,8 @@ def test_what_is_added_in_one_place_is_trained_and_described_everywhere(
     settings = load_settings(
         "smoke",
         assignments=[
-            "model.encoder=tiny", "model.decoder_channels=[4, 4, 4, 4, 4]", "stages.*.loss=focal",
-            "stages.*.augmentation=turned", "train.device=cpu", "train.precision=fp32",
+            "model.encoder=tiny", "model.decoder_channels=[4, 4, 4, 4, 4]", "model.image_head=true",
+            "stages.*.loss=focal", "stages.*.augmentation=turned", "train.device=cpu", "train.precision=fp32",
         ],
         options={"data.cache": str(small_cache[0])},
     )  # fmt: skip
@@ -96,7 +96,12 @@ def test_what_is_added_in_one_place_is_trained_and_described_everywhere(
     page = ptxdist.write_report(
         run, sections=lambda data: (*sections(data), Section("gap", "Gap", (gap_chart(data),)))
     ).read_text()
-    for words in ("five convolutions", "focal loss of Lin et al.", "rotation and blur", "Generalisation gap"):
+    for words in (
+        "five convolutions",
+        "focal loss of Lin et al. + 0.2 x BCE of the image head",
+        "rotation and blur",
+        "Generalisation gap",
+    ):
         assert words in page, words
     assert "ResNet-34" not in page
     assert "Dice loss" not in page
@@ -106,6 +111,7 @@ def test_what_is_added_in_one_place_is_trained_and_described_everywhere(
     with zipfile.ZipFile(tmp_path / "model.ptxdist") as archive:
         readme, card = archive.read("README.md").decode(), json.loads(archive.read("card.json"))
     assert "five convolutions" in readme
+    assert "with an image head" in readme
     assert "ResNet-34" not in readme
     assert card["pipeline"]["model"]["encoder"] == "tiny"
     assert {stage["loss"] for stage in card["pipeline"]["stages"]} == {"focal"}

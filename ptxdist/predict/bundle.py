@@ -194,12 +194,13 @@ def _readme(card: ModelCard) -> str:
     needed = (f"the score reaches {point.image:g} and " if point.image else "") + f"{point.min_area_px} px"
     positive = "not defined" if scores.positive_dice is None else f"{scores.positive_dice:.4f}"
     encoder = encoders.chosen(model).words
+    head = ", with an image head" if model.image_head else ""
     return f"""# Pneumothorax segmentation: {card.name}
 
 Research use only; not a medical device. Made with ptxdist: `ptxdist predict FILE.ptxdist IMAGES --out DIR`.
 
 - **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
-- **Network**: U-Net on a {encoder}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px,
+- **Network**: U-Net on a {encoder}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px{head},
   encoder from {model.encoder_weights}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
 - **Operating point** (from {card.operating_point_from}): a mask is empty unless {needed} of the original
   image reach {point.top:g}; it is made of all px that reach {point.bottom:g}.

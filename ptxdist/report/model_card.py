@@ -17,6 +17,10 @@ from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
 from ptxdist.train import augment, encoders, losses
 
+_IMAGE_HEAD = (
+    "An image head predicts from the encoder's coarsest features whether the image has a pneumothorax. The score of an "
+    "image is the mean of its probability and of that of the highest pixels."
+)
 _FEW_POSITIVES = 100  # below, the interval of a mean Dice is some tenths wide
 
 
@@ -27,7 +31,7 @@ def model_card(
     return (
         Facts(_use(), "Intended use"),
         Facts(_model(settings, result, environment), "Model"),
-        Facts(tuple(_stage(stage, how) for stage, how in _stages(settings, result)), "Training"),
+        Facts(tuple(_stages(settings, result)), "Training"),
         Facts(_training_data(catalog), "Training data"),
         Facts(_limits(result, catalog), "Limits"),
     )
@@ -54,6 +58,7 @@ def _model(settings: Settings, result: PipelineResult, environment: Mapping[str,
     sentences = [
         f"U-Net: {encoders.chosen(model).words} encoder, started from {weights}; decoder of "
         f"{'-'.join(map(str, model.decoder_channels))} channels; the grey image is {mapping} three channels.",
+        *((_IMAGE_HEAD,) if model.image_head else ()),
         f"Input: {last.size_px} x {last.size_px} pixels; images that are not square are padded with black. "
         "Probabilities are resized to the original resolution before the threshold is applied.",
         f"Weights: sha256 {last.weights_sha256}.",
@@ -66,11 +71,12 @@ def _model(settings: Settings, result: PipelineResult, environment: Mapping[str,
     return tuple(sentences)
 
 
-def _stages(settings: Settings, result: PipelineResult) -> Iterable[tuple[StageResult, StageSettings]]:
-    return ((stage, settings.pipeline.stages[stage.stage - 1]) for stage in result.stages)
+def _stages(settings: Settings, result: PipelineResult) -> Iterable[str]:
+    stages, image_head = settings.pipeline.stages, settings.pipeline.model.image_head
+    return (_stage(stage, stages[stage.stage - 1], image_head) for stage in result.stages)
 
 
-def _stage(stage: StageResult, how: StageSettings) -> str:
+def _stage(stage: StageResult, how: StageSettings, image_head: bool) -> str:
     parts = [
         f"{stage.epochs} {'epoch' if stage.epochs == 1 else 'epochs'} at {stage.size_px} pixels",
         f"batches of {how.batch_size} over {stage.workers} {'worker' if stage.workers == 1 else 'workers'}",
@@ -78,7 +84,7 @@ def _stage(stage: StageResult, how: StageSettings) -> str:
         f"{how.learning_rate:g}, {how.schedule} schedule"
         + (f", warm-up over {how.warmup_steps} steps" if how.warmup_steps else "")
         + (f", gradients clipped to a norm of {how.clip_norm:g}" if how.clip_norm else ""),
-        losses.chosen(how).words,
+        losses.chosen(how).words + (f" + {how.image_weight:g} x BCE of the image head" if image_head else ""),
         f"augmentation: {augment.in_words(how.augmentation)}",
     ]
     if how.positive_share:

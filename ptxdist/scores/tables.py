@@ -36,7 +36,7 @@ _PREDICTION_COLUMNS = ("ImageId", "EncodedPixels")
 
 @dataclass(frozen=True)
 class CaseRow:
-    """What is read of a row of cases.csv: identity, counts at the run's own threshold, Dice, highest probability."""
+    """What is read of a row of cases.csv: identity, counts at the run's own threshold, Dice, score."""
 
     case_id: str
     group: str
