@@ -111,7 +111,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     where: str,
 ) -> None:
     inside = bool(settings) or preempted
-    model = HEADED if "checkpoint_every_s" in settings or not inside else MODEL
+    model = MODEL if preempted else HEADED
     recipe = full_recipe if "checkpoint_every_images" in settings or not inside else "siim"
     cache, settings = long_cache if inside else cache, TrainSettings(**{"checkpoint_every_s": 0.0, **settings})
     monkeypatch.setattr(saving, "_PREEMPTED_S", 0.0)
