@@ -80,7 +80,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
         ),
         Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
         Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment)),
-        Section("definitions", "Definitions", (_definitions(),)),
+        Section("definitions", "Definitions", (_definitions(evaluation),)),
     )
 
 
@@ -148,7 +148,7 @@ def _learning(run: RunData) -> list[Notice]:
     return found
 
 
-def _definitions() -> Terms:
+def _definitions(evaluation: EvaluationResult) -> Terms:
     return Terms(
         (
             *((score.name, score.definition) for score in (*SCORES.values(), AUROC, ECE)),
@@ -170,6 +170,16 @@ def _definitions() -> Terms:
                 "Plateau",
                 f"Operating points whose Kaggle Dice is within {figures.PLATEAU:g} of the best one. On a large plateau "
                 "the exact choice matters little.",
+            ),
+            (
+                "Score",
+                "How positive an image looks, 0 to 1: "
+                + (
+                    "the mean of the image head's probability and of the mean of the highest pixels of the map, one in "
+                    "256. A mask is empty below the image threshold, if there is one."
+                    if evaluation.image_head
+                    else "the highest probability of its map."
+                ),
             ),
             ("Small group", "A subgroup with too few images to draw conclusions from."),
             ("Areas", "In pixels of the original image."),

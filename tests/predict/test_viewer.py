@@ -157,6 +157,26 @@ def test_the_smallest_area_can_be_left_out(
     assert 0 < area(chromium) < predictor.operating_point.min_area_px
 
 
+def test_an_image_threshold_empties_the_mask_and_can_be_left_out(
+    chromium: Browser,
+    url: str,
+    file: Path,
+    prediction: Prediction,
+    predictor: Predictor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    point = predictor.operating_point.model_copy(update={"image": 0.9999})
+    monkeypatch.setattr(predictor, "operating_point", point)
+    chromium.open(url, 1280)
+    upload(chromium, file)
+    assert area(chromium) == 0
+    assert "the score is too low" in words(chromium, "area-more")
+    assert point.words in words(chromium, "point")
+    assert words(chromium, "smallest-words") == "no mask for a score below 0.9999, and none of fewer than 300 pixels"
+    chromium.run("$('smallest').click()")
+    assert area(chromium) == prediction.area_px > 0
+
+
 def test_a_file_can_be_dropped(chromium: Browser, url: str, file: Path, prediction: Prediction) -> None:
     chromium.open(url, 1280)
     chromium.drop(file, 600, 400)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from ptxdist.cache.split import assign_folds
 from ptxdist.records import OperatingPoint
+from ptxdist.scores import operating
 from ptxdist.scores.counts import LEVELS
-from ptxdist.scores.metrics import scores
+from ptxdist.scores.metrics import image_dice, scores
 from ptxdist.scores.operating import AREAS_PX, FOLDS, LEVELS_TRIED, tune
 from ptxdist.train.scoring import count, mask_at, to_levels
 
@@ -81,6 +84,89 @@ def test_scores_of_the_search_are_those_of_the_masks(images: tuple[torch.Tensor,
             threshold = tuned.thresholds[row]
             point = OperatingPoint(top=threshold, min_area_px=int(AREAS_PX[column]), bottom=threshold)
             assert surface[row, column] == pytest.approx(scores(counts_at([point] * 40)).kaggle_dice, abs=1e-6)
+
+
+def naive_best(total: dict[tuple[int, ...], float]) -> tuple[int, ...]:
+    """The point whose neighbours that are tried have the best mean, and the lowest of equal ones."""
+    means = {}
+    for place in sorted(total):
+        around = itertools.product(*((index - 1, index, index + 1) for index in place))
+        found = [total[other] for other in around if other in total]
+        means[place] = sum(found) / len(found)
+    return next(place for place, mean in means.items() if mean >= max(means.values()) - 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["pair", "triplet"])
+def test_the_search_over_four_thresholds_is_that_of_a_plain_loop(
+    images: tuple[torch.Tensor, torch.Tensor], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probability, truth = images
+    tried, areas, levels = np.array([0, 0.3, 0.5, 0.6, 0.9]), np.array([0, 4, 9, 16]), np.arange(40, 190, 30)
+    for name, value in (("IMAGES_TRIED", tried), ("AREAS_PX", areas), ("LEVELS_TRIED", levels)):
+        monkeypatch.setattr(operating, name, value)
+    random = np.random.default_rng(3)
+    image_scores = np.clip(0.35 + 0.3 * (truth.flatten(1).any(1).numpy()) + random.normal(0, 0.15, 40), 0, 1)
+    image_scores[:3] = (0.5, 0.4999996, 0.4999994)  # rounded to six digits, the second one reaches 0.5
+    ids = [f"case-{index:02}" for index in range(40)]
+    area = truth.flatten(1).sum(1).numpy()
+    found = tune(histograms_of(probability, truth), area, ids, ids, kind, image_scores)
+    assert found is not None
+
+    def point_of(place: tuple[int, ...]) -> OperatingPoint:
+        image, top, smallest, bottom = place
+        return OperatingPoint(
+            image=tried[image], top=levels[top] / LEVELS, min_area_px=areas[smallest], bottom=levels[bottom] / LEVELS
+        )
+
+    def counts_at(point: OperatingPoint) -> np.ndarray:
+        pairs = zip(probability, image_scores.tolist(), strict=True)
+        return count(torch.stack([mask_at(own, point, score) for own, score in pairs]), truth).numpy()
+
+    places = [
+        place
+        for place in itertools.product(*map(range, (len(tried), len(levels), len(areas), len(levels))))
+        if (place[1] == place[3] if kind == "pair" else place[1] >= place[3])
+    ]
+    dice = {place: image_dice(counts_at(point_of(place))) for place in places}
+    fold = np.array(assign_folds(ids, ids, area.tolist(), folds=FOLDS))
+    best = naive_best({place: own.sum() for place, own in dice.items()})
+    chosen = [naive_best({place: own[fold != k].sum() for place, own in dice.items()}) for k in range(FOLDS)]
+    tuned, estimate = found
+    assert tuned.point == point_of(best)
+    assert tuned.point.image > 0, "the scores help"
+    assert tuned.points == tuple(map(point_of, chosen))
+    assert tuned.scores == scores(counts_at(tuned.point))
+    assert (estimate == np.stack([counts_at(tuned.points[k])[row] for row, k in enumerate(fold)])).all()
+    for bottom, smallest in itertools.product(range(len(levels)), range(len(areas))):
+        place = (best[0], bottom if kind == "pair" else best[1], smallest, bottom)
+        shown = tuned.surface[bottom][smallest]
+        assert shown == (pytest.approx(dice[place].mean(), abs=1e-6) if place in dice else None)
+
+
+@pytest.mark.parametrize("kind", ["pair", "triplet"])
+def test_scores_that_tell_nothing_change_nothing(kind: str) -> None:
+    for seed in range(2):
+        hist, area = noise(np.random.default_rng(seed))
+        ids = [str(index) for index in range(30)]
+        plain, headed = (tune(hist, area, ids, ids, kind, image_scores) for image_scores in (None, np.ones(30)))
+        assert plain is not None
+        assert headed is not None
+        assert headed[0] == plain[0]
+        assert headed[0].model_dump_json() == plain[0].model_dump_json()
+        assert (headed[1] == plain[1]).all()
+
+
+def test_a_point_in_words_and_in_json() -> None:
+    plain = OperatingPoint(top=0.5, min_area_px=0, bottom=0.5)
+    assert plain.words == "a mask is made of all pixels that reach 0.5"
+    assert plain.model_dump_json() == '{"top":0.5,"min_area_px":0,"bottom":0.5}', "as in version 0.1.0"
+    headed = OperatingPoint(image=0.45, top=0.7, min_area_px=1024, bottom=0.3)
+    assert headed.words == (
+        "a mask is empty unless the score reaches 0.45 and 1,024 pixels reach 0.7; it is made of all pixels that reach "
+        "0.3"
+    )
+    assert OperatingPoint.model_validate_json(headed.model_dump_json()) == headed
+    assert [headed.admits(score) for score in (0.45, 0.4499996, 0.4499994)] == [True, True, False]
 
 
 def test_the_point_removes_the_false_alarms(images: tuple[torch.Tensor, torch.Tensor]) -> None:

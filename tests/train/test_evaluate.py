@@ -29,6 +29,7 @@ from ptxdist.scores.compare import as_markdown, compare
 from ptxdist.scores.counts import LEVELS
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import auroc, scores
+from ptxdist.scores.operating import tune
 from ptxdist.scores.tables import COLUMNS, FIXED_THRESHOLDS
 from ptxdist.train.checkpoint import save_weights
 from ptxdist.train.evaluate import Ensemble, Member, evaluate
@@ -40,16 +41,18 @@ _AGE_NAMES = {"30": "under 40", "50": "40 to 59", "70": "60 and over"}
 COUNTS = ("intersection_px", "predicted_px", "truth_px")
 
 
-def member(folder: Path, *, seed: int = 0, fold: int = 0) -> Member:
+def member(folder: Path, *, seed: int = 0, fold: int = 0, image_head: bool = False) -> Member:
     """A run with random weights, whose probabilities are spread out enough to make masks."""
     torch.manual_seed(seed)
-    model = build_unet(MODEL)
+    network = MODEL.model_copy(update={"image_head": True, "encoder": "small"}) if image_head else MODEL
+    model = build_unet(network)
     with torch.no_grad():
         model.head.weight.mul_(8.0)
+        model.head.bias.add_(20.0 * image_head)  # then only the image threshold leaves a mask empty
     weights = folder / f"weights-{seed}.safetensors"
     sha256 = save_weights(model.state_dict(), weights)
     stage = StageSettings(size_px=32, epochs=1, batch_size=4, threshold=0.6)
-    settings = Settings(pipeline=PipelineSettings(name="tiny", fold=fold, model=MODEL, stages=(stage,)))
+    settings = Settings(pipeline=PipelineSettings(name="tiny", fold=fold, model=network, stages=(stage,)))
     return Member(
         folder,
         settings,
@@ -132,6 +135,23 @@ def test_every_number_can_be_computed_again_from_the_table(evaluated: tuple[Path
     for by in ("view", "sex", "age", "exposure"):
         assert sum(group.scores.cases for group in result.subgroups if group.by == by) == len(rows)
     assert all(group.small for group in result.subgroups), "twenty cases are few"
+
+
+def test_points_with_an_image_threshold_are_in_the_tables_too(folds: Path, tmp_path: Path) -> None:
+    result = evaluate([member(tmp_path, image_head=True)], folds, tmp_path, device=CPU)
+    assert read_evaluation(tmp_path) == result
+    assert result.image_head
+    rows = table(tmp_path)
+    ids, groups = [row["case_id"] for row in rows], [row["group"] for row in rows]
+    truth, score = counts_of(rows)[:, 2], np.array([float(row["score"]) for row in rows])
+    histograms = load_file(tmp_path / HISTOGRAMS)["histograms"]
+    for tuned in result.tuned:
+        found = tune(histograms, truth, ids, groups, tuned.kind, score)
+        assert found is not None
+        assert found[0] == tuned
+        names = (f"{tuned.kind}_intersection_px", f"{tuned.kind}_predicted_px", "truth_px")
+        assert (found[1] == counts_of(rows, names)).all()
+    assert any(point.image > 0 for tuned in result.tuned for point in (tuned.point, *tuned.points))
 
 
 def test_calibration_is_scikit_learn_s_and_torchmetrics(evaluated: tuple[Path, EvaluationResult]) -> None:
