@@ -172,9 +172,10 @@ def main() -> None:
         conclude(evaluated, THRESHOLDS, min_area_px=0, flip_averaging=True, runs=1)
         return time.process_time() - started
 
-    def seconds_of_search() -> float:
+    def seconds_of_search(image_scores: np.ndarray | None = None) -> float:
+        ids, truth = [case.case_id for case in many], counts.at_full[0, :, 2]
         started = time.process_time()
-        tune(counts.histograms, counts.at_full[0, :, 2], [case.case_id for case in many], groups, "triplet")
+        tune(counts.histograms, truth, ids, groups, "triplet", image_scores)
         return time.process_time() - started
 
     with tempfile.TemporaryDirectory() as folder:
@@ -185,7 +186,12 @@ def main() -> None:
             write_report(run)
             return time.process_time() - started
 
-        steps = {"conclude": seconds_of_all, "of it, tune": seconds_of_search, "report": seconds_of_report}
+        steps = {
+            "conclude": seconds_of_all,
+            "of it, tune": seconds_of_search,
+            "tune with an image head": lambda: seconds_of_search(counts.score),
+            "report": seconds_of_report,
+        }
         seconds = in_turn(steps, options.rounds)
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     report = {
