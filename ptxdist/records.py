@@ -19,6 +19,11 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def when_known() -> Any:
+    """A field of a record that is None by default, and then left out of JSON."""
+    return Field(None, exclude_if=lambda value: value is None)
+
+
 class Scores(Record):
     """Scores of a set of cases, each 0..1; None where they are not defined.
 
@@ -240,6 +245,35 @@ class PipelineResult(Record):
     stages: tuple[StageResult, ...]
     evaluation: EvaluationResult
     seconds: float
+
+
+class ParentModel(Record):
+    """The model that a run's first stage started from: `model.init`, a run, a bundle or a file of weights.
+
+    `fingerprint` (of its last stage: settings, code and data) and `images`, its number of training images, are None
+    where they are not known. `fresh` are parts of the network that it lacked, `unused` those of its parts that the
+    network lacks. `seen` is the number of held-out cases whose patient or, with `seen_by` "image", whose file it was
+    trained on; None: not known. `parent` is the model that it started from itself.
+    """
+
+    kind: Literal["run", "bundle", "file"]
+    name: str | None
+    weights_sha256: str
+    fingerprint: str | None
+    images: int | None
+    fresh: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    seen: int | None
+    seen_by: Literal["patient", "image"] | None
+    parent: ParentModel | None = None
+
+
+class Origin(Record):
+    """What the network of a run is made from: numbers of its training images, and the model it started from."""
+
+    images: int
+    positives: int
+    parent: ParentModel | None = None
 
 
 class Message(Record):

@@ -3,6 +3,7 @@
     RUN/                        e.g. runs/exp4
         settings.json           resolved settings
         environment.json        versions, commit, hardware
+        origin.json             Origin: numbers of training images, and the model that the network started from
         metrics.jsonl           one line an epoch, all stages, from the first epoch on
         result.json             PipelineResult: one StageResult a stage, and the evaluation
         ray.log                 the output of Ray
@@ -34,10 +35,11 @@ from pydantic import ValidationError
 from ptxdist import files
 from ptxdist.config import Settings, differences, restore, snapshot
 from ptxdist.errors import RunError
-from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, Record, StageResult
+from ptxdist.records import EpochMetrics, EvaluationResult, Origin, PipelineResult, Record, StageResult
 
 SETTINGS = "settings.json"
 ENVIRONMENT = "environment.json"
+ORIGIN = "origin.json"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 RAY_LOG = "ray.log"
@@ -127,6 +129,12 @@ def read_result(run: Path) -> PipelineResult:
     if not path.is_file():
         raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
     return _read(path, PipelineResult, "rerun the same `ptxdist train`")
+
+
+def read_origin(run: Path) -> Origin | None:
+    """What the network of a run is made from; None for runs of older versions, which have no record of it."""
+    path = run / ORIGIN
+    return _read(path, Origin, "rerun the same `ptxdist train`") if path.is_file() else None
 
 
 def read_metrics(run: Path) -> list[EpochMetrics]:

@@ -42,7 +42,7 @@ RULES = {
         "base version dicom labels cache storage phantoms scores train report",
         "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn",
     ),
-    "run": ("base cache storage scores train report", "torch tensorboardX mlflow"),
+    "run": ("base cache storage scores train report predict", "torch safetensors tensorboardX mlflow"),
     # requests, packaging and grpc are what Ray itself stands on
     "cluster": ("base cache storage scores run", "ray torch requests packaging grpc"),
     "console": ("base cache scores", "rich"),

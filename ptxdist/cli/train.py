@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--data", type=PLACE, help="The cache, a folder or s3://….  [default: cache, or the site's]")
 @click.option("--run", type=PLACE, help="The run, a folder or s3://….  [default: runs/PIPELINE]")
 @click.option("--encoder-weights", help="imagenet, none, or a file.  [default: the pipeline's]")
+@click.option("--init", help="A run, a bundle or a file of weights: fine-tune that whole network.")
 @click.option("--fold", help="The fold to hold out, or all: one run each, evaluated together.  [default: 0]")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: stages.1.epochs=5")
 @click.option("--without-ray", is_flag=True, help="Train in this process, or in those that torchrun has started.")
@@ -40,6 +41,7 @@ def train(
     data: Path | str | None,
     run: Path | str | None,
     encoder_weights: str | None,
+    init: str | None,
     fold: str | None,
     assignments: tuple[str, ...],
     without_ray: bool,
@@ -63,6 +65,7 @@ def train(
             "train.workers": workers,
             "data.cache": str(data) if data else None,
             "pipeline.model.encoder_weights": encoder_weights,
+            "pipeline.model.init": init,
             "pipeline.fold": int(fold) if fold and fold.isdecimal() else None if fold == "all" else fold,
         },
     )

@@ -28,8 +28,9 @@ from ptxdist import files
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, fingerprint
 from ptxdist.errors import CheckpointError, RunError
-from ptxdist.records import EvaluationResult, OperatingPoint, Record
-from ptxdist.rundir import read_result, read_settings
+from ptxdist.records import EvaluationResult, OperatingPoint, ParentModel, Record, when_known
+from ptxdist.report.model_card import made_from as in_words
+from ptxdist.rundir import read_origin, read_result, read_settings
 from ptxdist.train import encoders
 from ptxdist.train.checkpoint import fill_model, load_weights
 from ptxdist.train.unet import UNet, build_unet
@@ -45,7 +46,8 @@ class ModelCard(Record):
 
     `preprocessing` is the version of the transform from a file to the network's square (`cache.render.TRANSFORM`).
     `fingerprint` is that of the last stage: settings, code and every image and mask it was trained on. `pipeline`
-    contains no path.
+    contains no path: `model.init` is the sha256 of its weights. `training_images` and `made_from`, the model that the
+    network started from, are left out where they are not known or there is none.
     """
 
     format: Literal["ptxdist bundle 1"] = "ptxdist bundle 1"
@@ -60,15 +62,21 @@ class ModelCard(Record):
     fingerprint: str
     evaluation: EvaluationResult
     weights_sha256: str
+    training_images: int | None = when_known()
+    made_from: ParentModel | None = when_known()
 
 
 def describe_run(run: Path) -> tuple[ModelCard, Path]:
     """The card of a finished run's last stage, and its weights; RunError when the run is not finished."""
     settings, result = read_settings(run), read_result(run)
     stage, pipeline = result.stages[-1], settings.pipeline
-    source = pipeline.model.encoder_weights
-    if source not in ("imagenet", "none"):  # a path, which may contain a name
-        pipeline = pipeline.model_copy(update={"model": pipeline.model.model_copy(update={"encoder_weights": "file"})})
+    made, model = read_origin(run), pipeline.model
+    parent = made.parent if made else None
+    if model.encoder_weights not in ("imagenet", "none"):  # a path, which may contain a name
+        model = model.model_copy(update={"encoder_weights": "file"})
+    if model.init is not None:
+        model = model.model_copy(update={"init": parent.weights_sha256 if parent else "model"})
+    pipeline = pipeline.model_copy(update={"model": model})
     point, origin = _operating_point(result.evaluation)
     card = ModelCard(
         name=pipeline.name,
@@ -82,6 +90,8 @@ def describe_run(run: Path) -> tuple[ModelCard, Path]:
         fingerprint=stage.fingerprint,
         evaluation=result.evaluation,
         weights_sha256=stage.weights_sha256,
+        training_images=made.images if made else None,
+        made_from=parent,
     )
     return card, run / stage.weights
 
@@ -195,19 +205,25 @@ def _readme(card: ModelCard) -> str:
     positive = "not defined" if scores.positive_dice is None else f"{scores.positive_dice:.4f}"
     encoder = encoders.chosen(model).words
     head = ", with an image head" if model.image_head else ""
+    start = f"encoder from {encoders.start_in_words(model)}"
+    if card.training_images is None:  # a run of an older version, whose bundle keeps its bytes
+        start = f"encoder from {model.encoder_weights}"
+    elif card.made_from:
+        start = "from another model (below)"
+    made_from = f"- **Made from**: {' '.join(in_words(card.made_from))}\n" if card.made_from else ""
     return f"""# Pneumothorax segmentation: {card.name}
 
 Research use only; not a medical device. Made with ptxdist: `ptxdist predict FILE.ptxdist IMAGES --out DIR`.
 
 - **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
 - **Network**: U-Net on a {encoder}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px{head},
-  encoder from {model.encoder_weights}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
+  {start}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
 - **Operating point** (from {card.operating_point_from}): a mask is empty unless {needed} of the original
   image reach {point.top:g}; it is made of all px that reach {point.bottom:g}.
 - **Measured** at threshold {card.evaluation.threshold:g} on {scores.cases} held-out images, {scores.positives} of them
   positive: Kaggle Dice {scores.kaggle_dice:.4f} (predicting nothing: {scores.all_empty_dice:.4f}), positives-only Dice
   {positive}, pooled Dice {scores.pooled_dice:.4f}.
 - **Not known**: how it does on other scanners, countries, ages, devices in the chest, or lateral views.
-- **Data**: fingerprint {card.fingerprint}, over settings, code and every image and mask of its training.
+{made_from}- **Data**: fingerprint {card.fingerprint}, over settings, code and every image and mask of its training.
 - **Weights**: sha256 {card.weights_sha256}.
 """

@@ -36,6 +36,7 @@ from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
 from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle
 from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
 from ptxdist.predict.predictor import Predictor
+from ptxdist.train import encoders
 from ptxdist.train.device import choose_device
 from ptxdist.train.scoring import case_score, predict_probability
 
@@ -98,6 +99,8 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
 
 def describe(card: ModelCard) -> dict[str, Any]:
     """The metadata of a file, as plain JSON: all that is needed to get from an image file to a mask."""
+    model = card.pipeline.model
+    start = "another model" if card.made_from else encoders.start_in_words(model)
     shape = ["batch", 1, card.size_px, card.size_px]
     head, needed = {}, ""
     if card.pipeline.model.image_head:
@@ -128,6 +131,7 @@ def describe(card: ModelCard) -> dict[str, Any]:
         "flip_averaging_inside": card.flip_averaging,
         "operating_point": card.operating_point.model_dump(),
         "parity": "compared with the checkpoint in fp32 before it was written",
+        "encoder": f"{encoders.chosen(model).words}, started from {start}",
         "card": card.model_dump(mode="json"),
     }
 

@@ -6,13 +6,13 @@ for model reporting".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.summary import percent, share
 from ptxdist.config import Settings, StageSettings
-from ptxdist.records import PipelineResult, StageResult
+from ptxdist.records import Origin, ParentModel, PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
 from ptxdist.train import augment, encoders, losses
@@ -25,15 +25,20 @@ _FEW_POSITIVES = 100  # below, the interval of a mean Dice is some tenths wide
 
 
 def model_card(
-    settings: Settings, result: PipelineResult, catalog: Catalog, environment: Mapping[str, Any]
+    settings: Settings,
+    result: PipelineResult,
+    catalog: Catalog,
+    environment: Mapping[str, Any],
+    origin: Origin | None = None,
 ) -> tuple[Facts, ...]:
-    """A list of sentences for each heading."""
+    """A list of sentences for each heading; `origin` is None for runs of older versions."""
+    parent = origin.parent if origin else None
     return (
         Facts(_use(), "Intended use"),
-        Facts(_model(settings, result, environment), "Model"),
+        Facts(_model(settings, result, environment, parent), "Model"),
         Facts(tuple(_stages(settings, result)), "Training"),
         Facts(_training_data(catalog), "Training data"),
-        Facts(_limits(result, catalog), "Limits"),
+        Facts((*_limits(result, catalog), *_seen(parent)), "Limits"),
     )
 
 
@@ -47,20 +52,66 @@ def _use() -> tuple[str, ...]:
     )
 
 
-def _model(settings: Settings, result: PipelineResult, environment: Mapping[str, Any]) -> tuple[str, ...]:
+def made_from(parent: ParentModel) -> tuple[str, ...]:
+    """What a network was made from, and how much of that is known, in sentences."""
+    what = {"run": "run", "bundle": "bundle", "file": "file of weights"}[parent.kind]
+    name = f" {parent.name}" if parent.name else ""
+    data = "its training data are not known"
+    if parent.fingerprint is not None:
+        images = "an unknown number of" if parent.images is None else f"{parent.images:,}"
+        data = f"trained on {images} images, data fingerprint {parent.fingerprint}"
+    found = [f"The whole network started from the {what}{name}: weights sha256 {parent.weights_sha256}, {data}."]
+    if parent.fresh:
+        found.append(f"It had no {' and no '.join(parent.fresh)}; that started from random weights.")
+    if parent.unused:
+        found.append(f"Its {' and '.join(parent.unused)} was not used.")
+    if parent.parent:
+        before = parent.parent
+        found.append(
+            f"It was made from another model itself: {before.name or 'weights'}, sha256 {before.weights_sha256}."
+        )
+    return tuple(found)
+
+
+def _seen(parent: ParentModel | None) -> Iterator[str]:
+    """The warning that held-out patients may have been trained on before."""
+    if parent is None:
+        return
+    if parent.seen is None:
+        yield (
+            "Whether the model that the network started from was trained on held-out patients is not known; if it was, "
+            "the scores are too high."
+        )
+    elif parent.seen:
+        what = "of patients" if parent.seen_by == "patient" else "among the images"
+        yield (
+            f"{parent.seen:,} held-out images are {what} on which the model that the network started from was trained: "
+            "the scores are too high."
+        )
+    elif parent.seen_by == "image":
+        yield (
+            "The model that the network started from was trained on none of the held-out images; whether it was on "
+            "other images of their patients is not known."
+        )
+    if parent.parent:
+        yield "What the model before that one was trained on was not compared with the held-out patients."
+
+
+def _model(
+    settings: Settings, result: PipelineResult, environment: Mapping[str, Any], parent: ParentModel | None
+) -> tuple[str, ...]:
     model, last = settings.pipeline.model, result.stages[-1]
-    weights = {"none": "random weights", "imagenet": "weights trained on ImageNet"}.get(
-        model.encoder_weights, "weights from a file"
-    )
+    weights = encoders.start_in_words(model)
     mapping = "repeated over" if model.input_mapping == "repeat" else "mapped by a learned 1x1 convolution to"
     packages = environment.get("packages", {})
     versions = ", ".join(f"{name} {packages[name]}" for name in ("ptxdist", "torch") if name in packages)
     sentences = [
-        f"U-Net: {encoders.chosen(model).words} encoder, started from {weights}; decoder of "
+        f"U-Net: {encoders.chosen(model).words} encoder{'' if parent else f', started from {weights}'}; decoder of "
         f"{'-'.join(map(str, model.decoder_channels))} channels; the grey image is {mapping} three channels.",
         *((_IMAGE_HEAD,) if model.image_head else ()),
         f"Input: {last.size_px} x {last.size_px} pixels; images that are not square are padded with black. "
         "Probabilities are resized to the original resolution before the threshold is applied.",
+        *(made_from(parent) if parent else ()),
         f"Weights: sha256 {last.weights_sha256}.",
     ]
     if versions:

@@ -20,7 +20,7 @@ from ptxdist.report.gallery import draw_galleries
 from ptxdist.report.page import Page, Section, render
 from ptxdist.report.sections import RunData
 from ptxdist.report.sections import sections as all_sections
-from ptxdist.rundir import CASES, ENVIRONMENT, REPORT, read_metrics, read_result, read_settings
+from ptxdist.rundir import CASES, ENVIRONMENT, REPORT, read_metrics, read_origin, read_result, read_settings
 from ptxdist.scores.tables import read_cases, read_predictions, refuse_other_split
 from ptxdist.storage.caches import local_cache
 
@@ -54,7 +54,9 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
         page = Page(
             name=settings.pipeline.name,
             purpose=settings.pipeline.purpose,
-            sections=tuple(sections(RunData(settings, result, metrics, environment, catalog, rows, galleries))),
+            sections=tuple(
+                sections(RunData(settings, result, metrics, environment, catalog, rows, galleries, read_origin(run)))
+            ),
             foot=f"Written by ptxdist {__version__} from the files of the run. It fetches nothing and runs no script.",
         )
         (folder / "index.html").write_text(render(page), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.config import Settings
-from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult
+from ptxdist.records import EpochMetrics, EvaluationResult, Origin, PipelineResult
 from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.model_card import model_card
@@ -33,6 +33,7 @@ class RunData:
     catalog: Catalog
     rows: Sequence[CaseRow]
     galleries: Sequence[Gallery]
+    origin: Origin | None = None
 
 
 def sections(run: RunData) -> tuple[Section, ...]:
@@ -79,7 +80,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
             ),
         ),
         Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
-        Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment)),
+        Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment, run.origin)),
         Section("definitions", "Definitions", (_definitions(evaluation),)),
     )
 

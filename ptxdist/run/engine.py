@@ -25,6 +25,7 @@ class StageTask(Record):
     `fingerprint`   of the stage
     `parent`        result of the stage before, whose weights it starts from
     `result`        result of the stage itself, for the evaluation
+    `init_sha256`   of the weights that `model.init` names
     """
 
     settings: Settings
@@ -34,6 +35,7 @@ class StageTask(Record):
     fingerprint: str
     parent: StageResult | None
     result: StageResult | None = None
+    init_sha256: str | None = None
 
     @property
     def stage(self) -> StageSettings:

@@ -27,6 +27,7 @@ from ptxdist import files, locks
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, RunError, SettingsError
 from ptxdist.records import Event, Message, OnEvent, PipelineResult, StageResult
+from ptxdist.report.model_card import made_from
 from ptxdist.report.report import write_report
 from ptxdist.run.engine import Engine, OpenEngine
 from ptxdist.run.environment import environment
@@ -132,6 +133,8 @@ def run_pipeline(
     with tracker or nullcontext(), (engine or local_engine)(plan.settings, plan.mirror, emit) as opened:
         if is_first:
             files.write_json(plan.run / ENVIRONMENT, environment(opened.nodes()))
+            if plan.origin.parent:
+                emit(Message(text=" ".join(made_from(plan.origin.parent))))
         for number in range(1, len(plan.fingerprints) + 1):
             result = _stage(plan, number, results, opened, emit)
             results.append(result)

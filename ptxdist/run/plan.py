@@ -18,10 +18,11 @@ from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import PipelineSettings, Settings, fingerprint
 from ptxdist.errors import CheckpointError, ClusterError, SettingsError, StoreError
-from ptxdist.records import StageResult
+from ptxdist.records import Origin, StageResult
 from ptxdist.run.engine import StageTask
+from ptxdist.run.origin import origin_of
 from ptxdist.run.tracking import refuse_missing_mlflow
-from ptxdist.rundir import start_run
+from ptxdist.rundir import ORIGIN, read_origin, start_run
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.storage.runs import Mirror
@@ -40,13 +41,14 @@ class Plan:
     """A run that can start: its settings, its folder, and the fingerprint of each stage.
 
     `mirror` sends what is written to the folder, if the run is in an object store. `token` identifies the check that a
-    copy of the cache has passed.
+    copy of the cache has passed. `origin` is what the network will be made from.
     """
 
     settings: Settings
     mirror: Mirror
     token: str
     fingerprints: tuple[str, ...]
+    origin: Origin
 
     @property
     def run(self) -> Path:
@@ -62,6 +64,7 @@ class Plan:
             number=number,
             fingerprint=self.fingerprints[number - 1],
             parent=former[-1] if former else None,
+            init_sha256=self.origin.parent.weights_sha256 if self.origin.parent else None,
         )
 
 
@@ -80,13 +83,17 @@ def plan_run(
     refuse_unknown(settings)
     refuse_missing_mlflow(settings)
     place, token = settings.data.cache, secrets.token_hex(8)
+    if settings.pipeline.model.init is not None:  # for workers, whose current folder is another one
+        model = settings.pipeline.model.model_copy(update={"init": str(Path(settings.pipeline.model.init).absolute())})
+        settings = settings.model_copy(update={"pipeline": settings.pipeline.model_copy(update={"model": model})})
     sizes = {stage.size_px for stage in settings.pipeline.stages}
     if not is_remote(place):
         place = str(Path(place).absolute())
     cache = local_cache(place, sizes, data=settings.data, token=token, on_progress=on_progress)
     catalog = read_catalog(cache)
     _refuse_empty_sides(cache, catalog, settings.pipeline.fold)
-    fingerprints = _fingerprints(settings.pipeline, cache, catalog)
+    origin = origin_of(settings, cache, catalog)
+    fingerprints = _fingerprints(settings.pipeline, cache, catalog, origin)
     if not is_remote(place):  # a copy of a remote one has just been checked
         refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
     settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": place})})
@@ -94,7 +101,9 @@ def plan_run(
     if writes:
         start_run(mirror.folder, settings)
         _refuse_full_disk(mirror.folder)
-    return Plan(settings, mirror, token, fingerprints)
+        if read_origin(mirror.folder) is None:
+            files.write_json(mirror.folder / ORIGIN, origin)
+    return Plan(settings, mirror, token, fingerprints, origin)
 
 
 def _refuse_empty_sides(cache: Path, catalog: Catalog, fold: int) -> None:
@@ -109,13 +118,14 @@ def _refuse_empty_sides(cache: Path, catalog: Catalog, fold: int) -> None:
             )
 
 
-def _fingerprints(pipeline: PipelineSettings, cache: Path, catalog: Catalog) -> tuple[str, ...]:
+def _fingerprints(pipeline: PipelineSettings, cache: Path, catalog: Catalog, origin: Origin) -> tuple[str, ...]:
     """Fingerprint of each stage: over its data, settings and code, and over the stages before it."""
-    weights = pipeline.model.encoder_weights
+    weights = "none" if origin.parent else pipeline.model.encoder_weights
     if weights not in ("imagenet", "none") and not Path(weights).is_file():
         raise CheckpointError(f"no encoder weights at {weights}; give imagenet, none, or the path of a file")
     source = files.sha256(Path(weights)) if Path(weights).is_file() else weights
-    model = pipeline.model.model_copy(update={"encoder_weights": source})
+    init = origin.parent.weights_sha256 if origin.parent else None
+    model = pipeline.model.model_copy(update={"encoder_weights": source, "init": init})
     found: list[str] = []
     for stage in pipeline.stages:
         store = open_store(cache, stage.size_px)

@@ -19,6 +19,7 @@ from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.records import EvaluationResult, Event, OnEvent, Progress, StageResult
 from ptxdist.run.engine import StageTask
+from ptxdist.run.origin import load_init
 from ptxdist.rundir import BEST_WEIGHTS, CHECKPOINTS, EVALUATION, RESULT, stage_folder
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
@@ -50,13 +51,15 @@ def run_stage(
     with _run_of(task, stage_part(task.number, stage.size_px)) as run:
         started, folder = time.perf_counter(), stage_folder(run, task.number, stage.size_px)
         cache = _cache_of(task)
-        # A later stage starts from its parent's weights: pre-trained ones need not be read again.
+        # A stage that starts from weights of the whole network reads none of the encoder.
         model_settings = settings.pipeline.model
-        if task.parent:
+        if task.parent or task.init_sha256:
             model_settings = model_settings.model_copy(update={"encoder_weights": "none"})
         model = build_unet(model_settings)
         if task.parent:
             load_weights(model, run / task.parent.weights, task.parent.weights_sha256)
+        elif task.init_sha256:
+            load_init(model, str(model_settings.init), task.init_sha256)
         result = fit(
             model,
             stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold),

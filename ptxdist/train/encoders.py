@@ -84,7 +84,7 @@ def load_weights(network: nn.Module, encoder: Encoder, source: str) -> None:
     if source == "none":
         return
     if source != "imagenet":
-        _load(network, encoder, _read_weights(Path(source)), str(Path(source)))
+        _load(network, encoder, read_weights(Path(source)), str(Path(source)))
     elif encoder.imagenet is not None:
         _load(network, encoder, encoder.imagenet(), f"{encoder.library}'s {encoder.words} ImageNet weights")
     else:
@@ -149,7 +149,8 @@ ENCODERS = {f"resnet{depth}": _resnet(depth) for depth in (34, 18, 50)}
 _TIMM = "timm/"
 
 
-def _read_weights(path: Path) -> State:
+def read_weights(path: Path) -> State:
+    """The state dict in a file, .safetensors or of torch, without running code; CheckpointError when there is none."""
     import safetensors.torch
     import torch
 
@@ -176,20 +177,25 @@ def _unusable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read as weights (.pth, .pt or .safetensors): {reason}")
 
 
-def _load(network: nn.Module, encoder: Encoder, state: State, source: str) -> None:
-    expected = network.state_dict()
-    found = {key: value for key, value in state.items() if not key.startswith(encoder.ignored)}
-    if encoder.rename:
-        found = dict(encoder.rename(network, found))
-    # Files from before PyTorch 0.4.1 lack these counters; load_state_dict fills them in.
+def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What of `found` does not fit the state dict `expected`: number and first names of keys; [] if all does.
+
+    Files from before PyTorch 0.4.1 lack the counters of batch norms, and may do so.
+    """
     required = {key for key in expected if not key.endswith("num_batches_tracked")}
     problems = {
         "missing": sorted(required - found.keys()),
         "unexpected": sorted(found.keys() - expected.keys()),
         "of another shape": sorted(key for key in expected.keys() & found if expected[key].shape != found[key].shape),
     }
-    faults = [f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in problems.items() if keys]
-    if faults:
+    return [f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in problems.items() if keys]
+
+
+def _load(network: nn.Module, encoder: Encoder, state: State, source: str) -> None:
+    found = {key: value for key, value in state.items() if not key.startswith(encoder.ignored)}
+    if encoder.rename:
+        found = dict(encoder.rename(network, found))
+    if faults := misfits(network.state_dict(), found):
         raise CheckpointError(
             f"{source}: not the weights of {encoder.library}'s {encoder.architecture}; {'; '.join(faults)}"
         )

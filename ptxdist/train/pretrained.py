@@ -37,7 +37,7 @@ TORCHVISION = {  # torchvision's IMAGENET1K_V1: names of the files
 }
 _ON_IMAGENET = re.compile(r"in\d+k|imagenet")  # in the tags of timm's weights
 _FILES = ("model.safetensors", "pytorch_model.bin")  # of timm's weights on Hugging Face
-_ANSWER_S = 10.0  # seconds in which a server has to answer, name lookup and connection together
+_ANSWER_S = 8.0  # seconds in which a server has to answer, name lookup and connection together
 _STALLED_S = 15.0  # seconds without a byte after which a download has failed
 
 
