@@ -9,7 +9,7 @@ size, run folders of other settings, two trainings of one run at the same time.
         write_report(…)
 
 An engine does the work: `run.local` without Ray, `cluster.engine` with it. Rerun after an interruption, `train` skips
-finished stages, and the unfinished one resumes from its last checkpoint.
+finished stages, and the unfinished one resumes from its last checkpoint. When nothing is left to do, no engine starts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,9 +37,12 @@ from ptxdist.rundir import (
     BEST_WEIGHTS,
     CHECKPOINTS,
     ENVIRONMENT,
+    EVALUATION,
     LOCK,
     RESULT,
     SETTINGS,
+    read_evaluation,
+    read_result,
     read_stage_result,
     stage_folder,
 )
@@ -118,8 +121,6 @@ def run_pipeline(
 
     `engine`, `on_event` and errors as for `train`. Every process of torchrun returns the result.
     """
-    from ptxdist.run.local import local_engine  # loads torch
-
     started, is_first = time.perf_counter(), _is_first(engine)
     show = _surviving(on_event)
     tracker = Tracker(plan.run, plan.settings, show) if is_first else None
@@ -129,22 +130,28 @@ def run_pipeline(
             tracker.add(event)
             show(event)
 
-    results: list[StageResult] = []
-    with tracker or nullcontext(), (engine or local_engine)(plan.settings, plan.mirror, emit) as opened:
-        if is_first:
-            files.write_json(plan.run / ENVIRONMENT, environment(opened.nodes()))
-            if plan.origin.parent:
-                emit(Message(text=" ".join(made_from(plan.origin.parent))))
-        for number in range(1, len(plan.fingerprints) + 1):
-            result = _stage(plan, number, results, opened, emit)
-            results.append(result)
+    with tracker or nullcontext():
+        if former := _unchanged(plan):
+            for stage in former.stages:
+                emit(stage)
+            emit(former.evaluation)
+            return former
+        with _opened(engine, plan, emit) as opened:
             if is_first:
-                shutil.rmtree(plan.run / Path(result.weights).parent / CHECKPOINTS, ignore_errors=True)
-                plan.mirror.push(stage_part(number, result.size_px))
-            emit(result)
-        last = plan.task(len(results), results[:-1])
-        evaluation = opened.evaluate(last.model_copy(update={"result": results[-1]}))
-        emit(evaluation)
+                files.write_json(plan.run / ENVIRONMENT, environment(opened.nodes()))
+                if plan.origin.parent:
+                    emit(Message(text=" ".join(made_from(plan.origin.parent))))
+            results: list[StageResult] = []
+            for number in range(1, len(plan.fingerprints) + 1):
+                result = _stage(plan, number, results, opened, emit)
+                results.append(result)
+                if is_first:
+                    shutil.rmtree(plan.run / Path(result.weights).parent / CHECKPOINTS, ignore_errors=True)
+                    plan.mirror.push(stage_part(number, result.size_px))
+                emit(result)
+            last = plan.task(len(results), results[:-1])
+            evaluation = opened.evaluate(last.model_copy(update={"result": results[-1]}))
+            emit(evaluation)
     pipeline = PipelineResult(
         pipeline=plan.settings.pipeline.name,
         stages=tuple(results),
@@ -154,6 +161,25 @@ def run_pipeline(
     if is_first:
         files.write_json(plan.run / RESULT, pipeline)
     return pipeline
+
+
+def _opened(engine: OpenEngine | None, plan: Plan, emit: OnEvent) -> AbstractContextManager[Engine]:
+    """The engine of the run; None: that of this process."""
+    if engine is None:
+        from ptxdist.run.local import local_engine  # loads torch
+
+        engine = local_engine
+    return engine(plan.settings, plan.mirror, emit)
+
+
+def _unchanged(plan: Plan) -> PipelineResult | None:
+    """The result of a run in which nothing is left to do, so that no engine has to start."""
+    with suppress(RunError):  # what is missing or wrong is made or refused later
+        former = read_result(plan.run)
+        stages = tuple(_own_stage(plan, number) for number in range(1, len(plan.fingerprints) + 1))
+        if stages == former.stages and read_evaluation(plan.run / EVALUATION) == former.evaluation:
+            return former
+    return None
 
 
 def _stage(plan: Plan, number: int, former: list[StageResult], engine: Engine, emit: OnEvent) -> StageResult:
@@ -166,17 +192,9 @@ def _stage(plan: Plan, number: int, former: list[StageResult], engine: Engine, e
 
 def _finished_stage(plan: Plan, number: int, emit: OnEvent) -> StageResult | None:
     """The stage as this run or a run beside it has finished it, with the same fingerprint and intact weights."""
-    folder = stage_folder(plan.run, number, plan.settings.pipeline.stages[number - 1].size_px)
-    wanted = plan.fingerprints[number - 1]
-    own = read_stage_result(folder)
-    if own is not None:
-        if own.fingerprint != wanted:
-            raise RunError(
-                f"stage {number} of {plan.run} was trained on other data or by another version of ptxdist; "
-                f"give another folder with --run, or remove {folder}"
-            )
-        _check_weights(plan.run / own.weights, own.weights_sha256)
+    if (own := _own_stage(plan, number)) is not None:
         return own
+    folder, wanted = _folder(plan, number), plan.fingerprints[number - 1]
     for path in sorted(plan.run.parent.glob(f"*/stages/*/{RESULT}")):
         try:
             other = read_stage_result(path.parent)
@@ -189,6 +207,25 @@ def _finished_stage(plan: Plan, number: int, emit: OnEvent) -> StageResult | Non
             continue
         return _take_over(other, source, plan.run, number, folder)
     return None
+
+
+def _own_stage(plan: Plan, number: int) -> StageResult | None:
+    """The stage as this run has finished it; RunError when it is another one or its weights are not intact."""
+    folder = _folder(plan, number)
+    own = read_stage_result(folder)
+    if own is None:
+        return None
+    if own.fingerprint != plan.fingerprints[number - 1]:
+        raise RunError(
+            f"stage {number} of {plan.run} was trained on other data or by another version of ptxdist; "
+            f"give another folder with --run, or remove {folder}"
+        )
+    _check_weights(plan.run / own.weights, own.weights_sha256)
+    return own
+
+
+def _folder(plan: Plan, number: int) -> Path:
+    return stage_folder(plan.run, number, plan.settings.pipeline.stages[number - 1].size_px)
 
 
 def _take_over(other: StageResult, source: Path, run: Path, number: int, folder: Path) -> StageResult:

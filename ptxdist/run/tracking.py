@@ -20,12 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
-
-from tensorboardX.proto.event_pb2 import Event as Entry
-from tensorboardX.proto.event_pb2 import SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import RecordWriter
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ptxdist import files
 from ptxdist.config import Settings, snapshot
@@ -33,6 +28,9 @@ from ptxdist.errors import SettingsError
 from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, OnEvent, StageHistory, StageResult
 from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
 from ptxdist.scores.names import dice_metrics
+
+if TYPE_CHECKING:  # it loads torch, which a training that is refused does without
+    from tensorboardX.record_writer import RecordWriter
 
 Point = tuple[int, dict[str, float]]  # step, values by tag
 
@@ -137,6 +135,9 @@ class _TensorBoard:
             written = self._begin(group, empty=not points)
         if len(points) == len(written):
             return
+        from tensorboardX.proto.event_pb2 import Event as Entry
+        from tensorboardX.proto.summary_pb2 import Summary
+
         for step, values in points[len(written) :]:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
             self._files[group].write(Entry(wall_time=time.time(), step=step, summary=summary).SerializeToString())
@@ -151,6 +152,10 @@ class _TensorBoard:
         if empty:
             shutil.rmtree(folder, ignore_errors=True)
             return []
+        from tensorboardX.proto.event_pb2 import Event as Entry
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
         folder.mkdir(parents=True, exist_ok=True)
         older = list(folder.glob("events.out.tfevents.*"))
         file = self._files[group] = RecordWriter(str(folder / f"events.out.tfevents.{time.time_ns():020d}"))

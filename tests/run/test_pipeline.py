@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +15,8 @@ from ptxdist.errors import BusyError, ClusterError, RunError, SettingsError
 from ptxdist.resolve import load_settings
 from ptxdist.run import plan
 from ptxdist.run.folds import train_folds
-from ptxdist.run.pipeline import only_training, train
-from ptxdist.rundir import SETTINGS, read_settings, start_run
+from ptxdist.run.pipeline import only_training, run_pipeline, train
+from ptxdist.rundir import EVALUATION, RESULT, SETTINGS, read_result, read_settings, start_run
 
 
 def test_a_second_training_is_refused_until_the_first_one_has_ended_however_it_does(tmp_path: Path) -> None:
@@ -66,6 +69,23 @@ def test_a_run_killed_while_it_wrote_its_first_file_is_started(tmp_path: Path) -
     start_run(tmp_path, settings)
     assert read_settings(tmp_path) == settings
     assert not leftover.exists()
+
+
+def test_a_finished_run_starts_no_engine_unless_its_evaluation_is_missing(finished_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run, copy_function=os.link)
+    settings = read_settings(run)
+    heard: list[object] = []
+
+    def engine(*given: object) -> Any:
+        raise RuntimeError("it starts")
+
+    result = run_pipeline(plan.plan_run(settings, run), engine, on_event=heard.append)
+    assert result == read_result(finished_run)
+    assert heard == [*result.stages, result.evaluation]
+    (run / EVALUATION / RESULT).unlink()
+    with pytest.raises(RuntimeError, match="it starts"):
+        run_pipeline(plan.plan_run(settings, run), engine)
 
 
 def test_a_disk_that_is_nearly_full_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
