@@ -10,25 +10,30 @@ from pathlib import Path
 
 import pytest
 from commands import wait_for
+from tiny_encoder import TINY
 
 from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import run_pipeline
 from ptxdist.run.plan import plan_run
 from ptxdist.rundir import read_result, stage_folder
+from ptxdist.train.encoders import ENCODERS
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path) -> None:
+def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One run without Ray, where Ray adds nothing: stopped twice, once with its newest checkpoint spoilt."""
     pipeline = work / "three.toml"
     pipeline.write_text(
-        "[model]\nencoder_weights = 'none'\n[[stages]]\nsize_px = 64\nepochs = 3\nbatch_size = 8\nswa_epochs = 2\n"
+        "[model]\nencoder = 'small'\nencoder_weights = 'none'\n"
+        "[[stages]]\nsize_px = 64\nepochs = 3\nbatch_size = 8\nswa_epochs = 2\n"
     )
+    monkeypatch.setitem(ENCODERS, "small", TINY)
     whole = run_pipeline(
         plan_run(load_settings(str(pipeline), options={"data.cache": str(work / "cache")}), work / "whole" / "three"),
         on_event=cannot_show,
     )
+    monkeypatch.setenv("SLOW_S", "0.2")  # so that the processes can be stopped between two checkpoints
     run, log = work / "stopped" / "three", work / "stopped.log"
     command = [sys.executable, "-m", "ptxdist", "train", "--without-ray", "--pipeline", str(pipeline)]
     command += ["--data", str(work / "cache"), "--run", str(run)]

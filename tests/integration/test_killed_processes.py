@@ -16,8 +16,11 @@ from ptxdist.rundir import read_metrics, read_result, read_stage_result, stage_f
 pytestmark = pytest.mark.slow
 
 
-def test_whatever_is_killed_the_run_ends_with_the_same_weights(work: Path, reference: list[str]) -> None:
+def test_whatever_is_killed_the_run_ends_with_the_same_weights(
+    work: Path, reference: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One run, three deaths: a worker inside an epoch; the coordinator between the stages; all workers at once."""
+    monkeypatch.setenv("SLOW_S", "0.2")  # so that the workers are still at work when they are killed
     run = work / "killed" / "smoke"  # a folder of its own, so that no stage of another run is used again
     command = [sys.executable, "-m", "ptxdist", *map(str, train_words(work, run, inside=True))]
     first, second = stage_folder(run, 1, 64), stage_folder(run, 2, 96)

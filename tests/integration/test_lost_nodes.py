@@ -25,6 +25,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
     """
     # Ray looks at its nodes every 20 s, and waits so long (default: 60 s) for resources of a node that has died since.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    monkeypatch.setenv("SLOW_S", "0.2")  # so that the workers are still at work when something happens to them
     run = work / "cluster" / "smoke"
     words = train_words(work, run, inside=True)
     words += ["--set", "train.worker_timeout_s=8", "--set", "train.max_worker_failures=4"]

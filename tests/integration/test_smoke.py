@@ -55,7 +55,7 @@ def test_a_run_leaves_settings_metrics_results_and_a_report(
 
 def test_ray_keeps_out_of_the_terminal(trained: Trained) -> None:
     run, done = trained
-    known = re.compile(r"^(check of \d+ px|Ray starts|stage \d|evaluation|warning: stage|\s*$)")
+    known = re.compile(r"^(check of \d+ px|Ray starts|stage \d|evaluation|warning: stage|the masks of stage|\s*$)")
     assert [line for line in done.stderr.splitlines() if not known.match(line)] == []
     assert (run / "ray.log").is_file()
 

@@ -144,42 +144,11 @@ def test_what_is_no_run_is_told(s3: Proxy, url: str) -> None:
 
 # --- a training -----------------------------------------------------------------------------------------------------
 
-# Loaded by every Python process of a command, Ray's workers too: a checkpoint of the real network has 300 MB.
-SMALL_NETWORK = """
-import importlib.util, sys
-
-class Finder:
-    def find_spec(self, name, path=None, target=None):
-        if name != "ptxdist.train.unet":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        load = spec.loader.exec_module
-
-        def exec_module(module):
-            load(module)
-            import os, time
-            from torch import nn
-
-            class Small(nn.Module):
-                def __init__(self):
-                    super().__init__()
-                    self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 1, 1))
-
-                def forward(self, image):
-                    time.sleep(float(os.environ.get("SLOW_S", 0)))
-                    return self.layers(image.float() / 255)
-
-            module.build_unet = lambda settings: Small()
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
 PIPELINE = """
 [model]
+encoder = "small"
 encoder_weights = "none"
+decoder_channels = [32, 16, 16, 8, 8]
 
 [[stages]]
 size_px = 64
@@ -194,11 +163,8 @@ def words(s3: Proxy, url: str, small_cache, tmp_path: Path, monkeypatch: pytest.
     cache = url.replace("/runs/exp", "/cache")
     with working_cache(cache) as folder:
         shutil.copytree(small_cache[0], folder, dirs_exist_ok=True)
-    (tmp_path / "path").mkdir()
-    (tmp_path / "path" / "sitecustomize.py").write_text(SMALL_NETWORK)
     (tmp_path / "tiny.toml").write_text(PIPELINE)
-    root = Path(__file__).resolve().parents[2]
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'path'}{os.pathsep}{root}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "small_network"), prepend=os.pathsep)
     return ["train", "--pipeline", tmp_path / "tiny.toml", "--data", cache, "--run", url]
 
 

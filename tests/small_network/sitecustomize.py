@@ -1,0 +1,67 @@
+"""With this folder on PYTHONPATH, `model.encoder = "small"` is known in every Python process, Ray's workers included.
+
+Tests of whole runs use it: a checkpoint with ResNet-34 has 300 MB. With SLOW_S, each step takes so many seconds
+longer, so that a test has the time to kill something during it. torch's compiler is left out: loading it takes two
+seconds in each process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+
+def _add_encoder(encoders: Any) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))
+    from tiny_encoder import TINY
+
+    def build() -> Any:
+        features = TINY.build()
+        if "SLOW_S" in os.environ:
+            features.register_forward_pre_hook(lambda *_: time.sleep(float(os.environ["SLOW_S"])))
+        return features
+
+    encoders.ENCODERS["small"] = replace(TINY, build=build)
+
+
+class _NoCompiler(types.ModuleType):
+    """Stands for torch._dynamo, which optimizers load only to exclude themselves from it."""
+
+    # What torch.distributed calls.
+    trace_rules = types.SimpleNamespace(clear_lru_cache=lambda: None)
+    utils = types.SimpleNamespace(get_optimize_ddp_mode=lambda: "")
+
+    def disable(self, function: Any, *others: Any, **more: Any) -> Any:
+        return function
+
+    def graph_break(self) -> None:
+        """Nothing is compiled."""
+
+
+class _Finder:
+    """Adds the encoder when the others are loaded."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "ptxdist.train.encoders":
+            return None
+        sys.meta_path.remove(_FINDER)
+        spec: Any = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            load(module)
+            _add_encoder(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+_FINDER: Any = _Finder()
+sys.meta_path.insert(0, _FINDER)
+sys.modules["torch._dynamo"] = _NoCompiler("torch._dynamo")
