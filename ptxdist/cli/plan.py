@@ -73,6 +73,8 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
     console.show_pairs(str(out), [("encoder", f"{model.encoder}, {model.encoder_weights}"), *stages])
     for text in advice.warnings:
         console.say(f"note: {text}")
+    if any(speed.is_busy for speed in speeds):
+        console.say("note: other programs use this machine, so training will take less time when they have ended")
     console.say(f"{out} has the reason of each setting. Next, about {minutes:,.0f} minutes: {command}")
 
 

@@ -30,20 +30,25 @@ OnProgress = Callable[[str, int, int], None]  # what, done, total
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured speed of one stage: images a second in training and in validation, and the minutes of the stage."""
+    """Measured speed of one stage: images a second in training and in validation, and the minutes of the stage.
+
+    `is_busy` says that other programs had more to do than this machine has cores, so that the speed is too low.
+    """
 
     stage: int
     size_px: int
     train_images_s: float
     val_images_s: float
     minutes: float
+    is_busy: bool = False
 
     @property
     def sentence(self) -> str:
         """The speed for people."""
         return (
             f"Measured here, stage {self.stage}: {self.train_images_s:,.3g} images/s in training, "
-            f"{self.val_images_s:,.3g} in validation: about {self.minutes:,.0f} minutes."
+            f"{self.val_images_s:,.3g} in validation: about {self.minutes:,.0f} minutes"
+            + (", less when no other program uses the machine." if self.is_busy else ".")
         )
 
 
@@ -67,6 +72,7 @@ def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda wh
     device = choose_device(settings.train.device)
     if device.type == "cpu":
         torch.set_num_threads(os.cpu_count() or 1)
+    is_busy = os.getloadavg()[0] > (os.cpu_count() or 1)
     warm_up, counted = _STEPS[device.type]
     few = warm_up + counted
     catalog, found = read_catalog(cache), []
@@ -90,7 +96,7 @@ def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda wh
             )
         train, val = clock.speed("train"), clock.speed("validate")
         seconds = stage.epochs * (len(data.train) / train + len(data.val) / val)
-        found.append(Speed(number, stage.size_px, train, val, seconds / 60))
+        found.append(Speed(number, stage.size_px, train, val, seconds / 60, is_busy))
     return found
 
 
