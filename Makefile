@@ -8,9 +8,8 @@ BIN := $(VENV)/bin
 demo: install
 	$(BIN)/ptxdist demo
 
-# Threads that wait actively would take the cores from the other processes.
 test: install .venv-s3/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 lint: install
 	$(BIN)/ruff check .

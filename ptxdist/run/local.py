@@ -86,5 +86,6 @@ class LocalEngine:
         return run_evaluation(task, device=self.device, ranks_here=_ranks_here(), on_event=self.on_event)
 
 
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def _ranks_here() -> int | None:
+    """Number of torchrun's processes on this machine; None without torchrun, where OMP_NUM_THREADS is the user's."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or None

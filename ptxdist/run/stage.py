@@ -36,11 +36,11 @@ def run_stage(
     task: StageTask,
     *,
     device: torch.device,
-    ranks_here: int,
+    ranks_here: int | None,
     on_event: OnEvent,
     preempted: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Train one stage as one rank, of which `ranks_here` share this machine.
+    """Train one stage as one rank, of which `ranks_here` share this machine; None: this process keeps its threads.
 
     Rank 0 writes the weights and, last, the StageResult. Every rank calls `on_event`, as `loop.fit` does, with fewer
     Progress events; `preempted` is as for `loop.fit`.
@@ -93,7 +93,9 @@ def run_stage(
             )
 
 
-def run_evaluation(task: StageTask, *, device: torch.device, ranks_here: int, on_event: OnEvent) -> EvaluationResult:
+def run_evaluation(
+    task: StageTask, *, device: torch.device, ranks_here: int | None, on_event: OnEvent
+) -> EvaluationResult:
     """Evaluate the stage of `task.result` as one rank; every rank calls `on_event` with Progress, and returns."""
     assert task.result is not None
     _share_cores(device, ranks_here)
@@ -128,9 +130,9 @@ def _cache_of(task: StageTask) -> Path:
     return local_cache(data.cache, [task.stage.size_px], data=data, token=task.token)
 
 
-def _share_cores(device: torch.device, ranks_here: int) -> None:
-    """Give each of the ranks on this machine its part of the cores."""
-    if device.type == "cpu":
+def _share_cores(device: torch.device, ranks_here: int | None) -> None:
+    """Give each of the ranks on this machine its part of the cores, since Ray and torchrun give each one thread."""
+    if device.type == "cpu" and ranks_here:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import struct
@@ -90,7 +91,7 @@ def make_data(folder: Path) -> None:
         ph / "patients.csv", "--out", folder / "cache", "--size", 64, "--size", 96, "--folds", 4, "--workers", 1,
     )  # fmt: skip
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(os.cpu_count() or 1)  # with which 0.1.0 trained, whatever OMP_NUM_THREADS said
     try:
         run(*train_words(folder), "--json")
     finally:

@@ -35,7 +35,7 @@ ALL: dict[str, object] = {
     "weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9, "epoch": "positives",
     "positive_share": (0.54, 0.45),
 }  # fmt: skip
-RESNET = ModelSettings(encoder_weights="none")
+RESNET = ModelSettings(encoder="resnet18", encoder_weights="none", decoder_channels=(64, 32, 32, 16, 16))
 
 
 def data(cache: Path, size_px: int = 32) -> StageData:
