@@ -1,8 +1,8 @@
 """With this folder on PYTHONPATH, `model.encoder = "small"` is known in every Python process, Ray's workers included.
 
 Tests of whole runs use it: a checkpoint with ResNet-34 has 300 MB. With SLOW_S, each step takes so many seconds
-longer, so that a test has the time to kill something during it. torch's compiler is left out: loading it takes two
-seconds in each process.
+longer, so that a test has the time to kill something during it. torch's compiler is left out, since loading it takes
+two seconds in each process.
 """
 
 from __future__ import annotations
@@ -17,24 +17,10 @@ from pathlib import Path
 from typing import Any
 
 
-def _add_encoder(encoders: Any) -> None:
-    sys.path.append(str(Path(__file__).parents[1]))
-    from tiny_encoder import TINY
-
-    def build() -> Any:
-        features = TINY.build()
-        if "SLOW_S" in os.environ:
-            features.register_forward_pre_hook(lambda *_: time.sleep(float(os.environ["SLOW_S"])))
-        return features
-
-    encoders.ENCODERS["small"] = replace(TINY, build=build)
-
-
 class _NoCompiler(types.ModuleType):
     """Stands for torch._dynamo, which optimizers load only to exclude themselves from it."""
 
     # What torch.distributed calls.
-    trace_rules = types.SimpleNamespace(clear_lru_cache=lambda: None)
     utils = types.SimpleNamespace(get_optimize_ddp_mode=lambda: "")
 
     def disable(self, function: Any, *others: Any, **more: Any) -> Any:
@@ -42,6 +28,20 @@ class _NoCompiler(types.ModuleType):
 
     def graph_break(self) -> None:
         """Nothing is compiled."""
+
+
+def _add_encoder(encoders: Any) -> None:
+    sys.path.append(str(Path(__file__).parents[1]))
+    from tiny_encoder import TINY
+
+    def build() -> Any:
+        sys.modules.setdefault("torch._dynamo", _NoCompiler("torch._dynamo"))
+        features = TINY.build()
+        if "SLOW_S" in os.environ:
+            features.register_forward_pre_hook(lambda *_: time.sleep(float(os.environ["SLOW_S"])))
+        return features
+
+    encoders.ENCODERS["small"] = replace(TINY, build=build)
 
 
 class _Finder:
@@ -64,4 +64,3 @@ class _Finder:
 
 _FINDER: Any = _Finder()
 sys.meta_path.insert(0, _FINDER)
-sys.modules["torch._dynamo"] = _NoCompiler("torch._dynamo")
