@@ -85,9 +85,10 @@ class Advice:
         return PipelineSettings.model_validate_json(json.dumps({"name": name, **content}))
 
     def toml(self, measured: Sequence[str] = ()) -> str:
-        """The pipeline file; `measured` are sentences for its head, the only ones that another call may change."""
-        head = [f"{WRITTEN_BY} for {self.facts}.", *(f"Note: {text}." for text in self.warnings), *measured]
+        """The pipeline file; `measured` are lines for its head, the only ones that another call may change."""
+        head = [f"{WRITTEN_BY} for {self.facts}.", *(f"Note: {text}." for text in self.warnings)]
         lines = [line for text in head for line in _comment(text.removeprefix("# "))]
+        lines += [f"# {text}" for text in measured]
         group = ""
         for decision in self.decisions:
             place, _, _ = decision.key.rpartition(".")

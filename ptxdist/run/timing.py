@@ -48,7 +48,7 @@ class Speed:
         return (
             f"Measured here, stage {self.stage}: {self.train_images_s:,.3g} images/s in training, "
             f"{self.val_images_s:,.3g} in validation: about {self.minutes:,.0f} minutes"
-            + (", less when no other program uses the machine." if self.is_busy else ".")
+            + (", less on an idle machine." if self.is_busy else ".")
         )
 
 
