@@ -38,7 +38,7 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
 PATIENT_FOLDER = "Quagmire_Zebulon"
 WITH_RAY = {
-    "first": tuple(f"tests/integration/test_{name}" for name in ("smoke", "killed", "lost", "real")),
+    "first": tuple(f"tests/integration/test_{name}" for name in ("smoke", "lost", "real")),
     "last": ("tests/cluster/", "tests/storage/test_runs"),
 }
 LONG = ("tests/integration/", "tests/predict/", "tests/train/")

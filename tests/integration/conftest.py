@@ -59,5 +59,5 @@ def torchrun(work: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def reference(torchrun: Path) -> list[str]:
-    """sha256 of the weights of both stages; the test of torchrun shows that Ray's workers end with the same ones."""
+    """sha256 of the weights of both stages."""
     return [stage.weights_sha256 for stage in read_result(torchrun).stages]

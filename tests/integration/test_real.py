@@ -1,4 +1,4 @@
-"""The main job on a few real SIIM-ACR files: preprocess, two stages on Ray workers, numbers on held-out patients."""
+"""The main job on a few real SIIM-ACR files: preprocess, a ResNet-34 on Ray workers, numbers on held-out patients."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ def test_real_files_become_a_trained_and_evaluated_run(real_data: Path, tmp_path
 
     _ptxdist(
         "preprocess", "--dicom", tmp_path / "dicom", "--labels", siim / "train-rle.csv.gz",
-        "--patients", siim / "nih_id.csv", "--out", tmp_path / "cache", "--size", 64, "--size", 96,
+        "--patients", siim / "nih_id.csv", "--out", tmp_path / "cache", "--size", 96,
     )  # fmt: skip
     catalog = read_catalog(tmp_path / "cache")
     sides = {side: {case.case_id for case in catalog.cases if case.split == side} for side in ("train", "val")}
     assert sides["train"] | sides["val"] == {*positive, *negative}
     assert not {patient[uid] for uid in sides["train"]} & {patient[uid] for uid in sides["val"]}
 
-    run = tmp_path / "runs" / "smoke"
+    run, pipeline = tmp_path / "runs" / "real", tmp_path / "real.toml"
+    pipeline.write_text("[model]\nencoder_weights = 'none'\n[[stages]]\nsize_px = 96\nepochs = 1\nbatch_size = 8\n")
     printed = _ptxdist(
-        "train", "--pipeline", "smoke", "--workers", 3, "--data", tmp_path / "cache", "--run", run, "--json"
+        "train", "--pipeline", pipeline, "--workers", 2, "--data", tmp_path / "cache", "--run", run, "--json"
     )
     result = read_result(run)
     assert json.loads(printed)["evaluation"] == result.evaluation.model_dump(mode="json")
-    assert [(stage.size_px, stage.workers) for stage in result.stages] == [(64, 3), (96, 3)]
+    assert [(stage.size_px, stage.workers) for stage in result.stages] == [(96, 2)]
     held_out = sides["val"]
     scores = result.evaluation.scores
     assert (scores.cases, scores.positives) == (len(held_out), len(held_out & set(positive)))

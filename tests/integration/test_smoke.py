@@ -1,40 +1,95 @@
-"""The whole way through the commands on real Ray workers: phantoms, cache, stages, numbers, report; and resuming."""
+"""The whole way through the commands on real Ray workers: phantoms, cache, stages, numbers, report; and resuming.
+
+On the way a worker, the command and all workers are killed. The run ends with the bits of one that torchrun has trained
+undisturbed. (`tests/integration/test_real.py` trains with Ray and without any death.)
+"""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
-from commands import ptxdist, train_words
+from commands import INSIDE, ptxdist, train_words, wait_for, workers_of
 
 from ptxdist.labels import rle
 from ptxdist.run.pipeline import only_training
-from ptxdist.rundir import read_metrics, read_result, read_settings
+from ptxdist.rundir import read_metrics, read_result, read_settings, read_stage_result, stage_folder
 from ptxdist.scores.metrics import scores
 from ptxdist.train.scoring import count
 
 pytestmark = pytest.mark.slow
 
-Trained = tuple[Path, subprocess.CompletedProcess[str]]
+
+class Trained(NamedTuple):
+    """A run, what the first and the second command said, and what the second one printed."""
+
+    run: Path
+    said: tuple[str, str]
+    printed: str
 
 
 @pytest.fixture(scope="module")
 def trained(work: Path) -> Trained:
-    """The smoke pipeline, trained on two Ray workers, and what the command printed."""
+    """The smoke pipeline on two Ray workers, with three deaths.
+
+    A worker is killed inside an epoch, the command between the stages. Of the second command all workers are killed at
+    once.
+    """
     run = work / "runs" / "smoke"
-    return run, ptxdist(*train_words(work, run), "--json")
+    words = [sys.executable, "-m", "ptxdist", *map(str, train_words(work, run, inside=True)), "--json"]
+    first, second = stage_folder(run, 1, 64), stage_folder(run, 2, 96)
+    logs = work / "first.log", work / "second.log"
+
+    def start(log: Path) -> subprocess.Popen[bytes]:
+        slow = {**os.environ, "SLOW_S": "0.2"}  # so that the workers are still at work when they are killed
+        with open(log, "w") as said, open(work / "printed", "w") as printed:
+            return subprocess.Popen(words, stdout=printed, stderr=said, env=slow)
+
+    def workers(process: subprocess.Popen[bytes], log: Path) -> list[int]:
+        found = workers_of(process.pid)
+        assert len(found) == 2, log.read_text()
+        return found
+
+    process = start(logs[0])
+    wait_for(first / "checkpoints" / INSIDE, process, logs[0])
+    os.kill(workers(process, logs[0])[-1], signal.SIGKILL)
+    wait_for(first / "result.json", process, logs[0])
+    process.kill()
+    process.wait()
+    assert read_stage_result(second) is None, "killed before the second stage was finished"
+    written = (first / "result.json").stat().st_mtime_ns
+
+    process = start(logs[1])
+    wait_for(second / "checkpoints" / INSIDE, process, logs[1])
+    for worker in workers(process, logs[1]):
+        os.kill(worker, signal.SIGKILL)
+    assert process.wait(timeout=400) == 0, logs[1].read_text()
+    assert (first / "result.json").stat().st_mtime_ns == written, "the finished stage is not trained again"
+    return Trained(run, (logs[0].read_text(), logs[1].read_text()), (work / "printed").read_text())
+
+
+def test_what_was_killed_resumes_from_the_last_checkpoint(trained: Trained) -> None:
+    assert "a worker failed with" in trained.said[0]
+    assert "stage 1 resumes after epoch 0 of 1 and 10 steps of the next" in trained.said[0]
+    assert "stage 2 resumes after epoch 0 of 1 and 10 steps of the next" in trained.said[1]
+    assert "stage 1 resumes" not in trained.said[1]
+    groups = sorted(path.parent.name for path in (trained.run / "tensorboard").glob("*/*"))
+    assert groups == ["1-64px", "2-96px", "evaluation"], "one file for each, whatever was killed"
 
 
 def test_a_run_leaves_settings_metrics_results_and_a_report(
     trained: Trained,
 ) -> None:
-    run, done = trained
-    printed = json.loads(done.stdout)
+    run, printed = trained.run, json.loads(trained.printed)
     result = read_result(run)
     assert {**result.model_dump(mode="json"), "report": str(run / "report" / "index.html")} == printed
     assert [(stage.stage, stage.size_px, stage.epochs, stage.workers) for stage in result.stages] == [
@@ -54,16 +109,17 @@ def test_a_run_leaves_settings_metrics_results_and_a_report(
 
 
 def test_ray_keeps_out_of_the_terminal(trained: Trained) -> None:
-    run, done = trained
-    known = re.compile(r"^(check of \d+ px|Ray starts|stage \d|evaluation|warning: stage|the masks of stage|\s*$)")
-    assert [line for line in done.stderr.splitlines() if not known.match(line)] == []
-    assert (run / "ray.log").is_file()
+    known = re.compile(
+        r"^(check of \d+ px|Ray starts|stage \d|evaluation|a worker failed|warning: stage|the masks of stage|\s*$)"
+    )
+    assert [line for said in trained.said for line in said.splitlines() if not known.match(line)] == []
+    assert (trained.run / "ray.log").is_file()
 
 
 def test_the_printed_scores_can_be_computed_from_the_tables_of_the_run(work: Path, trained: Trained) -> None:
     import torch
 
-    run, _ = trained
+    run = trained.run
     with open(work / "ph" / "train-rle.csv", newline="") as file:
         rows = [(row["ImageId"], row[" EncodedPixels"].strip()) for row in csv.DictReader(file)]
     with open(run / "evaluation" / "predictions.csv", newline="") as file:
@@ -76,9 +132,9 @@ def test_the_printed_scores_can_be_computed_from_the_tables_of_the_run(work: Pat
     assert scores(count(predicted, truth).numpy()) == read_result(run).evaluation.scores
 
 
-def test_torchrun_trains_the_same_weights_without_ray(trained: Trained, torchrun: Path) -> None:
+def test_torchrun_trains_the_same_weights_without_ray_and_without_a_death(trained: Trained, torchrun: Path) -> None:
     assert not (torchrun / "ray.log").exists()
-    for with_ray, without in zip(read_result(trained[0]).stages, read_result(torchrun).stages, strict=True):
+    for with_ray, without in zip(read_result(trained.run).stages, read_result(torchrun).stages, strict=True):
         assert without.workers == 2
         assert without.weights_sha256 == with_ray.weights_sha256
 
@@ -89,7 +145,7 @@ def test_workers_that_torchrun_did_not_start_are_refused(work: Path) -> None:
 
 
 def test_the_same_command_again_trains_nothing(work: Path, trained: Trained) -> None:
-    run, _ = trained
+    run = trained.run
     before = {path: path.stat().st_mtime_ns for path in run.glob("stages/*/*") if path.is_file()}
     done = ptxdist(*train_words(work, run))
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -98,19 +154,19 @@ def test_the_same_command_again_trains_nothing(work: Path, trained: Trained) -> 
 
 
 def test_a_second_training_of_the_same_run_is_refused(work: Path, trained: Trained) -> None:
-    run, _ = trained
+    run = trained.run
     with only_training(run):
         assert f"another `ptxdist train` works on {run}" in ptxdist(*train_words(work, run), code=12).stderr
 
 
 def test_other_settings_on_the_same_run_are_refused(work: Path, trained: Trained) -> None:
-    run, _ = trained
+    run = trained.run
     done = ptxdist(*train_words(work, run), "--set", "stages.2.epochs=2", code=8)
     assert "stages.2.epochs: 1 -> 2" in done.stderr
 
 
 def test_a_run_beside_it_uses_the_finished_stage_again_and_trains_only_the_other(work: Path, trained: Trained) -> None:
-    first, _ = trained
+    first = trained.run
     run = work / "runs" / "other"
     ptxdist(*train_words(work, run, workers=1), "--without-ray", "--set", "stages.2.learning_rate=0.0005")
     stages = read_result(run).stages
@@ -120,7 +176,7 @@ def test_a_run_beside_it_uses_the_finished_stage_again_and_trains_only_the_other
 
 
 def test_evaluate_report_and_inspect_work_on_the_finished_run(work: Path, trained: Trained) -> None:
-    run, _ = trained
+    run = trained.run
     before = read_result(run).evaluation.scores
     assert json.loads(ptxdist("evaluate", run, "--json").stdout)["scores"]["cases"] == before.cases
     assert read_result(run).evaluation.scores == before
