@@ -19,6 +19,7 @@ from typing import Any
 
 from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import refuse_unfit
+from ptxdist.cluster.inbox import Inbox
 from ptxdist.cluster.nodes import ray_nodes
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, TrainingError
@@ -229,22 +230,6 @@ def _verdict(causes: Sequence[BaseException], what: str) -> Exception:
 def _brief(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
-
-
-class Inbox:
-    """Where workers put encoded events for the driver; a Ray actor. Not in `worker`, so that it loads no torch."""
-
-    def __init__(self) -> None:
-        self._events: list[dict[str, Any]] = []
-
-    def put(self, event: dict[str, Any]) -> None:
-        """Add one event."""
-        self._events.append(event)
-
-    def take(self) -> list[dict[str, Any]]:
-        """Remove and return all events, oldest first."""
-        events, self._events = self._events, []
-        return events
 
 
 @contextmanager

@@ -29,6 +29,8 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
     """
     # How long Ray waits (default: 60 s) for resources of a node that has died since it looked.
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    # And how long (30 s) for a worker that hangs to leave its process group.
+    monkeypatch.setenv("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
     monkeypatch.setenv("SLOW_S", "0.4")  # so that the workers are still at work when something happens to them
     pipeline = work / "one.toml"
     pipeline.write_text("[[stages]]".join(find("pipelines", "smoke").read_text().split("[[stages]]")[:2]))
