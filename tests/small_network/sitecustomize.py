@@ -32,6 +32,8 @@ class _NoCompiler(types.ModuleType):
 
 
 def _add_encoder(encoders: Any) -> None:
+    if "tiny_encoder" in sys.modules:  # it is what imports the encoders, for a test that adds its own
+        return
     sys.path.append(str(Path(__file__).parents[1]))
     from tiny_encoder import TINY
 
