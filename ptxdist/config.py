@@ -180,6 +180,13 @@ class StageSettings(Section):
         "image", description="Dice in the loss: per image, or flattened over a batch"
     )
     image_weight: float = added(0.2, ge=0, description="weight in the loss of the image head's BCE")
+    negative_weight: float = added(
+        1.0,
+        ge=0,
+        le=1,
+        description="weight in the loss of the masks of negative cases; 0: only positive ones teach masks",
+    )
+    mix: float = added(0.0, ge=0, le=1, description="probability that a part of a case is replaced by that of another")
     positive_share: tuple[Share, Share] | None = Field(
         None, description="share of positive cases in the first and the last epoch; default: as in the data"
     )
@@ -198,6 +205,11 @@ class StageSettings(Section):
         if self.epoch == "positives" and self.positive_share is None:
             raise ValueError(
                 'epoch = "positives" needs positive_share, the share of positive cases that it is filled to'
+            )
+        if self.negative_weight < 1 and self.best_by == "kaggle_dice":
+            raise ValueError(
+                'negative_weight below 1 leaves masks in negative cases, which best_by = "kaggle_dice" judges by; use '
+                '"loss" or "positive_dice"'
             )
         if self.swa_epochs and self.ema_decay:
             raise ValueError("swa_epochs and ema_decay both average the weights; leave out one of them")
@@ -225,6 +237,16 @@ class PipelineSettings(Section):
     model: ModelSettings = ModelSettings()
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _tells_negatives(self) -> PipelineSettings:
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.negative_weight < 1 and not self.model.image_head:
+                raise ValueError(
+                    f"stages.{number}.negative_weight below 1 needs model.image_head = true: the masks then say less "
+                    "about whether an image is positive"
+                )
+        return self
 
 
 class Settings(Section):

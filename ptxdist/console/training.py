@@ -14,7 +14,7 @@ from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
 from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, Progress, StageHistory, StageResult
-from ptxdist.scores.watchdog import Verdict, judge, why_not, worth
+from ptxdist.scores.watchdog import Verdict, judge, why_not
 
 _EPOCHS_SHOWN = 12
 
@@ -95,8 +95,8 @@ class TrainingDisplay:
                 f"warning: stage {stage.stage} predicts nothing at all; its Kaggle Dice "
                 f"{stage.best.at_full.kaggle_dice:.4f} is the share of images without a pneumothorax"
             )
-        elif worth(stage.best.at_full).gain <= 0:
-            say(f"the masks of stage {stage.stage} do not raise the Kaggle Dice: {why_not(stage.best.at_full)}")
+        elif reason := why_not(stage.best.at_full, self._stages[stage.stage - 1]):
+            say(f"the masks of stage {stage.stage} do not raise the Kaggle Dice: {reason}")
 
     def _rows_of(self, stage: int) -> list[EpochMetrics]:
         return [row for row in self._rows if row.stage == stage]

@@ -18,7 +18,7 @@ from ptxdist.report.model_card import model_card
 from ptxdist.report.page import Gallery, Notice, Section, Terms
 from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
-from ptxdist.scores.watchdog import why_not, worth
+from ptxdist.scores.watchdog import why_not
 from ptxdist.train import collapse
 
 
@@ -144,8 +144,8 @@ def _learning(run: RunData) -> list[Notice]:
         if (lost := collapse.find(stage.history, settings, stage.stage)) is not None:
             later = "Later epochs have masks again. " if lost.over else ""
             found.append(Notice(f"{name} has collapsed to empty masks.", f"{lost.words} {later}{lost.cure}"))
-        elif worth(best).gain <= 0:
-            found.append(Notice(f"The masks of {name.lower()} do not raise the Kaggle Dice.", why_not(best)))
+        elif reason := why_not(best, settings):
+            found.append(Notice(f"The masks of {name.lower()} do not raise the Kaggle Dice.", reason))
     return found
 
 

@@ -85,9 +85,15 @@ def judge(history: Sequence[EpochMetrics], stage: StageSettings) -> tuple[Verdic
     return tuple(found)
 
 
-def why_not(scores: Scores) -> str:
-    """A sentence for an epoch whose masks do not pay: how many images get one, and how many may."""
+def why_not(scores: Scores, stage: StageSettings) -> str | None:
+    """A sentence for an epoch whose masks do not pay: how many images get one, and how many may; else None.
+
+    None too where negative cases teach the masks less (`negative_weight`): there the image head says which images get
+    one, with the operating point of the evaluation, and the scores of an epoch are those without it.
+    """
     found = worth(scores)
+    if found.gain > 0 or stage.negative_weight < 1:
+        return None
     hit, false = scores.sensitivity or 0.0, 1 - (1.0 if scores.specificity is None else scores.specificity)
     words = f"{100 * hit:.0f} % of the positive and {100 * false:.0f} % of the negative images get a mask"
     if found.needed is None:

@@ -168,13 +168,36 @@ class FullDraw(NamedTuple):
             out[:] = result[name]
 
 
-class Augmentation:
-    """One recipe with a seed. `by_table` is the way in which it is applied."""
+class Part(NamedTuple):
+    """The part of an image and its mask that another case fills: `case` chooses that one, the others are its edges.
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
+    All are fractions, `case` of the number of cases to choose from, the edges of the side of the image.
+    """
+
+    case: float
+    top: float
+    bottom: float
+    left: float
+    right: float
+
+    def copy(self, source: Samples, target: Samples) -> None:
+        """Copy this part of one image, (size, size), to another."""
+        size = len(source)
+        top, bottom, left, right = (round(edge * size) for edge in self[1:])
+        target[top:bottom, left:right] = source[top:bottom, left:right]
+
+
+class Augmentation:
+    """One recipe with a seed. `by_table` is the way in which it is applied.
+
+    With `mix`, so many of the cases get a part of another case, after both have been augmented: half of them a box with
+    sides of 0.3 to 0.75 of the image (CutMix, Yun et al. 2019), the others one side of the chest.
+    """
+
+    def __init__(self, recipe: Recipe, seed: int, mix: float = 0.0) -> None:
         self._transforms = make(recipe)
-        self._seed = seed
-        self.by_table = all(map(_maps_levels, self._transforms))
+        self._seed, self._mix = seed, mix
+        self.by_table = not mix and all(map(_maps_levels, self._transforms))
         if self.by_table:
             self._random = random.Random()
             for transform in self._transforms:
@@ -186,6 +209,19 @@ class Augmentation:
         """What happens to a case in an epoch. `repeat` counts how often the epoch has had this case already."""
         seed = f"{self._seed} {epoch} {case} {repeat}"
         return self._draw_table(seed) if self.by_table else FullDraw(self._compose, seed)
+
+    def part(self, *, epoch: int, case: str, repeat: int = 0) -> Part | None:
+        """Which part of another case a case gets in an epoch; None for those that stay as they are."""
+        generator = random.Random(f"{self._seed} {epoch} {case} {repeat} mix")
+        if generator.random() >= self._mix:
+            return None
+        other = generator.random()
+        if generator.random() < 0.5:
+            middle = generator.uniform(0.42, 0.58)
+            return Part(other, 0, 1, *((0, middle) if generator.random() < 0.5 else (middle, 1)))
+        height, width = generator.uniform(0.3, 0.75), generator.uniform(0.3, 0.75)
+        top, left = generator.uniform(0, 1 - height), generator.uniform(0, 1 - width)
+        return Part(other, top, top + height, left, left + width)
 
     def _draw_table(self, seed: str) -> Draw:
         if not self._transforms:

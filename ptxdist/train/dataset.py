@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ptxdist.cache.store import Samples, Store
-from ptxdist.train.augment import Augmentation, Draw, FullDraw
+from ptxdist.train.augment import Augmentation, Draw, FullDraw, Part
 from ptxdist.train.on_device import OnDeviceStore, draws_as_tensors
 
 VAL_BLOCK = 8
@@ -51,6 +51,13 @@ class Share(NamedTuple):
     indices: Indices
     global_size: int
     repeats: Indices
+
+
+class _Drawn(NamedTuple):
+    """What happens to a case; `mixed`: another case, what happens to it, and the part of it that is put in."""
+
+    draw: Draw | FullDraw
+    mixed: tuple[int, Draw | FullDraw, Part] | None
 
 
 def epoch_order(
@@ -135,13 +142,14 @@ def batches(
     *,
     augmentation: Augmentation | None = None,
     names: Sequence[str] = (),
+    others: Indices | None = None,
     epoch: int = 0,
     device: torch.device | None = None,
 ) -> Iterator[Batch]:
     """The shares as batches, prepared ahead by one thread (gathering and augmenting release the GIL).
 
     `names` are the ids of the store's cases. They key the draws of an `augmentation`, so that a case keeps its draws
-    when other cases are added or removed.
+    when other cases are added or removed. `others` are the cases that it mixes in, in any order.
     Host buffers are pinned and copied asynchronously when `device` is a GPU. With an OnDeviceStore only positions and
     draws are prepared; the samples are taken on its device, and are the same. A recipe that is applied in full needs
     the samples in host memory, whatever the store. An error in the thread is raised by the iterator; the thread ends
@@ -150,16 +158,27 @@ def batches(
     pin = device is not None and device.type == "cuda"
     allocate = _pinned if pin else _Buffers()
 
-    def draws(share: Share) -> list[Draw | FullDraw] | None:
+    pool = np.sort(others) if others is not None else np.empty(0, np.int64)
+
+    def draws(share: Share) -> list[_Drawn] | None:
         if augmentation is None:
             return None
-        cases = zip(share.indices.tolist(), share.repeats.tolist(), strict=True)
-        return [augmentation.draw(epoch=epoch, case=names[index], repeat=repeat) for index, repeat in cases]
+        drawn = []
+        for index, repeat in zip(share.indices.tolist(), share.repeats.tolist(), strict=True):
+            name, mixed = names[index], None
+            if part := augmentation.part(epoch=epoch, case=name, repeat=repeat):
+                other = int(pool[int(part.case * len(pool))])
+                draw = augmentation.draw(epoch=epoch, case=f"{names[other]} in {name}", repeat=repeat)
+                mixed = (other, draw, part)
+            drawn.append(_Drawn(augmentation.draw(epoch=epoch, case=name, repeat=repeat), mixed))
+        return drawn
 
     def prepare() -> Iterator[Callable[[], Batch]]:
         for share in shares:
             if isinstance(store, OnDeviceStore) and (augmentation is None or augmentation.by_table):
-                yield _on_device(store, share, cast(list[Draw] | None, draws(share)), pin)
+                drawn = draws(share)
+                tables = None if drawn is None else [cast(Draw, item.draw) for item in drawn]
+                yield _on_device(store, share, tables, pin)
             else:
                 yield _on_host(store, share, draws(share), allocate, device)
 
@@ -234,7 +253,7 @@ def _pinned(*shape: int) -> Tensor:
 def _on_host(
     store: Store,
     share: Share,
-    draws: Sequence[Draw | FullDraw] | None,
+    draws: Sequence[_Drawn] | None,
     allocate: Callable[..., Tensor],
     device: torch.device | None,
 ) -> Callable[[], Batch]:
@@ -245,8 +264,14 @@ def _on_host(
     if draws is None:
         store.gather(share.indices, images, masks)
     else:
-        for row, (index, draw) in enumerate(zip(share.indices.tolist(), draws, strict=True)):
+        for row, (index, (draw, mixed)) in enumerate(zip(share.indices.tolist(), draws, strict=True)):
             draw.write(*store.sample(index), images[row], masks[row])
+            if mixed:
+                other, other_draw, part = mixed
+                sample = (np.empty_like(images[row]), np.empty_like(masks[row]))
+                other_draw.write(*store.sample(other), *sample)
+                for source, target in zip(sample, (images[row], masks[row]), strict=True):
+                    part.copy(source, target)
     index = torch.from_numpy(share.indices)
 
     def finish() -> Batch:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +34,18 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Context in which a forward pass computes in `precision`; with float32 it changes nothing."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let this process keep freed memory for the next tensors, where `device` is a CPU and the C library is glibc.
+
+    Otherwise glibc returns every tensor above 32 MiB to the system, and each new one is cleared page by page: half of
+    the time of a training step at 512 pixels. The process then takes about a tenth more memory at its peak.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        change = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
+            change(parameter, value)
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -33,7 +33,7 @@ from ptxdist.train import batchnorm, collapse
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.checkpoint import TrainingState, match_device
 from ptxdist.train.dataset import Batch, Indices, Share, batches, epoch_order, positives_order, training_shares
-from ptxdist.train.device import choose_precision
+from ptxdist.train.device import choose_precision, keep_freed_memory
 from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.losses import chosen
 from ptxdist.train.on_device import OnDeviceStore, hold
@@ -90,6 +90,7 @@ def fit(
     Raises TrainingError when a loss or gradient is not finite, naming the step and cases, and when the stage has
     collapsed with `train.stop_on_collapse`; CheckpointError when weights cannot be written or read.
     """
+    keep_freed_memory(device)
     saver = Saver(folder, stage, train, preempted)
     trainer = _Trainer(model, data, stage, train, number, seed, device, on_event, saver)
     with saver:  # however the stage ends, a checkpoint that is being written is finished first
@@ -129,7 +130,8 @@ class _Trainer:
     saver: Saver
 
     def __post_init__(self) -> None:
-        self.augmentation, on_device = Augmentation(self.stage.augmentation, self.seed), self.train.data_on_device
+        self.augmentation = Augmentation(self.stage.augmentation, self.seed, self.stage.mix)
+        on_device = self.train.data_on_device
         if on_device == "auto" and not self.augmentation.by_table:
             on_device = "off"  # the CPU augments, so most batches would not come from the device
         self.data = replace(self.data, store=hold(self.data.store, self.device, on_device))
@@ -238,7 +240,13 @@ class _Trainer:
 
     def _batches(self, shares: list[Share], epoch: int) -> Iterator[Batch]:
         return batches(
-            self.data.store, shares, augmentation=self.augmentation, names=self.names, epoch=epoch, device=self.device
+            self.data.store,
+            shares,
+            augmentation=self.augmentation,
+            names=self.names,
+            others=self.data.train,
+            epoch=epoch,
+            device=self.device,
         )
 
     def _train(self, epoch: int, rate: float) -> None:

@@ -6,7 +6,8 @@ Owns: LOSSES. To add a loss, write a function and add a line to LOSSES. A loss o
 
 in training over a global batch, in validation over all cases. The second part is optional: it serves losses that are
 not a mean over cases, such as a Dice over all pixels of a batch. The sum is the same for any number of ranks.
-With an image head, `image_weight` times the head's binary cross-entropy is added to each case.
+In both parts a negative case, one whose mask is empty, counts `negative_weight` times. With an image head,
+`image_weight` times the head's binary cross-entropy is added to each case, negative or not.
 `bce_dice` is
 
     mean over pixels of BCE(logit, t)  +  1 - (2 sum(p t) + s) / (sum(p) + sum(t) + s),   p = sigmoid(logit)
@@ -59,6 +60,7 @@ class Loss:
     whole: Callable[[Tensor], Tensor] | None = None
     batch: Loss | None = None
     image_weight: float = 0.0
+    negative_weight: float = 1.0
 
     @property
     def width(self) -> int:
@@ -74,7 +76,22 @@ class Loss:
 
         logits, image = heads(output)
         loss = self.per_case(logits, target)
+        if self.negative_weight != 1:
+            loss = loss * (1 - (1 - self.negative_weight) * (~is_positive(target)).float())
         return loss if image is None else loss + self.image_weight * image_bce(image, target)
+
+    def of_all(self, output: Output, target: Tensor) -> Tensor | None:
+        """`sums` of what a network has returned, float32 (k,); None for a loss without them."""
+        from ptxdist.train.unet import heads
+
+        if self.sums is None:
+            return None
+        logits, _ = heads(output)
+        if self.negative_weight == 1:
+            return self.sums(logits, target)
+        positive = is_positive(target)
+        negatives = self.sums(logits[~positive], target[~positive])
+        return self.sums(logits[positive], target[positive]) + self.negative_weight * negatives
 
     def parts(self, output: Output, target: Tensor) -> Tensor:
         """For each case `of_cases` and, if there are any, its `sums`: float64 (B, width)."""
@@ -85,8 +102,8 @@ class Loss:
         columns = [self.of_cases(output, target)[:, None].double()]
         if self.sums is not None:
             logits, _ = heads(output)
-            cases = range(len(logits))
-            columns.append(torch.stack([self.sums(logits[i : i + 1], target[i : i + 1]).double() for i in cases]))
+            rows = [self.of_all(logits[i : i + 1], target[i : i + 1]) for i in range(len(logits))]
+            columns.append(torch.stack([row.double() for row in rows if row is not None]))
         return torch.cat(columns, dim=1)
 
     def total(self, parts: npt.NDArray[np.float64]) -> float:
@@ -98,7 +115,7 @@ class Loss:
 
 
 def chosen(stage: StageSettings) -> Loss:
-    """The loss of a stage, with its `image_weight`.
+    """The loss of a stage, with its weights.
 
     SettingsError with the nearest name when there is none of this name, or no variant for its `dice`.
     """
@@ -109,7 +126,7 @@ def chosen(stage: StageSettings) -> Loss:
         if loss.batch is None:
             raise SettingsError(f"the loss '{stage.loss}' has no Dice over the batch; leave out dice = '{stage.dice}'")
         loss = loss.batch
-    return replace(loss, image_weight=stage.image_weight)
+    return replace(loss, image_weight=stage.image_weight, negative_weight=stage.negative_weight)
 
 
 def bce_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
@@ -138,11 +155,15 @@ def bce_per_image(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def image_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of image logits (B,), float32 (B,); an image is positive if its target B1HW is not all 0."""
+    """Binary cross-entropy of image logits (B,), float32 (B,)."""
     import torch.nn.functional as F
 
-    positive = target.flatten(1).amax(1) > 0
-    return F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="none")
+    return F.binary_cross_entropy_with_logits(logits.float(), is_positive(target).float(), reduction="none")
+
+
+def is_positive(target: Tensor) -> Tensor:
+    """Whether the targets B1HW of the cases are not all 0, bool (B,)."""
+    return target.flatten(1).any(1)
 
 
 def dice_sums(logits: Tensor, target: Tensor) -> Tensor:

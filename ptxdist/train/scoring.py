@@ -128,13 +128,13 @@ def predict_probability(
 def case_score(probability: Tensor, image: Tensor | None) -> Tensor:
     """How positive each case looks, (B,) in 0..1, from `Predicted.probability` and `Predicted.image`.
 
-    Without an image head it is the highest probability of the map. With one it is the mean of the head's probability
-    and of the mean of the highest pixels, one in 256: together they order images better than either does.
+    Without an image head it is the highest probability of the map. With one, three quarters are the head's probability
+    and one quarter is the mean of the highest pixels, one in 256: together they order images better than either does.
     """
     pixels = probability.flatten(1)
     if image is None:
         return pixels.amax(1)
-    return (image + pixels.topk(max(1, pixels.shape[1] // _TOP_SHARE), dim=1).values.mean(1)) / 2
+    return (3 * image + pixels.topk(max(1, pixels.shape[1] // _TOP_SHARE), dim=1).values.mean(1)) / 4
 
 
 def _split(output: Output, count: int) -> tuple[Output, Output]:

@@ -21,7 +21,7 @@ from ptxdist.train.dataset import Batch
 from ptxdist.train.device import autocast
 from ptxdist.train.distributed import gather_texts, rank, sum_over_ranks, world_size
 from ptxdist.train.losses import chosen, over_ranks
-from ptxdist.train.unet import Output, heads
+from ptxdist.train.unet import Output
 
 
 class Stepper:
@@ -87,11 +87,11 @@ class Stepper:
     def _loss(self, output: Output, target: Tensor, global_size: int) -> tuple[Tensor, Tensor]:
         """What to differentiate, and this rank's part of the sum of the losses over the global batch."""
         loss = self._loss_function.of_cases(output, target).sum()
-        if self._loss_function.sums is None or self._loss_function.whole is None:
+        sums = self._loss_function.of_all(output, target)
+        if sums is None or self._loss_function.whole is None:
             return loss, loss
-        logits, _ = heads(output)
-        whole = self._loss_function.whole(over_ranks(self._loss_function.sums(logits, target)))
-        return loss + global_size * whole, loss + len(logits) * whole
+        whole = self._loss_function.whole(over_ranks(sums))
+        return loss + global_size * whole, loss + len(target) * whole
 
 
 def _compile(model: nn.Module, *, graphs: bool) -> nn.Module:

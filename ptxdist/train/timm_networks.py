@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import timm
@@ -36,10 +37,16 @@ class TimmFeatures(Features):
         self.network = network
         self.channels = tuple(network.feature_info.channels())
         self.mean, self.std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+        self._depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in network.modules())
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Features at strides 2, 4, 8, 16 and 32 of an image (B, 3, H, W)."""
-        features: list[Tensor] = self.network(x)
+        """Features at strides 2, 4, 8, 16 and 32 of an image (B, 3, H, W).
+
+        On a CPU a network with depthwise convolutions is computed in float32, also under autocast: it is faster.
+        """
+        full = self._depthwise and torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if full else nullcontext():
+            features: list[Tensor] = self.network(x)
         return features
 
 

@@ -36,21 +36,26 @@ REAL = Survey(
 FULL = replace(REAL, cases=12_047, positive=2_669, folds=10, train=(10_842, 2_402), val=(1_205, 267))
 
 
+BOTH = [(256, 20, 16, 0.99), (512, 6, 16, 0.99)]
+
+
 @pytest.mark.parametrize(
     ("data", "machine", "encoder", "stages"),
     [
-        pytest.param(REAL, CPU, LITE0, [(256, 30, 16, 0.99)], id="few cases on two cores"),
-        pytest.param(REAL, replace(CPU, cores=16), LITE0, [(256, 30, 16, 0.99), (512, 10, 16, 0.99)], id="16 cores"),
-        pytest.param(REAL, replace(CPU, encoders=("resnet34",)), "resnet34", [(256, 30, 16, 0.99)], id="ResNet cached"),
-        pytest.param(REAL, replace(CPU, encoders=()), "resnet18", [(256, 30, 16, 0.99)], id="no weights"),
-        pytest.param(REAL, replace(CPU, memory_gib=3.0), LITE0, [(256, 30, 8, 0.99)], id="little memory"),
-        pytest.param(REAL, GPU, "resnet34", [(256, 30, 16, 0.99), (512, 10, 16, 0.99)], id="few cases on a GPU"),
-        pytest.param(REAL, replace(GPU, encoders=(LITE0,)), LITE0, [(256, 30, 16, 0.99), (512, 10, 16, 0.99)]),
-        pytest.param(REAL, replace(GPU, encoders=()), "resnet34", [(256, 30, 16, 0.99), (512, 10, 16, 0.99)]),
+        pytest.param(REAL, CPU, LITE0, BOTH, id="few cases on two cores"),
+        pytest.param(REAL, replace(CPU, cores=1), LITE0, [(256, 20, 16, 0.99)], id="one core"),
+        pytest.param(REAL, replace(CPU, encoders=("resnet34",)), "resnet34", BOTH, id="ResNet cached"),
+        pytest.param(REAL, replace(CPU, encoders=()), "resnet18", BOTH, id="no weights"),
+        pytest.param(
+            REAL, replace(CPU, memory_gib=3.0), LITE0, [(256, 20, 8, 0.99), (512, 6, 8, 0.99)], id="little memory"
+        ),
+        pytest.param(REAL, GPU, "resnet34", BOTH, id="few cases on a GPU"),
+        pytest.param(REAL, replace(GPU, encoders=(LITE0,)), LITE0, BOTH),
+        pytest.param(REAL, replace(GPU, encoders=()), "resnet34", BOTH),
         pytest.param(FULL, CPU, LITE0, [(256, 6, 16, 0.99)], id="many cases on two cores"),
-        pytest.param(FULL, GPU, "resnet34", [(256, 30, 16, 0.999), (512, 10, 16, 0.999)], id="many cases on a GPU"),
-        pytest.param(replace(REAL, sizes_px=(128,)), GPU, "resnet34", [(128, 30, 16, 0.99)], id="only 128 px"),
-        pytest.param(replace(REAL, sizes_px=(512, 1024)), CPU, LITE0, [(512, 8, 16, 0.99)], id="only large sizes"),
+        pytest.param(FULL, GPU, "resnet34", [(256, 20, 16, 0.999), (512, 6, 16, 0.99)], id="many cases on a GPU"),
+        pytest.param(replace(REAL, sizes_px=(128,)), GPU, "resnet34", [(128, 20, 16, 0.99)], id="only 128 px"),
+        pytest.param(replace(REAL, sizes_px=(512, 1024)), CPU, LITE0, [(512, 11, 16, 0.99)], id="only large sizes"),
     ],
 )
 def test_rules(data: Survey, machine: Machine, encoder: str, stages: list[tuple[int, int, int, float]]) -> None:

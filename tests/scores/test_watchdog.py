@@ -60,8 +60,8 @@ def test_the_gain_is_the_kaggle_dice_above_that_of_empty_masks_and_the_ratio_has
         assert (found.ratio > found.needed) == (found.gain > 0) or found.gain == pytest.approx(0, abs=1e-12)
     elif found.needed is None:  # no mask meets a positive image
         assert found.gain <= 0
-    if found.gain <= 0:
-        assert why_not(of).endswith(".")
+    reason = why_not(of, stage(2))
+    assert reason.endswith(".") if found.gain <= 0 and reason else reason is None and found.gain > 0
 
 
 @given(st.lists(counted(), max_size=12), st.integers(1, 30))
@@ -138,10 +138,16 @@ def test_empty_masks_are_correct_where_no_image_is_positive() -> None:
 
 
 def test_the_words_for_masks_that_do_not_pay() -> None:
-    assert why_not(rates(0.6, 0.5, 0.15)) == (
+    assert why_not(rates(0.6, 0.5, 0.15), stage(2)) == (
         "60 % of the positive and 50 % of the negative images get a mask, a ratio of 1.2. With a Dice of 0.25 on the "
         "positive ones, masks raise the Kaggle Dice above a ratio of 13.4."
     )
-    assert why_not(rates(0.1, 0.1, 0)) == (
+    assert why_not(rates(0.1, 0.1, 0), stage(2)) == (
         "10 % of the positive and 10 % of the negative images get a mask, and none meets a pneumothorax."
     )
+
+
+def test_masks_that_only_positive_cases_teach_are_not_blamed_for_those_of_negative_ones() -> None:
+    every = [rates(1, 1, 0.3)] * 12
+    assert why_not(every[0], stage(12, negative_weight=0.0)) is None
+    assert "collapsed" not in judge([item(of, n) for n, of in enumerate(every, 1)], stage(12, negative_weight=0.0))

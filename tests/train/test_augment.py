@@ -217,3 +217,24 @@ def test_no_transform_of_a_table_draws_from_a_generator_that_is_not_keyed_to_the
     with pytest.raises(AssertionError, match="not seeded per case"):
         augmentation._transforms[0].random_generator.normal()
     assert isinstance(Augmentation(IN_FULL["affine"], 0).draw(epoch=0, case="a"), FullDraw)
+
+
+def test_so_many_cases_get_a_part_of_another_and_the_part_depends_on_the_case_only() -> None:
+    augmentation, names = Augmentation("siim", 3, mix=0.6), [str(number) for number in range(1000)]
+    assert not augmentation.by_table, "on a GPU the samples of another case are not at hand"
+    parts = {name: augmentation.part(epoch=2, case=name) for name in names}
+    found = [part for part in parts.values() if part]
+    assert 550 < len(found) < 650
+    sides = [part for part in found if part.bottom - part.top == 1]
+    assert 0.4 < len(sides) / len(found) < 0.6
+    assert all(0.42 <= (part.right if part.left == 0 else part.left) <= 0.58 for part in sides)
+    assert {part.left == 0 for part in sides} == {part.right == 1 for part in sides} == {True, False}
+    for part in found:
+        assert 0 <= part.case < 1
+        assert 0 <= part.top < part.bottom <= 1
+        assert 0 <= part.left < part.right <= 1
+        assert part in sides or all(0.3 <= side <= 0.75 for side in (part.bottom - part.top, part.right - part.left))
+    assert parts == {name: augmentation.part(epoch=2, case=name) for name in names[::-1]}
+    assert parts != {name: augmentation.part(epoch=3, case=name) for name in names}
+    assert parts != {name: augmentation.part(epoch=2, case=name, repeat=1) for name in names}
+    assert not any(Augmentation("siim", 3).part(epoch=2, case=name) for name in names)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +155,34 @@ def test_draws_depend_on_seed_epoch_and_case_only(cache: Path, full_recipe: tupl
     assert first != augmented(list(range(10)), 4, 1, 2)
     assert first != augmented(list(range(10)), 4, 2, 1)
     assert len(set(first.values())) == 10
+
+
+def test_a_mixed_case_has_its_part_of_another_training_case_in_image_and_mask(cache: Path) -> None:
+    """And it is the same in any order, in any batch, on any rank."""
+    store, training = open_store(cache, 64), np.array([0, 2, 3, 5, 8])
+    augmentation = Augmentation("none", 1, mix=0.8)
+
+    def mixed(order: list[int], batch: int, others: npt.NDArray[np.int64]) -> dict[int, tuple[bytes, bytes]]:
+        shares = [share for rank in range(2) for share in training_shares(np.array(order), batch, rank, 2)]
+        found = list(batches(store, shares, augmentation=augmentation, names=NAMES, others=others, epoch=4))
+        return {
+            index: (b.image[row].numpy().tobytes(), b.mask[row].numpy().tobytes())
+            for b in found
+            for row, index in enumerate(b.index.tolist())
+        }
+
+    found, changed = mixed(training.tolist(), 4, training), 0
+    assert found == mixed(training[::-1].tolist(), 3, training[::-1])
+    for index, (image, mask) in found.items():
+        part = augmentation.part(epoch=4, case=NAMES[index])
+        expected = [array.copy() for array in store.sample(index)]
+        if part:
+            other = int(training[int(part.case * len(training))])
+            for source, target in zip(store.sample(other), expected, strict=True):
+                part.copy(source, target)
+            changed += other != index
+        assert (image, mask) == (expected[0].tobytes(), expected[1].tobytes())
+    assert changed > 1
 
 
 def test_image_and_mask_are_flipped_together_and_only_the_image_changes_in_brightness() -> None:

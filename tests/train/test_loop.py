@@ -33,7 +33,7 @@ HEADED = MODEL.model_copy(update={"image_head": True})
 PLAIN: dict[str, object] = {"swa_epochs": 2, "positive_share": (0.7, 0.3)}
 ALL: dict[str, object] = {
     "weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9, "epoch": "positives",
-    "positive_share": (0.54, 0.45),
+    "positive_share": (0.54, 0.45), "negative_weight": 0.25, "mix": 0.5,
 }  # fmt: skip
 RESNET = ModelSettings(encoder="resnet18", encoder_weights="none", decoder_channels=(64, 32, 32, 16, 16))
 

@@ -198,6 +198,26 @@ def test_the_loss_of_an_image_head_is_added_to_each_case_with_its_weight(dice: L
     assert with_head == pytest.approx(without + added.mean().item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("dice", ["image", "batch"])
+def test_negative_cases_count_by_their_weight_but_teach_the_image_head(dice: Literal["image", "batch"]) -> None:
+    (mask, target), image = batch(1, (4, 1, 16, 16)), torch.randn(4, generator=torch.Generator().manual_seed(2))
+    target[1::2] = 0
+
+    def parts(weight: float, rows: slice = slice(None)) -> torch.Tensor:
+        stage = StageSettings(size_px=32, epochs=1, batch_size=1, dice=dice, negative_weight=weight)
+        return chosen(stage).parts((mask[rows], image[rows]), target[rows])
+
+    by_head = 0.2 * image_bce(image, target).double()
+    whole, half, none = parts(1.0), parts(0.5), parts(0.0)
+    assert whole[::2].equal(none[::2]), "the positive cases count in full"
+    assert whole[1::2, 1:].abs().sum() > 0 or dice == "image"
+    torch.testing.assert_close(none[1::2, 0], by_head[1::2])
+    assert none[1::2, 1:].abs().sum() == 0
+    torch.testing.assert_close(half, (whole + none) / 2, rtol=1e-6, atol=0)
+    without = parts(0.0, slice(0, 4, 2))
+    torch.testing.assert_close(none[:, 1:].sum(0), without[:, 1:].sum(0))
+
+
 def test_words_are_those_of_reports_and_bundles() -> None:
     def words(dice: Literal["image", "batch"]) -> str:
         return chosen(StageSettings(size_px=32, epochs=1, batch_size=1, dice=dice)).words

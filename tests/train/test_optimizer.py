@@ -57,8 +57,16 @@ def test_larger_gradients_are_scaled_down_and_their_own_norm_is_reported(
     [
         ("stages.1.ema_decay=0.99", "swa_epochs and ema_decay both average the weights; leave out one of them"),
         ("stages.1.epoch=positives", 'epoch = "positives" needs positive_share'),
+        ("stages.1.negative_weight=0.5", "negative_weight below 1 leaves masks in negative cases, which best_by"),
     ],
 )
 def test_settings_that_do_not_fit_together_are_refused(assignment: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         load_settings("paper", assignments=[assignment])
+
+
+def test_masks_that_say_less_about_negative_cases_need_an_image_head() -> None:
+    wanted = ["stages.*.negative_weight=0.5", "stages.*.best_by=loss"]
+    with pytest.raises(SettingsError, match=r"stages.1.negative_weight below 1 needs model.image_head = true"):
+        load_settings("paper", assignments=wanted)
+    assert load_settings("paper", assignments=[*wanted, "model.image_head=true"]).pipeline.model.image_head

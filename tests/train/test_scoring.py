@@ -113,7 +113,7 @@ def test_the_score_of_a_case_is_its_highest_pixel_or_with_an_image_head_more() -
     probability = torch.zeros(2, 1, 32, 64)
     probability[0, 0, 5, 10:20] = torch.linspace(0.1, 1.0, 10)  # the highest 8 of 2048 pixels are 0.3 to 1
     assert case_score(probability, None).tolist() == [1, 0]
-    assert case_score(probability, torch.tensor([0.25, 0.5])).tolist() == pytest.approx([(0.25 + 0.65) / 2, 0.25])
+    assert case_score(probability, torch.tensor([0.25, 0.5])).tolist() == pytest.approx([(3 * 0.25 + 0.65) / 4, 0.375])
     assert case_score(probability[:0], torch.zeros(0)).shape == case_score(probability[:0], None).shape == (0,)
 
 
