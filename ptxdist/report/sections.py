@@ -176,8 +176,8 @@ def _definitions(evaluation: EvaluationResult) -> Terms:
                 "Score",
                 "How positive an image looks, 0 to 1: "
                 + (
-                    "the mean of the image head's probability and of the mean of the highest pixels of the map, one in "
-                    "256. A mask is empty below the image threshold, if there is one."
+                    "three parts the image head's probability and one part the mean of the highest pixels of the map, "
+                    "one in 256. A mask is empty below the image threshold, if there is one."
                     if evaluation.image_head
                     else "the highest probability of its map."
                 ),

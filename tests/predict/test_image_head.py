@@ -179,4 +179,4 @@ def test_models_with_and_without_an_image_head_do_not_go_together(run: Path) -> 
 
 def test_report_says_what_the_score_is(run: Path) -> None:
     page = write_report(run).read_text(encoding="utf-8")
-    assert "the mean of the image head&#39;s probability" in page
+    assert "three parts the image head&#39;s probability" in page

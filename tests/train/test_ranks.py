@@ -17,6 +17,7 @@ from tiny_encoder import TINY
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings
+from ptxdist.errors import TrainingError
 from ptxdist.records import EpochMetrics
 from ptxdist.train import batchnorm
 from ptxdist.train.augment import Augmentation
@@ -109,6 +110,19 @@ def statistics(cache: Path, ranks: int, rank: int, *, synchronised: bool = True)
     return {name: value for name, value in model.named_buffers() if name.endswith(("_mean", "_var"))}
 
 
+def stopped(cache: Path, folder: Path) -> str:
+    """The error of a training whose network keeps all masks empty."""
+    model = build_unet(TRAINED)
+    torch.nn.init.constant_(model.head.bias, -1000.0)
+    cases = read_catalog(cache).labelled
+    sides = [np.array([i for i, case in enumerate(cases) if case.split == side]) for side in ("train", "val")]
+    data, stage = StageData(open_store(cache, 64), cases, *sides), StageSettings(size_px=64, epochs=8, batch_size=5)
+    settings = EXACT.model_copy(update={"stop_on_collapse": True})
+    with pytest.raises(TrainingError) as caught:
+        fit(model, data, stage, settings, number=1, seed=SEED, device=CPU, folder=folder)
+    return str(caught.value)
+
+
 def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     ENCODERS["small"] = TINY  # in this process too
@@ -119,6 +133,8 @@ def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
             torch.save(validate(long_cache), folder / f"counts-{ranks}-{rank}.pt")
             torch.save(statistics(cache, ranks, rank), folder / f"statistics-{ranks}-{rank}.pt")
             torch.save(statistics(cache, ranks, rank, synchronised=False), folder / f"apart-{ranks}-{rank}.pt")
+            if ranks == 2:
+                (folder / f"stopped-{rank}.txt").write_text(stopped(cache, folder / "stopped"))
             for name, (_, model_settings, changes, settings, _) in runs.items():
                 model = train(
                     cache, folder / name, stage_of(**changes), settings, model_settings=model_settings,
@@ -159,6 +175,12 @@ def test_statistics_are_reestimated_over_all_ranks(cache: Path, together: Path, 
         for name, value in values.items():
             assert all(part[name].equal(found[0][name]) for part in found), f"{name} differs between ranks"
             torch.testing.assert_close(found[0][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_collapse_stops_all_ranks_in_the_same_epoch(together: Path) -> None:
+    first, second = ((together / f"stopped-{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert "stage 1 has collapsed to empty masks. In epoch 5 of 8, 0 % of the images get a mask" in first
 
 
 @pytest.mark.parametrize("name", RUNS)
