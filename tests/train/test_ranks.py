@@ -178,9 +178,9 @@ def test_statistics_are_reestimated_over_all_ranks(cache: Path, together: Path, 
 
 
 def test_a_collapse_stops_all_ranks_in_the_same_epoch(together: Path) -> None:
-    first, second = ((together / f"stopped-{rank}.txt").read_text() for rank in range(2))
-    assert first == second
-    assert "stage 1 has collapsed to empty masks. In epoch 5 of 8, 0 % of the images get a mask" in first
+    for rank in range(2):
+        text = (together / f"stopped-{rank}.txt").read_text()
+        assert "stage 1 has collapsed to empty masks. In epoch 5 of 8, 0 % of the images get a mask" in text
 
 
 @pytest.mark.parametrize("name", RUNS)
