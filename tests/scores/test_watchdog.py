@@ -148,6 +148,6 @@ def test_the_words_for_masks_that_do_not_pay() -> None:
 
 
 def test_masks_that_only_positive_cases_teach_are_not_blamed_for_those_of_negative_ones() -> None:
-    every = [rates(1, 1, 0.3)] * 12
-    assert why_not(every[0], stage(12, negative_weight=0.0)) is None
-    assert "collapsed" not in judge([item(of, n) for n, of in enumerate(every, 1)], stage(12, negative_weight=0.0))
+    every, settings = [rates(1, 1, 0.3)] * 12, stage(12, negative_weight=0.0, best_by="loss")
+    assert why_not(every[0], settings) is None
+    assert "collapsed" not in judge([item(of, n) for n, of in enumerate(every, 1)], settings)

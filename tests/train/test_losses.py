@@ -204,7 +204,7 @@ def test_negative_cases_count_by_their_weight_but_teach_the_image_head(dice: Lit
     target[1::2] = 0
 
     def parts(weight: float, rows: slice = slice(None)) -> torch.Tensor:
-        stage = StageSettings(size_px=32, epochs=1, batch_size=1, dice=dice, negative_weight=weight)
+        stage = StageSettings(size_px=32, epochs=1, batch_size=1, dice=dice, negative_weight=weight, best_by="loss")
         return chosen(stage).parts((mask[rows], image[rows]), target[rows])
 
     by_head = 0.2 * image_bce(image, target).double()
