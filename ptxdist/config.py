@@ -187,6 +187,12 @@ class StageSettings(Section):
         description="weight in the loss of the masks of negative cases; 0: only positive ones teach masks",
     )
     mix: float = added(0.0, ge=0, le=1, description="probability that a part of a case is replaced by that of another")
+    phantoms: int = added(
+        0,
+        ge=0,
+        description="train on so many phantoms with the masks of the training cases instead of on the cases, and keep "
+        "the last epoch; 0: the cases",
+    )
     positive_share: tuple[Share, Share] | None = Field(
         None, description="share of positive cases in the first and the last epoch; default: as in the data"
     )

@@ -283,10 +283,10 @@ class Message(Record):
 
 
 class Progress(Record):
-    """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 in an evaluation."""
+    """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 outside of epochs."""
 
     stage: int
-    step: Literal["train", "validate", "evaluate"]
+    step: Literal["draw", "train", "validate", "evaluate"]
     epoch: int
     done: int
     total: int

@@ -29,7 +29,7 @@ RULES = {
     "labels": ("base dicom", "numpy"),
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),
-    "phantoms": ("base labels", "numpy cv2 pydicom"),
+    "phantoms": ("base labels cache", "numpy cv2 pydicom"),
     "scores": ("base cache", "numpy safetensors"),
     "train": (
         "base dicom labels cache storage scores",
@@ -42,7 +42,7 @@ RULES = {
         "base version dicom labels cache storage phantoms scores train report",
         "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn",
     ),
-    "run": ("base cache storage scores train report predict", "torch safetensors tensorboardX mlflow"),
+    "run": ("base cache storage phantoms scores train report predict", "numpy torch safetensors tensorboardX mlflow"),
     # requests, packaging and grpc are what Ray itself stands on
     "cluster": ("base cache storage scores run", "ray torch requests packaging grpc"),
     "console": ("base cache scores", "rich"),

@@ -80,6 +80,8 @@ class TrainingDisplay:
         if step.step == "evaluate":
             return "evaluation at the original resolution"
         stage = self._stages[step.stage - 1]
+        if step.step == "draw":
+            return f"stage {step.stage} ({stage.size_px} px): drawing phantoms"
         return f"stage {step.stage} ({stage.size_px} px), epoch {step.epoch} of {stage.epochs}: {step.step}"
 
     def _finish_stage(self, stage: StageResult) -> None:
@@ -90,12 +92,13 @@ class TrainingDisplay:
         source = f"reused from run {stage.reused_from}" if stage.reused_from else f"{stage.seconds:,.0f} s"
         say(f"stage {stage.stage} of {len(self._stages)} is finished: {best}, {source}")
         self._rows = [row for row in self._rows if row.stage != stage.stage]
-        if stage.best.at_full.equals_all_empty:
+        settings = self._stages[stage.stage - 1]
+        if stage.best.at_full.equals_all_empty and not settings.phantoms:
             say(
                 f"warning: stage {stage.stage} predicts nothing at all; its Kaggle Dice "
                 f"{stage.best.at_full.kaggle_dice:.4f} is the share of images without a pneumothorax"
             )
-        elif reason := why_not(stage.best.at_full, self._stages[stage.stage - 1]):
+        elif reason := why_not(stage.best.at_full, settings):
             say(f"the masks of stage {stage.stage} do not raise the Kaggle Dice: {reason}")
 
     def _rows_of(self, stage: int) -> list[EpochMetrics]:

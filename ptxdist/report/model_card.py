@@ -138,6 +138,8 @@ def _stage(stage: StageResult, how: StageSettings, image_head: bool) -> str:
         losses.chosen(how).words + (f" + {how.image_weight:g} x BCE of the image head" if image_head else ""),
         f"augmentation: {augment.in_words(how.augmentation)}",
     ]
+    if how.phantoms:
+        parts.insert(1, f"on {how.phantoms:,} phantoms with the masks of the training cases")
     if how.positive_share:
         first, last = map(percent, how.positive_share)
         kind = (
@@ -149,8 +151,9 @@ def _stage(stage: StageResult, how: StageSettings, image_head: bool) -> str:
     if how.ema_decay:
         parts.append(f"exponential moving average of the weights (EMA), decay {how.ema_decay:g}")
     best = "the averaged weights" if stage.best.averaged else f"epoch {stage.best.epoch}"
+    chosen = f"the last one: {best}" if how.phantoms else f"best by {how.best_by}: {best}"
     reused = f"; taken from run {stage.reused_from}" if stage.reused_from else ""
-    return f"Stage {stage.stage}: {', '.join(parts)}; best by {how.best_by}: {best}{reused}."
+    return f"Stage {stage.stage}: {', '.join(parts)}; {chosen}{reused}."
 
 
 def _training_data(catalog: Catalog) -> tuple[str, ...]:

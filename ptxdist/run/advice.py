@@ -3,8 +3,9 @@
     rule                  looks at                      chooses
     ------------------    --------------------------    --------------------------------------------------------------
     encoder               ImageNet weights at hand      a light one on CPUs, ResNet-34 on GPUs; random if there are none
-    first stage           sizes of the cache            the largest size up to 256 px
-    second stage          what the first one leaves     the largest size up to 512 px, if it gets five epochs at least
+    phantoms first        positive cases, cores         a stage on phantoms where they are few and the budget allows
+    next stage            sizes of the cache            the largest size up to 256 px
+    last stage            what the former one leaves    the largest size up to 512 px, if it gets four epochs at least
     epochs                cores or GPUs, cases          the budget of image passes divided by the training cases
     batch                 memory                        16 cases, 8 where the memory is small
     share of positives    share in the data             half of a batch, falling to 0.4, where the data have fewer
@@ -33,13 +34,16 @@ WRITTEN_BY = "# Written by `ptxdist plan`"
 FEW_POSITIVE = 10  # below this number of training cases a model learns next to nothing
 
 _FIRST_PX, _SECOND_PX = 256, 512
-# A pass is one training image of 256 px, forward and backward; two cores make about 22 a second, 26,000 in 20 minutes.
-_PASSES_PER_CORE, _PASSES_PER_GPU = 13_000, 1_000_000
+# A pass is one training image of 256 px, forward and backward; two cores make about 22 a second, 32,000 in 25 minutes.
+_PASSES_PER_CORE, _PASSES_PER_GPU = 16_000, 1_000_000
 _FIRST_EPOCHS = (6, 20)  # least and most
 _SECOND_EPOCHS = (4, 6)
 _BATCH, _SMALL_BATCH = 16, 8
 _GIB, _GIB_PER_IMAGE = 1.5, 0.12  # memory of a training, and more for each image of 256 px in a batch (ResNet-34, fp32)
 _RATE, _SECOND_RATE = 1e-3, 4e-4
+_PHANTOMS_BELOW = 1_000  # training cases with a mask; measured with 126
+_PHANTOMS, _PHANTOM_EPOCHS = 2_000, 3
+_PHANTOM_SHARE = 0.25  # at most, of the budget
 _SHARE = (0.5, 0.4)
 _ON_CPU = ("timm/tf_efficientnet_lite0", "resnet34", "resnet18")
 _ON_GPU = ("resnet34", "timm/tf_efficientnet_lite0", "resnet18")
@@ -183,6 +187,7 @@ def _model(machine: Machine) -> Iterator[Decision]:
 class _Stage:
     size_px: int
     why_size: str
+    phantoms: int
     epochs: int
     why_epochs: str
     batch: int
@@ -200,10 +205,16 @@ def _stages(data: Survey, machine: Machine) -> Iterator[tuple[_Stage, float]]:
     size = max((px for px in data.sizes_px if px <= _FIRST_PX), default=data.sizes_px[0])
     cost = (size / _FIRST_PX) ** 2
     least, most = _FIRST_EPOCHS
-    epochs = min(most, max(least, math.floor(budget / (count * cost))))
-    reason = f"{budget:,} passes for {who}, {count:,} cases; {least} to {most} epochs"
+    rest: float = budget
+    first = _PHANTOMS * _PHANTOM_EPOCHS * cost
+    if data.train[1] < _PHANTOMS_BELOW and first <= _PHANTOM_SHARE * budget:
+        reason = f"{first:,.0f} of {budget:,} passes for {who}"
+        yield _stage_of(data, machine, size, _PHANTOM_EPOCHS, reason, phantoms=_PHANTOMS), _RATE
+        rest -= first
+    epochs = min(most, max(least, math.floor(rest / (count * cost))))
+    reason = f"{rest:,.0f} passes for {who}, {count:,} cases; {least} to {most} epochs"
     yield _stage_of(data, machine, size, epochs, reason), _RATE
-    rest = budget - epochs * count * cost
+    rest -= epochs * count * cost
     larger = [px for px in data.sizes_px if size < px <= _SECOND_PX]
     if larger:
         cost = (larger[-1] / _FIRST_PX) ** 2
@@ -214,7 +225,7 @@ def _stages(data: Survey, machine: Machine) -> Iterator[tuple[_Stage, float]]:
             yield _stage_of(data, machine, larger[-1], second, reason), _SECOND_RATE
 
 
-def _stage_of(data: Survey, machine: Machine, size: int, epochs: int, why_epochs: str) -> _Stage:
+def _stage_of(data: Survey, machine: Machine, size: int, epochs: int, why_epochs: str, phantoms: int = 0) -> _Stage:
     memory = machine.gpus[0][1] if machine.gpus else machine.memory_gib
     needed = {count: _GIB + count * _GIB_PER_IMAGE * (size / _FIRST_PX) ** 2 for count in (_BATCH, _SMALL_BATCH)}
     batch = _BATCH if memory >= needed[_BATCH] else _SMALL_BATCH
@@ -223,11 +234,12 @@ def _stage_of(data: Survey, machine: Machine, size: int, epochs: int, why_epochs
     return _Stage(
         size_px=size,
         why_size=f"only 5 % of the masks have fewer than {smallest:,.0f} pixels at this size",
+        phantoms=phantoms,
         epochs=epochs,
         why_epochs=why_epochs,
         batch=batch,
         why_batch=f"takes at most about {needed[batch]:.0f} of {memory:.0f} GiB",
-        steps=epochs * -(-data.train[0] // batch),
+        steps=epochs * -(-(phantoms or data.train[0]) // batch),
         share=_SHARE if present < _SHARE[1] else None,
         why_share=f"{100 * present:.0f} % in the data: too few for a mask to pay off",
     )
@@ -239,20 +251,25 @@ def _stage(number: int, stage: _Stage, rate: float) -> Iterator[Decision]:
 
     warmup = _rounded(stage.steps / 20)
     yield decide("size_px", stage.size_px, stage.why_size)
+    if stage.phantoms:
+        reason = "with the masks of the training cases: a better start where these are few"
+        yield decide("phantoms", stage.phantoms, reason)
     yield decide("epochs", stage.epochs, stage.why_epochs)
     yield decide("batch_size", stage.batch, stage.why_batch)
-    yield decide("learning_rate", rate, "falls along a cosine" + ("; continues from stage 1" if number > 1 else ""))
+    yield decide("learning_rate", rate, "falls along a cosine" + (f"; goes on from stage {number - 1}" * (number > 1)))
     yield decide("warmup_steps", warmup, f"about a twentieth of the {stage.steps:,} steps")
     yield decide("weight_decay", 0.01, "AdamW")
     yield decide("clip_norm", 1.0, "a single odd batch cannot undo what was learnt")
     decay = 0.99 if stage.steps < 5_000 else 0.999
     yield decide("ema_decay", decay, f"weights averaged over the last {1 / (1 - decay):,.0f} steps or so")
     yield decide("dice", "batch", "a Dice of each image pushes a young network to empty masks")
+    yield decide("augmentation", "strong", "shift, scale, rotation, distortion and grey levels")
+    if stage.phantoms:
+        return
     yield decide("image_weight", 0.5, "of the image head's loss")
     yield decide("negative_weight", 0.0, "positive cases teach where, the image head whether")
     if stage.share:
         yield decide("positive_share", stage.share, stage.why_share)
-    yield decide("augmentation", "strong", "shift, scale, rotation, distortion and grey levels")
     yield decide("threshold", 0.25, "image and mirror image seldom agree on a pixel: half of both is too much")
     yield decide("mix", 0.6, "parts of other cases: so few positive ones are soon learnt by heart")
     yield decide("best_by", "loss", "of masks and image head together")

@@ -93,6 +93,7 @@ def plan_run(
     catalog = read_catalog(cache)
     _refuse_empty_sides(cache, catalog, settings.pipeline.fold)
     origin = origin_of(settings, cache, catalog)
+    _refuse_phantoms_without_masks(settings.pipeline, cache, catalog)
     fingerprints = _fingerprints(settings.pipeline, cache, catalog, origin)
     if not is_remote(place):  # a copy of a remote one has just been checked
         refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
@@ -115,6 +116,16 @@ def _refuse_empty_sides(cache: Path, catalog: Catalog, fold: int) -> None:
         if not len(indices):
             raise StoreError(
                 f"{cache} has no {side} cases for fold {fold}; a split needs images of at least two patients"
+            )
+
+
+def _refuse_phantoms_without_masks(pipeline: PipelineSettings, cache: Path, catalog: Catalog) -> None:
+    train, _ = split_indices(catalog.labelled, pipeline.fold)
+    for number, stage in enumerate(pipeline.stages, start=1):
+        if stage.phantoms and not any(catalog.labelled[index].masks for index in train):
+            raise SettingsError(
+                f"stages.{number}.phantoms takes the masks of the training cases, and no training case of {cache} is "
+                f"positive; set stages.{number}.phantoms = 0"
             )
 
 

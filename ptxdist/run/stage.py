@@ -9,14 +9,17 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
+from ptxdist.phantoms.samples import draw_samples, is_positive
 from ptxdist.records import EvaluationResult, Event, OnEvent, Progress, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.run.origin import load_init
@@ -26,7 +29,7 @@ from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.distributed import rank, world_size
 from ptxdist.train.evaluate import Member, evaluate
-from ptxdist.train.loop import StageData, fit
+from ptxdist.train.loop import StageData, Training, fit
 from ptxdist.train.unet import build_unet
 
 _SHOW_EVERY_S = 0.2
@@ -60,16 +63,20 @@ def run_stage(
             load_weights(model, run / task.parent.weights, task.parent.weights_sha256)
         elif task.init_sha256:
             load_init(model, str(model_settings.init), task.init_sha256)
+        on_event = Throttled(on_event)
+        data = stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold)
+        if stage.phantoms:
+            data = replace(data, instead=_phantoms(data, task, ranks_here, on_event))
         result = fit(
             model,
-            stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold),
+            data,
             stage,
             settings.train,
             number=task.number,
             seed=settings.pipeline.seed,
             device=device,
             folder=folder / CHECKPOINTS,
-            on_event=Throttled(on_event),
+            on_event=on_event,
             preempted=preempted,
         )
         if rank() == 0:
@@ -112,6 +119,27 @@ def run_evaluation(
 def stage_data(catalog: Catalog, cache: Path, size_px: int, fold: int) -> StageData:
     """Store of one size with the cases of the catalog in its order, and both sides of the split."""
     return StageData(open_store(cache, size_px), catalog.labelled, *split_indices(catalog.labelled, fold))
+
+
+def _phantoms(data: StageData, task: StageTask, ranks_here: int | None, on_event: OnEvent) -> Training:
+    """Phantoms with the masks of the training cases; each rank draws all of them."""
+    stage = task.stage
+
+    def on_image(done: int, total: int) -> None:
+        on_event(Progress(stage=task.number, step="draw", epoch=0, done=done, total=total))
+
+    cases = [data.cases[index] for index in data.train]
+    store = draw_samples(
+        cases,
+        stage.phantoms,
+        stage.size_px,
+        seed=task.settings.pipeline.seed,
+        threads=max(1, (os.cpu_count() or 1) // (ranks_here or 1)),
+        on_image=on_image,
+    )
+    names = [f"phantom {number}" for number in range(stage.phantoms)]
+    positive = np.array([is_positive(number) for number in range(stage.phantoms)], bool)
+    return Training(store, names, positive, np.arange(stage.phantoms))
 
 
 @contextmanager

@@ -79,14 +79,14 @@ def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda wh
     model = settings.pipeline.model.model_copy(update={"encoder_weights": "none", "init": None})
     for number, stage in enumerate(settings.pipeline.stages, start=1):
         torch.manual_seed(settings.pipeline.seed)
-        data = stage_data(catalog, cache, stage.size_px, settings.pipeline.fold)
+        data = stage_data(catalog, cache, stage.size_px, settings.pipeline.fold)  # as fast as phantoms of this size
         part = replace(data, train=data.train[: few * stage.batch_size], val=data.val[: few * VAL_BLOCK])
         clock = _Clock(warm_up, f"steps of stage {number}", 2 * few, on_progress)
         with tempfile.TemporaryDirectory(prefix="ptxdist-plan-") as folder:
             fit(
                 build_unet(model),
                 part,
-                stage.model_copy(update={"epochs": 1, "swa_epochs": 0}),
+                stage.model_copy(update={"epochs": 1, "swa_epochs": 0, "phantoms": 0}),
                 settings.train,
                 number=number,
                 seed=settings.pipeline.seed,
@@ -95,7 +95,7 @@ def measure(settings: Settings, cache: Path, on_progress: OnProgress = lambda wh
                 on_event=clock,
             )
         train, val = clock.speed("train"), clock.speed("validate")
-        seconds = stage.epochs * (len(data.train) / train + len(data.val) / val)
+        seconds = stage.epochs * ((stage.phantoms or len(data.train)) / train + len(data.val) / val)
         found.append(Speed(number, stage.size_px, train, val, seconds / 60, is_busy))
     return found
 

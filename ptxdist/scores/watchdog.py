@@ -22,7 +22,8 @@ Any two epochs in a row that do not pay or are empty are a **collapse** in one o
   costs 1, and a negative one whose probabilities sum to P pixels costs P / (P + 1). So a validation loss from π
   to π + (1 - π) / 4 says that P is below a third of a pixel, and the gradient for any mask has vanished.
 
-So a network that starts with all masks empty, or with all pixels in them, has time to learn.
+So a network that starts with all masks empty, or with all pixels in them, has time to learn. A stage that trains on
+phantoms has no collapse: what it does to radiographs is not what it learns.
 """
 
 from __future__ import annotations
@@ -89,10 +90,11 @@ def why_not(scores: Scores, stage: StageSettings) -> str | None:
     """A sentence for an epoch whose masks do not pay: how many images get one, and how many may; else None.
 
     None too where negative cases teach the masks less (`negative_weight`): there the image head says which images get
-    one, with the operating point of the evaluation, and the scores of an epoch are those without it.
+    one, with the operating point of the evaluation, and the scores of an epoch are those without it. And None after
+    phantoms, as in radiographs such a network need not find anything.
     """
     found = worth(scores)
-    if found.gain > 0 or stage.negative_weight < 1:
+    if found.gain > 0 or stage.negative_weight < 1 or stage.phantoms:
         return None
     hit, false = scores.sensitivity or 0.0, 1 - (1.0 if scores.specificity is None else scores.specificity)
     words = f"{100 * hit:.0f} % of the positive and {100 * false:.0f} % of the negative images get a mask"
@@ -112,7 +114,7 @@ def best_learnt(history: Sequence[Scores]) -> Scores | None:
 
 def _collapsed(history: Sequence[EpochMetrics], stage: StageSettings) -> bool:
     before, last = [item.at_full for item in history[:-2]], [item.at_full for item in history[-2:]]
-    if not before or any(worth(item).gain > 0 and not _is_empty(item) for item in last):
+    if stage.phantoms or not before or any(worth(item).gain > 0 and not _is_empty(item) for item in last):
         return False
     best = best_learnt(before)
     if best is None:

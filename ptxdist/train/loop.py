@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -48,13 +49,37 @@ _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkp
 
 
 @dataclass(frozen=True)
+class Training:
+    """What a stage learns from: positions in a store, with the name and whether it is positive of each of its samples.
+
+    `indices` int64 (N,), `names` and `positive` bool, one for each sample of the store.
+    """
+
+    store: Store
+    names: Sequence[str]
+    positive: npt.NDArray[np.bool_]
+    indices: Indices
+
+
+@dataclass(frozen=True)
 class StageData:
-    """What a stage learns from: a store, its cases in the same order, and the positions of both sides of the split."""
+    """A store, its cases in the same order, and the positions of both sides of the split.
+
+    `instead` is what the stage learns from instead of the training cases.
+    """
 
     store: Store
     cases: tuple[Case, ...]
     train: Indices
     val: Indices
+    instead: Training | None = None
+
+    @property
+    def training(self) -> Training:
+        """What the stage learns from."""
+        names = [case.case_id for case in self.cases]
+        positive = np.array([bool(case.masks) for case in self.cases], bool)
+        return self.instead or Training(self.store, names, positive, self.train)
 
 
 @dataclass(frozen=True)
@@ -135,6 +160,7 @@ class _Trainer:
         if on_device == "auto" and not self.augmentation.by_table:
             on_device = "off"  # the CPU augments, so most batches would not come from the device
         self.data = replace(self.data, store=hold(self.data.store, self.device, on_device))
+        self.training = self.data.training
         self.precision = choose_precision(self.train.precision, self.device)
         self.model = self.model.to(self.device).to(memory_format=torch.channels_last)
         if world_size() > 1 and self.train.sync_batch_norm:
@@ -154,8 +180,7 @@ class _Trainer:
         self.history: list[EpochMetrics] = []
         self.best: EpochMetrics | None = None
         self.position = _Position()
-        self.names = [case.case_id for case in self.data.cases]
-        self.positive = np.array([bool(self.data.cases[index].masks) for index in self.data.train], bool)
+        self.positive = self.training.positive[self.training.indices]
 
     def resume(self) -> None:
         """Load the newest whole checkpoint, if there is one; rank 0 chooses it for all ranks."""
@@ -230,7 +255,7 @@ class _Trainer:
         return FitResult(tuple(self.history), self.best, self.saver.best_path(self.best), self.saver.sha256)
 
     def _shares(self, epoch: int) -> list[Share]:
-        share, cases, positive = positive_share(self.stage, epoch), self.data.train, self.positive
+        share, cases, positive = positive_share(self.stage, epoch), self.training.indices, self.positive
         if self.stage.epoch == "positives":
             shares = cast(list[float], [positive_share(self.stage, number) for number in range(1, epoch + 1)])
             order = positives_order(cases, seed=self.seed, positive=positive, positive_shares=shares)
@@ -240,11 +265,11 @@ class _Trainer:
 
     def _batches(self, shares: list[Share], epoch: int) -> Iterator[Batch]:
         return batches(
-            self.data.store,
+            self.training.store,
             shares,
             augmentation=self.augmentation,
-            names=self.names,
-            others=self.data.train,
+            names=self.training.names,
+            others=self.training.indices,
             epoch=epoch,
             device=self.device,
         )
@@ -254,7 +279,7 @@ class _Trainer:
         place, started, shares = self.position, time.perf_counter(), self._shares(epoch)
         place.cases = sum(share.global_size for share in shares)
         done = saved = sum(share.global_size for share in shares[: place.step])
-        check = FiniteCheck(self.number, lambda indices: [self.names[index] for index in indices])
+        check = FiniteCheck(self.number, lambda indices: [self.training.names[index] for index in indices])
         seconds = place.seconds
         for step, batch in enumerate(self._batches(shares[place.step :], epoch), start=place.step + 1):
             for group in self.optimizer.param_groups:

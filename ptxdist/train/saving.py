@@ -133,7 +133,12 @@ class Saver:
         return self.folder / f"best-{metrics.epoch:04d}{'-average' if metrics.averaged else ''}.safetensors"
 
     def merit(self, metrics: EpochMetrics) -> tuple[float, float]:
-        """Larger is better; the lower validation loss decides between equal scores."""
+        """Larger is better; the lower validation loss decides between equal scores.
+
+        After phantoms, it is the later epoch: scores on radiographs do not tell how good a start a network is.
+        """
+        if self.stage.phantoms:
+            return float(metrics.epoch), float(metrics.averaged)
         if self.stage.best_by == "loss":
             return -metrics.val_loss, 0.0
         return getattr(metrics.at_full, self.stage.best_by) or 0.0, -metrics.val_loss
