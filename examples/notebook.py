@@ -51,7 +51,7 @@ print(f"Kaggle Dice {result.evaluation.scores.kaggle_dice:.3f}, report: {work / 
 
 # %% [markdown]
 # **Evaluation.** `train` has already evaluated the run on the held-out fold. `evaluate` does this for any finished
-# runs, for example for an ensemble. Scores come with 95 % intervals from a bootstrap over patients.
+# runs, for example for an ensemble. Scores come with 95 % intervals by patient.
 
 # %%
 evaluation = ptxdist.evaluate([work / "run"])

@@ -154,8 +154,8 @@ class Reliability(Record):
     """Predicted against observed: `things` ("px" or "images") by their predicted probability, in bins of equal width.
 
     `predicted` is the mean probability in a bin, `observed` the share that is pneumothorax; empty bins are left out.
-    `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015);
-    `interval` is its 95 % interval, None with one patient. Predicting the share of pneumothorax for all would score 0.
+    `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015).
+    Predicting the share of pneumothorax for all would score 0. `interval` is in results of older versions only.
     """
 
     things: str
@@ -163,7 +163,7 @@ class Reliability(Record):
     predicted: tuple[float, ...]
     observed: tuple[float, ...]
     error: float
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = when_known()
 
 
 class Subgroup(Record):
@@ -193,7 +193,7 @@ class EvaluationResult(Record):
     """Scores of the last stage's weights on cases they have not seen, at the original resolution.
 
     `scores` are those at `threshold`, with masks below `min_area_px` emptied; `intervals` are the 95 % intervals by
-    name (also `pooled_iou` and `auroc`), from a bootstrap over patients; empty with one patient. `auroc` is that of the
+    name (also `pooled_iou` and `auroc`), by patient; a score from too few patients has none. `auroc` is that of the
     image-level score (see `image_head`); None without both kinds of images. `tuned` is () with too few patients.
     `folds` are the folds whose cases were evaluated, `runs` is the number of runs. `image_head` says what the score of
     an image is: False: the highest probability of its map; True: also the image head's (`train.scoring.case_score`).

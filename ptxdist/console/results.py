@@ -12,7 +12,7 @@ from rich.table import Table
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
 from ptxdist.records import Comparison, EvaluationResult, Intervals, Reliability, Scores, StageResult
-from ptxdist.scores.names import AUROC, DICES, SCORES, Score
+from ptxdist.scores.names import AUROC, DICES, SCORES, TOO_FEW, Score
 
 _HEADS = [score.short.replace(" ", "\n") for score in DICES]
 _HEADS[0] = f"Dice:\n{_HEADS[0]}"
@@ -49,9 +49,11 @@ def _show_details(evaluation: EvaluationResult) -> None:
     def described(score: Score, value: float | None) -> str:
         name = score.name if score.name.isupper() else score.name[:1].lower() + score.name[1:]
         baseline = f"({score.without} {score.baseline_of(scores):g})"
-        return f"{name} {number(value)}{_bracket(intervals, score.field)} {baseline}"
+        span = intervals.get(score.field)
+        bracket = f" \\[{span[0]:.2f}-{span[1]:.2f}]" if span else f" \\[{TOO_FEW}]" if value is not None else ""
+        return f"{name} {number(value)}{bracket} {baseline}"
 
-    out.print(f"{scores.cases:,} held-out images, {scores.positives:,} positive; 95 % intervals in brackets")
+    out.print(f"{scores.cases:,} held-out images, {scores.positives:,} positive; 95 % intervals by patient in brackets")
     sensitivity, specificity, iou = (
         described(SCORES[field], SCORES[field].of(scores)) for field in ("sensitivity", "specificity", "pooled_iou")
     )
@@ -67,19 +69,16 @@ def _show_details(evaluation: EvaluationResult) -> None:
 
 def _calibration(part: Reliability) -> str:
     share = sum(n * o for n, o in zip(part.counts, part.observed, strict=True)) / sum(part.counts)
-    intervals = {"error": part.interval} if part.interval else {}
     things = "pixels" if part.things == "px" else part.things
     return (
-        f"calibration error of {things} {number(part.error)}{_bracket(intervals, 'error')} "
+        f"calibration error of {things} {number(part.error)} "
         f"(probability 0 for all: {number(share)}; their positive share {share:.4f} for all: 0)"
     )
 
 
 def _add_scores(table: Table, name: str, scores: Scores, intervals: Intervals, style: str = "") -> None:
     table.add_row(name, "", "", "", *_dices(scores), style=style)
-    if intervals:
-        spans = (intervals.get(score.field) for score in DICES)
-        table.add_row("  95 % interval", "", "", "", *(f"{s[0]:.2f}-{s[1]:.2f}" if s else "" for s in spans))
+    table.add_row("  95 % interval", "", "", "", *_intervals("{:.2f}-{:.2f}", scores, intervals))
 
 
 def show_comparison(comparison: Comparison) -> None:
@@ -89,13 +88,11 @@ def show_comparison(comparison: Comparison) -> None:
         table.add_column(name, justify="left" if name == "run" else "right")
     for run in comparison.runs:
         table.add_row(run.run, *_dices(run.scores))
-        if run.intervals:
-            table.add_row("  95 % interval", *_intervals(run.intervals))
+        table.add_row("  95 % interval", *_intervals("{:.3f} to {:.3f}", run.scores, run.intervals))
         if run.differences:
             found = (run.differences.get(score.field) for score in DICES)
             table.add_row("  difference", *("" if value is None else f"{value:+.4f}" for value in found))
-        if run.difference_intervals:
-            table.add_row("  95 % interval", *_intervals(run.difference_intervals, "+"))
+            table.add_row("  95 % interval", *_intervals("{:+.3f} to {:+.3f}", run.scores, run.difference_intervals))
         table.add_section()
     first = comparison.runs[0].scores
     table.add_row("predicting nothing", *_baselines(first), style="dim")
@@ -103,13 +100,10 @@ def show_comparison(comparison: Comparison) -> None:
     out.print(f"{comparison.cases:,} images that all runs have evaluated, {first.positives:,} positive")
 
 
-def _intervals(intervals: Intervals, sign: str = "") -> list[str]:
-    found = (intervals.get(score.field) for score in DICES)
-    return [f"{span[0]:{sign}.3f} to {span[1]:{sign}.3f}" if span else "" for span in found]
-
-
-def _bracket(intervals: Intervals, name: str) -> str:
-    return f" \\[{intervals[name][0]:.2f}-{intervals[name][1]:.2f}]" if name in intervals else ""
+def _intervals(form: str, scores: Scores, intervals: Intervals) -> list[str]:
+    """The interval of each Dice score; a score that is not defined has none."""
+    found = ((intervals.get(score.field), score.of(scores)) for score in DICES)
+    return [form.format(*span) if span else "" if value is None else TOO_FEW for span, value in found]
 
 
 def _dices(scores: Scores) -> list[str]:

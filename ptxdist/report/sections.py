@@ -16,6 +16,7 @@ from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.model_card import model_card
 from ptxdist.report.page import Gallery, Notice, Section, Terms
+from ptxdist.scores.intervals import FEWEST
 from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
 from ptxdist.scores.watchdog import why_not
@@ -58,7 +59,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
             "subgroups",
             "Subgroups",
             tables.subgroup_forests(evaluation),
-            lead="Bars: 95 % intervals from a bootstrap over patients. Dashed: all images. Hollow marks: groups too "
+            lead="Bars: 95 % intervals by patient. Dashed: all images. Hollow marks: groups too "
             "small to draw conclusions from.",
         ),
         Section(
@@ -94,7 +95,7 @@ def _lead(evaluation: EvaluationResult) -> str:
         how += f"; {len(folds)} folds together, each scored by the run that was not trained on it"
     return (
         f"{scores.cases:,} held-out images, {scores.positives:,} with a pneumothorax, at their original resolution, "
-        f"{how}. Bars: 95 % intervals from a bootstrap over patients. Dashed: the value without a model."
+        f"{how}. Bars: 95 % intervals by patient. Dashed: the value without a model."
     )
 
 
@@ -155,8 +156,9 @@ def _definitions(evaluation: EvaluationResult) -> Terms:
             *((score.name, score.definition) for score in (*SCORES.values(), AUROC, ECE)),
             (
                 "95 % interval",
-                "Percentile interval of a bootstrap that draws patients, not images, since images of one patient are "
-                "alike.",
+                "Wilson's interval, whose error comes from leaving out one patient after the other, since images of "
+                f"one patient are alike. A score from fewer than {FEWEST} patients has none, nor has the ECE, which in "
+                "small samples is too large.",
             ),
             (
                 "Threshold",

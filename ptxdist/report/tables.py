@@ -15,7 +15,7 @@ from ptxdist.records import (
 )
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
 from ptxdist.report.page import Block, Facts, Forest, Row, Table, Tile
-from ptxdist.scores.names import AUROC, ECE, SCORES, Score
+from ptxdist.scores.names import AUROC, ECE, SCORES, TOO_FEW, Score
 
 SUBGROUP_SCORES = ("positive_dice", "sensitivity", "specificity")
 NOTHING = "equals predicting nothing"
@@ -33,30 +33,32 @@ def tiles(evaluation: EvaluationResult) -> tuple[Tile, ...]:
     found = [(score, score.of(scores), intervals.get(score.field)) for score in SCORES.values()]
     if evaluation.calibration:  # else the evaluation is of an older version
         found.append((AUROC, evaluation.auroc, intervals.get(AUROC.field)))
-    found += [(ECE, part.error, part.interval) for part in evaluation.calibration if part.things == "images"]
+    found += [(ECE, part.error, None) for part in evaluation.calibration if part.things == "images"]
     return tuple(_tile(score, value, interval, score.baseline_of(scores)) for score, value, interval in found)
 
 
 def _tile(score: Score, value: float | None, interval: tuple[float, float] | None, baseline: float) -> Tile:
-    words = f"{number(interval[0])} to {number(interval[1])}" if interval else ""
+    missing = "no interval: its definition says why" if score is ECE else "no interval: too few patients"
+    words = f"{number(interval[0])} to {number(interval[1])}" if interval else "" if value is None else missing
     drawing = draw_interval(_UNIT, value, interval, level=baseline)
     return Tile(score.name, number(value), words, f"{score.without}: {number(baseline)}", score.definition, drawing)
 
 
 def _cells(scores: Scores, intervals: Intervals | None = None) -> tuple[str | Markup, ...]:
     """All scores of one row; with intervals, each with its own below it."""
-    plain = tuple(number(score.of(scores)) for score in SCORES.values())
     if intervals is None:
-        return plain
+        return tuple(number(score.of(scores)) for score in SCORES.values())
     return tuple(
-        Markup('{}<br><span class="small">{}</span>').format(text, _short(intervals, field))
-        for text, field in zip(plain, SCORES, strict=True)
+        Markup('{}<br><span class="small">{}</span>').format(
+            number(score.of(scores)), _short(intervals, score.field, score.of(scores))
+        )
+        for score in SCORES.values()
     )
 
 
-def _short(intervals: Intervals, field: str) -> str:
+def _short(intervals: Intervals, field: str, value: float | None) -> str:
     found = intervals.get(field)
-    return f"{found[0]:.2f} to {found[1]:.2f}" if found else ""
+    return f"{found[0]:.2f} to {found[1]:.2f}" if found else "" if value is None else TOO_FEW
 
 
 def _note(scores: Scores) -> str:
@@ -157,7 +159,7 @@ def _forest_row(
     cells = (
         f"{counted.get(field, scores.cases):,}",
         draw_interval(_UNIT, value, intervals.get(field), level=level, few=few),
-        Markup('{}<span class="small"> {}</span>').format(number(value), _short(intervals, field)),
+        Markup('{}<span class="small"> {}</span>').format(number(value), _short(intervals, field, value)),
     )
     return Row(name, cells, "few" if few else "", note if few else "")
 

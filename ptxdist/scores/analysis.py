@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ptxdist.cache.catalog import Case
 from ptxdist.records import EvaluationResult, Reliability, SharedPatients, Subgroup, TunedPoint
 from ptxdist.scores.counts import LEVELS, CaseCounts, Counts, Histograms
-from ptxdist.scores.intervals import calibration_interval, score_intervals
+from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import auroc, image_dice, scores
 from ptxdist.scores.operating import tune
 from ptxdist.scores.tables import FIXED_THRESHOLDS
@@ -82,8 +82,8 @@ def conclude(
         },
         tuned=tuple(found[0] for found in tuned.values() if found),
         calibration=(
-            _reliability_of_px(counts.histograms, groups),
-            _reliability_of_images(counts.score, positive, groups),
+            _reliability_of_px(counts.histograms),
+            _reliability_of_images(counts.score, positive),
         ),
         subgroups=tuple(_subgroups(evaluated)),
         shared_patients=_shared_patients(evaluated),
@@ -128,21 +128,21 @@ def _rows(
         }
 
 
-def _reliability_of_px(histograms: Histograms, groups: Sequence[str]) -> Reliability:
+def _reliability_of_px(histograms: Histograms) -> Reliability:
     """Of pixels by level; the middle of a level is taken as its probability."""
     px, truth = histograms[:, 0].astype(float), histograms[:, 1].astype(float)
     sums = np.stack((px, px * (np.arange(LEVELS) + 0.5) / LEVELS, truth), axis=1)
-    return _reliability("px", sums.reshape(len(px), 3, BINS, LEVELS // BINS).sum(3), groups)
+    return _reliability("px", sums.reshape(len(px), 3, BINS, LEVELS // BINS).sum(3))
 
 
-def _reliability_of_images(score: Floats, positive: npt.NDArray[np.bool_], groups: Sequence[str]) -> Reliability:
+def _reliability_of_images(score: Floats, positive: npt.NDArray[np.bool_]) -> Reliability:
     place = np.minimum((score * BINS).astype(np.int64), BINS - 1)
     sums = np.zeros((len(score), 3, BINS))
     sums[np.arange(len(score)), :, place] = np.stack((np.ones(len(score)), score, positive), axis=1)
-    return _reliability("images", sums, groups)
+    return _reliability("images", sums)
 
 
-def _reliability(things: str, sums: Floats, groups: Sequence[str]) -> Reliability:
+def _reliability(things: str, sums: Floats) -> Reliability:
     """`sums` is (n, 3, BINS): by case and bin, number of things, sum of their probabilities, number of true ones."""
     total = sums.sum(0)
     counts, probability, true = total[:, total[0] > 0]
@@ -152,7 +152,6 @@ def _reliability(things: str, sums: Floats, groups: Sequence[str]) -> Reliabilit
         predicted=tuple((probability / counts).tolist()),
         observed=tuple((true / counts).tolist()),
         error=float(np.abs(probability - true).sum() / counts.sum()),
-        interval=calibration_interval(sums, groups),
     )
 
 

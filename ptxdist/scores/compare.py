@@ -1,7 +1,7 @@
 """Comparison of evaluations: their scores on the same cases, with 95 % intervals of the differences.
 
-Everything is computed from the cases.csv of each run. Differences are paired: each bootstrap draw takes the same
-patients for both runs, so that cases which are hard for every run cancel out.
+Everything is computed from the cases.csv of each run. Differences are paired: each patient is left out of both runs at
+once, so that cases which are hard for every run cancel out.
 
 Refuses: evaluations without a common case, or with different masks (RunError).
 """

@@ -1,103 +1,171 @@
-"""95 % intervals of the scores, from a bootstrap over patients.
+"""95 % intervals of the scores, by patient.
 
-Images of one patient are alike, so patients are drawn and not images: drawing images would treat twenty images of one
-patient as twenty pieces of evidence, and the interval would be too narrow (Field and Welsh 2007, cluster bootstrap;
-percentile interval).
+Images of one patient are alike, so the error of a score is found by leaving out one patient after the other (jackknife;
+Efron and Stein 1981). Counting images instead would treat twenty images of one patient as twenty pieces of evidence.
+
+    score within 0..1        Wilson's interval (1927) for the sample size that the error amounts to, so that its edges
+                             stay within 0..1: n = value (1 - value) / error². Shares of images take the quantile of the
+                             normal distribution, Dice scores and the AUROC, whose errors are less sure, that of
+                             Student's t
+    score of exactly 0 or 1  the exact bound of Clopper and Pearson (1934), with the effective number of patients as
+                             sample size; of an AUROC the lower of those of both kinds: as many disjoint pairs there are
+    difference               value and error, with the quantile of t
+
+Effective patients (Kish 1965) are (sum of weights)² / sum of squares: patients that all have the same number of images
+count as one each. A score from fewer than FEWEST patients gets no interval. The binned calibration error gets none
+either: bins alone make it too large in small samples, and no interval around it covers the right value.
+`tests/benchmarks/bench_coverage.py` measures how often the intervals hold the right value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ptxdist.records import Intervals
 from ptxdist.scores.counts import Counts
-from ptxdist.scores.metrics import auroc, image_dice
+from ptxdist.scores.metrics import image_dice
 
-DRAWS = 2000
-_LEVEL = 0.95
-_AT_ONCE = 200
+FEWEST = 5  # patients
+_TAIL = 0.025
+_NORMAL = 1.959964  # quantile of the normal distribution
+_NO_ERROR = 1e-12  # rounding
+_SHARES = ("sensitivity", "specificity")  # of images
 
 Floats = npt.NDArray[np.float64]
 
 
-def score_intervals(
-    counts: Counts,
-    groups: Sequence[str],
-    *,
-    image_score: Floats | None = None,
-    draws: int = DRAWS,
-    seed: int = 0,
-) -> Intervals:
+def score_intervals(counts: Counts, groups: Sequence[str], *, image_score: Floats | None = None) -> Intervals:
     """95 % interval of each score of `metrics.scores`, by its name, from counts int64 (n, 3) and each case's group.
 
-    With `image_score` (n,) also of `auroc`. A score that some draw leaves undefined (no positive image in it) is taken
-    over the other draws; one that is undefined in all of them has no entry. Cases of a single group, or none, give no
-    intervals at all.
+    With `image_score` (n,) also of `auroc`. A score has no entry if it is not defined or fewer than FEWEST groups have
+    images for it; of the AUROC, positive or negative ones.
     """
     group, names = _number(groups)
-    if names < 2:
-        return {}
-    ratios = _ratios(counts)
-    sums = np.array([[np.bincount(group, part, names) for part in ratio] for ratio in ratios.values()])
-    values: dict[str, list[Floats]] = {name: [] for name in (*ratios, "auroc")}
-    positive = counts[:, 2] > 0
-    for times in _draws(names, draws, seed):
-        upper, lower = np.einsum("dg,rpg->prd", times, sums)
-        found = np.divide(upper, lower, out=np.full_like(upper, np.nan), where=lower > 0)
-        for name, row in zip(ratios, found, strict=True):
-            values[name].append(row)
-        if image_score is not None:
-            values["auroc"].append(auroc(image_score, positive, times[:, group].astype(float)))
-    pooled = values["pooled_dice"]
-    values["pooled_iou"] = [dice / (2 - dice) for dice in pooled]
-    return {name: edges for name, rows in values.items() if rows and (edges := _edges(np.concatenate(rows)))}
+    found = {
+        name: _interval(_ratio(upper, lower, group, names), share=name in _SHARES)
+        for name, (upper, lower) in _ratios(counts).items()
+    }
+    if pooled := found["pooled_dice"]:
+        found["pooled_iou"] = pooled[0] / (2 - pooled[0]), pooled[1] / (2 - pooled[1])
+    if image_score is not None:
+        found["auroc"] = _interval(_auroc(image_score, counts[:, 2] > 0, group, names))
+    return {name: edges for name, edges in found.items() if edges}
 
 
-def difference_intervals(
-    before: Counts, after: Counts, groups: Sequence[str], *, draws: int = DRAWS, seed: int = 0
-) -> Intervals:
+def ratio_interval(
+    upper: Floats, lower: Floats, groups: Sequence[str], *, share: bool = False
+) -> tuple[float, float] | None:
+    """95 % interval of sum(upper) / sum(lower), within 0..1, from float64 (n,) each and each case's group.
+
+    `lower` is 0 or more. `share` says that it is a share of images. None as for `score_intervals`.
+    """
+    return _interval(_ratio(upper, lower, *_number(groups)), share=share)
+
+
+def difference_intervals(before: Counts, after: Counts, groups: Sequence[str]) -> Intervals:
     """95 % intervals of `after` minus `before`, by score, on the same cases: what is hard for both cancels out.
 
-    Both are int64 (n, 3), in the order of `groups`. Undefined scores and single groups as in `score_intervals`.
+    Both are int64 (n, 3), in the order of `groups`. Missing entries as in `score_intervals`.
     """
     group, names = _number(groups)
-    if names < 2:
-        return {}
-    both = [_ratios(counts) for counts in (before, after)]
-    sums = [
-        np.array([[np.bincount(group, part, names) for part in ratio] for ratio in ratios.values()]) for ratios in both
-    ]
-    rows = []
-    for times in _draws(names, draws, seed):
-        first, second = (
-            np.divide(upper, lower, out=np.full_like(upper, np.nan), where=lower > 0)
-            for upper, lower in (np.einsum("dg,rpg->prd", times, side) for side in sums)
-        )
-        rows.append(second - first)
-    found = np.concatenate(rows, axis=1)
-    return {name: edges for name, row in zip(both[0], found, strict=True) if (edges := _edges(row))}
+    same, found = np.array_equal(before, after), {}
+    for name, (upper, lower) in _ratios(before).items():
+        first, second = (_ratio(*ratio, group, names) for ratio in ((upper, lower), _ratios(after)[name]))
+        if first is None or second is None:
+            continue
+        value = second.value - first.value
+        half = _student(first.effective - 1) * _error(second.without - first.without)
+        if half < _NO_ERROR and not same:  # not a case in which they differ
+            half = 1 - _TAIL ** (1 / first.effective)
+        found[name] = max(-1.0, value - half), min(1.0, value + half)
+    return found
 
 
-def calibration_interval(
-    sums: Floats, groups: Sequence[str], *, draws: int = DRAWS, seed: int = 0
-) -> tuple[float, float] | None:
-    """95 % interval of the expected calibration error; None with a single group.
+class _Jackknife(NamedTuple):
+    """A score, its values without one patient after the other (patients,), effective patients, degrees of freedom."""
 
-    `sums` is (n, 3, bins): by case and bin, number of things, sum of their probabilities, number of positives.
-    """
-    group, names = _number(groups)
-    if names < 2:
+    value: float
+    without: Floats
+    effective: float
+    freedom: float
+
+
+def _interval(found: _Jackknife | None, *, share: bool = False) -> tuple[float, float] | None:
+    if found is None:
         return None
-    total = np.zeros((names, *sums.shape[1:]))
-    np.add.at(total, group, sums)
-    errors = []
-    for times in _draws(names, draws, seed):
-        drawn = (times @ total.reshape(names, -1)).reshape(-1, *sums.shape[1:])
-        errors.append(np.abs(drawn[:, 1] - drawn[:, 2]).sum(1) / drawn[:, 0].sum(1))
-    return _edges(np.concatenate(errors))
+    value, error = found.value, _error(found.without)
+    bound = _TAIL ** (1 / found.effective)
+    if value <= _NO_ERROR:
+        return 0.0, 1 - bound
+    if value >= 1 - _NO_ERROR:
+        return bound, 1.0
+    times = _NORMAL if share else _student(found.freedom)
+    size = value * (1 - value) / error**2 if error > _NO_ERROR else found.effective
+    middle, shrink = (value + times**2 / (2 * size)), 1 + times**2 / size
+    half = times * math.sqrt(value * (1 - value) / size + times**2 / (4 * size**2))
+    return max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)
+
+
+def _error(without: Floats) -> float:
+    """Standard error by the jackknife."""
+    count = len(without)
+    return math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+
+
+def _student(freedom: float) -> float:
+    from scipy.special import stdtrit  # 0.2 s
+
+    return float(stdtrit(max(1.0, freedom), 1 - _TAIL))
+
+
+def _ratio(upper: Floats, lower: Floats, group: npt.NDArray[np.intp], names: int) -> _Jackknife | None:
+    """The ratio of two sums over cases; None with fewer than FEWEST groups that contribute to `lower`."""
+    up, down = (np.bincount(group, part, names) for part in (upper, lower))
+    up, down = up[down > 0], down[down > 0]
+    if len(down) < FEWEST:
+        return None
+    total = down.sum()
+    effective = float(total**2 / (down**2).sum())
+    return _Jackknife(float(up.sum() / total), (up.sum() - up) / (total - down), effective, freedom=effective - 1)
+
+
+def _auroc(
+    score: Floats, positive: npt.NDArray[np.bool_], group: npt.NDArray[np.intp], names: int
+) -> _Jackknife | None:
+    """The AUROC; None with fewer than FEWEST groups with positive, or with negative images."""
+    sides = [np.bincount(group[kind], minlength=names).astype(float) for kind in (positive, ~positive)]
+    if min(np.count_nonzero(side) for side in sides) < FEWEST:
+        return None
+    wins = _wins(score[positive], score[~positive])
+    losses = positive.sum() - _wins(score[~positive], score[positive])
+    of_group = np.bincount(group[positive], wins, names) + np.bincount(group[~positive], losses, names)
+    for number in np.flatnonzero((sides[0] > 0) & (sides[1] > 0)):  # pairs within a group were counted twice
+        own = group == number
+        of_group[number] -= _wins(score[own & positive], score[own & ~positive]).sum()
+    pairs, left = sides[0].sum() * sides[1].sum(), (sides[0].sum() - sides[0]) * (sides[1].sum() - sides[1])
+    without = (wins.sum() - of_group) / left
+    effective = min(float(side.sum() ** 2 / (side**2).sum()) for side in sides)
+    return _Jackknife(float(wins.sum() / pairs), without, effective, _welch(without, sides[0] > 0))
+
+
+def _wins(scores: Floats, others: Floats) -> Floats:
+    """How many of `others` each score is above, ties counting half; (len(scores),)."""
+    ordered = np.sort(others)
+    return np.asarray(sum(np.searchsorted(ordered, scores, side) for side in ("left", "right")) / 2, np.float64)
+
+
+def _welch(without: Floats, kind: npt.NDArray[np.bool_]) -> float:
+    """Degrees of freedom of an error that two kinds of patients contribute to (Satterthwaite 1946)."""
+    squares = (without - without.mean()) ** 2
+    parts = np.array([squares[side].sum() for side in (kind, ~kind)])
+    counts = np.array([max(1, np.count_nonzero(side) - 1) for side in (kind, ~kind)])
+    lower = float((parts**2 / counts).sum())
+    return float(parts.sum()) ** 2 / lower if lower > 0 else len(without) - 1.0
 
 
 def _ratios(counts: Counts) -> dict[str, tuple[Floats, Floats]]:
@@ -117,18 +185,3 @@ def _number(groups: Sequence[str]) -> tuple[npt.NDArray[np.intp], int]:
     """Number of each case's group, in order of first appearance, so that names do not matter; and how many groups."""
     names: dict[str, int] = {}
     return np.array([names.setdefault(group, len(names)) for group in groups], np.intp), len(names)
-
-
-def _draws(groups: int, draws: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """How often each group is drawn, in blocks int64 (some draws, groups), until there are `draws`."""
-    random = np.random.default_rng(seed)
-    for start in range(0, draws, _AT_ONCE):
-        yield random.multinomial(groups, np.full(groups, 1 / groups), min(_AT_ONCE, draws - start))
-
-
-def _edges(values: Floats) -> tuple[float, float] | None:
-    sound = values[~np.isnan(values)]
-    if not len(sound):
-        return None
-    low, high = np.quantile(sound, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
-    return float(low), float(high)

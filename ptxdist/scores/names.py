@@ -52,6 +52,8 @@ _ALL = (
 SCORES = {score.field: score for score in _ALL}
 DICES = tuple(score for score in _ALL if score.field.endswith("_dice"))  # those that are shown for each epoch
 
+TOO_FEW = "too few"  # patients: what stands in place of an interval
+
 # Scores of an evaluation that are not fields of `Scores`.
 AUROC = Score(
     "auroc", "AUROC", "AUROC", 0.5,

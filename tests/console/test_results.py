@@ -29,9 +29,10 @@ def test_an_evaluation_is_shown_with_intervals_and_baselines(capsys: pytest.Capt
     assert [word for word in rows["95 % interval"] if word[0] == "0"] == ["0.50-0.80"]
     assert [word for word in rows["(threshold 0.55)"] if word[:2] == "0." and len(word) == 6] == ["0.7500", "0.5000"]
     text = " ".join(shown.split())
-    assert "sensitivity 0.5000 [0.25-0.75] (predicting nothing 0), specificity 0.9000 (predicting nothing 1)" in text
+    assert "sensitivity 0.5000 [0.25-0.75] (predicting nothing 0)" in text
+    assert "specificity 0.9000 [too few] (predicting nothing 1)" in text
     assert "AUROC 0.8000 [0.70-0.90] (chance 0.5)" in text
-    assert "pooled IoU 0.3333 (predicting nothing 0)" in text
+    assert "pooled IoU 0.3333 [too few] (predicting nothing 0)" in text
     assert "calibration error of pixels 0.1000 (probability 0 for all: 0.4000; their positive share 0.4000" in text
 
 

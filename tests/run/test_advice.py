@@ -59,7 +59,9 @@ BOTH = [PHANTOMS, (256, 20, 16, 0.99), (512, 6, 16, 0.99)]
         pytest.param(REAL, replace(GPU, encoders=()), "resnet34", BOTH),
         pytest.param(FULL, CPU, LITE0, [(256, 6, 16, 0.99)], id="many cases on two cores"),
         pytest.param(FULL, GPU, "resnet34", [(256, 20, 16, 0.999), (512, 6, 16, 0.99)], id="many cases on a GPU"),
-        pytest.param(replace(REAL, sizes_px=(128,)), GPU, "resnet34", [(128, 3, 16, 0.99), (128, 20, 16, 0.99)], id="only 128 px"),
+        pytest.param(
+            replace(REAL, sizes_px=(128,)), GPU, "resnet34", [(128, 3, 16, 0.99), (128, 20, 16, 0.99)], id="only 128 px"
+        ),
         pytest.param(replace(REAL, sizes_px=(512, 1024)), CPU, LITE0, [(512, 14, 16, 0.99)], id="only large sizes"),
     ],
 )

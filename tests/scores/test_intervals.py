@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from benchmarks import bench_coverage
 
-from ptxdist.scores.intervals import calibration_interval, difference_intervals, score_intervals
+from ptxdist.scores import intervals
+from ptxdist.scores.intervals import difference_intervals, ratio_interval, score_intervals
 from ptxdist.scores.metrics import auroc, scores
 
 
@@ -50,19 +52,6 @@ def test_the_same_image_ten_times_is_no_more_evidence() -> None:
     assert by_image[1] - by_image[0] == pytest.approx(width / 10**0.5, rel=0.15)
 
 
-def test_coverage_is_about_ninety_five_percent() -> None:
-    """Samples of 120 patients out of a population whose score is known."""
-    population = cases(30_000, seed=4)
-    true = scores(population).positive_dice
-    assert true is not None
-    random, inside = np.random.default_rng(5), 0
-    for _ in range(200):
-        sample = population[random.choice(len(population), 240, replace=False)]
-        low, high = score_intervals(sample, [str(index // 2) for index in range(240)], draws=300)["positive_dice"]
-        inside += low <= true <= high
-    assert 180 <= inside <= 199
-
-
 def test_what_patients_are_called_does_not_matter() -> None:
     counts = cases(200, seed=6)
     first = score_intervals(counts, [str(index // 2) for index in range(200)])
@@ -99,6 +88,87 @@ def test_a_paired_difference_is_surer_than_two_intervals() -> None:
     assert difference_intervals(before, after, ["one"] * 400) == {}
 
 
+def test_a_difference_between_models_that_agree_on_few_patients_is_not_certain() -> None:
+    """No mask of 20 images changes from empty to not empty, so sensitivity is equal, by chance perhaps."""
+    before = cases(20, seed=11)
+    after = before.copy()
+    after[before[:, 1] > 0, 1] += 1
+    low, high = difference_intervals(before, after, [str(index) for index in range(20)])["specificity"]
+    negatives = int((before[:, 2] == 0).sum())
+    assert (low, high) == pytest.approx((0.025 ** (1 / negatives) - 1, 1 - 0.025 ** (1 / negatives)))
+
+
+@pytest.mark.parametrize(("wrong", "negatives"), [(0, 14), (0, 200), (14, 14)])
+def test_a_share_of_all_or_none_has_the_exact_bound(wrong: int, negatives: int) -> None:
+    """Clopper and Pearson: 14 of 14 negatives without a mask is a specificity of at least 0.77."""
+    counts = np.array([(0, int(number < wrong), 0) for number in range(negatives)])
+    found = score_intervals(counts, [str(index) for index in range(negatives)])["specificity"]
+    bound = 0.025 ** (1 / negatives)
+    assert found == pytest.approx((0, 1 - bound) if wrong else (bound, 1))
+    assert bound == pytest.approx({14: 0.768, 200: 0.982}[negatives], abs=1e-3)
+    twice = score_intervals(np.repeat(counts, 2, axis=0), [str(index // 2) for index in range(2 * negatives)])
+    assert twice["specificity"] == pytest.approx(found)  # two images of one patient are no more evidence
+
+
+def test_a_share_of_images_has_wilson_s_interval_where_each_is_of_another_patient() -> None:
+    """3 of 40; for a share the jackknife's n is n - 1."""
+    counts = np.array([(1, int(number < 3), 1) for number in range(40)])
+    found = score_intervals(counts, [str(index) for index in range(40)])["sensitivity"]
+    n, share, z = 39, 3 / 40, 1.959964
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    assert found == pytest.approx([(middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1)], rel=1e-6)
+
+
+def test_a_perfect_auroc_is_bounded_by_the_disjoint_pairs() -> None:
+    counts = np.array([(0, 0, int(number < 6)) for number in range(40)])
+    names = [str(index) for index in range(40)]
+    found = score_intervals(counts, names, image_score=(counts[:, 2] > 0) + 0.0)["auroc"]
+    assert found == pytest.approx((0.025 ** (1 / 6), 1))
+    fewer = np.array([(0, 0, int(number < 3)) for number in range(4)])  # three positive, one negative
+    assert "auroc" not in score_intervals(fewer, names[:4], image_score=(fewer[:, 2] > 0) + 0.0)
+
+
+def test_the_jackknife_of_the_auroc_is_that_of_scores_without_each_patient() -> None:
+    """Ties, and patients with images of both kinds."""
+    random = np.random.default_rng(12)
+    counts, patients = cases(90, seed=12, positive_share=0.4), np.sort(random.integers(0, 25, 90))
+    positive, score = counts[:, 2] > 0, random.integers(0, 8, 90) / 8 + 0.2 * (counts[:, 2] > 0)
+    found = intervals._auroc(score, positive, *intervals._number(list(map(str, patients))))
+    assert found is not None
+    names = dict.fromkeys(patients.tolist())
+    naive = [float(auroc(score[patients != one], positive[patients != one])[0]) for one in names]
+    assert found.without == pytest.approx(naive)
+    assert found.value == pytest.approx(float(auroc(score, positive)[0]))
+
+
+def test_fewer_than_five_patients_give_no_interval() -> None:
+    counts = np.array([(50, 100, 100)] * 4 + [(0, 0, 0)] * 30)
+    found = score_intervals(counts, [str(index) for index in range(34)])
+    assert set(found) == {"kaggle_dice", "specificity"}
+    more = np.concatenate((counts, counts[:1]))
+    assert "positive_dice" in score_intervals(more, [str(index) for index in range(35)])
+    assert "positive_dice" not in score_intervals(more, [*(str(index) for index in range(34)), "0"])
+
+
+def test_a_ratio_of_other_counts() -> None:
+    counts = cases(300, seed=13)
+    names = [str(index // 3) for index in range(300)]
+    positive = (counts[:, 2] > 0).astype(float)
+    hits = positive * (counts[:, 1] > 0)
+    assert ratio_interval(hits, positive, names, share=True) == score_intervals(counts, names)["sensitivity"]
+    assert ratio_interval(np.zeros(0), np.zeros(0), []) is None
+
+
+@pytest.mark.parametrize("cases_", [20, 87, 536])
+def test_intervals_hold_the_right_value_as_often_as_they_say(cases_: int) -> None:
+    """Of patients with several images; nominal 95 %. Wider where there are five or six positive patients."""
+    held = bench_coverage.coverage(cases_, {20: 500, 87: 400, 536: 150}[cases_], seed=3)
+    for name, (share, samples) in held.items():
+        spread = 3 * (0.05 * 0.95 / samples) ** 0.5
+        assert 0.93 - spread < share, name
+        assert share < (0.97 + spread if cases_ > 20 else 1), name
+
+
 def test_without_positive_images_their_scores_have_no_interval() -> None:
     counts = cases(50, positive_share=0.0)
     found = score_intervals(counts, [str(index) for index in range(50)])
@@ -110,16 +180,3 @@ def test_without_positive_images_their_scores_have_no_interval() -> None:
 def test_a_single_patient_or_none_gives_no_intervals() -> None:
     assert score_intervals(cases(20), ["one"] * 20) == {}
     assert score_intervals(np.zeros((0, 3), np.int64), []) == {}
-
-
-def test_the_interval_of_the_calibration_error_holds_that_of_resampled_patients() -> None:
-    """200 patients of two images whose probabilities are 0.1 too high; the edges are those of a plain resampling."""
-    random = np.random.default_rng(9)
-    truth = random.random((200, 2)) < 0.4
-    sums = np.stack((np.ones((200, 2)), np.full((200, 2), 0.5), truth), axis=2)[..., None]  # patients, images, 3, bins
-    groups = [str(patient) for patient in range(200) for _ in range(2)]
-    found = calibration_interval(sums.reshape(400, 3, 1), groups)
-    assert found is not None
-    drawn = truth[random.integers(0, 200, (4000, 200))]
-    assert found == pytest.approx(np.quantile(np.abs(drawn.mean((1, 2)) - 0.5), (0.025, 0.975)), abs=0.006)
-    assert calibration_interval(sums.reshape(400, 3, 1), ["one"] * 400) is None
