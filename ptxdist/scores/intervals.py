@@ -74,8 +74,10 @@ def difference_intervals(before: Counts, after: Counts, groups: Sequence[str]) -
     """
     group, names = _number(groups)
     same, found = np.array_equal(before, after), {}
-    for name, (upper, lower) in _ratios(before).items():
-        first, second = (_ratio(*ratio, group, names) for ratio in ((upper, lower), _ratios(after)[name]))
+    for name, ratio in _ratios(before).items():
+        other = _ratios(after)[name]
+        used = np.bincount(group, ratio[1] + other[1], names) > 0
+        first, second = (_ratio(*one, group, names, used) for one in (ratio, other))
         if first is None or second is None:
             continue
         value = second.value - first.value
@@ -123,15 +125,20 @@ def _student(freedom: float) -> float:
     return float(stdtrit(max(1.0, freedom), 1 - _TAIL))
 
 
-def _ratio(upper: Floats, lower: Floats, group: npt.NDArray[np.intp], names: int) -> _Jackknife | None:
-    """The ratio of two sums over cases; None with fewer than FEWEST groups that contribute to `lower`."""
+def _ratio(
+    upper: Floats, lower: Floats, group: npt.NDArray[np.intp], names: int, used: npt.NDArray[np.bool_] | None = None
+) -> _Jackknife | None:
+    """The ratio of two sums over cases; None with fewer than FEWEST groups that contribute to `lower`.
+
+    `used` (names,) are the groups that are left out, one after the other; by default those that contribute.
+    """
     up, down = (np.bincount(group, part, names) for part in (upper, lower))
-    up, down = up[down > 0], down[down > 0]
-    if len(down) < FEWEST:
+    if np.count_nonzero(down) < FEWEST:
         return None
-    total = down.sum()
-    effective = float(total**2 / (down**2).sum())
-    return _Jackknife(float(up.sum() / total), (up.sum() - up) / (total - down), effective, freedom=effective - 1)
+    used = down > 0 if used is None else used
+    total, effective = down.sum(), float(down.sum() ** 2 / (down**2).sum())
+    without = (up.sum() - up[used]) / (total - down[used])
+    return _Jackknife(float(up.sum() / total), without, effective, freedom=effective - 1)
 
 
 def _auroc(

@@ -98,6 +98,18 @@ def test_a_difference_between_models_that_agree_on_few_patients_is_not_certain()
     assert (low, high) == pytest.approx((0.025 ** (1 / negatives) - 1, 1 - 0.025 ** (1 / negatives)))
 
 
+def test_models_that_mark_different_images_are_compared() -> None:
+    """The pixels of a pooled Dice are those of other images then. The interval is that of a plain jackknife."""
+    before, after = cases(120, seed=14), cases(120, seed=14)
+    after[:60, :2] = cases(120, seed=15)[:60, :2]
+    after[:, 0] = np.minimum(after[:, 0], after[:, 1:].min(1))
+    found = difference_intervals(before, after, [str(index) for index in range(120)])["pooled_dice"]
+    used = np.flatnonzero((before[:, 1:] + after[:, 1:]).sum(1))
+    gains = [scores(np.delete(after, i, 0)).pooled_dice - scores(np.delete(before, i, 0)).pooled_dice for i in used]
+    error = ((len(used) - 1) * np.var(gains)) ** 0.5
+    assert (found[1] - found[0]) / error == pytest.approx(2 * 2.0, rel=0.03)
+
+
 @pytest.mark.parametrize(("wrong", "negatives"), [(0, 14), (0, 200), (14, 14)])
 def test_a_share_of_all_or_none_has_the_exact_bound(wrong: int, negatives: int) -> None:
     """Clopper and Pearson: 14 of 14 negatives without a mask is a specificity of at least 0.77."""
