@@ -166,9 +166,6 @@ class StageSettings(Section):
     weight_decay: float = added(0.0, ge=0, description="decoupled from the gradient, as in AdamW; 0: Adam")
     warmup_steps: int = added(0, ge=0, description="first optimiser steps, over which the learning rate rises from 0")
     clip_norm: float | None = added(None, gt=0, description="gradients of a larger norm are scaled down to it")
-    ema_decay: float = added(
-        0.0, ge=0, lt=1, description="validate and keep the EMA of the weights over steps; 0: none"
-    )
     schedule: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.2, gt=0, lt=1)
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")
@@ -217,8 +214,6 @@ class StageSettings(Section):
                 'negative_weight below 1 leaves masks in negative cases, which best_by = "kaggle_dice" judges by; use '
                 '"loss" or "positive_dice"'
             )
-        if self.swa_epochs and self.ema_decay:
-            raise ValueError("swa_epochs and ema_decay both average the weights; leave out one of them")
         return self
 
 

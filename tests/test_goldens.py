@@ -83,7 +83,7 @@ def test_training_at_a_fixed_seed(files: dict[str, Any]) -> None:
 
 
 def test_keys_of_every_json(data: Path) -> None:
-    """As in 0.1.0, but for the interval of the calibration error; `--dry-run` also shows the settings added after it."""
+    """As in 0.1.0, but the calibration error has no interval; `--dry-run` also shows the settings added later."""
     added = {
         f"{place}{name}"
         for place, section in (

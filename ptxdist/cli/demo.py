@@ -11,11 +11,10 @@ from ptxdist.cli.options import FOLDER, json_option
 from ptxdist.cli.train import train
 
 DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
-WITHOUT_WEIGHTS = (  # random weights need more steps, and their average is steadier
+WITHOUT_WEIGHTS = (  # random weights need more steps
     "model.encoder=resnet34",
     "model.encoder_weights=none",
     "stages.1.epochs=16",
-    "stages.*.ema_decay=0.9",
 )
 
 

@@ -148,8 +148,6 @@ def _stage(stage: StageResult, how: StageSettings, image_head: bool) -> str:
         parts.append(f"{kind} in a batch from {first} to {last}")
     if how.swa_epochs:
         parts.append(f"weights averaged over the last {how.swa_epochs} epochs (SWA)")
-    if how.ema_decay:
-        parts.append(f"exponential moving average of the weights (EMA), decay {how.ema_decay:g}")
     best = "the averaged weights" if stage.best.averaged else f"epoch {stage.best.epoch}"
     chosen = f"the last one: {best}" if how.phantoms else f"best by {how.best_by}: {best}"
     reused = f"; taken from run {stage.reused_from}" if stage.reused_from else ""

@@ -9,7 +9,7 @@
     epochs                cores or GPUs, cases          the budget of image passes divided by the training cases
     batch                 memory                        16 cases, 8 where the memory is small
     share of positives    share in the data             half of a batch, falling to 0.4, where the data have fewer
-    averaging, warm-up    optimiser steps               about a tenth and a twentieth of them
+    warm-up               optimiser steps               about a twentieth of them
 
 The budget is counted in image passes and not in seconds, so that a plan is the same whatever else the machine does.
 The reasons for the recipe itself are in docs/learning.md. Nothing here loads torch; `run.timing` measures the speed.
@@ -260,8 +260,6 @@ def _stage(number: int, stage: _Stage, rate: float) -> Iterator[Decision]:
     yield decide("warmup_steps", warmup, f"about a twentieth of the {stage.steps:,} steps")
     yield decide("weight_decay", 0.01, "AdamW")
     yield decide("clip_norm", 1.0, "a single odd batch cannot undo what was learnt")
-    decay = 0.99 if stage.steps < 5_000 else 0.999
-    yield decide("ema_decay", decay, f"weights averaged over the last {1 / (1 - decay):,.0f} steps or so")
     yield decide("dice", "batch", "a Dice of each image pushes a young network to empty masks")
     yield decide("augmentation", "strong", "shift, scale, rotation, distortion and grey levels")
     if stage.phantoms:

@@ -1,7 +1,7 @@
 """Weights and checkpoints of a training: writing, reading and checking them.
 
     checkpoints/epoch-0002-step-000140/   after two epochs and 140 steps of the third: model.safetensors,
-                                          optimizer.safetensors, average.safetensors (with SWA or EMA), and state.json
+                                          optimizer.safetensors, average.safetensors (with SWA), and state.json
                                           with the sha256 of the others
     checkpoints/best-0002.safetensors
 

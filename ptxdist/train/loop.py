@@ -1,6 +1,6 @@
 """fit(): one stage of training, on one process or on many that share a torch.distributed group.
 
-Owns: epochs, averaged weights, validation, resuming. It does not know Ray; its caller receives events. `saving` decides
+Owns: epochs, SWA, validation, resuming. It does not know Ray; its caller receives events. `saving` decides
 what is kept.
 
 The global batch decides: order, augmentation and optimiser steps are the same for any number of ranks, and with
@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -38,7 +37,7 @@ from ptxdist.train.device import choose_precision, keep_freed_memory
 from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.losses import chosen
 from ptxdist.train.on_device import OnDeviceStore, hold
-from ptxdist.train.optimizer import EMA, make_optimizer
+from ptxdist.train.optimizer import make_optimizer
 from ptxdist.train.saving import Saver
 from ptxdist.train.schedule import learning_rate, positive_share, warm_up
 from ptxdist.train.scoring import score_cases
@@ -175,7 +174,6 @@ class _Trainer:
             )
         self.stepper = Stepper(parallel, self.optimizer, self.stage, self.train, self.precision)
         self.swa = SWA()
-        self.ema = EMA(self.model, self.stage.ema_decay) if self.stage.ema_decay else None
         self.steps = 0  # of the optimiser, over all epochs
         self.history: list[EpochMetrics] = []
         self.best: EpochMetrics | None = None
@@ -202,10 +200,7 @@ class _Trainer:
         best = state.progress["best"]
         self.best = EpochMetrics.model_validate(best) if best else None
         self.swa.count = state.progress["averaged"]
-        if self.ema:
-            self.ema.load(state.average)
-        else:
-            self.swa.state = match_device(state.average, self.device)
+        self.swa.state = match_device(state.average, self.device)
         self.steps = state.progress.get("steps", 0)  # older checkpoints have none, nor settings that need it
         self.position = _Position(state.step, state.progress["loss_sum"], state.progress["seconds"])
         where = f" and {state.step} steps of the next" if state.step else ""
@@ -285,8 +280,6 @@ class _Trainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * warm_up(self.stage, self.steps)
             loss, norm = self.stepper.step(batch)
-            if self.ema:
-                self.ema.update(self.steps)
             self.steps += 1
             done += batch.global_size
             check.add(step, loss, norm, batch)
@@ -310,18 +303,17 @@ class _Trainer:
             done = min(total, done * world_size())  # of all ranks, which are about equally far
             self.on_event(Progress(stage=self.number, step="validate", epoch=epoch, done=done, total=total))
 
-        with self.ema.in_model() if self.ema else nullcontext():
-            counts = score_cases(
-                self.model,
-                self.data.store,
-                self.data.cases,
-                self.data.val,
-                thresholds=[self.stage.threshold],
-                device=self.device,
-                precision=self.precision,
-                loss=loss,
-                on_cases=on_cases,
-            )
+        counts = score_cases(
+            self.model,
+            self.data.store,
+            self.data.cases,
+            self.data.val,
+            thresholds=[self.stage.threshold],
+            device=self.device,
+            precision=self.precision,
+            loss=loss,
+            on_cases=on_cases,
+        )
         val_loss = loss.total(counts.loss)
         if not math.isfinite(val_loss):
             raise TrainingError(
@@ -363,7 +355,7 @@ class _Trainer:
             self.position.step,
             self.model.state_dict(),
             self.optimizer.state_dict() if checkpoint else {"state": {}, "param_groups": []},
-            self.ema.state if self.ema else self.swa.state if checkpoint else {},
+            self.swa.state if checkpoint else {},
             progress,
         )
         self.saver.save(state, self.history, best=best, checkpoint=checkpoint)

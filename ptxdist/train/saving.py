@@ -106,8 +106,7 @@ class Saver:
 
         def write() -> None:
             if best is not None:
-                validated = {**state.model, **state.average} if self.stage.ema_decay else state.model
-                self.sha256 = save_weights(validated, self.best_path(best))
+                self.sha256 = save_weights(state.model, self.best_path(best))
             state.progress["best_sha256"] = self.sha256
             if checkpoint:
                 save_checkpoint(self.folder, state, keep=self.train.keep_checkpoints)

@@ -36,44 +36,42 @@ REAL = Survey(
 FULL = replace(REAL, cases=12_047, positive=2_669, folds=10, train=(10_842, 2_402), val=(1_205, 267))
 
 
-PHANTOMS = (256, 3, 16, 0.99)
-BOTH = [PHANTOMS, (256, 20, 16, 0.99), (512, 6, 16, 0.99)]
+PHANTOMS = (256, 3, 16)
+BOTH = [PHANTOMS, (256, 20, 16), (512, 6, 16)]
 
 
 @pytest.mark.parametrize(
     ("data", "machine", "encoder", "stages"),
     [
         pytest.param(REAL, CPU, LITE0, BOTH, id="few cases on two cores"),
-        pytest.param(REAL, replace(CPU, cores=1), LITE0, [(256, 20, 16, 0.99)], id="one core"),
+        pytest.param(REAL, replace(CPU, cores=1), LITE0, [(256, 20, 16)], id="one core"),
         pytest.param(REAL, replace(CPU, encoders=("resnet34",)), "resnet34", BOTH, id="ResNet cached"),
         pytest.param(REAL, replace(CPU, encoders=()), "resnet18", BOTH, id="no weights"),
         pytest.param(
             REAL,
             replace(CPU, memory_gib=3.0),
             LITE0,
-            [(256, 3, 8, 0.99), (256, 20, 8, 0.99), (512, 6, 8, 0.99)],
+            [(256, 3, 8), (256, 20, 8), (512, 6, 8)],
             id="little memory",
         ),
         pytest.param(REAL, GPU, "resnet34", BOTH, id="few cases on a GPU"),
         pytest.param(REAL, replace(GPU, encoders=(LITE0,)), LITE0, BOTH),
         pytest.param(REAL, replace(GPU, encoders=()), "resnet34", BOTH),
-        pytest.param(FULL, CPU, LITE0, [(256, 6, 16, 0.99)], id="many cases on two cores"),
-        pytest.param(FULL, GPU, "resnet34", [(256, 20, 16, 0.999), (512, 6, 16, 0.99)], id="many cases on a GPU"),
-        pytest.param(
-            replace(REAL, sizes_px=(128,)), GPU, "resnet34", [(128, 3, 16, 0.99), (128, 20, 16, 0.99)], id="only 128 px"
-        ),
-        pytest.param(replace(REAL, sizes_px=(512, 1024)), CPU, LITE0, [(512, 14, 16, 0.99)], id="only large sizes"),
+        pytest.param(FULL, CPU, LITE0, [(256, 6, 16)], id="many cases on two cores"),
+        pytest.param(FULL, GPU, "resnet34", [(256, 20, 16), (512, 6, 16)], id="many cases on a GPU"),
+        pytest.param(replace(REAL, sizes_px=(128,)), GPU, "resnet34", [(128, 3, 16), (128, 20, 16)], id="only 128 px"),
+        pytest.param(replace(REAL, sizes_px=(512, 1024)), CPU, LITE0, [(512, 14, 16)], id="only large sizes"),
     ],
 )
-def test_rules(data: Survey, machine: Machine, encoder: str, stages: list[tuple[int, int, int, float]]) -> None:
+def test_rules(data: Survey, machine: Machine, encoder: str, stages: list[tuple[int, int, int]]) -> None:
     advice = advise(data, machine)
     pipeline = advice.settings("plan")
     assert pipeline.model.encoder == encoder
     assert pipeline.model.encoder_weights == ("imagenet" if machine.encoders else "none")
     assert any("no ImageNet weights" in text for text in advice.warnings) == (not machine.encoders)
-    assert [(s.size_px, s.epochs, s.batch_size, s.ema_decay) for s in pipeline.stages] == stages
+    assert [(s.size_px, s.epochs, s.batch_size) for s in pipeline.stages] == stages
     on_phantoms = [bool(stage.phantoms) for stage in pipeline.stages]
-    assert on_phantoms == [epochs == 3 for _, epochs, _, _ in stages]
+    assert on_phantoms == [epochs == 3 for _, epochs, _ in stages]
     assert all(stage.dice == "batch" for stage in pipeline.stages)
     assert all(stage.positive_share == (0.5, 0.4) for stage in pipeline.stages if not stage.phantoms)
 

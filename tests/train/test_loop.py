@@ -32,7 +32,7 @@ MODEL = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=
 HEADED = MODEL.model_copy(update={"image_head": True})
 PLAIN: dict[str, object] = {"swa_epochs": 2, "positive_share": (0.7, 0.3)}
 ALL: dict[str, object] = {
-    "weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "ema_decay": 0.9, "epoch": "positives",
+    "weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "swa_epochs": 2, "epoch": "positives",
     "positive_share": (0.54, 0.45), "negative_weight": 0.25, "mix": 0.5,
 }  # fmt: skip
 RESNET = ModelSettings(encoder="resnet18", encoder_weights="none", decoder_channels=(64, 32, 32, 16, 16))
@@ -177,34 +177,6 @@ def test_the_best_weights_are_those_of_the_best_epoch(cache: Path, tmp_path: Pat
     last = state(tmp_path / "epoch-0003-step-000000" / "model.safetensors")
     same = all(torch.equal(value, last[key]) for key, value in state(result.weights).items())
     assert same == (result.best.epoch == 3)
-
-
-def test_averaged_weights_are_validated_kept_and_not_trained_on(
-    cache: Path, small_net: Callable[[], nn.Module], tmp_path: Path
-) -> None:
-    """Against a plain sum over the raw weights of each step; 6 cases in batches of 2 are 3 steps an epoch."""
-    raw: list[dict[str, torch.Tensor]] = []
-    model = small_net()
-
-    def remember(event: Event) -> None:
-        if isinstance(event, Progress) and event.step == "train":
-            raw.append({key: value.double().clone() for key, value in model.state_dict().items()})
-
-    stage = StageSettings(size_px=32, epochs=2, batch_size=2, best_by="loss", ema_decay=0.25)
-    result = train(cache, tmp_path / "ema", stage, make_model=lambda: model, on_event=remember)
-    plain = train(cache, tmp_path / "plain", stage.model_copy(update={"ema_decay": 0.0}), make_model=small_net)
-    assert [item.train_loss for item in result.history] == [item.train_loss for item in plain.history]
-    assert [item.val_loss for item in result.history] != [item.val_loss for item in plain.history]
-
-    expected = {key: value.double() for key, value in small_net().state_dict().items()}
-    for steps, state in enumerate(raw[: 3 * result.best.epoch]):
-        decay = min(0.25, (1 + steps) / (10 + steps))
-        for key, value in state.items():
-            expected[key] = value if key.endswith("tracked") else decay * expected[key] + (1 - decay) * value
-    kept = small_net()
-    load_weights(kept, result.weights)
-    for key, value in kept.state_dict().items():
-        torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-7, msg=key)
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_cases(cache: Path, tmp_path: Path) -> None:

@@ -55,7 +55,6 @@ def test_larger_gradients_are_scaled_down_and_their_own_norm_is_reported(
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("stages.1.ema_decay=0.99", "swa_epochs and ema_decay both average the weights; leave out one of them"),
         ("stages.1.epoch=positives", 'epoch = "positives" needs positive_share'),
         ("stages.1.negative_weight=0.5", "negative_weight below 1 leaves masks in negative cases, which best_by"),
     ],
