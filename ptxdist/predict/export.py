@@ -110,8 +110,8 @@ def describe(card: ModelCard) -> dict[str, Any]:
                 "name": SCORE,
                 "dtype": "float32",
                 "shape": ["batch"],
-                "meaning": "how positive the image looks, 0..1: mean of the image head's probability and of the mean "
-                "of the highest probabilities of the map, one pixel in 256",
+                "meaning": "how positive the image looks, 0..1: three quarters the image head's probability, one "
+                "quarter the mean of the highest probabilities of the map, one pixel in 256",
             }
         }
     return {
