@@ -44,6 +44,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 _ADDED = "added after 0.1.0"
+_REMOVED = ("ema_decay",)  # settings of a stage; they changed the weights, and nothing in how these are used
 _ALL = "all settings"
 
 
@@ -283,10 +284,22 @@ def complete(section: Section) -> dict[str, Any]:
     return section.model_dump(mode="json", context=_ALL)
 
 
+def without_removed(pipeline: Any) -> Any:
+    """The snapshot of a pipeline without settings that former versions had, so that their runs can be read."""
+    if not isinstance(pipeline, dict) or not isinstance(pipeline.get("stages"), list):
+        return pipeline
+    kept = [
+        {name: value for name, value in stage.items() if name not in _REMOVED} if isinstance(stage, dict) else stage
+        for stage in pipeline["stages"]
+    ]
+    return {**pipeline, "stages": kept}
+
+
 def restore(content: Mapping[str, Any]) -> Settings:
     """Settings from a snapshot; SettingsError when it does not fit this version of ptxdist."""
     try:
-        return Settings.model_validate_json(json.dumps(content))
+        present = {**content, "pipeline": without_removed(content.get("pipeline"))}
+        return Settings.model_validate_json(json.dumps(present))
     except ValidationError as error:
         raise SettingsError(explain(error, (), "settings snapshot")) from error
 

@@ -133,7 +133,8 @@ class TunedPoint(Record):
     `kind` is "pair" (threshold, minimum area) or "triplet" (top threshold, minimum area, bottom threshold). `scores`
     are those of `point` on the cases on which it was chosen, and so too high. `estimate` is to be reported: each case
     is masked by the point chosen on the cases of the other `folds`, which share no patient with it; `points` are these
-    points, `intervals` its 95 % intervals.
+    points, `intervals` its 95 % intervals. Where the model had a point of its own, `gains` are the differences of the
+    estimate from the scores at that point, with `gain_intervals`.
     `surface` has the mean Kaggle Dice on all cases for each of `thresholds` (rows; for a triplet the bottom one, at
     the best top) and each of `areas_px`; None where no point is tried.
     """
@@ -144,6 +145,8 @@ class TunedPoint(Record):
     estimate: Scores
     intervals: Intervals = {}
     folds: int
+    gains: dict[str, float] | None = when_known()
+    gain_intervals: Intervals | None = when_known()
     points: tuple[OperatingPoint, ...]
     thresholds: tuple[float, ...]
     areas_px: tuple[int, ...]
@@ -189,10 +192,57 @@ class SharedPatients(Record):
     apart_intervals: Intervals = {}
 
 
+class Profile(Record):
+    """What a set of images is like: numbers, and the 5th, 25th, 50th, 75th and 95th percentile of some properties.
+
+    `mask_share` is the area of a mask as a share of its image, of positive images; `brightness` the mean grey level at
+    the network's size, 0..255; `age` in years, where it is known; `side_px` the longer side of the original image. ()
+    without values. `views` are numbers of images by view.
+    """
+
+    images: int
+    positives: int
+    mask_share: tuple[float, ...]
+    brightness: tuple[float, ...]
+    age: tuple[float, ...]
+    side_px: tuple[float, ...]
+    views: dict[str, int]
+
+
+class SeenImages(Record):
+    """Evaluated images that a model was trained on: with `equal` pixels, or that only look the same (`alike`).
+
+    `case_ids` are the ids of both kinds. `without` are the scores of all other images, None if there are none.
+    """
+
+    equal: int
+    alike: int
+    case_ids: tuple[str, ...]
+    without: Scores | None
+    without_intervals: Intervals = {}
+
+
+class Elsewhere(Record):
+    """An evaluation of models on data that they were not trained with: a cache, of which `split` was evaluated.
+
+    `models` are names, `point_from` says where the operating point was chosen. `here` is what the evaluated images are
+    like, `there` the training images of the first model. `there` and `seen` are None where a model is too old to know.
+    """
+
+    data: str
+    split: Literal["all", "train", "val"]
+    models: tuple[str, ...]
+    point_from: str
+    here: Profile
+    there: Profile | None
+    seen: SeenImages | None
+
+
 class EvaluationResult(Record):
     """Scores of the last stage's weights on cases they have not seen, at the original resolution.
 
-    `scores` are those at `threshold`, with masks below `min_area_px` emptied; `intervals` are the 95 % intervals by
+    `scores` are those at `threshold`, with masks below `min_area_px` emptied. In an evaluation `elsewhere` they are at
+    `point`, the model's operating point, whose lower threshold is `threshold`. `intervals` are the 95 % intervals by
     name (also `pooled_iou` and `auroc`), by patient; a score from too few patients has none. `auroc` is that of the
     image-level score (see `image_head`); None without both kinds of images. `tuned` is () with too few patients.
     `folds` are the folds whose cases were evaluated, `runs` is the number of runs. `image_head` says what the score of
@@ -205,6 +255,7 @@ class EvaluationResult(Record):
     flip_averaging: bool
     runs: int = 1
     folds: tuple[int, ...] = (0,)
+    point: OperatingPoint | None = when_known()
     scores: Scores
     auroc: float | None = None
     intervals: Intervals = {}
@@ -214,6 +265,7 @@ class EvaluationResult(Record):
     subgroups: tuple[Subgroup, ...] = ()
     shared_patients: SharedPatients | None = None
     image_head: bool = Field(False, exclude_if=lambda value: not value)
+    elsewhere: Elsewhere | None = when_known()
     seconds: float
 
 
@@ -269,11 +321,12 @@ class ParentModel(Record):
 
 
 class Origin(Record):
-    """What the network of a run is made from: numbers of its training images, and the model it started from."""
+    """What the network of a run is made from: its training images, and the model it started from."""
 
     images: int
     positives: int
     parent: ParentModel | None = None
+    profile: Profile | None = when_known()
 
 
 class Message(Record):

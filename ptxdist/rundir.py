@@ -3,7 +3,8 @@
     RUN/                        e.g. runs/exp4
         settings.json           resolved settings
         environment.json        versions, commit, hardware
-        origin.json             Origin: numbers of training images, and the model that the network started from
+        origin.json             Origin: what the training images are like, and the model that the network started from
+        training-images.csv     one-way fingerprints of the training images
         metrics.jsonl           one line an epoch, all stages, from the first epoch on
         result.json             PipelineResult: one StageResult a stage, and the evaluation
         ray.log                 the output of Ray
@@ -40,6 +41,7 @@ from ptxdist.records import EpochMetrics, EvaluationResult, Origin, PipelineResu
 SETTINGS = "settings.json"
 ENVIRONMENT = "environment.json"
 ORIGIN = "origin.json"
+TRAINING_IMAGES = "training-images.csv"
 METRICS = "metrics.jsonl"
 RESULT = "result.json"
 RAY_LOG = "ray.log"

@@ -4,30 +4,57 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
-from ptxdist.errors import RunError
+from ptxdist.errors import RunError, SettingsError
+
+if TYPE_CHECKING:
+    from ptxdist.predict.elsewhere import Split
 
 
 @click.command()
-@click.argument("runs", type=PLACE, nargs=-1, required=True)
+@click.argument("runs", metavar="MODEL...", type=PLACE, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, help="Folder for the evaluation.  [default: inside the run]")
 @click.option("--patients", type=FILE, help="CSV of image id and patient, where the cache was made without one.")
+@click.option("--data", type=PLACE, help="Another cache to evaluate on: data from elsewhere.")
+@click.option(
+    "--split",
+    type=click.Choice(["all", "train", "val"]),
+    default="all",
+    show_default=True,
+    help="With --data: the cases of the cache to evaluate on.",
+)
 @json_option
-def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | None, as_json: bool) -> None:
+def evaluate(
+    runs: tuple[Path | str, ...],
+    out: Path | None,
+    patients: Path | None,
+    data: Path | str | None,
+    split: Split,
+    as_json: bool,
+) -> None:
     """Evaluate finished runs on the cases that each has held out, on this machine.
 
-    Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled.
+    Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. With --data,
+    runs and bundles are evaluated on another cache, at the operating point that they have; several are an ensemble.
 
-    Example: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
+    \b
+    Examples: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
+              ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
     from ptxdist import console
     from ptxdist.rundir import read_stages
     from ptxdist.storage.runs import local_run
     from ptxdist.train.evaluate import evaluate_runs
 
+    if data is not None:
+        _evaluate_elsewhere(runs, data, out, split, patients, as_json)
+        return
+    if split != "all":
+        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
     if out is None and isinstance(runs[0], str):
         raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
     folders = [local_run(run) for run in runs]
@@ -37,6 +64,31 @@ def evaluate(runs: tuple[Path | str, ...], out: Path | None, patients: Path | No
         console.show_json(evaluation.model_dump(mode="json"))
     else:
         console.show_result(read_stages(folders[0]) if out is None else (), evaluation)
+
+
+def _evaluate_elsewhere(
+    models: tuple[Path | str, ...],
+    data: Path | str,
+    out: Path | None,
+    split: Split,
+    patients: Path | None,
+    as_json: bool,
+) -> None:
+    from ptxdist import console
+    from ptxdist.predict.elsewhere import evaluate_elsewhere
+    from ptxdist.storage.runs import local_run
+
+    if out is None:
+        raise RunError("name a folder for the evaluation with --out")
+    places = [local_run(model) for model in models]
+    with console.progress() as update:
+        evaluation = evaluate_elsewhere(
+            places, data, folder=out, split=split, patients=patients, on_cases=partial(update, "images")
+        )
+    if as_json:
+        console.show_json(evaluation.model_dump(mode="json"))
+    else:
+        console.show_result((), evaluation)
 
 
 @click.command()

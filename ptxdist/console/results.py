@@ -5,13 +5,15 @@ Every score is printed with its 95 % interval and with its value without a model
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
-from ptxdist.records import Comparison, EvaluationResult, Intervals, Reliability, Scores, StageResult
+from ptxdist.records import Comparison, Elsewhere, EvaluationResult, Intervals, Reliability, Scores, StageResult
+from ptxdist.scores.elsewhere import different
 from ptxdist.scores.names import AUROC, DICES, SCORES, TOO_FEW, Score
 
 _HEADS = [score.short.replace(" ", "\n") for score in DICES]
@@ -31,11 +33,15 @@ def show_result(stages: Sequence[StageResult], evaluation: EvaluationResult | No
         table.add_section()
         flip = ", flip averaging" if evaluation.flip_averaging else ""
         own = f"evaluation\n(threshold {evaluation.threshold}{flip})"
+        if evaluation.point is not None:
+            own = f"the model's own point{flip}"
         _add_scores(table, own, evaluation.scores, evaluation.intervals, "bold")
         for threshold, scores in evaluation.at_other_thresholds.items():
             table.add_row(f"(threshold {threshold})", "", "", "", *_dices(scores))
         for tuned in evaluation.tuned:
             name = f"tuned {tuned.kind}, estimated on\ncases it was not tuned on"
+            if evaluation.point is not None:
+                name = f"refitted {tuned.kind}, estimated on\ncases it was not fitted on"
             _add_scores(table, name, tuned.estimate, tuned.intervals)
         table.add_row("predicting nothing", "", "", "", *_baselines(evaluation.scores), style="dim")
     out.print(table)
@@ -53,7 +59,8 @@ def _show_details(evaluation: EvaluationResult) -> None:
         bracket = f" \\[{span[0]:.2f}-{span[1]:.2f}]" if span else f" \\[{TOO_FEW}]" if value is not None else ""
         return f"{name} {number(value)}{bracket} {baseline}"
 
-    out.print(f"{scores.cases:,} held-out images, {scores.positives:,} positive; 95 % intervals by patient in brackets")
+    images = "held-out images" if evaluation.elsewhere is None else f"images of {evaluation.elsewhere.data}"
+    out.print(f"{scores.cases:,} {images}, {scores.positives:,} positive; 95 % intervals by patient in brackets")
     sensitivity, specificity, iou = (
         described(SCORES[field], SCORES[field].of(scores)) for field in ("sensitivity", "specificity", "pooled_iou")
     )
@@ -61,10 +68,51 @@ def _show_details(evaluation: EvaluationResult) -> None:
     out.print(iou)
     for part in evaluation.calibration:
         out.print(_calibration(part))
+    if evaluation.point is not None and evaluation.elsewhere is not None:
+        out.print(f"own point (from {evaluation.elsewhere.point_from}): {evaluation.point.words}")
     for tuned in evaluation.tuned:
         out.print(
-            f"tuned {tuned.kind}: {tuned.point.words} (on the cases it was tuned on {number(tuned.scores.kaggle_dice)})"
+            f"{'tuned' if evaluation.point is None else 'refitted'} {tuned.kind}: {tuned.point.words} "
+            f"(on the cases it was {'tuned' if evaluation.point is None else 'fitted'} on "
+            f"{number(tuned.scores.kaggle_dice)})"
         )
+        if tuned.gains:
+            out.print(f"  gain over the own point: {_gains(tuned.gains, tuned.gain_intervals or {})}")
+    if evaluation.elsewhere is not None:
+        _show_elsewhere(evaluation.elsewhere)
+
+
+def _gains(gains: Mapping[str, float], intervals: Intervals) -> str:
+    """The differences of the Dice scores, with their intervals."""
+    found = []
+    for score in DICES:
+        if score.field in gains:
+            span = intervals.get(score.field)
+            bracket = f"\\[{span[0]:+.3f} to {span[1]:+.3f}]" if span else f"\\[{TOO_FEW}]"
+            found.append(f"{score.short} {gains[score.field]:+.4f} {bracket}")
+    return ", ".join(found)
+
+
+def _show_elsewhere(about: Elsewhere) -> None:
+    if about.seen is None:
+        out.print("whether the model was trained on some of these images is not known: it has no fingerprints")
+    elif not about.seen.case_ids:
+        out.print("none of these images is among those that the model was trained on")
+    else:
+        without = about.seen.without
+        rest = (
+            ""
+            if without is None
+            else f"; without them Kaggle Dice {number(without.kaggle_dice)}, "
+            + (f"positives only {number(without.positive_dice)}")
+        )
+        out.print(
+            f"[bold]{about.seen.equal:,} of these images were in the training, {about.seen.alike:,} more look like one "
+            f"of them[/bold]: {', '.join(map(escape, about.seen.case_ids[:3]))}"
+            f"{', …' if len(about.seen.case_ids) > 3 else ''}{rest}"
+        )
+    for line in different(about):
+        out.print(line)
 
 
 def _calibration(part: Reliability) -> str:

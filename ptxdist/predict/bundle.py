@@ -4,6 +4,7 @@
         card.json               ModelCard, with the sha256 of the other members
         README.md               the same for people
         weights.safetensors
+        training-images.csv     fingerprints of its training images; not in bundles of older versions
 
 Owns: this file, and what must be known to predict with a run. Refuses: files that are not bundles, were altered or
 were written by another version (CheckpointError), runs that are not finished (RunError).
@@ -18,6 +19,7 @@ import io
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,18 +28,18 @@ import safetensors.torch
 
 from ptxdist import files
 from ptxdist.cache.render import TRANSFORM
-from ptxdist.config import PipelineSettings, fingerprint
+from ptxdist.config import PipelineSettings, fingerprint, without_removed
 from ptxdist.errors import CheckpointError, RunError
-from ptxdist.records import EvaluationResult, OperatingPoint, ParentModel, Record, when_known
+from ptxdist.records import EvaluationResult, OperatingPoint, ParentModel, Profile, Record, when_known
 from ptxdist.report.model_card import made_from as in_words
-from ptxdist.rundir import read_origin, read_result, read_settings
+from ptxdist.rundir import TRAINING_IMAGES, read_origin, read_result, read_settings
 from ptxdist.train import encoders
 from ptxdist.train.checkpoint import fill_model, load_weights
 from ptxdist.train.unet import UNet, build_unet
 
 SUFFIX = ".ptxdist"
 CARD, README, WEIGHTS = "card.json", "README.md", "weights.safetensors"
-_MAX_BYTES = {CARD: 2**24, README: 2**20, WEIGHTS: 2**31}
+_MAX_BYTES = {CARD: 2**24, README: 2**20, WEIGHTS: 2**31, TRAINING_IMAGES: 2**28}
 _WHEN = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same run gives the same bytes
 
 
@@ -46,8 +48,8 @@ class ModelCard(Record):
 
     `preprocessing` is the version of the transform from a file to the network's square (`cache.render.TRANSFORM`).
     `fingerprint` is that of the last stage: settings, code and every image and mask it was trained on. `pipeline`
-    contains no path: `model.init` is the sha256 of its weights. `training_images` and `made_from`, the model that the
-    network started from, are left out where they are not known or there is none.
+    contains no path: `model.init` is the sha256 of its weights. `training_images`, `made_from`, the model that the
+    network started from, and `profile`, what the training images are like, are left out where they are not known.
     """
 
     format: Literal["ptxdist bundle 1"] = "ptxdist bundle 1"
@@ -64,6 +66,7 @@ class ModelCard(Record):
     weights_sha256: str
     training_images: int | None = when_known()
     made_from: ParentModel | None = when_known()
+    profile: Profile | None = when_known()
 
 
 def describe_run(run: Path) -> tuple[ModelCard, Path]:
@@ -92,6 +95,7 @@ def describe_run(run: Path) -> tuple[ModelCard, Path]:
         weights_sha256=stage.weights_sha256,
         training_images=made.images if made else None,
         made_from=parent,
+        profile=made.profile if made else None,
     )
     return card, run / stage.weights
 
@@ -131,21 +135,28 @@ def _empty_model(card: ModelCard) -> UNet:
     return build_unet(card.pipeline.model.model_copy(update={"encoder_weights": "none"}))
 
 
-def write_bundle(run: Path, out: Path) -> str:
+def write_bundle(run: Path, out: Path, point: tuple[OperatingPoint, str] | None = None) -> str:
     """Write the bundle of a finished run; return the sha256 of the file.
+
+    A `point` replaces its operating point, with words that say from where it is.
 
     The same run gives the same bytes. Raises RunError when the run is not finished, CheckpointError when its weights
     are not those of its result, or when the file cannot be written.
     """
     card, path = describe_run(run)
+    if point is not None:
+        card = card.model_copy(update={"operating_point": point[0], "operating_point_from": point[1]})
     if not path.is_file() or files.sha256(path) != card.weights_sha256:
         raise CheckpointError(f"{path} is missing or was altered after training; train its stage again")
     weights, readme = path.read_bytes(), _readme(card).encode()
     plain = card.model_dump(mode="json")
-    plain["sha256"] = {README: files.sha256(readme), WEIGHTS: files.sha256(weights), CARD: fingerprint(plain)}
+    members = {README: readme, WEIGHTS: weights}
+    if (run / TRAINING_IMAGES).is_file():  # not in a run of an older version, whose bundle keeps its bytes
+        members[TRAINING_IMAGES] = (run / TRAINING_IMAGES).read_bytes()
+    plain["sha256"] = {name: files.sha256(content) for name, content in members.items()} | {CARD: fingerprint(plain)}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in ((CARD, json.dumps(plain, indent=2).encode()), (README, readme), (WEIGHTS, weights)):
+        for name, content in {CARD: json.dumps(plain, indent=2).encode(), **members}.items():
             archive.writestr(zipfile.ZipInfo(name, _WHEN), content)
     files.write_whole(out, file.getvalue(), error=CheckpointError)
     return files.sha256(file.getvalue())
@@ -154,34 +165,45 @@ def write_bundle(run: Path, out: Path) -> str:
 def read_bundle(path: Path) -> tuple[ModelCard, bytes]:
     """Card of a bundle, and its weights as the content of a safetensors file, both checked.
 
+    Raises CheckpointError as `read_members` does.
+    """
+    card, members = read_members(path)
+    return card, members[WEIGHTS]
+
+
+def read_members(path: Path) -> tuple[ModelCard, dict[str, bytes]]:
+    """Card of a bundle, and the content of its other members, all checked.
+
     Raises CheckpointError when the file is not a bundle, is damaged, was altered, or is of another version.
     """
     foreign = f"{path} is not a bundle of `ptxdist export`"
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-            if [member.filename for member in members] != [CARD, README, WEIGHTS] or any(
+            names = [member.filename for member in members]
+            if names not in ([CARD, README, WEIGHTS], [CARD, README, WEIGHTS, TRAINING_IMAGES]) or any(
                 member.compress_type or member.file_size > _MAX_BYTES[member.filename] for member in members
             ):
                 raise CheckpointError(f"{foreign} (it should hold {CARD}, {README} and {WEIGHTS}, uncompressed)")
-            card, readme, weights = (archive.read(member) for member in members)
+            card, *contents = (archive.read(member) for member in members)
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{foreign}, or is damaged: {error}; get the file again from its source") from error
-    return _check(path, card, readme, weights), weights
+    found = dict(zip(names[1:], contents, strict=True))
+    return _check(path, card, found), found
 
 
-def _check(path: Path, content: bytes, readme: bytes, weights: bytes) -> ModelCard:
+def _check(path: Path, content: bytes, members: Mapping[str, bytes]) -> ModelCard:
     try:
         plain: Any = json.loads(content)
         sums = plain.pop("sha256")
-        found = {README: files.sha256(readme), WEIGHTS: files.sha256(weights), CARD: fingerprint(plain)}
+        found = {name: files.sha256(member) for name, member in members.items()} | {CARD: fingerprint(plain)}
         altered = [name for name in found if sums[name] != found[name]]
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: its {CARD} cannot be read; get the file again") from error
     if altered:
         raise CheckpointError(f"{path} was altered after it was written: wrong checksum of {', '.join(altered)}")
     try:
-        card = ModelCard.model_validate_json(json.dumps(plain))
+        card = ModelCard.model_validate_json(json.dumps({**plain, "pipeline": without_removed(plain.get("pipeline"))}))
     except ValueError as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise CheckpointError(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
+from ptxdist.cache.fingerprints import look_at
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
@@ -22,7 +23,7 @@ from ptxdist.records import Origin, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.run.origin import origin_of
 from ptxdist.run.tracking import refuse_missing_mlflow
-from ptxdist.rundir import ORIGIN, read_origin, start_run
+from ptxdist.rundir import ORIGIN, TRAINING_IMAGES, read_origin, start_run
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.storage.runs import Mirror
@@ -103,7 +104,10 @@ def plan_run(
         start_run(mirror.folder, settings)
         _refuse_full_disk(mirror.folder)
         if read_origin(mirror.folder) is None:
-            files.write_json(mirror.folder / ORIGIN, origin)
+            last = open_store(cache, settings.pipeline.stages[-1].size_px)
+            seen, profile = look_at(last, catalog.labelled, split_indices(catalog.labelled, settings.pipeline.fold)[0])
+            files.write_whole(mirror.folder / TRAINING_IMAGES, seen.write())
+            files.write_json(mirror.folder / ORIGIN, origin.model_copy(update={"profile": profile}))
     return Plan(settings, mirror, token, fingerprints, origin)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.cache.catalog import Case
-from ptxdist.records import EvaluationResult, Reliability, SharedPatients, Subgroup, TunedPoint
+from ptxdist.records import EvaluationResult, OperatingPoint, Reliability, SharedPatients, Subgroup, TunedPoint
 from ptxdist.scores.counts import LEVELS, CaseCounts, Counts, Histograms
-from ptxdist.scores.intervals import score_intervals
-from ptxdist.scores.metrics import auroc, image_dice, scores
+from ptxdist.scores.intervals import difference_intervals, score_intervals
+from ptxdist.scores.metrics import auroc, differences, image_dice, scores
 from ptxdist.scores.operating import tune
 from ptxdist.scores.tables import FIXED_THRESHOLDS
 
@@ -55,11 +55,13 @@ def conclude(
     flip_averaging: bool,
     runs: int,
     image_head: bool = False,
+    point: OperatingPoint | None = None,
 ) -> tuple[EvaluationResult, list[Row]]:
     """All numbers, with `seconds` 0, and the rows of cases.csv by `tables.COLUMNS`.
 
     `thresholds` are those of `counts.at_full`: first the run's own one; FIXED_THRESHOLDS are among them. There must be
-    at least one case. With an `image_head`, operating points have a threshold of the score too.
+    at least one case. With an `image_head`, operating points have a threshold of the score too. With a `point`, the
+    first counts are those at the point, and tuned points are compared with it.
     """
     cases, counts, groups = evaluated.cases, evaluated.counts, evaluated.groups
     own = counts.at_full[0]
@@ -74,13 +76,14 @@ def conclude(
         flip_averaging=flip_averaging,
         runs=runs,
         folds=tuple(sorted({case.fold for case in cases})),
+        point=point,
         scores=scores(own),
         auroc=None if np.isnan(area) else float(area),
         intervals=score_intervals(own, groups, image_score=counts.score),
         at_other_thresholds={
             str(threshold): scores(counts.at_full[number]) for number, threshold in enumerate(thresholds) if number
         },
-        tuned=tuple(found[0] for found in tuned.values() if found),
+        tuned=tuple(_compared(*found, own, groups) if point else found[0] for found in tuned.values() if found),
         calibration=(
             _reliability_of_px(counts.histograms),
             _reliability_of_images(counts.score, positive),
@@ -93,6 +96,16 @@ def conclude(
     return result, list(_rows(evaluated, thresholds, tuned))
 
 
+def _compared(tuned: TunedPoint, estimate: Counts, own: Counts, groups: Sequence[str]) -> TunedPoint:
+    """The tuned point with how much better its estimate is than the given point."""
+    return tuned.model_copy(
+        update={
+            "gains": differences(own, estimate),
+            "gain_intervals": difference_intervals(own, estimate, groups),
+        }
+    )
+
+
 def _rows(
     evaluated: Evaluated, thresholds: Sequence[float], tuned: Mapping[str, tuple[TunedPoint, Counts] | None]
 ) -> Iterator[Row]:
@@ -103,7 +116,9 @@ def _rows(
         known = evaluated.in_training[row]
         at_points = {kind: found[1][row].tolist() if found else ("", "", "") for kind, found in tuned.items()}
         at_points |= {
-            f"at_{value}": counts.at_full[thresholds.index(value), row].tolist() for value in FIXED_THRESHOLDS
+            # The last one: an operating point may have the same threshold.
+            f"at_{value}": counts.at_full[-1 - list(reversed(thresholds)).index(value), row].tolist()
+            for value in FIXED_THRESHOLDS
         }
         yield {
             "case_id": case.case_id,

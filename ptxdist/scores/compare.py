@@ -15,9 +15,8 @@ import numpy as np
 
 from ptxdist.errors import RunError
 from ptxdist.records import Compared, Comparison
-from ptxdist.scores.counts import Counts
 from ptxdist.scores.intervals import difference_intervals, score_intervals
-from ptxdist.scores.metrics import scores
+from ptxdist.scores.metrics import differences, scores
 from ptxdist.scores.names import DICES, Score
 from ptxdist.scores.tables import read_cases
 
@@ -45,7 +44,7 @@ def compare(runs: Sequence[Path]) -> Comparison:
                 cases=len(table),
                 scores=scores(found),
                 intervals=score_intervals(found, groups),
-                differences=_differences(counts[0], found) if found is not counts[0] else {},
+                differences=differences(counts[0], found) if found is not counts[0] else {},
                 difference_intervals=(difference_intervals(counts[0], found, groups) if found is not counts[0] else {}),
             )
         )
@@ -81,9 +80,3 @@ def _cell(run: Compared, score: Score) -> str:
 
 def _span(interval: tuple[float, float] | None, sign: str = "") -> str:
     return "" if interval is None else f" ({interval[0]:{sign}.4f} to {interval[1]:{sign}.4f})"
-
-
-def _differences(first: Counts, other: Counts) -> dict[str, float]:
-    before, after = scores(first), scores(other)
-    pairs = {score.field: (score.of(before), score.of(after)) for score in DICES}
-    return {name: new - old for name, (old, new) in pairs.items() if old is not None and new is not None}

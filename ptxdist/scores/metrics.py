@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ptxdist.records import Scores
 from ptxdist.scores.counts import Counts
+from ptxdist.scores.names import DICES
 
 
 def image_dice(counts: Counts) -> npt.NDArray[np.float64]:
@@ -45,6 +46,12 @@ def scores(counts: Counts) -> Scores:
         specificity=_mean(~predicted[~positive]),
         all_empty_dice=float((~positive).sum()) / len(counts),
     )
+
+
+def differences(before: Counts, after: Counts) -> dict[str, float]:
+    """Each Dice score of `after` minus that of `before`, by name; both int64 (n, 3), at least one case."""
+    pairs = {score.field: (score.of(scores(before)), score.of(scores(after))) for score in DICES}
+    return {name: new - old for name, (old, new) in pairs.items() if old is not None and new is not None}
 
 
 def auroc(

@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_patients
-from ptxdist.records import EvaluationResult, PipelineResult, StageResult
+from ptxdist.records import EvaluationResult, OperatingPoint, PipelineResult, StageResult
 from ptxdist.rundir import (
     EVALUATION,
     RESULT,
@@ -45,6 +46,7 @@ from ptxdist.scores.tables import FIXED_THRESHOLDS, refuse_other_split, write_ta
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.checkpoint import load_weights
+from ptxdist.train.dataset import Indices
 from ptxdist.train.device import choose_device, choose_precision
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.train.scoring import score_cases
@@ -115,7 +117,6 @@ def evaluate(
     Every rank returns the result; rank 0 writes. Raises RunError, StoreError and CheckpointError when members, cache
     and weights do not go together; LabelError for a map that cannot be read.
     """
-    started = time.perf_counter()
     catalog = read_catalog(cache)
     first = members[0]
     stage, how = first.settings.pipeline.stages[first.stage.stage - 1], first.settings.pipeline.evaluation
@@ -135,55 +136,119 @@ def evaluate(
             raise RunError(f"{member.run} held out fold {member.settings.pipeline.fold}; {cache} has {catalog.folds}")
     folds = sorted({member.settings.pipeline.fold for member in members})
     held_out = {fold: split_indices(catalog.labelled, fold)[1] for fold in folds}
-    total, done = sum(map(len, held_out.values())), 0
-    if not total:
+    if not sum(map(len, held_out.values())):
         raise RunError(f"{cache} has no labelled case in fold {folds[0]}, which {first.run} held out")
-    thresholds = list(dict.fromkeys((stage.threshold, *FIXED_THRESHOLDS)))
+    indices = np.concatenate(list(held_out.values()))
+
+    def network(fold: int) -> nn.Module:
+        return load_ensemble([member for member in members if member.settings.pipeline.fold == fold], device)
+
+    return score_and_write(
+        [(partial(network, fold), held_out[fold]) for fold in folds],
+        catalog,
+        cache,
+        folder,
+        Masks(
+            size_px=stage.size_px,
+            threshold=stage.threshold,
+            min_area_px=how.min_area_px,
+            flip_averaging=how.flip_averaging,
+            image_head=_has_head(first),
+            precision=choose_precision(first.settings.train.precision, device),
+            models=len(members),
+        ),
+        device=device,
+        known=lambda: _patients_of(catalog, indices, folds, patients, read_salt(cache)),
+        on_cases=on_cases,
+    )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """How masks are made in an evaluation: size of the network's input, thresholds, averaging, number of models.
+
+    With a `point`, that is the operating point of the masks, and `threshold` its lower one.
+    """
+
+    size_px: int
+    threshold: float
+    min_area_px: int
+    flip_averaging: bool
+    image_head: bool
+    precision: torch.dtype
+    models: int = 1
+    point: OperatingPoint | None = None
+
+
+Known = tuple[Sequence[str], Sequence[bool | None], str]  # groups, whether in training, and known from where
+
+
+def score_and_write(
+    parts: Sequence[tuple[Callable[[], nn.Module], Indices]],
+    catalog: Catalog,
+    cache: Path,
+    folder: Path,
+    how: Masks,
+    *,
+    device: torch.device,
+    known: Callable[[], Known],
+    complete: Callable[[EvaluationResult, CaseCounts], EvaluationResult] = lambda result, counts: result,
+    on_cases: Callable[[int, int], None] = lambda done, total: None,
+) -> EvaluationResult:
+    """Score each network, which its function loads, on its positions in the store; write tables and result to `folder`.
+
+    `known` is about the patients of all positions in their order; `complete` may add to the result, from the counts in
+    that order. Rank 0 calls both, and writes; every rank returns the result.
+    """
+    started, store = time.perf_counter(), _store_of(catalog, cache, how.size_px)
+    total, done = sum(len(indices) for _, indices in parts), 0
+    thresholds = list(dict.fromkeys((how.threshold, *FIXED_THRESHOLDS)))
+    if how.point is not None:  # its masks are not those of its lower threshold
+        thresholds = [how.threshold, *FIXED_THRESHOLDS]
     predictions: dict[int, str] = {}
 
     def keep_mask(index: int, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> None:
         predictions[index] = rle.encode(mask)
 
     found = []
-    for fold, indices in held_out.items():
+    for load, indices in parts:
         before = done
         found.append(
             score_cases(
-                load_ensemble([member for member in members if member.settings.pipeline.fold == fold], device),
-                _store_of(catalog, cache, stage.size_px),
+                load(),
+                store,
                 catalog.labelled,
                 indices,
                 thresholds=thresholds,
                 device=device,
-                precision=choose_precision(first.settings.train.precision, device),
+                precision=how.precision,
                 flip_averaging=how.flip_averaging,
                 min_area_px=how.min_area_px,
+                point=how.point,
                 histograms=True,
                 on_cases=lambda count, before=before: on_cases(min(total, before + count * world_size()), total),  # type: ignore[misc]
                 on_mask=keep_mask,
             )
         )
         done += len(indices)
-    indices = np.concatenate(list(held_out.values()))
+    indices = np.concatenate([part for _, part in parts])
     counts = _join(found)
     texts = [json.loads(text) for text in gather_texts(json.dumps(predictions))]
     masks = {int(index): text for share in texts for index, text in share.items()}
     if rank() == 0:  # the others wait and leave the cores to it
+        folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(folder, deep=False)
-        evaluated = Evaluated(
-            [catalog.labelled[index] for index in indices],
-            counts,
-            *_patients_of(catalog, indices, folds, patients, read_salt(cache)),
-        )
+        evaluated = Evaluated([catalog.labelled[index] for index in indices], counts, *known())
         result, rows = conclude(
             evaluated,
             thresholds,
             min_area_px=how.min_area_px,
             flip_averaging=how.flip_averaging,
-            runs=len(members),
-            image_head=_has_head(first),
+            runs=how.models,
+            image_head=how.image_head,
+            point=how.point,
         )
-        result = result.model_copy(update={"seconds": time.perf_counter() - started})
+        result = complete(result, counts).model_copy(update={"seconds": time.perf_counter() - started})
         ids = [catalog.labelled[index].case_id for index in indices]
         predicted = [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)]
         write_tables(folder, rows, predicted, counts.histograms)

@@ -44,6 +44,7 @@ def score_cases(
     loss: Loss | None = None,
     flip_averaging: bool = False,
     min_area_px: int = 0,
+    point: OperatingPoint | None = None,
     histograms: bool = False,
     on_cases: Callable[[int], None] = lambda done: None,
     on_mask: Callable[[int, npt.NDArray[np.bool_]], None] | None = None,
@@ -51,7 +52,8 @@ def score_cases(
     """Run the model over `indices` (positions in the store, whose i-th case is `cases[i]`), shared among the ranks.
 
     `on_cases` is called with the number of cases that this rank has finished, `on_mask` with each position and its mask
-    bool (rows, columns) at the first threshold. No indices give empty arrays.
+    bool (rows, columns) at the first threshold. With a `point`, full-size masks at the first threshold are those at
+    the point. No indices give empty arrays.
     """
     position = {int(index): row for row, index in enumerate(indices)}
     losses = torch.zeros(len(indices), loss.width if loss else 0, dtype=torch.float64)
@@ -77,6 +79,8 @@ def score_cases(
             case = cases[index]
             full = to_original(image[0], case.rows, case.columns)
             masks = [_drop_small(full >= threshold, min_area_px) for threshold in thresholds]
+            if point is not None:
+                masks[0] = mask_at(full, point, float(score[row]))
             # Most cases are empty, and most validated masks too: then the truth need not be decoded.
             needed = case.masks and (histograms or any(bool(mask.any()) for mask in masks))
             area = _decode(case).to(full.device) if needed else None

@@ -1,0 +1,100 @@
+"""One-way fingerprints of images, by which a model recognises those that it was trained on, and their properties.
+
+    training-images.csv     in a run and in its bundle: a row for each training image, sorted, without ids
+        pixels              sha256 of its sample in the store, 16 hex digits: equal where decoded pixels are equal
+        look                its perceptual hash (see `duplicates`), 64 hex digits: close for copies of another encoding
+
+Who has an image can find out from a model whether it was trained on it, and nothing else: no image can be made from its
+fingerprints. Pixels are compared at the size of the model, so both caches need that size.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.cache.catalog import Case
+from ptxdist.cache.duplicates import MAX_BITS, SIDE_PX, Hashes, perceptual_hashes, thumbnail
+from ptxdist.cache.store import Store
+from ptxdist.errors import StoreError
+from ptxdist.records import Profile
+
+COLUMNS = ("pixels", "look")
+_AT = (0.05, 0.25, 0.5, 0.75, 0.95)
+_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Fingerprints:
+    """Of n images: `pixels`, 16 hex digits each, and `looks` uint64 (n, 4)."""
+
+    pixels: tuple[str, ...]
+    looks: Hashes
+
+    def write(self) -> str:
+        """The table as text, sorted, so that it is the same for any order of the images."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(sorted(zip(self.pixels, (look.tobytes().hex() for look in self.looks), strict=True)))
+        return file.getvalue()
+
+    @classmethod
+    def read(cls, text: str, source: str) -> Fingerprints:
+        """The table in a text; StoreError, naming the `source`, when it is damaged."""
+        try:
+            rows = list(csv.DictReader(io.StringIO(text)))
+            looks = [np.frombuffer(bytes.fromhex(row[COLUMNS[1]]), np.uint64) for row in rows]
+            stacked = np.array(looks, np.uint64).reshape(len(rows), 4)
+            return cls(tuple(row[COLUMNS[0]] for row in rows), stacked)
+        except (KeyError, ValueError, TypeError, csv.Error) as error:
+            raise StoreError(f"{source}: the fingerprints of its training images are damaged ({error})") from error
+
+    def seen_in(self, training: Fingerprints) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Which of these images have equal pixels in `training`, and which others look the same; bool (n,) each."""
+        known = set(training.pixels)
+        equal = np.array([pixels in known for pixels in self.pixels], bool)
+        close = np.zeros(len(self.pixels), bool)
+        for start in range(0, len(self.looks) if len(training.looks) else 0, _BLOCK):
+            block = self.looks[start : start + _BLOCK]
+            bits = np.zeros((len(block), len(training.looks)), np.uint16)
+            for word in range(4):
+                bits += np.bitwise_count(block[:, word, None] ^ training.looks[None, :, word])
+            close[start : start + len(block)] = (bits <= MAX_BITS).any(1)
+        return equal, close & ~equal
+
+
+def look_at(store: Store, cases: Sequence[Case], indices: npt.NDArray[np.int64]) -> tuple[Fingerprints, Profile]:
+    """Fingerprints of the images at `indices` in the store, whose i-th case is `cases[i]`, and what they are like."""
+    pixels, small, brightness = [], np.zeros((len(indices), SIDE_PX, SIDE_PX), np.float32), []
+    for row, index in enumerate(indices.tolist()):
+        image = np.ascontiguousarray(store.sample(index)[0])
+        pixels.append(hashlib.sha256(image.data).hexdigest()[:16])
+        small[row] = thumbnail(image)
+        brightness.append(float(image.mean()))
+    profile = profile_of([cases[index] for index in indices.tolist()], brightness)
+    return Fingerprints(tuple(pixels), perceptual_hashes(small)), profile
+
+
+def profile_of(cases: Sequence[Case], brightness: Sequence[float]) -> Profile:
+    """What cases are like; `brightness` is the mean grey level of each at the network's size, 0..255."""
+    views = [case.view or "unknown" for case in cases]
+    return Profile(
+        images=len(cases),
+        positives=sum(bool(case.masks) for case in cases),
+        mask_share=_spread([case.area_px / (case.rows * case.columns) for case in cases if case.masks]),
+        brightness=_spread(brightness),
+        age=_spread([case.age for case in cases if case.age is not None]),
+        side_px=_spread([max(case.rows, case.columns) for case in cases]),
+        views={view: views.count(view) for view in sorted(set(views))},
+    )
+
+
+def _spread(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(np.quantile(values, _AT).tolist()) if values else ()

@@ -1,0 +1,186 @@
+"""Evaluation of models on data that they were not trained with: any cache of `preprocess`.
+
+Scored first is the operating point that the models have. Points refitted on these cases are beside it, cross-fitted by
+patient. Images that a model was trained on are recognised by their fingerprints, and scores without them are given.
+
+Owns: which models go together, and which cases are scored. Refuses: caches without the models' size (StoreError),
+models of different sizes or kinds (RunError).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ptxdist.cache.catalog import Case, Catalog, read_catalog
+from ptxdist.cache.fingerprints import Fingerprints, look_at
+from ptxdist.cache.manifest import read_manifest
+from ptxdist.cache.preprocess import read_salt
+from ptxdist.cache.store import Store, open_store
+from ptxdist.cache.verify import refuse_damaged
+from ptxdist.config import DataSettings
+from ptxdist.dicom.radiograph import hash_text
+from ptxdist.errors import RunError, StoreError
+from ptxdist.labels.tables import read_patients
+from ptxdist.predict.bundle import ModelCard, load_model, read_members
+from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
+from ptxdist.rundir import SETTINGS, TRAINING_IMAGES
+from ptxdist.scores.counts import CaseCounts
+from ptxdist.scores.intervals import score_intervals
+from ptxdist.scores.metrics import scores
+from ptxdist.storage.caches import local_cache
+from ptxdist.storage.remote import is_remote
+from ptxdist.train.dataset import Indices
+from ptxdist.train.device import choose_device, choose_precision
+from ptxdist.train.evaluate import Ensemble, Known, Masks, score_and_write
+
+Split = Literal["all", "train", "val"]
+
+
+def evaluate_elsewhere(
+    models: Sequence[Path],
+    data: Path | str,
+    *,
+    folder: Path,
+    split: Split = "all",
+    patients: Path | None = None,
+    on_cases: Callable[[int, int], None] = lambda done, total: None,
+) -> EvaluationResult:
+    """Score finished runs or bundles, of several the mean, on the labelled cases of the cache `data`.
+
+    `split` is the side of the cache's own split. The files of an evaluation are written to `folder`, with `point` and
+    `elsewhere` in the result. `patients` is a table of image ids and patients, for a cache made without one. `on_cases`
+    is called with (images done, images). Operating point, flip averaging and precision are those of the first model.
+    """
+    if (folder / SETTINGS).is_file():
+        raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    loaded = [load_model(model) for model in models]
+    cards = [card for card, _ in loaded]
+    card = cards[0]
+    _refuse_different(cards)
+    device = choose_device("auto")
+    cache = local_cache(data, [card.size_px], data=DataSettings(cache=str(data)))
+    catalog = read_catalog(cache)
+    _refuse_without_size(cache, card)
+    if not is_remote(str(data)):  # the copy of a remote one has just been compared
+        refuse_damaged(cache, [card.size_px])
+    store = open_store(cache, card.size_px)
+    sides = ("train", "val") if split == "all" else (split,)
+    indices = np.array([row for row, case in enumerate(catalog.labelled) if case.split in sides], np.int64)
+    if not len(indices):
+        raise RunError(f"{cache} has no labelled case in the split {split!r}")
+    network = Ensemble(model for _, model in loaded).to(device).to(memory_format=torch.channels_last)
+
+    def complete(result: EvaluationResult, counts: CaseCounts) -> EvaluationResult:
+        return result.model_copy(
+            update={"elsewhere": _about(models, cards, catalog, store, indices, counts, data, split)}
+        )
+
+    return score_and_write(
+        [(lambda: network, indices)],
+        catalog,
+        cache,
+        folder,
+        Masks(
+            size_px=card.size_px,
+            threshold=card.operating_point.bottom,
+            min_area_px=card.operating_point.min_area_px,
+            flip_averaging=card.flip_averaging,
+            image_head=card.pipeline.model.image_head,
+            precision=choose_precision(card.precision, device),
+            models=len(cards),
+            point=card.operating_point,
+        ),
+        device=device,
+        known=lambda: _known(catalog, [catalog.labelled[row] for row in indices.tolist()], patients, read_salt(cache)),
+        complete=complete,
+        on_cases=on_cases,
+    )
+
+
+def _refuse_different(cards: Sequence[ModelCard]) -> None:
+    first = cards[0]
+    for card in cards[1:]:
+        if card.size_px != first.size_px:
+            raise RunError(
+                f"{card.name} has {card.size_px} pixels and {first.name} {first.size_px}; models are evaluated "
+                "together at one size"
+            )
+        if card.pipeline.model.image_head != first.pipeline.model.image_head:
+            raise RunError(
+                f"of {first.name} and {card.name} only one has an image head, so their scores differ in meaning; "
+                "evaluate models with the same model.image_head together"
+            )
+
+
+def _refuse_without_size(cache: Path, card: ModelCard) -> None:
+    sizes = {size for size, record in read_manifest(cache).sizes.items() if record.complete}
+    if card.size_px not in sizes:
+        raise StoreError(
+            f"{cache} has {', '.join(f'{size} px' for size in sorted(sizes)) or 'no finished size'}, and {card.name} "
+            f"needs {card.size_px} px: `ptxdist preprocess … --size {card.size_px}`"
+        )
+
+
+def _known(catalog: Catalog, cases: Sequence[Case], patients: Path | None, salt: bytes) -> Known:
+    """Patients of the cases. Whether they are in training is not known: names are hashed with another salt there."""
+    groups = [case.group for case in cases]
+    if patients is not None:
+        who = read_patients(patients)
+        groups = [hash_text(who[case.case_id], salt) if case.case_id in who else case.group for case in cases]
+    return groups, [None] * len(cases), "nothing"
+
+
+def _about(
+    models: Sequence[Path],
+    cards: Sequence[ModelCard],
+    catalog: Catalog,
+    store: Store,
+    indices: Indices,
+    counts: CaseCounts,
+    data: Path | str,
+    split: Split,
+) -> Elsewhere:
+    found, profile = look_at(store, catalog.labelled, indices)
+    return Elsewhere(
+        data=str(data),
+        split=split,
+        models=tuple(card.name for card in cards),
+        point_from=cards[0].operating_point_from,
+        here=profile,
+        there=cards[0].profile,
+        seen=_seen(models, found, [catalog.labelled[row] for row in indices.tolist()], counts),
+    )
+
+
+def _seen(models: Sequence[Path], found: Fingerprints, cases: Sequence[Case], counts: CaseCounts) -> SeenImages | None:
+    """What the models were trained on; None if one of them has no fingerprints."""
+    equal, alike = np.zeros(len(cases), bool), np.zeros(len(cases), bool)
+    for model in models:
+        text = _training_images(model)
+        if text is None:
+            return None
+        same, close = found.seen_in(Fingerprints.read(text, str(model)))
+        equal, alike = equal | same, alike | close
+    alike &= ~equal
+    rows = np.flatnonzero(~(equal | alike))
+    own, groups = counts.at_full[0][rows], [cases[row].group for row in rows.tolist()]
+    return SeenImages(
+        equal=int(equal.sum()),
+        alike=int(alike.sum()),
+        case_ids=tuple(cases[row].case_id for row in np.flatnonzero(equal | alike).tolist()),
+        without=scores(own) if len(rows) else None,
+        without_intervals=score_intervals(own, groups) if len(rows) else {},
+    )
+
+
+def _training_images(model: Path) -> str | None:
+    if model.is_dir():
+        path = model / TRAINING_IMAGES
+        return path.read_text() if path.is_file() else None
+    content = read_members(model)[1].get(TRAINING_IMAGES)
+    return content.decode() if content else None

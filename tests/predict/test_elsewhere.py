@@ -1,0 +1,192 @@
+"""Evaluation on another cache: the model's own point, refitted ones beside it, images that it was trained on."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from ptxdist.cache.catalog import read_catalog
+from ptxdist.cache.fingerprints import Fingerprints
+from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.errors import RunError, StoreError
+from ptxdist.labels import rle
+from ptxdist.predict.bundle import load_model, read_members, write_bundle
+from ptxdist.predict.elsewhere import evaluate_elsewhere
+from ptxdist.predict.predictor import Predictor
+from ptxdist.records import EvaluationResult, OperatingPoint
+from ptxdist.rundir import ORIGIN, PREDICTIONS, TRAINING_IMAGES, read_evaluation, read_origin
+from ptxdist.scores.metrics import scores
+
+POINT = OperatingPoint(top=0.55, min_area_px=700, bottom=0.4)
+
+
+@pytest.fixture(scope="module")
+def bundle(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With an operating point that is no threshold."""
+    path = tmp_path_factory.mktemp("bundle") / "model.ptxdist"
+    write_bundle(finished_run, path, (POINT, "a test"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def other(small_dataset, write_dicom, tmp_path_factory: pytest.TempPathFactory) -> Path:  # type: ignore[no-untyped-def]
+    """A cache of 12 new images, and of 4 of `small_dataset` that were brightened, encoded and named anew."""
+    folder, random, rows = tmp_path_factory.mktemp("other"), np.random.default_rng(4), []
+    for number, (image, mask) in enumerate(
+        zip(small_dataset.images.values(), small_dataset.masks.values(), strict=True)
+    ):
+        if number >= 16:
+            break
+        if number >= 4:
+            image = cv2.GaussianBlur(random.integers(0, 256, image.shape, dtype=np.uint8), (9, 9), 0)
+            image = cv2.normalize(image, None, 60, 255, cv2.NORM_MINMAX)
+        else:
+            image = cv2.convertScaleAbs(image, alpha=0.9, beta=15)
+        write_dicom(folder / "dicom" / f"9.9.{number}.dcm", image, f"9.9.{number}", ViewPosition="AP")
+        rows.append((f"9.9.{number}", rle.encode(mask)))
+    with open(folder / "labels.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("ImageId", "EncodedPixels"), *rows])
+    preprocess(folder / "dicom", folder / "labels.csv", folder / "cache", sizes_px=(64, 96), folds=2)
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def evaluated(bundle: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvaluationResult]:
+    folder = tmp_path_factory.mktemp("elsewhere") / "new" / "folder"
+    return folder, evaluate_elsewhere([bundle], other, folder=folder)
+
+
+def test_masks_are_those_of_predict_at_the_models_point(
+    bundle: Path, other: Path, evaluated: tuple[Path, EvaluationResult]
+) -> None:
+    folder, result = evaluated
+    assert read_evaluation(folder) == result
+    assert result.point == POINT
+    assert (result.scores.cases, result.scores.positives) == (16, 6)
+    cases = {case.case_id: case for case in read_catalog(other).labelled}
+    with open(folder / PREDICTIONS, newline="") as file:
+        masks = {row["ImageId"]: row["EncodedPixels"] for row in csv.DictReader(file)}
+    counts = []
+    for path in sorted((other.parent / "dicom").iterdir()):
+        found = Predictor.load(bundle, device="cpu").predict(path)
+        case = cases[found.case_id]
+        mask = rle.decode(masks[found.case_id], case.rows, case.columns).astype(bool)
+        assert (mask != found.mask).mean() < 1e-3  # another batch rounds differently
+        truth = rle.decode(case.masks or (), case.rows, case.columns).astype(bool)
+        counts.append(((mask & truth).sum(), mask.sum(), truth.sum()))
+    assert any(count[1] for count in counts)
+    assert result.scores == scores(np.array(counts, np.int64))
+
+
+def test_refitted_points_are_cross_fitted_and_compared_with_the_models_own(
+    evaluated: tuple[Path, EvaluationResult],
+) -> None:
+    result = evaluated[1]
+    assert [tuned.kind for tuned in result.tuned] == ["pair", "triplet"]
+    for tuned in result.tuned:
+        assert tuned.gains is not None
+        assert tuned.gains["kaggle_dice"] == pytest.approx(tuned.estimate.kaggle_dice - result.scores.kaggle_dice)
+        low, high = (tuned.gain_intervals or {})["kaggle_dice"]
+        assert low <= tuned.gains["kaggle_dice"] <= high
+    assert set(result.at_other_thresholds) == {"0.5", "0.55"}
+
+
+def test_images_of_the_training_are_recognised_and_left_out_beside(
+    finished_run: Path,
+    small_cache: tuple[Path, PreprocessResult],
+    other: Path,
+    evaluated: tuple[Path, EvaluationResult],
+    tmp_path: Path,
+) -> None:
+    training = {case.case_id for case in read_catalog(small_cache[0]).labelled if case.split == "train"}
+    alike = {f"9.9.{number}" for number in range(4) if f"1.2.826.0.1.{1000 + number}" in training}
+    about = evaluated[1].elsewhere
+    assert about is not None
+    assert about.seen is not None
+    assert (about.seen.equal, set(about.seen.case_ids)) == (0, alike)
+    assert about.seen.without is not None
+    assert about.seen.without.cases == 16 - len(alike)
+    own = evaluate_elsewhere([finished_run], small_cache[0], folder=tmp_path / "own").elsewhere
+    assert own is not None
+    assert own.seen is not None
+    assert (own.seen.equal, own.seen.alike, set(own.seen.case_ids)) == (len(training), 0, training)
+    held_out = evaluate_elsewhere([finished_run], small_cache[0], folder=tmp_path / "val", split="val")
+    assert held_out.elsewhere is not None
+    assert held_out.elsewhere.seen is not None
+    assert held_out.elsewhere.seen.case_ids == ()
+    assert held_out.elsewhere.seen.without == held_out.scores
+
+
+def test_what_is_different_here_is_in_the_result(evaluated: tuple[Path, EvaluationResult], finished_run: Path) -> None:
+    about, origin = evaluated[1].elsewhere, read_origin(finished_run)
+    assert about is not None
+    assert about.there is not None
+    assert origin is not None
+    assert about.there == origin.profile
+    assert about.here.views == {"AP": 16}
+    assert set(about.there.views) == {"PA"}
+    assert about.here.brightness[2] > about.there.brightness[2] + 10
+    assert about.point_from == "a test"
+    assert about.here.side_px == (128.0, 128.0, 224.0, 256.0, 256.0) or len(about.here.side_px) == 5
+
+
+def test_the_mean_of_two_models_and_models_without_fingerprints(
+    bundle: Path, finished_run: Path, other: Path, tmp_path: Path
+) -> None:
+    old = tmp_path / "run"
+    shutil.copytree(finished_run, old)
+    (old / TRAINING_IMAGES).unlink()
+    origin = read_origin(old)
+    assert origin is not None
+    (old / ORIGIN).write_text(origin.model_copy(update={"profile": None}).model_dump_json())
+    write_bundle(old, tmp_path / "old.ptxdist")
+    assert TRAINING_IMAGES not in read_members(tmp_path / "old.ptxdist")[1]
+    result = evaluate_elsewhere([bundle, tmp_path / "old.ptxdist"], other, folder=tmp_path / "both")
+    assert result.runs == 2
+    assert result.elsewhere is not None
+    assert result.elsewhere.seen is None
+    assert load_model(tmp_path / "old.ptxdist")[0].profile is None
+    alone = evaluate_elsewhere([bundle], other, folder=tmp_path / "alone")
+    assert result.auroc == pytest.approx(alone.auroc)  # twice the same network
+    assert result.scores.kaggle_dice == pytest.approx(alone.scores.kaggle_dice, abs=0.01)
+
+
+def test_caches_and_folders_that_do_not_fit_are_refused(
+    bundle: Path,
+    finished_run: Path,
+    small_dataset,
+    tmp_path: Path,  # type: ignore[no-untyped-def]
+) -> None:
+    data = small_dataset
+    preprocess(data.dicom, data.labels, tmp_path / "64", patients=data.patients, sizes_px=(64,))
+    with pytest.raises(StoreError, match=r"has 64 px, and smoke needs 96 px: `ptxdist preprocess … --size 96`"):
+        evaluate_elsewhere([bundle], tmp_path / "64", folder=tmp_path / "out")
+    with pytest.raises(StoreError, match="is not a ptxdist cache"):
+        evaluate_elsewhere([bundle], tmp_path, folder=tmp_path / "out")
+    with pytest.raises(RunError, match="is a run; give --out a folder of its own"):
+        evaluate_elsewhere([bundle], tmp_path / "64", folder=finished_run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fingerprints_are_the_same_for_any_order_and_damaged_ones_are_named() -> None:
+    random = np.random.default_rng(0)
+    looks = random.integers(0, 2**63, (3, 4)).astype(np.uint64)
+    one = Fingerprints(("b" * 16, "a" * 16, "c" * 16), looks)
+    other = Fingerprints(("c" * 16, "b" * 16, "a" * 16), looks[[2, 0, 1]])
+    assert one.write() == other.write()
+    again = Fingerprints.read(one.write(), "model")
+    assert again.pixels == ("a" * 16, "b" * 16, "c" * 16)
+    near = looks[:1] ^ np.uint64(2**10 - 1)  # forty bits of 256
+    equal, alike = Fingerprints(("d" * 16,), near).seen_in(again)
+    assert (equal.tolist(), alike.tolist()) == ([False], [True])
+    far = near ^ np.array([[2**20, 0, 0, 0]], np.uint64)
+    assert not Fingerprints(("d" * 16,), far).seen_in(again)[1].any()
+    assert not one.seen_in(Fingerprints((), np.zeros((0, 4), np.uint64)))[1].any()
+    for text in ("pixels\nab\n", "pixels,look\nab,zz\n", "pixels,look\nab,00ff\n"):
+        with pytest.raises(StoreError, match="model: the fingerprints of its training images are damaged"):
+            Fingerprints.read(text, "model")
