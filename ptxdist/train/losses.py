@@ -192,53 +192,10 @@ def over_ranks(own: Tensor) -> Tensor:
     return own + (sum_over_ranks(own.detach().clone()) - own.detach())
 
 
-def focal_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal loss of each image with gamma 2 (Lin et al. 2017), float32 (B,): its mean over the pixels."""
-    import torch
-    import torch.nn.functional as F
-
-    logits, target = logits.float().flatten(1), target.float().flatten(1)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return ((1 - torch.exp(-cross_entropy)) ** 2 * cross_entropy).mean(1)
-
-
-def focal_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """Focal loss plus Dice loss of each image, float32 (B,), at least 0."""
-    return focal_per_image(logits, target) + 1 - _dice(logits.float().flatten(1), target.float().flatten(1))
-
-
-def lovasz_hinge_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """Lovász hinge of each image (Berman et al. 2018), float32 (B,); a pixel is positive from a target of 0.5 on.
-
-    It is a convex surrogate of 1 - intersection over union: the sorted hinge errors, each weighted by what one more
-    error of its place costs.
-    """
-    import torch
-
-    logits, positive = logits.float().flatten(1), (target.flatten(1) >= 0.5).float()
-    errors, places = (1 - logits * (2 * positive - 1)).sort(1, descending=True)
-    hit = positive.gather(1, places)
-    area = positive.sum(1, keepdim=True)
-    cost = 1 - (area - hit.cumsum(1)) / (area + (1 - hit).cumsum(1))
-    return (errors.relu() * cost.diff(dim=1, prepend=torch.zeros_like(area))).sum(1)
-
-
-def bce_lovasz_per_image(logits: Tensor, target: Tensor) -> Tensor:
-    """BCE plus symmetric Lovász hinge of each image, float32 (B,): the mean of that of the mask and of its inverse."""
-    hinge = lovasz_hinge_per_image(logits, target) + lovasz_hinge_per_image(-logits, (target < 0.5).float())
-    return bce_per_image(logits, target) + hinge / 2
-
-
 LOSSES = {
     "bce_dice": Loss(
         "BCE and Dice loss (Dice per image)",
         bce_dice_per_image,
         batch=Loss("BCE and Dice loss (Dice per batch)", bce_per_image, dice_sums, dice_loss),
     ),
-    "focal_dice": Loss(
-        "focal and Dice loss (Dice per image)",
-        focal_dice_per_image,
-        batch=Loss("focal and Dice loss (Dice per batch)", focal_per_image, dice_sums, dice_loss),
-    ),
-    "bce_lovasz": Loss("BCE and symmetric Lovász hinge loss (per image)", bce_lovasz_per_image),
 }
