@@ -15,24 +15,41 @@ from ptxdist.cache.catalog import hold_out, read_catalog
 from ptxdist.cache.duplicates import read_pairs
 from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.store import Store, open_store, store_path
+from ptxdist.config import DataSettings
 from ptxdist.errors import RunError
+from ptxdist.records import Elsewhere, EvaluationResult
 from ptxdist.report.gallery import draw_galleries
 from ptxdist.report.page import Page, Section, render
-from ptxdist.report.sections import RunData
+from ptxdist.report.sections import RunData, sections_elsewhere
 from ptxdist.report.sections import sections as all_sections
-from ptxdist.rundir import CASES, ENVIRONMENT, REPORT, read_metrics, read_origin, read_result, read_settings
+from ptxdist.rundir import (
+    CASES,
+    ENVIRONMENT,
+    REPORT,
+    read_evaluation,
+    read_metrics,
+    read_origin,
+    read_result,
+    read_settings,
+)
 from ptxdist.scores.tables import read_cases, read_predictions, refuse_other_split
 from ptxdist.storage.caches import local_cache
+
+_FOOT = f"Written by ptxdist {__version__} from the files of the {{}}. It fetches nothing and runs no script."
 
 
 def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] = all_sections) -> Path:
     """Write RUN/report, which replaces a former one when it is complete, and return the path of its index.html.
 
-    Raises RunError when the run is not finished, its tables are missing, its cache was split differently after it, or
-    the report cannot be written; StoreError when its cache is missing.
+    `run` may also be the folder of an evaluation on data from elsewhere. Raises RunError when the run is not finished,
+    its tables are missing, its cache was split differently after it, or the report cannot be written; StoreError when
+    the cache is missing.
     """
     if (run / CASES).is_file():
-        raise RunError(f"{run} is an evaluation; give a run, for example one of those that were evaluated")
+        evaluation = read_evaluation(run)
+        if evaluation.elsewhere is None:
+            raise RunError(f"{run} is an evaluation; give a run, for example one of those that were evaluated")
+        return _write_elsewhere(run, evaluation, evaluation.elsewhere)
     settings, result = read_settings(run), read_result(run)
     size_px, fold = settings.pipeline.stages[-1].size_px, settings.pipeline.fold
     cache = local_cache(settings.data.cache, [size_px], data=settings.data)
@@ -57,10 +74,28 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
             sections=tuple(
                 sections(RunData(settings, result, metrics, environment, catalog, rows, galleries, read_origin(run)))
             ),
-            foot=f"Written by ptxdist {__version__} from the files of the run. It fetches nothing and runs no script.",
+            foot=_FOOT.format("run"),
         )
         (folder / "index.html").write_text(render(page), encoding="utf-8")
     return run / REPORT / "index.html"
+
+
+def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewhere) -> Path:
+    cache = local_cache(about.data, data=DataSettings(cache=about.data))
+    catalog, store = read_catalog(cache), _sharpest_store(cache, min(read_manifest(cache).sizes))
+    rows, predictions = read_cases(folder), read_predictions(folder)
+    with files.replacing_folder(folder / REPORT) as draft:
+        overlays = draft / "overlays"
+        overlays.mkdir()
+        galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)
+        page = Page(
+            name=" + ".join(about.models),
+            purpose=f"evaluated on {Path(about.data).name}, data from elsewhere",
+            sections=sections_elsewhere(evaluation, catalog, rows, galleries),
+            foot=_FOOT.format("evaluation"),
+        )
+        (draft / "index.html").write_text(render(page), encoding="utf-8")
+    return folder / REPORT / "index.html"
 
 
 def _sharpest_store(cache: Path, size_px: int) -> Store:

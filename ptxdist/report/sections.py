@@ -11,11 +11,11 @@ from typing import Any
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.config import Settings
-from ptxdist.records import EpochMetrics, EvaluationResult, Origin, PipelineResult
+from ptxdist.records import Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult
 from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.model_card import model_card
-from ptxdist.report.page import Gallery, Notice, Section, Terms
+from ptxdist.report.page import Block, Gallery, Notice, Section, Terms
 from ptxdist.scores.intervals import FEWEST
 from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
@@ -38,15 +38,83 @@ class RunData:
 
 
 def sections(run: RunData) -> tuple[Section, ...]:
-    """The sections of a report; those without blocks are not shown."""
+    """The sections of a run's report; those without blocks are not shown."""
     result, evaluation, catalog = run.result, run.result.evaluation, run.catalog
     return (
+        _result(evaluation, _warnings(evaluation, catalog)),
+        *_about_scores(evaluation, run.rows, run.galleries),
         Section(
-            "result",
-            "Result",
-            (*_warnings(evaluation, catalog), *tables.tiles(evaluation), tables.score_table(evaluation)),
-            lead=_lead(evaluation),
+            "training",
+            "Training",
+            (
+                *_learning(run),
+                tables.stage_table(result),
+                *figures.learning_curves(result, run.metrics),
+            ),
         ),
+        Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
+        Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment, run.origin)),
+        Section("definitions", "Definitions", (_definitions(evaluation),)),
+    )
+
+
+def sections_elsewhere(
+    evaluation: EvaluationResult, catalog: Catalog, rows: Sequence[CaseRow], galleries: Sequence[Gallery]
+) -> tuple[Section, ...]:
+    """The sections of the report of an evaluation on data from elsewhere, whose catalog is given."""
+    about = evaluation.elsewhere
+    assert about is not None
+    return (
+        _result(evaluation, [*_seen(about), *_warnings(evaluation, catalog)]),
+        Section(
+            "differences",
+            "What is different here",
+            tables.profiles(about),
+            lead="The evaluated images beside those that the model was trained on. Marks: medians. Bars: 5th to 95th "
+            "percentile.",
+        ),
+        *_about_scores(evaluation, rows, galleries),
+        Section("data", "Data", data_card(catalog, None)),
+        Section("definitions", "Definitions", (_definitions(evaluation),)),
+    )
+
+
+def _seen(about: Elsewhere) -> list[Notice]:
+    if about.seen is None:
+        text = "It has no fingerprints of its training images: it was trained by an older ptxdist."
+        return [Notice("Whether the model was trained on some of these images is not known.", text)]
+    if not about.seen.case_ids:
+        return []
+    count, without = len(about.seen.case_ids), about.seen.without
+    rest = (
+        "No other image is left."
+        if without is None
+        else (
+            f"Without them, {without.cases:,} images with {without.positives:,} positive: Kaggle Dice "
+            f"{tables.number(without.kaggle_dice)} (predicting nothing {tables.number(without.all_empty_dice)}), "
+            f"positives-only Dice {tables.number(without.positive_dice)}, "
+            f"pooled Dice {tables.number(without.pooled_dice)}."
+        )
+    )
+    return [
+        Notice(
+            "The model was trained on some of these images.",
+            f"{about.seen.equal:,} have the same pixels as a training image, {about.seen.alike:,} look like one: "
+            f"{', '.join(about.seen.case_ids[:3])}{', …' if count > 3 else ''}. {rest}",
+        )
+    ]
+
+
+def _result(evaluation: EvaluationResult, warnings: Sequence[Notice]) -> Section:
+    blocks: tuple[Block, ...] = (*warnings, *tables.tiles(evaluation), tables.score_table(evaluation))
+    return Section("result", "Result", blocks, lead=_lead(evaluation))
+
+
+def _about_scores(
+    evaluation: EvaluationResult, rows: Sequence[CaseRow], galleries: Sequence[Gallery]
+) -> tuple[Section, ...]:
+    """The sections that every evaluation has."""
+    return (
         Section(
             "operating-point",
             "Operating point",
@@ -69,20 +137,8 @@ def sections(run: RunData) -> tuple[Section, ...]:
             lead="Does a probability of 0.7 mean seven in ten? On the diagonal it does. Below the diagonal the model "
             "predicts too high probabilities, above it too low ones.",
         ),
-        Section("mask-size", "Mask size", (*figures.size_against_dice(run.rows),)),
-        Section("cases", "Cases", (*run.galleries,)),
-        Section(
-            "training",
-            "Training",
-            (
-                *_learning(run),
-                tables.stage_table(result),
-                *figures.learning_curves(result, run.metrics),
-            ),
-        ),
-        Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
-        Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment, run.origin)),
-        Section("definitions", "Definitions", (_definitions(evaluation),)),
+        Section("mask-size", "Mask size", (*figures.size_against_dice(rows),)),
+        Section("cases", "Cases", (*galleries,)),
     )
 
 
@@ -93,8 +149,9 @@ def _lead(evaluation: EvaluationResult) -> str:
         how += f" over {evaluation.runs} runs"
     if len(folds) > 1:
         how += f"; {len(folds)} folds together, each scored by the run that was not trained on it"
+    images = "held-out images" if evaluation.elsewhere is None else "images from elsewhere"
     return (
-        f"{scores.cases:,} held-out images, {scores.positives:,} with a pneumothorax, at their original resolution, "
+        f"{scores.cases:,} {images}, {scores.positives:,} with a pneumothorax, at their original resolution, "
         f"{how}. Bars: 95 % intervals by patient. Dashed: the value without a model."
     )
 
@@ -105,7 +162,7 @@ def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
         found.append(
             Notice(
                 "This run equals predicting nothing.",
-                "No pixel is predicted in any held-out image. The Kaggle Dice is the share of images without a "
+                "No pixel is predicted in any of the images. The Kaggle Dice is the share of images without a "
                 "pneumothorax and says nothing about the model.",
             )
         )

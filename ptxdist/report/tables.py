@@ -5,6 +5,7 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from ptxdist.records import (
+    Elsewhere,
     EvaluationResult,
     Intervals,
     PipelineResult,
@@ -15,6 +16,7 @@ from ptxdist.records import (
 )
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
 from ptxdist.report.page import Block, Facts, Forest, Row, Table, Tile
+from ptxdist.scores.elsewhere import different
 from ptxdist.scores.names import AUROC, ECE, SCORES, TOO_FEW, Score
 
 SUBGROUP_SCORES = ("positive_dice", "sensitivity", "specificity")
@@ -87,6 +89,8 @@ def score_table(evaluation: EvaluationResult) -> Table:
 
 
 def _own(evaluation: EvaluationResult) -> str:
+    if evaluation.point is not None:
+        return "the model's own point"
     smallest = f", at least {evaluation.min_area_px:,} pixels" if evaluation.min_area_px else ""
     return f"threshold {evaluation.threshold:g}{smallest}"
 
@@ -106,15 +110,25 @@ def operating_points(evaluation: EvaluationResult) -> tuple[Block, ...]:
         rows.append(_forest_row(f"tuned {tuned.kind} (cross-fitted)", tuned.estimate, tuned.intervals, field, level))
         rows.append(_forest_row(f"tuned {tuned.kind} (optimistic)", tuned.scores, {}, field, level, few=True))
     forest = _forest("Kaggle Dice; dashed: predicting nothing", rows)
-    return Facts(tuple(map(_tuned_words, evaluation.tuned))), forest
+    own = (
+        ()
+        if evaluation.point is None or evaluation.elsewhere is None
+        else (f"The model's own point, from {evaluation.elsewhere.point_from}: {evaluation.point.words}.",)
+    )
+    return Facts((*own, *map(_tuned_words, evaluation.tuned))), forest
 
 
 def _tuned_words(tuned: TunedPoint) -> str:
+    gain = ""
+    if tuned.gains:
+        span = (tuned.gain_intervals or {}).get("kaggle_dice")
+        words = f" ({span[0]:+.4f} to {span[1]:+.4f})" if span else ""
+        gain = f" It is {tuned.gains['kaggle_dice']:+.4f}{words} against the model's own point."
     return (
         f"Tuned {tuned.kind}: {tuned.point.words}. Its Kaggle Dice on the "
         f"images that it was chosen on is {number(tuned.scores.kaggle_dice)}, which is optimistic. The number to "
         f"report is the cross-fitted one, {number(tuned.estimate.kaggle_dice)}: patients are divided into "
-        f"{tuned.folds} folds, and each image is masked by the point chosen on the other folds."
+        f"{tuned.folds} folds, and each image is masked by the point chosen on the other folds.{gain}"
     )
 
 
@@ -181,6 +195,44 @@ def stage_table(result: PipelineResult) -> Table:
         )
     head = ("", "epochs", "best", "loss", *(score.name for score in SCORES.values()))
     return Table("Best epoch of each stage, on held-out images at the original resolution", head, tuple(rows))
+
+
+def profiles(about: Elsewhere) -> tuple[Block, ...]:
+    """The evaluated images beside the training images: a forest plot for each property, numbers, and views."""
+    if about.there is None:
+        return (Facts(tuple(different(about))),)
+    sides = (("evaluated here", about.here), ("trained on", about.there))
+    found: list[Block] = []
+    for name, field, form in (
+        ("area of a mask, share of the image", "mask_share", "{:.2%}"),
+        ("mean grey level of an image", "brightness", "{:.0f}"),
+        ("age in years", "age", "{:.0f}"),
+        ("longer side in pixels", "side_px", "{:,.0f}"),
+    ):
+        known = [(side, getattr(profile, field)) for side, profile in sides if getattr(profile, field)]
+        if len(known) < len(sides):
+            continue
+        low, high = min(values[0] for _, values in known), max(values[-1] for _, values in known)
+        axis = linear_axis("", low - 0.05 * (high - low), high + 0.05 * (high - low), ticks=3)
+        rows = [
+            Row(
+                side,
+                (
+                    "",
+                    draw_interval(axis, values[2], (values[0], values[-1]), level=None),
+                    f"{form.format(values[2])}, {form.format(values[0])} to {form.format(values[-1])}",
+                ),
+            )
+            for side, values in known
+        ]
+        found.append(Forest(Table(name, ("", "", "", "median, 5 to 95 %"), tuple(rows)), ruler(axis)))
+    views = sorted({*about.here.views, *about.there.views})
+    share = [[f"{100 * side.views.get(view, 0) / side.images:.0f} %" for view in views] for _, side in sides]
+    rows = [
+        Row(name, (f"{side.images:,}", f"{100 * side.positives / side.images:.1f} %", *cells))
+        for (name, side), cells in zip(sides, share, strict=True)
+    ]
+    return *found, Table("Images, positive images and views", ("", "images", "positive", *views), tuple(rows))
 
 
 def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:

@@ -95,9 +95,9 @@ def read_cases(run: Path) -> list[CaseRow]:
 
 def read_predictions(run: Path) -> dict[str, str]:
     """The masks of a run as run-length text, by image id; RunError when the table is missing or damaged."""
-    path = run / EVALUATION / PREDICTIONS
-    if not path.is_file():
-        raise RunError(f"{path} is missing; `ptxdist evaluate {run}` writes it")
+    path = next((path for path in (run / EVALUATION / PREDICTIONS, run / PREDICTIONS) if path.is_file()), None)
+    if path is None:
+        raise RunError(f"{run / EVALUATION / PREDICTIONS} is missing; `ptxdist evaluate {run}` writes it")
     try:
         return {row["ImageId"]: row["EncodedPixels"] for row in _read(path)}
     except (KeyError, ValueError) as error:

@@ -9,16 +9,19 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.fingerprints import Fingerprints
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.cli import cli
 from ptxdist.errors import RunError, StoreError
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_members, write_bundle
 from ptxdist.predict.elsewhere import evaluate_elsewhere
 from ptxdist.predict.predictor import Predictor
 from ptxdist.records import EvaluationResult, OperatingPoint
+from ptxdist.report.report import write_report
 from ptxdist.rundir import ORIGIN, PREDICTIONS, TRAINING_IMAGES, read_evaluation, read_origin
 from ptxdist.scores.metrics import scores
 
@@ -132,7 +135,7 @@ def test_what_is_different_here_is_in_the_result(evaluated: tuple[Path, Evaluati
     assert set(about.there.views) == {"PA"}
     assert about.here.brightness[2] > about.there.brightness[2] + 10
     assert about.point_from == "a test"
-    assert about.here.side_px == (128.0, 128.0, 224.0, 256.0, 256.0) or len(about.here.side_px) == 5
+    assert about.here.side_px == (128.0, 176.0, 208.0, 232.0, 256.0)
 
 
 def test_the_mean_of_two_models_and_models_without_fingerprints(
@@ -190,3 +193,44 @@ def test_fingerprints_are_the_same_for_any_order_and_damaged_ones_are_named() ->
     for text in ("pixels\nab\n", "pixels,look\nab,zz\n", "pixels,look\nab,00ff\n"):
         with pytest.raises(StoreError, match="model: the fingerprints of its training images are damaged"):
             Fingerprints.read(text, "model")
+
+
+def test_the_report_shows_what_is_different_and_names_images_of_the_training(
+    evaluated: tuple[Path, EvaluationResult],
+) -> None:
+    folder, result = evaluated
+    page = write_report(folder).read_text()
+    for words in (
+        "The model was trained on some of these images.",
+        "What is different here",
+        "trained on</th>",
+        "mean grey level of an image",
+        "The model&#39;s own point, from a test",
+        "against the model&#39;s own point",
+        "images from elsewhere",
+    ):
+        assert words in page, words
+    assert str(folder) not in page
+    assert result.elsewhere is not None
+    assert result.elsewhere.data not in page
+
+
+def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
+    bundle: Path, other: Path, tmp_path: Path
+) -> None:
+    def run(*words: object) -> Result:
+        return CliRunner().invoke(cli, ["evaluate", str(bundle), *map(str, words)])
+
+    done = run("--data", other, "--out", tmp_path / "out")
+    text = " ".join(done.stdout.split())
+    assert done.exit_code == 0, done.stderr
+    assert text.index("the model's own") < text.index("refitted pair")
+    assert "0 of these images were in the training, " in text
+    assert "median grey level: " in text
+    assert "gain over the own point: Kaggle " in text
+    for words, code, message in (
+        (("--data", other), 8, "name a folder for the evaluation with --out"),
+        (("--split", "val", "--out", tmp_path / "x"), 3, "--split goes with --data"),
+    ):
+        refused = run(*words)
+        assert (refused.exit_code, message in refused.stderr) == (code, True)
