@@ -44,7 +44,10 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 _ADDED = "added after 0.1.0"
-_REMOVED = ("ema_decay",)  # settings of a stage; they changed the weights, and nothing in how these are used
+_REMOVED = (
+    "ema_decay",
+    "clip_norm",
+)  # settings of a stage; they changed the weights, and nothing in how these are used
 _ALL = "all settings"
 
 
@@ -166,7 +169,6 @@ class StageSettings(Section):
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = added(0.0, ge=0, description="decoupled from the gradient, as in AdamW; 0: Adam")
     warmup_steps: int = added(0, ge=0, description="first optimiser steps, over which the learning rate rises from 0")
-    clip_norm: float | None = added(None, gt=0, description="gradients of a larger norm are scaled down to it")
     schedule: Literal["plateau", "cosine", "constant"] = "cosine"
     plateau_factor: float = Field(0.2, gt=0, lt=1)
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")

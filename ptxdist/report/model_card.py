@@ -133,11 +133,14 @@ def _stage(stage: StageResult, how: StageSettings, image_head: bool) -> str:
         f"batches of {how.batch_size} over {stage.workers} {'worker' if stage.workers == 1 else 'workers'}",
         f"{f'AdamW, weight decay {how.weight_decay:g}' if how.weight_decay else 'Adam'}, learning rate from "
         f"{how.learning_rate:g}, {how.schedule} schedule"
-        + (f", warm-up over {how.warmup_steps} steps" if how.warmup_steps else "")
-        + (f", gradients clipped to a norm of {how.clip_norm:g}" if how.clip_norm else ""),
+        + (f", warm-up over {how.warmup_steps} steps" if how.warmup_steps else ""),
         losses.chosen(how).words + (f" + {how.image_weight:g} x BCE of the image head" if image_head else ""),
         f"augmentation: {augment.in_words(how.augmentation)}",
     ]
+    if how.negative_weight != 1:
+        parts.append(f"negative images count {how.negative_weight:g} in the loss of the masks")
+    if how.mix:
+        parts.append(f"parts of other images in {percent(how.mix)} of the images")
     if how.phantoms:
         parts.insert(1, f"on {how.phantoms:,} phantoms with the masks of the training cases")
     if how.positive_share:

@@ -259,7 +259,6 @@ def _stage(number: int, stage: _Stage, rate: float) -> Iterator[Decision]:
     yield decide("learning_rate", rate, "falls along a cosine" + (f"; goes on from stage {number - 1}" * (number > 1)))
     yield decide("warmup_steps", warmup, f"about a twentieth of the {stage.steps:,} steps")
     yield decide("weight_decay", 0.01, "AdamW")
-    yield decide("clip_norm", 1.0, "a single odd batch cannot undo what was learnt")
     yield decide("dice", "batch", "a Dice of each image pushes a young network to empty masks")
     yield decide("augmentation", "strong", "shift, scale, rotation, distortion and grey levels")
     if stage.phantoms:

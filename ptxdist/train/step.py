@@ -36,14 +36,14 @@ class Stepper:
         precision: torch.dtype,
     ) -> None:
         self._model, self._optimizer, self._loss_function, self._train = model, optimizer, chosen(stage), train
-        self._precision, self._clip_norm = precision, stage.clip_norm
+        self._precision = precision
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         share = len(range(rank(), stage.batch_size, world_size()))  # cases of this rank in a whole global batch
         self._usual = min(share, train.micro_batch or share)
         self._compiled = _compile(model, graphs=self._usual == share) if train.compile else None
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One step; sum of the losses of this rank's cases and norm of the gradient before clipping, device scalars.
+        """One step; sum of the losses of this rank's cases and norm of the gradient, device scalars.
 
         DDP averages gradients over the ranks; scaled by the number of ranks and divided by the global batch, they are
         those of the mean over its cases, however these are divided among ranks and passes.
@@ -65,8 +65,6 @@ class Stepper:
         norm = torch.nn.utils.get_total_norm(
             [parameter.grad for parameter in self._parameters if parameter.grad is not None], foreach=True
         )
-        if self._clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, norm, foreach=True)
         self._optimizer.step()
         return total, norm
 

@@ -32,7 +32,7 @@ MODEL = ModelSettings(encoder="small", encoder_weights="none", decoder_channels=
 HEADED = MODEL.model_copy(update={"image_head": True})
 PLAIN: dict[str, object] = {"swa_epochs": 2, "positive_share": (0.7, 0.3)}
 ALL: dict[str, object] = {
-    "weight_decay": 0.05, "warmup_steps": 30, "clip_norm": 0.5, "swa_epochs": 2, "epoch": "positives",
+    "weight_decay": 0.05, "warmup_steps": 30, "swa_epochs": 2, "epoch": "positives",
     "positive_share": (0.54, 0.45), "negative_weight": 0.25, "mix": 0.5,
 }  # fmt: skip
 RESNET = ModelSettings(encoder="resnet18", encoder_weights="none", decoder_channels=(64, 32, 32, 16, 16))

@@ -47,7 +47,7 @@ RUNS: dict[str, tuple[int, ModelSettings, dict[str, Any], TrainSettings, TrainSe
         3,
         HEADED,
         {
-            "dice": "batch", "weight_decay": 0.05, "warmup_steps": 3, "clip_norm": 0.5,
+            "dice": "batch", "weight_decay": 0.05, "warmup_steps": 3,
             "epoch": "positives", "positive_share": (0.6, 0.4), "negative_weight": 0.25, "mix": 0.5,
         },
         EXACT,
