@@ -154,7 +154,9 @@ class TunedPoint(Record):
 
 
 class Reliability(Record):
-    """Predicted against observed: `things` ("px" or "images") by their predicted probability, in bins of equal width.
+    """Predicted against observed: `things` by their predicted probability, in bins of equal width.
+
+    They are "px", "images" by their scores, or "images, calibrated".
 
     `predicted` is the mean probability in a bin, `observed` the share that is pneumothorax; empty bins are left out.
     `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015).
@@ -167,6 +169,43 @@ class Reliability(Record):
     observed: tuple[float, ...]
     error: float
     interval: tuple[float, float] | None = when_known()
+
+
+class WorkingPoint(Record):
+    """A threshold of the score of an image for a wanted `target` of sensitivity or specificity per image (`kind`).
+
+    An image whose score reaches `threshold` is flagged. The other numbers are cross-fitted: each case is flagged by the
+    threshold that was chosen on the cases of other patients. `hits` and `misses` are positive images, `alarms` and
+    `rejections` negative ones; `flagged` is the share of images that are flagged. `ppv` and `npv` are the shares of
+    right answers among flagged and other images at a `prevalence` (share of positive images); None if there are none.
+    """
+
+    kind: Literal["sensitivity", "specificity"]
+    target: float
+    threshold: float
+    hits: int
+    misses: int
+    alarms: int
+    rejections: int
+    sensitivity: float
+    specificity: float
+    intervals: Intervals = {}
+    flagged: float
+    prevalence: float
+    ppv: float | None
+    npv: float | None
+
+    @property
+    def name(self) -> str:
+        """What it is called on the command line: sensitivity=0.95."""
+        return f"{self.kind}={self.target:g}"
+
+
+class Platt(Record):
+    """The probability that an image is positive is 1 / (1 + exp(-(slope * log-odds of its score + intercept)))."""
+
+    slope: float
+    intercept: float
 
 
 class Subgroup(Record):
@@ -225,13 +264,15 @@ class SeenImages(Record):
 class Elsewhere(Record):
     """An evaluation of models on data that they were not trained with: a cache, of which `split` was evaluated.
 
-    `models` are names, `point_from` says where the operating point was chosen. `here` is what the evaluated images are
-    like, `there` the training images of the first model. `there` and `seen` are None where a model is too old to know.
+    `models` are names, with the sha256 of their weights; `point_from` says where the operating point was chosen. `here`
+    is what the evaluated images are like, `there` the training images of the first model. `there` and `seen` are None
+    where a model is too old to know.
     """
 
     data: str
     split: Literal["all", "train", "val"]
     models: tuple[str, ...]
+    weights_sha256: tuple[str, ...]
     point_from: str
     here: Profile
     there: Profile | None
@@ -247,6 +288,8 @@ class EvaluationResult(Record):
     image-level score (see `image_head`); None without both kinds of images. `tuned` is () with too few patients.
     `folds` are the folds whose cases were evaluated, `runs` is the number of runs. `image_head` says what the score of
     an image is: False: the highest probability of its map; True: also the image head's (`train.scoring.case_score`).
+    `calibration` is that of pixels, of images by their scores, and of images by `platt`, cross-fitted. `roc` are points
+    (1 - specificity, sensitivity) of the score, `working` the points that were asked for.
     Fields with a default are missing in results of older versions.
     """
 
@@ -262,6 +305,9 @@ class EvaluationResult(Record):
     at_other_thresholds: dict[str, Scores]
     tuned: tuple[TunedPoint, ...] = ()
     calibration: tuple[Reliability, ...] = ()
+    platt: Platt | None = when_known()
+    roc: tuple[tuple[float, float], ...] = Field((), exclude_if=lambda value: not value)
+    working: tuple[WorkingPoint, ...] = Field((), exclude_if=lambda value: not value)
     subgroups: tuple[Subgroup, ...] = ()
     shared_patients: SharedPatients | None = None
     image_head: bool = Field(False, exclude_if=lambda value: not value)

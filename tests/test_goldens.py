@@ -19,6 +19,13 @@ from goldens import facts
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings, complete, snapshot
 
 GOLDEN = json.loads(facts.GOLDEN.read_text())
+ADDED_OPTIONS = {
+    "train": ["--init"],
+    "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence"],
+    "export": ["--point", "--at"],
+    "predict": ["--at"],
+    "serve": ["--at"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +54,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("name", GOLDEN["command_line"])
 def test_commands_options_and_defaults(name: str) -> None:
     """Options that were added since are left out."""
-    added = {"train": ["--init"], "evaluate": ["--data", "--split"]}.get(name, [])
+    added = ADDED_OPTIONS.get(name, [])
     found = [option for option in facts.command_line()[name] if not {*option["names"]} & {*added}]
     assert found == GOLDEN["command_line"][name]
 
@@ -84,7 +91,10 @@ def test_training_at_a_fixed_seed(files: dict[str, Any]) -> None:
 
 
 def test_keys_of_every_json(data: Path) -> None:
-    """As in 0.1.0, but the calibration error has no interval; `--dry-run` also shows the settings added later."""
+    """As in 0.1.0, but the calibration error has no interval.
+
+    Added since are the ROC curve and the calibration of an evaluation, and settings, which `--dry-run` shows.
+    """
     added = {
         f"{place}{name}"
         for place, section in (
@@ -98,6 +108,8 @@ def test_keys_of_every_json(data: Path) -> None:
         name: [key for key in keys if not key.endswith("calibration[].interval[]")]
         for name, keys in GOLDEN["json"].items()
     }
+    for name, place in (("evaluate", ""), ("train", "evaluation."), ("inspect run", "evaluation.")):
+        golden[name] = sorted([*golden[name], *(place + key for key in ("platt.intercept", "platt.slope", "roc[][]"))])
     wanted = {**golden, "train --dry-run": sorted({*GOLDEN["json"]["train --dry-run"], *added})}
     assert facts.printed_keys(data) == wanted
 

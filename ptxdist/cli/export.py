@@ -6,20 +6,24 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, PLACE, json_option
+from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
 
 
 @click.command()
 @click.argument("model", type=PLACE)
 @click.option("--out", type=FILE, required=True, help="The file; its suffix is .onnx, .pt2 or .ptxdist.")
+@click.option("--point", type=FOLDER, help="Folder of an evaluation on other data, whose fitted point is used.")
+@click.option("--at", help="A stored working point is used, such as sensitivity=0.95.")
 @json_option
-def export(model: Path | str, out: Path, as_json: bool) -> None:
+def export(model: Path | str, out: Path, point: Path | None, at: str | None, as_json: bool) -> None:
     """Write MODEL, a finished run or a bundle, as one file to share.
 
     .onnx and .pt2 (torch.export) need no ptxdist: image in, probabilities out; their metadata describe the steps
     before and after. They are compared with the checkpoint first. .ptxdist is a bundle for `ptxdist predict`.
 
-    Example: ptxdist export runs/exp4 --out model.onnx
+    \b
+    Examples: ptxdist export runs/exp4 --out model.onnx
+              ptxdist export model.ptxdist --point elsewhere --out local.ptxdist
     """
     from dataclasses import asdict
 
@@ -28,7 +32,7 @@ def export(model: Path | str, out: Path, as_json: bool) -> None:
     from ptxdist.storage.runs import local_run
 
     with console.progress() as update:
-        result = export_model(local_run(model), out, on_progress=update)
+        result = export_model(local_run(model), out, evaluation=point, at=at, on_progress=update)
     if as_json:
         console.show_json(asdict(result))
         return

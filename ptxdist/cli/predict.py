@@ -24,6 +24,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="Of a mask's pixels.  [default: the model's]")
 @click.option("--min-area", type=click.IntRange(0), help="Masks of fewer pixels are emptied.  [default: the model's]")
+@click.option("--at", help="A stored working point of MODEL, such as sensitivity=0.95.")
 @click.option("--write", callback=_names, default="masks,overlays", show_default=True, help="Also possible: seg.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
@@ -36,6 +37,7 @@ def predict(
     others: tuple[Path | str, ...],
     threshold: float | None,
     min_area: int | None,
+    at: str | None,
     write: tuple[str, ...],
     device: str,
     workers: int,
@@ -60,7 +62,7 @@ def predict(
     from ptxdist.storage.runs import local_run
 
     models = [local_run(place) for place in (model, *others)]
-    predictor = Predictor.load(*models, device=device)  # type: ignore[arg-type]
+    predictor = Predictor.load(*models, device=device, at=at)  # type: ignore[arg-type]
     point = predictor.operating_point
     predictor.operating_point = OperatingPoint(
         image=point.image,

@@ -13,6 +13,9 @@ from ptxdist.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split
+    from ptxdist.scores.working import Kind, Wanted
+
+_TARGET = click.FloatRange(0, 1, min_open=True)
 
 
 @click.command()
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="With --data: the cases of the cache to evaluate on.",
 )
+@click.option("--sensitivity", type=_TARGET, multiple=True, help="Find the working point with this sensitivity.")
+@click.option("--specificity", type=_TARGET, multiple=True, help="Find the working point with this specificity.")
+@click.option(
+    "--prevalence",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of positive images for which PPV and NPV are stated.  [default: that of the images]",
+)
 @json_option
 def evaluate(
     runs: tuple[Path | str, ...],
@@ -34,6 +44,9 @@ def evaluate(
     patients: Path | None,
     data: Path | str | None,
     split: Split,
+    sensitivity: tuple[float, ...],
+    specificity: tuple[float, ...],
+    prevalence: float | None,
     as_json: bool,
 ) -> None:
     """Evaluate finished runs on the cases that each has held out, on this machine.
@@ -41,17 +54,25 @@ def evaluate(
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. With --data,
     runs and bundles are evaluated on another cache, at the operating point that they have; several are an ensemble.
 
+    A working point flags images by their score; `predict --at sensitivity=0.95` uses it.
+
     \b
     Examples: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
               ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
     from ptxdist import console
     from ptxdist.rundir import read_stages
+    from ptxdist.scores.working import Wanted
     from ptxdist.storage.runs import local_run
     from ptxdist.train.evaluate import evaluate_runs
 
+    targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
+    targets += [("specificity", value) for value in specificity]
+    if prevalence is not None and not targets:
+        raise SettingsError("--prevalence goes with --sensitivity or --specificity")
+    working = Wanted(tuple(targets), prevalence)
     if data is not None:
-        _evaluate_elsewhere(runs, data, out, split, patients, as_json)
+        _evaluate_elsewhere(runs, data, out, split, patients, working, as_json)
         return
     if split != "all":
         raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
@@ -59,7 +80,9 @@ def evaluate(
         raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
     folders = [local_run(run) for run in runs]
     with console.progress() as update:
-        evaluation = evaluate_runs(folders, folder=out, patients=patients, on_cases=partial(update, "images"))
+        evaluation = evaluate_runs(
+            folders, folder=out, patients=patients, working=working, on_cases=partial(update, "images")
+        )
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
@@ -72,6 +95,7 @@ def _evaluate_elsewhere(
     out: Path | None,
     split: Split,
     patients: Path | None,
+    working: Wanted,
     as_json: bool,
 ) -> None:
     from ptxdist import console
@@ -83,7 +107,13 @@ def _evaluate_elsewhere(
     places = [local_run(model) for model in models]
     with console.progress() as update:
         evaluation = evaluate_elsewhere(
-            places, data, folder=out, split=split, patients=patients, on_cases=partial(update, "images")
+            places,
+            data,
+            folder=out,
+            split=split,
+            patients=patients,
+            working=working,
+            on_cases=partial(update, "images"),
         )
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))

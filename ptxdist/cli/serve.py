@@ -12,6 +12,7 @@ from ptxdist.cli.options import PLACE, json_option
 @click.command()
 @click.argument("model", type=PLACE)
 @click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
+@click.option("--at", help="A stored working point of MODEL, such as sensitivity=0.95.")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen on; others can be reached from elsewhere."
 )
@@ -22,6 +23,7 @@ from ptxdist.cli.options import PLACE, json_option
 def serve(
     model: Path | str,
     others: tuple[Path | str, ...],
+    at: str | None,
     host: str,
     port: int,
     open_page: bool,
@@ -48,7 +50,7 @@ def serve(
                 f"warning: anybody who can reach {host} can use this model; there is no password, and radiographs "
                 "are sent unencrypted. Put a proxy with both in front of it, or omit --host and use `ssh -L`"
             )
-        predictor = Predictor.load(*map(local_run, (model, *others)), device=device)  # type: ignore[arg-type]
+        predictor = Predictor.load(*map(local_run, (model, *others)), device=device, at=at)  # type: ignore[arg-type]
         url = server.url_of(listening)
         if as_json:
             console.show_json({"url": url, "models": [card.name for card in predictor.cards]})

@@ -12,7 +12,16 @@ from rich.table import Table
 
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
-from ptxdist.records import Comparison, Elsewhere, EvaluationResult, Intervals, Reliability, Scores, StageResult
+from ptxdist.records import (
+    Comparison,
+    Elsewhere,
+    EvaluationResult,
+    Intervals,
+    Reliability,
+    Scores,
+    StageResult,
+    WorkingPoint,
+)
 from ptxdist.scores.elsewhere import different
 from ptxdist.scores.names import AUROC, DICES, SCORES, TOO_FEW, Score
 
@@ -78,8 +87,24 @@ def _show_details(evaluation: EvaluationResult) -> None:
         )
         if tuned.gains:
             out.print(f"  gain over the own point: {_gains(tuned.gains, tuned.gain_intervals or {})}")
+    for working in evaluation.working:
+        out.print(_working(working))
     if evaluation.elsewhere is not None:
         _show_elsewhere(evaluation.elsewhere)
+
+
+def _working(point: WorkingPoint) -> str:
+    """A working point as a sentence, with its cross-fitted numbers."""
+    shares = []
+    for name in ("sensitivity", "specificity"):
+        span = point.intervals.get(name)
+        bracket = f"\\[{span[0]:.2f}-{span[1]:.2f}]" if span else f"\\[{TOO_FEW}]"
+        shares.append(f"{name} {number(getattr(point, name))} {bracket}")
+    return (
+        f"working point {point.name}: score from {point.threshold:g} on; on cases it was not chosen on "
+        f"{', '.join(shares)}, {100 * point.flagged:.0f} % of the images flagged; at a prevalence of "
+        f"{point.prevalence:.3g} PPV {number(point.ppv)}, NPV {number(point.npv)}"
+    )
 
 
 def _gains(gains: Mapping[str, float], intervals: Intervals) -> str:

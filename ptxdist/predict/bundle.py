@@ -29,7 +29,7 @@ import safetensors.torch
 from ptxdist import files
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, fingerprint, without_removed
-from ptxdist.errors import CheckpointError, RunError
+from ptxdist.errors import CheckpointError, RunError, SettingsError
 from ptxdist.records import EvaluationResult, OperatingPoint, ParentModel, Profile, Record, when_known
 from ptxdist.report.model_card import made_from as in_words
 from ptxdist.rundir import TRAINING_IMAGES, read_origin, read_result, read_settings
@@ -67,6 +67,10 @@ class ModelCard(Record):
     training_images: int | None = when_known()
     made_from: ParentModel | None = when_known()
     profile: Profile | None = when_known()
+
+    def at(self, point: OperatingPoint, words: str) -> ModelCard:
+        """The card with another operating point; the words say where it is from."""
+        return self.model_copy(update={"operating_point": point, "operating_point_from": words})
 
 
 def describe_run(run: Path) -> tuple[ModelCard, Path]:
@@ -109,6 +113,50 @@ def _operating_point(evaluation: EvaluationResult) -> tuple[OperatingPoint, str]
     return OperatingPoint(top=threshold, min_area_px=evaluation.min_area_px, bottom=threshold), "the stage's threshold"
 
 
+def point_at(card: ModelCard, name: str) -> tuple[OperatingPoint, str]:
+    """The operating point of a stored working point, such as sensitivity=0.95, and words that say where it is from.
+
+    Images are flagged by their score. A flagged image gets all pixels from the model's lower threshold on. Raises
+    SettingsError when the model's evaluation has no point of this name.
+    """
+    for working in card.evaluation.working:
+        if working.name == name:
+            return _flagging(card, working.threshold), f"the working point {name} of its evaluation"
+    there = ", ".join(working.name for working in card.evaluation.working)
+    kind, _, target = name.partition("=")
+    if kind not in ("sensitivity", "specificity") or not target:
+        raise SettingsError(f"--at {name} is no working point; give one such as sensitivity=0.95")
+    raise SettingsError(
+        f"{card.name} has no working point {name} ({f'it has {there}' if there else 'it has none'}): "
+        f"`ptxdist evaluate RUN --{kind} {target}` stores it in the run, and `ptxdist export` in a bundle"
+    )
+
+
+def _flagging(card: ModelCard, threshold: float) -> OperatingPoint:
+    bottom = card.operating_point.bottom
+    if not card.pipeline.model.image_head:  # the score is the highest probability: then some pixel reaches it
+        bottom = min(bottom, threshold)
+    return OperatingPoint(image=threshold, top=bottom, min_area_px=0, bottom=bottom)
+
+
+def refitted_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tuple[OperatingPoint, str]:
+    """The point that an evaluation on other data fitted for this model, and words that say where it is from.
+
+    RunError when the evaluation is of other models, or has no fitted point.
+    """
+    about = evaluation.elsewhere
+    if about is None or about.weights_sha256 != (card.weights_sha256,):
+        raise RunError(f"{place} is no evaluation of {card.name} alone on other data (`ptxdist evaluate MODEL --data`)")
+    if not evaluation.tuned:
+        raise RunError(f"{place} has no fitted point: it has the images of a single patient")
+    best = max(evaluation.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
+    scores = evaluation.scores
+    return best.point, (
+        f"the {best.kind} fitted on {scores.cases:,} images ({scores.positives:,} positive) of other data, whose "
+        f"cross-fitted Kaggle Dice is {best.estimate.kaggle_dice:.4f}"
+    )
+
+
 def load_model(path: Path) -> tuple[ModelCard, UNet]:
     """Card and network, on the CPU, of a finished run (a folder) or a bundle (a file).
 
@@ -135,24 +183,26 @@ def _empty_model(card: ModelCard) -> UNet:
     return build_unet(card.pipeline.model.model_copy(update={"encoder_weights": "none"}))
 
 
-def write_bundle(run: Path, out: Path, point: tuple[OperatingPoint, str] | None = None) -> str:
-    """Write the bundle of a finished run; return the sha256 of the file.
+def write_bundle(model: Path, out: Path, point: tuple[OperatingPoint, str] | None = None) -> str:
+    """Write the bundle of a finished run, or of a bundle with another `point`; return the sha256 of the file.
 
-    A `point` replaces its operating point, with words that say from where it is.
+    A `point` replaces the operating point, with words that say where it is from.
 
     The same run gives the same bytes. Raises RunError when the run is not finished, CheckpointError when its weights
     are not those of its result, or when the file cannot be written.
     """
-    card, path = describe_run(run)
-    if point is not None:
-        card = card.model_copy(update={"operating_point": point[0], "operating_point_from": point[1]})
-    if not path.is_file() or files.sha256(path) != card.weights_sha256:
-        raise CheckpointError(f"{path} is missing or was altered after training; train its stage again")
-    weights, readme = path.read_bytes(), _readme(card).encode()
+    if model.is_file():
+        card, members = read_members(model)
+    else:
+        card, path = describe_run(model)
+        if not path.is_file() or files.sha256(path) != card.weights_sha256:
+            raise CheckpointError(f"{path} is missing or was altered after training; train its stage again")
+        members = {README: b"", WEIGHTS: path.read_bytes()}
+        if (model / TRAINING_IMAGES).is_file():  # not in a run of an older version, whose bundle keeps its bytes
+            members[TRAINING_IMAGES] = (model / TRAINING_IMAGES).read_bytes()
+    card = card.at(*point) if point else card
+    members[README] = _readme(card).encode()
     plain = card.model_dump(mode="json")
-    members = {README: readme, WEIGHTS: weights}
-    if (run / TRAINING_IMAGES).is_file():  # not in a run of an older version, whose bundle keeps its bytes
-        members[TRAINING_IMAGES] = (run / TRAINING_IMAGES).read_bytes()
     plain["sha256"] = {name: files.sha256(content) for name, content in members.items()} | {CARD: fingerprint(plain)}
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:

@@ -32,6 +32,7 @@ from ptxdist.rundir import SETTINGS, TRAINING_IMAGES
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import scores
+from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.dataset import Indices
@@ -48,13 +49,15 @@ def evaluate_elsewhere(
     folder: Path,
     split: Split = "all",
     patients: Path | None = None,
+    working: Wanted = NO_POINTS,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Score finished runs or bundles, of several the mean, on the labelled cases of the cache `data`.
 
     `split` is the side of the cache's own split. The files of an evaluation are written to `folder`, with `point` and
-    `elsewhere` in the result. `patients` is a table of image ids and patients, for a cache made without one. `on_cases`
-    is called with (images done, images). Operating point, flip averaging and precision are those of the first model.
+    `elsewhere` in the result. `patients` is a table of image ids and patients, for a cache made without one, `working`
+    the working points to find. `on_cases` is called with (images done, images). Operating point, flip averaging and
+    precision are those of the first model.
     """
     if (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
@@ -97,6 +100,7 @@ def evaluate_elsewhere(
         ),
         device=device,
         known=lambda: _known(catalog, [catalog.labelled[row] for row in indices.tolist()], patients, read_salt(cache)),
+        working=working,
         complete=complete,
         on_cases=on_cases,
     )
@@ -150,6 +154,7 @@ def _about(
         data=str(data),
         split=split,
         models=tuple(card.name for card in cards),
+        weights_sha256=tuple(card.weights_sha256 for card in cards),
         point_from=cards[0].operating_point_from,
         here=profile,
         there=cards[0].profile,

@@ -33,9 +33,20 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ptxdist import files
 from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
-from ptxdist.predict.bundle import SUFFIX, ModelCard, load_model, write_bundle
+from ptxdist.predict.bundle import (
+    SUFFIX,
+    ModelCard,
+    describe_run,
+    load_model,
+    point_at,
+    read_members,
+    refitted_point,
+    write_bundle,
+)
 from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
 from ptxdist.predict.predictor import Predictor
+from ptxdist.records import OperatingPoint
+from ptxdist.rundir import read_evaluation
 from ptxdist.train import encoders
 from ptxdist.train.device import choose_device
 from ptxdist.train.scoring import case_score, predict_probability
@@ -64,21 +75,35 @@ class ExportResult:
     images_from: str
 
 
-def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what, done, total: None) -> ExportResult:
+def export_model(
+    model: Path,
+    out: Path,
+    *,
+    evaluation: Path | None = None,
+    at: str | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> ExportResult:
     """Write `model`, a finished run or a bundle, to `out`, whose suffix names the format.
 
-    The file is loaded and compared with the checkpoint before it is written; if it differs, nothing is written.
+    The file is loaded and compared with the checkpoint before it is written; if it differs, nothing is written. The
+    operating point is the model's own, or the one that the folder `evaluation` fitted on other data, or `at` a working
+    point by its name, of that evaluation or else of the model.
     """
     if out.suffix not in (ONNX, PT2, SUFFIX):
         raise SettingsError(f"{out}: the suffix names the format and has to be one of {ONNX}, {PT2} and {SUFFIX}")
     _refuse_unwritable(out)
     if out.suffix == SUFFIX:
-        if model.is_file():
+        if model.is_file() and evaluation is None and at is None:
             raise RunError(f"{model} is not a run folder; if it is a bundle, copy it")
-        return ExportResult(out, write_bundle(model, out), out.stat().st_size, None, None, 0, "")
+        point = None
+        if evaluation is not None or at is not None:
+            point = _point(read_members(model)[0] if model.is_file() else describe_run(model)[0], evaluation, at)
+        return ExportResult(out, write_bundle(model, out, point), out.stat().st_size, None, None, 0, "")
     if out.suffix == ONNX:
         files.require_extra("export", "ONNX", *_ONNX_PACKAGES, otherwise=".pt2 needs torch alone")
     card, network = load_model(model)
+    if evaluation is not None or at is not None:
+        card = card.at(*_point(card, evaluation, at))
     exact = card.model_copy(update={"precision": "fp32"})
     predictor = Predictor([exact], [network], choose_device("cpu"))
     on_progress("translation", 0, 1)
@@ -95,6 +120,17 @@ def export_model(model: Path, out: Path, *, on_progress: Progress = lambda what,
         )
     files.write_whole(out, content, error=CheckpointError)
     return ExportResult(out, files.sha256(content), len(content), difference, limit, len(images), origin)
+
+
+def _point(card: ModelCard, folder: Path | None, at: str | None) -> tuple[OperatingPoint, str]:
+    if folder is None:
+        assert at is not None
+        return point_at(card, at)
+    evaluation = read_evaluation(folder)
+    point, words = refitted_point(card, evaluation, str(folder))
+    if at is None:
+        return point, words
+    return point_at(card.at(point, words).model_copy(update={"evaluation": evaluation}), at)
 
 
 def describe(card: ModelCard) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ptxdist.errors import DicomError
 from ptxdist.labels import rle
 from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.predictor import Prediction
-from ptxdist.records import Record
+from ptxdist.records import Record, when_known
 
 FINDINGS = "findings"
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}
@@ -34,6 +34,7 @@ OVERLAY_PX = 768
 class Finding(Record):
     """What is found in one case; areas in pixels of the original image.
 
+    `calibrated` is the probability that the image is positive, left out where the model has no calibration.
     `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
     "detector", where anatomy is slightly magnified. `seg_reason` says why a DICOM SEG that was requested is missing.
     `digest` is a hash of the file's bytes.
@@ -44,6 +45,7 @@ class Finding(Record):
     rows: int
     columns: int
     score: float
+    calibrated: float | None = when_known()
     area_px: int
     area_mm2: float | None
     mm2_plane: str
@@ -59,6 +61,7 @@ def measure(prediction: Prediction, spacing: Spacing) -> dict[str, Any]:
         "rows": prediction.mask.shape[0],
         "columns": prediction.mask.shape[1],
         "score": round(prediction.score, 6),
+        "calibrated": None if prediction.calibrated is None else round(prediction.calibrated, 6),
         "area_px": area,
         "area_mm2": None if (mm2 := spacing.area_mm2(area)) is None else round(mm2, 2),
         "mm2_plane": spacing.plane,

@@ -27,8 +27,9 @@ from ptxdist.cache.render import fit_square, resize
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import CheckpointError, DicomError
-from ptxdist.predict.bundle import ModelCard, load_model
+from ptxdist.predict.bundle import ModelCard, load_model, point_at
 from ptxdist.records import OperatingPoint
+from ptxdist.scores.working import calibrated
 from ptxdist.train.device import Device, autocast, choose_device, choose_precision
 from ptxdist.train.scoring import case_score, mask_at, predict_probability, to_original
 
@@ -46,7 +47,8 @@ class Prediction:
     """What is predicted for one radiograph, at the original resolution.
 
     `pixels` uint8 (rows, columns), air dark; `probability` float32 (rows, columns), 0..1; `mask` bool (rows, columns);
-    `score` as `train.scoring.case_score` computes it, at the network's size; `content` the bytes of the file.
+    `score` as `train.scoring.case_score` computes it, at the network's size; `calibrated` the probability that the
+    image is positive, from the score, if the model's evaluation has a calibration; `content` the bytes of the file.
     """
 
     case_id: str
@@ -55,6 +57,7 @@ class Prediction:
     mask: npt.NDArray[np.bool_] = field(repr=False)
     score: float
     content: bytes = field(repr=False)
+    calibrated: float | None = None
 
     @property
     def area_px(self) -> int:
@@ -100,17 +103,24 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, *models: str | os.PathLike[str], device: Device = "auto", operating_point: OperatingPoint | None = None
+        cls,
+        *models: str | os.PathLike[str],
+        device: Device = "auto",
+        operating_point: OperatingPoint | None = None,
+        at: str | None = None,
     ) -> Predictor:
         """Load finished runs (folders) or bundles (files).
 
-        Without an `operating_point`, that of the first model is used, as is its flip averaging. `auto` takes a GPU if
+        Without an `operating_point`, that of the first model is used, as is its flip averaging; with `at`, a working
+        point that is stored with it. `auto` takes a GPU if
         there is one. Raises RunError; CheckpointError, also for models with and without an image head together; or
         SettingsError for a device that does not exist.
         """
         if not models:
             raise CheckpointError("no model to predict with: give a finished run or a bundle")
         loaded = [load_model(Path(model)) for model in models]
+        if at is not None:
+            operating_point = point_at(loaded[0][0], at)[0]
         return cls([card for card, _ in loaded], [model for _, model in loaded], choose_device(device), operating_point)
 
     def predict(self, path: str | os.PathLike[str]) -> Prediction:
@@ -166,7 +176,11 @@ class Predictor:
             score = sum(float(found[size][1][row]) * share[size] for size in self._sizes)
             whole = probability.float().cpu().numpy()
             mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
-            yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content)
+            yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content, self._calibrated(score))
+
+    def _calibrated(self, score: float) -> float | None:
+        platt = self.cards[0].evaluation.platt if len(self.cards) == 1 else None  # that of one model's scores
+        return None if platt is None else float(calibrated(np.array([score]), platt)[0])
 
     def probabilities(self, squares: Sequence[Pixels], size: int, fewest: int) -> tuple[Tensor, Tensor]:
         """Mean probabilities (n, size, size) of the models of one size, and the scores (n,) that follow from them.

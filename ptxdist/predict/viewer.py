@@ -48,6 +48,7 @@ class Answer(Record):
     rows: int
     columns: int
     score: float
+    calibrated: float | None
     area_px: int
     area_mm2: float | None
     px_mm2: float | None

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.records import EpochMetrics, PipelineResult, Reliability, TunedPoint
+from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, Reliability, TunedPoint
 from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
 from ptxdist.report.page import Chart, Legend, Row, Table
 from ptxdist.scores.names import DICES
@@ -196,6 +196,22 @@ def _colours(shares: npt.NDArray[np.float64]) -> str:
     colour[~known, 3] = 0
     _, content = cv2.imencode(".png", colour[::-1])
     return "data:image/png;base64," + base64.b64encode(content.tobytes()).decode()
+
+
+def roc_curve(evaluation: EvaluationResult) -> list[Chart]:
+    """The ROC curve of the score, with the working points on it; [] without both kinds of images."""
+    if not evaluation.roc:
+        return []
+    points = tuple((1 - point.specificity, point.sensitivity) for point in evaluation.working)
+    series = [Series("score", 1, (evaluation.roc,), marks=False)]
+    legend = [Legend(1, "score of an image"), Legend(0, "chance")]
+    if points:
+        series.append(Series("working points", 2, (points,), line=False))
+        legend.append(Legend(2, "working points, cross-fitted", line=False))
+    area = "" if evaluation.auroc is None else f", area {evaluation.auroc:.4f}"
+    axes = linear_axis("1 - specificity", 0, 1), linear_axis("sensitivity", 0, 1)
+    words = f"ROC curve of the score of {evaluation.scores.cases:,} images{area}."
+    return [Chart(f"ROC curve{area}", plot(*axes, series, words=words, diagonal=True), tuple(legend), square=True)]
 
 
 def reliability(found: Reliability) -> list[Chart]:

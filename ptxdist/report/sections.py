@@ -137,6 +137,12 @@ def _about_scores(
             lead="Does a probability of 0.7 mean seven in ten? On the diagonal it does. Below the diagonal the model "
             "predicts too high probabilities, above it too low ones.",
         ),
+        Section(
+            "images",
+            "Which images are positive",
+            (*figures.roc_curve(evaluation), *tables.working_points(evaluation)),
+            lead="How well the score of an image tells positive from negative ones, wherever the mask is.",
+        ),
         Section("mask-size", "Mask size", (*figures.size_against_dice(rows),)),
         Section("cases", "Cases", (*galleries,)),
     )

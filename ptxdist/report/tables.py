@@ -197,6 +197,39 @@ def stage_table(result: PipelineResult) -> Table:
     return Table("Best epoch of each stage, on held-out images at the original resolution", head, tuple(rows))
 
 
+def working_points(evaluation: EvaluationResult) -> tuple[Table, ...]:
+    """The working points with their confusion matrices; () if none were asked for."""
+    if not evaluation.working:
+        return ()
+    rows = [
+        Row(
+            point.name,
+            (
+                f"{point.threshold:.4g}",
+                f"{point.hits:,} / {point.misses:,}",
+                f"{point.alarms:,} / {point.rejections:,}",
+                *(
+                    Markup('{}<br><span class="small">{}</span>').format(
+                        number(getattr(point, name)), _short(point.intervals, name, getattr(point, name))
+                    )
+                    for name in ("sensitivity", "specificity")
+                ),
+                f"{100 * point.flagged:.0f} %",
+                f"{100 * point.prevalence:.3g} %",
+                number(point.ppv),
+                number(point.npv),
+            ),
+        )
+        for point in evaluation.working
+    ]
+    head = (
+        "", "score from", "positive: flagged / not", "negative: flagged / not", "sensitivity", "specificity", "flagged",
+        "prevalence", "PPV", "NPV",
+    )  # fmt: skip
+    caption = "Working points: each case is flagged by the threshold that was chosen on other patients"
+    return (Table(caption, head, tuple(rows)),)
+
+
 def profiles(about: Elsewhere) -> tuple[Block, ...]:
     """The evaluated images beside the training images: a forest plot for each property, numbers, and views."""
     if about.there is None:

@@ -18,6 +18,7 @@ from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import auroc, differences, image_dice, scores
 from ptxdist.scores.operating import tune
 from ptxdist.scores.tables import FIXED_THRESHOLDS
+from ptxdist.scores.working import NO_POINTS, Wanted, calibrate, folds_of, roc, working_point
 
 BINS = 10
 SMALL_CASES, SMALL_POSITIVES = 30, 10  # a group with fewer is marked as small
@@ -56,12 +57,13 @@ def conclude(
     runs: int,
     image_head: bool = False,
     point: OperatingPoint | None = None,
+    working: Wanted = NO_POINTS,
 ) -> tuple[EvaluationResult, list[Row]]:
     """All numbers, with `seconds` 0, and the rows of cases.csv by `tables.COLUMNS`.
 
     `thresholds` are those of `counts.at_full`: first the run's own one; FIXED_THRESHOLDS are among them. There must be
     at least one case. With an `image_head`, operating points have a threshold of the score too. With a `point`, the
-    first counts are those at the point, and tuned points are compared with it.
+    first counts are those at the point, and tuned points are compared with it. `working` are the points to find.
     """
     cases, counts, groups = evaluated.cases, evaluated.counts, evaluated.groups
     own = counts.at_full[0]
@@ -70,6 +72,13 @@ def conclude(
     ids = [case.case_id for case in cases]
     image_scores = counts.score if image_head else None
     tuned = {kind: tune(counts.histograms, own[:, 2], ids, groups, kind, image_scores) for kind in ("pair", "triplet")}
+    folds = folds_of(ids, groups, own[:, 2])
+    calibration = calibrate(counts.score, positive, folds)
+    after = () if calibration is None else (_reliability_of_images(calibration[1], positive, "images, calibrated"),)
+    points = (
+        working_point(counts.score, positive, groups, folds, kind=kind, target=target, prevalence=working.prevalence)
+        for kind, target in working.targets
+    )
     result = EvaluationResult(
         threshold=thresholds[0],
         min_area_px=min_area_px,
@@ -87,7 +96,11 @@ def conclude(
         calibration=(
             _reliability_of_px(counts.histograms),
             _reliability_of_images(counts.score, positive),
+            *after,
         ),
+        platt=calibration[0] if calibration else None,
+        roc=roc(counts.score, positive),
+        working=tuple(found for found in points if found),
         subgroups=tuple(_subgroups(evaluated)),
         shared_patients=_shared_patients(evaluated),
         image_head=image_head,
@@ -150,11 +163,11 @@ def _reliability_of_px(histograms: Histograms) -> Reliability:
     return _reliability("px", sums.reshape(len(px), 3, BINS, LEVELS // BINS).sum(3))
 
 
-def _reliability_of_images(score: Floats, positive: npt.NDArray[np.bool_]) -> Reliability:
+def _reliability_of_images(score: Floats, positive: npt.NDArray[np.bool_], things: str = "images") -> Reliability:
     place = np.minimum((score * BINS).astype(np.int64), BINS - 1)
     sums = np.zeros((len(score), 3, BINS))
     sums[np.arange(len(score)), :, place] = np.stack((np.ones(len(score)), score, positive), axis=1)
-    return _reliability("images", sums)
+    return _reliability(things, sums)
 
 
 def _reliability(things: str, sums: Floats) -> Reliability:

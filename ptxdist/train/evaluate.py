@@ -43,6 +43,7 @@ from ptxdist.rundir import (
 from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.tables import FIXED_THRESHOLDS, refuse_other_split, write_tables
+from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.checkpoint import load_weights
@@ -108,14 +109,15 @@ def evaluate(
     *,
     device: torch.device,
     patients: Path | None = None,
+    working: Wanted = NO_POINTS,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Score the members on the cases of `cache` that each has held out, and write tables and result into `folder`.
 
     Masks come from the stage's threshold; the fixed thresholds are scored beside it, and the operating point is
-    searched on the same probabilities. `patients` is a map of image ids to patients, for caches made without one.
-    Every rank returns the result; rank 0 writes. Raises RunError, StoreError and CheckpointError when members, cache
-    and weights do not go together; LabelError for a map that cannot be read.
+    searched on the same probabilities. `patients` is a map of image ids to patients, for caches made without one;
+    `working` are the working points to find. Every rank returns the result; rank 0 writes. Raises RunError, StoreError
+    and CheckpointError when members, cache and weights do not go together; LabelError for a map that cannot be read.
     """
     catalog = read_catalog(cache)
     first = members[0]
@@ -157,6 +159,7 @@ def evaluate(
             precision=choose_precision(first.settings.train.precision, device),
             models=len(members),
         ),
+        working=working,
         device=device,
         known=lambda: _patients_of(catalog, indices, folds, patients, read_salt(cache)),
         on_cases=on_cases,
@@ -192,6 +195,7 @@ def score_and_write(
     *,
     device: torch.device,
     known: Callable[[], Known],
+    working: Wanted = NO_POINTS,
     complete: Callable[[EvaluationResult, CaseCounts], EvaluationResult] = lambda result, counts: result,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
@@ -247,6 +251,7 @@ def score_and_write(
             runs=how.models,
             image_head=how.image_head,
             point=how.point,
+            working=working,
         )
         result = complete(result, counts).model_copy(update={"seconds": time.perf_counter() - started})
         ids = [catalog.labelled[index].case_id for index in indices]
@@ -262,15 +267,16 @@ def evaluate_runs(
     *,
     folder: Path | None = None,
     patients: Path | None = None,
+    working: Wanted = NO_POINTS,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Evaluate finished runs, each on the cases that it has held out, on this machine; returns the scores.
 
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. The files of
     the evaluation are written to `folder`; for one run without `folder`, to RUN/evaluation, and RUN/result.json is
-    rewritten. `patients` is a table of image ids and patients, for caches made without one. `on_cases` is called with
-    (images done, images). Errors as for `evaluate`; RunError for an unfinished run or one of another cache or split,
-    StoreError for a cache that is damaged.
+    rewritten. `patients` is a table of image ids and patients, for caches made without one; `working` are the working
+    points to find. `on_cases` is called with (images done, images). Errors as for `evaluate`; RunError for a run that
+    is not finished or is of another cache or split, StoreError for a cache that is damaged.
     """
     members = [Member.of(run) for run in runs]
     places = [member.settings.data.cache for member in members]
@@ -294,6 +300,7 @@ def evaluate_runs(
         folder or runs[0] / EVALUATION,
         device=choose_device("cpu" if members[0].settings.train.device == "cpu" else "auto"),
         patients=patients,
+        working=working,
         on_cases=on_cases,
     )
     if folder is not None:

@@ -65,6 +65,8 @@ async function show(parts) {
   $("mask").setAttribute("viewBox", `0 0 ${columns} ${rows}`);
   $("geometry").textContent = `${number(columns)} × ${number(rows)} pixels`;
   $("score").textContent = answer.score.toFixed(3);
+  $("calibrated").textContent = answer.calibrated == null ? "" :
+    `As a probability, calibrated on the images of the model's evaluation: ${answer.calibrated.toFixed(3)}.`;
   $("threshold").max = thresholds.length - 1;
   $("threshold").value = thresholds.indexOf(point.bottom);
   $("point").textContent = `The model's operating point: ${answer.rule}.`;
