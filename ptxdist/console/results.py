@@ -164,7 +164,7 @@ def show_external(result: ExternalScores) -> None:
     out.print(table)
     out.print(
         f"{result.cases:,} images, {result.positives:,} positive, {result.hits:,} of them with a predicted pixel; 95 % "
-        f"intervals by {result.drawn} ({result.groups:,})"
+        f"intervals by {result.unit} ({result.groups:,})"
     )
     if result.only_predicted or result.only_true:
         out.print(f"left out: {result.only_predicted:,} images without truth, {result.only_true:,} without prediction")

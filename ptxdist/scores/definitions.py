@@ -26,8 +26,28 @@ from ptxdist.scores.names import SCORES
 
 BATCH, GLORIA_BATCH = 16, 8  # of the source's full recipe at 512 pixels; of MGCA's code (GLoRIA's is not public)
 SMOOTH = 1.0
+DRAWS = 1000
 
+Floats = npt.NDArray[np.float64]
+Chosen = npt.NDArray[np.bool_]
 Function = Callable[[Counts], float | None]
+Ratio = Callable[[Counts], tuple[Floats, Floats]]
+
+
+def _all(counts: Counts) -> Chosen:
+    return np.ones(len(counts), bool)
+
+
+def _positive(counts: Counts) -> Chosen:
+    return np.asarray(counts[:, 2] > 0)
+
+
+def _negative(counts: Counts) -> Chosen:
+    return np.asarray(counts[:, 2] == 0)
+
+
+def _not_empty(counts: Counts) -> Chosen:
+    return np.asarray(counts[:, 1] + counts[:, 2] > 0)
 
 
 @dataclass(frozen=True)
@@ -35,23 +55,43 @@ class Definition:
     """One score: name, definition, what its value may be compared with, and the function of the counts.
 
     The function returns None where the score is not defined, and is called with at least one image; that of a score
-    which needs more than counts always returns None. `digits` are shown behind the point. `interval` is the score of
-    `metrics.scores` whose interval it has; "": none of them, its interval comes from `resampled`.
+    which needs more than counts always returns None. `used` says which images contribute. `digits` are shown behind the
+    point.
+
+    The interval is that of the score `same_as` of `metrics.scores`; else, of a score that is a ratio of two sums over
+    images and within 0..1, that of `ratio`, which returns both parts of each image; else that of `resampled`.
     """
 
     name: str
     definition: str
     compare: str
     of: Function = lambda counts: None
+    used: Callable[[Counts], Chosen] = _all
+    same_as: str = ""
+    ratio: Ratio | None = None
     digits: int = 4
-    interval: str = ""
 
 
-def nnunet_dice(counts: Counts) -> float | None:
-    """Mean Dice of the images where truth or prediction has a pixel; None without such an image."""
-    total = counts[:, 1] + counts[:, 2]
-    used = total > 0
-    return float((2 * counts[used, 0] / total[used]).mean()) if used.any() else None
+def of_ratio(upper: Floats, lower: Floats) -> float | None:
+    """The ratio of the two sums; None if that of `lower` is 0."""
+    return float(upper.sum() / lower.sum()) if lower.any() else None
+
+
+def nnunet_parts(counts: Counts) -> tuple[Floats, Floats]:
+    """Dice of each image where truth or prediction has a pixel, and 1; 0 and 0 for the other images."""
+    used = _not_empty(counts)
+    return metrics.image_dice(counts) * used, used.astype(np.float64)
+
+
+def gloria_parts(counts: Counts) -> tuple[Floats, Floats]:
+    """Dice of each image, 1 for two empty masks, and 1, both divided by the number of images in its batch of 8.
+
+    So each batch counts the same, and the score differs from the mean over images only if the last batch is smaller.
+    """
+    starts = np.arange(0, len(counts), GLORIA_BATCH)
+    sizes = np.diff(starts, append=len(counts))
+    weight = 1 / np.repeat(sizes, sizes)
+    return metrics.image_dice(counts) * weight, weight
 
 
 def flattened_dice(counts: Counts) -> float:
@@ -61,16 +101,6 @@ def flattened_dice(counts: Counts) -> float:
     """
     sums = np.add.reduceat(counts, np.arange(0, len(counts), BATCH), axis=0)
     return float(((2 * sums[:, 0] + SMOOTH) / (sums[:, 1] + sums[:, 2] + SMOOTH)).mean())
-
-
-def gloria_dice(counts: Counts) -> float:
-    """Mean over batches of 8 images in order of their mean Dice per image, where two empty masks are 1.
-
-    It differs from the mean over all images only if the last batch is smaller, since that counts as much as the others.
-    """
-    starts = np.arange(0, len(counts), GLORIA_BATCH)
-    sums = np.add.reduceat(metrics.image_dice(counts), starts)
-    return float((sums / np.diff(starts, append=len(counts))).mean())
 
 
 def kaggle_dice(counts: Counts) -> float:
@@ -95,36 +125,45 @@ def false_alarm_px(counts: Counts) -> float | None:
     return float(counts[negative, 1].mean()) if negative.any() else None
 
 
-def _standard(field: str, compare: str) -> Definition:
+def _standard(field: str, used: Callable[[Counts], Chosen], compare: str) -> Definition:
+    """A score that every other command shows too."""
     score = SCORES[field]
     return Definition(
-        score.name, score.definition, compare, lambda counts: score.of(metrics.scores(counts)), interval=field
+        score.name, score.definition, compare, lambda counts: score.of(metrics.scores(counts)), used, same_as=field
     )
+
+
+def _ratio(name: str, definition: str, compare: str, used: Callable[[Counts], Chosen], parts: Ratio) -> Definition:
+    return Definition(name, definition, compare, lambda counts: of_ratio(*parts(counts)), used, ratio=parts)
 
 
 DEFINITIONS = {
     "kaggle_dice": _standard(
         "kaggle_dice",
+        _all,
         "The leaderboards of the SIIM-ACR challenge, and papers that use its metric on full-size masks (1024 pixels). "
         "A number is only as good as its distance from predicting nothing; other images have another such baseline.",
     ),
     "positive_dice": _standard(
         "positive_dice",
+        _positive,
         "Papers that say that they score only images with a pneumothorax, and two readers of the same images. It does "
         "not see false alarms.",
     ),
     "pooled_dice": _standard(
         "pooled_dice",
+        _not_empty,
         "Papers that sum pixels over the test set: \"global\", \"micro\" or \"dataset\" Dice, pixel-wise F1. Not the "
         "pseudo Dice in nnU-Net's training log, which is of random patches.",
     ),
-    "nnunet_dice": Definition(
+    "nnunet_dice": _ratio(
         "nnU-Net Dice",
         "Mean Dice of the images where truth or prediction has a pixel. Images where both are empty are left out; a "
         "false alarm counts 0.",
         "`foreground_mean` in the summary.json of nnU-Net v2, and MONAI's DiceMetric only if every image is positive "
         "(it leaves out all images with an empty truth).",
-        nnunet_dice,
+        _not_empty,
+        nnunet_parts,
     ),
     "flattened_dice": Definition(
         f"Flattened Dice, batches of {BATCH}",
@@ -135,14 +174,15 @@ DEFINITIONS = {
         "these changes it.",
         flattened_dice,
     ),
-    "gloria_dice": Definition(
+    "gloria_dice": _ratio(
         "GLoRIA / MGCA Dice",
         f"Mean over batches of {GLORIA_BATCH} images, in the order of the predictions, of their mean Dice per image; "
         "both empty = 1, one empty = 0.",
         "SIIM numbers of GLoRIA, MGCA and papers that took over their code, for masks at their training size (MGCA: "
         "224 pixels) and threshold 0.5. Their code splits the rows of the label table and not the images, so an image "
         "with several masks can be in training and in test, each with a part of its masks as truth.",
-        gloria_dice,
+        _all,
+        gloria_parts,
     ),
     "mrm_dice": Definition(
         "MRM Dice (medDice)",
@@ -150,7 +190,7 @@ DEFINITIONS = {
         "`Dice.front` of MRM and papers that took over its code, on MRM's own split. `mDice` in the same log is half "
         "of it, since it is averaged with a 0 for the background.",
         kaggle_dice,
-        interval="kaggle_dice",
+        same_as="kaggle_dice",
     ),
     "mmseg_dice": Definition(
         "mmsegmentation mDice",
@@ -158,34 +198,34 @@ DEFINITIONS = {
         "`mDice` of mmsegmentation with two classes. Predicting nothing scores about 0.5, so it looks high.",
         mmseg_dice,
     ),
-    "sensitivity": _standard("sensitivity", "Detection rates per image, at this threshold."),
-    "specificity": _standard("specificity", "Specificities per image, at this threshold."),
+    "sensitivity": _standard("sensitivity", _positive, "Detection rates per image, at this threshold."),
+    "specificity": _standard("specificity", _negative, "Specificities per image, at this threshold."),
     "false_alarm_px": Definition(
         "False-alarm pixels",
         "Mean number of predicted pixels in an image without a pneumothorax.",
         "Only images of the same size; a lower number is better.",
         false_alarm_px,
+        _negative,
         digits=0,
     ),
 }  # fmt: skip
 
 
 def resampled(
-    functions: Mapping[str, Callable[[npt.NDArray[np.intp]], float | None]], group: npt.NDArray[np.intp], draws: int
+    functions: Mapping[str, Callable[[npt.NDArray[np.intp]], float | None]], group: npt.NDArray[np.intp]
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval of each function, from a bootstrap over groups (patients).
+    """95 % percentile interval of each function, from a bootstrap of 1,000 draws over groups (patients).
 
-    `group` (n,) is the number of each image's group. A function is called with the places of the images of a draw, each
-    as often as its group is drawn, in random order: repeated images in one batch would raise or lower a score of
-    batches. Draws where it returns None are left out. A function has no entry if it returns None in all draws, if the
-    limits are equal, which claims a certainty that there is not, or if there are fewer than two groups.
+    `group` (n,) is the number of each image's group, from 0. A function is called with the places of the images of a
+    draw, each as often as its group is drawn, in random order: repeated images in one batch would raise or lower a
+    score of batches. Draws where it returns None are left out. A function has no entry if it returns None in all draws,
+    or if the limits are equal, which would claim a certainty that there is not.
     """
-    groups = int(group.max()) + 1
-    if groups < 2:
+    if not functions:
         return {}
-    random, places = np.random.default_rng(0), np.arange(len(group))
+    random, places, groups = np.random.default_rng(0), np.arange(len(group)), int(group.max()) + 1
     values: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(draws):
+    for _ in range(DRAWS):
         times = np.bincount(random.integers(0, groups, groups), minlength=groups)
         drawn = random.permutation(np.repeat(places, times[group]))
         for name, function in functions.items():

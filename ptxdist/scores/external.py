@@ -22,8 +22,9 @@ from ptxdist.labels.tables import read_patients
 from ptxdist.records import Record
 from ptxdist.scores.constant import ConstantMask
 from ptxdist.scores.counts import Counts
-from ptxdist.scores.definitions import DEFINITIONS, Definition, resampled
-from ptxdist.scores.intervals import DRAWS, score_intervals
+from ptxdist.scores.definitions import DEFINITIONS, Definition, of_ratio, resampled
+from ptxdist.scores.intervals import FEWEST, ratio_interval, score_intervals
+from ptxdist.scores.names import TOO_FEW
 from ptxdist.scores.surfaces import SURFACES, require_surfaces, surface_scores
 
 SIZE_PX = 1024
@@ -38,12 +39,14 @@ OnProgress = Callable[[str, int, int], None]
 class ExternalScore(Record):
     """One score: value, 95 % interval, the values of predicting nothing and of the constant mask; None: not defined.
 
+    `groups` patients (or images, see `ExternalScores.unit`) contribute to it; fewer than five give no interval.
     `definition` says how it is computed and `compare` with which published numbers it may be compared.
     """
 
     name: str
     value: float | None
     interval: tuple[float, float] | None
+    groups: int
     all_empty: float | None
     constant_mask: float | None
     definition: str
@@ -55,15 +58,15 @@ class ExternalScores(Record):
     """Scores of the predictions of any tool, by the field's name; see `definitions.DEFINITIONS`.
 
     `cases` images were scored, of which `positives` have a true mask and `hits` have a true and a predicted one.
-    `drawn` is what the intervals draw, "patients" or "images", and `groups` their number. `predictions` and `truth` say
-    what the masks were taken for. `only_predicted` and `only_true` images are in one of the two and were left out.
-    `notes` are doubts about the input.
+    Intervals are by `unit`, "patients" or "images", of which there are `groups`. `predictions` and `truth` say what the
+    masks were taken for. `only_predicted` and `only_true` images are in one of the two and were left out. `notes` are
+    doubts about the input.
     """
 
     cases: int
     positives: int
     hits: int
-    drawn: str
+    unit: str
     groups: int
     predictions: str
     truth: str
@@ -128,7 +131,7 @@ def score_predictions(
         cases=len(ids),
         positives=int((counts[:, 2] > 0).sum()),
         hits=int(((counts[:, 1] > 0) & (counts[:, 2] > 0)).sum()),
-        drawn="patients" if patients else "images",
+        unit="patients" if patients else "images",
         groups=len(names),
         predictions=described[0][0],
         truth=described[1][0],
@@ -233,42 +236,46 @@ def _scores(
     counts: Counts, constant: Counts | None, distances: Floats | None, group: npt.NDArray[np.intp]
 ) -> dict[str, ExternalScore]:
     """All scores, by field."""
-    nothing = counts * np.array([0, 0, 1, 1])
-    definitions = DEFINITIONS if distances is None else {**DEFINITIONS, **SURFACES}
-    functions: dict[str, Callable[[npt.NDArray[np.intp]], float | None]] = {
-        field: partial(_of, definition, counts) for field, definition in DEFINITIONS.items() if not definition.interval
-    }
+    nothing, names = counts * np.array([0, 0, 1, 1]), [str(number) for number in group]
     values = {field: definition.of(counts) for field, definition in DEFINITIONS.items()}
+    patients = {field: len(np.unique(group[one.used(counts)])) for field, one in DEFINITIONS.items()}
+    standard, intervals = score_intervals(counts[:, :3], names), dict[str, tuple[float, float] | None]()
+    functions: dict[str, Callable[[npt.NDArray[np.intp]], float | None]] = {}
+    for field, definition in DEFINITIONS.items():
+        if definition.same_as:
+            intervals[field] = standard.get(definition.same_as)
+        elif definition.ratio:
+            intervals[field] = ratio_interval(*definition.ratio(counts), names)
+        elif patients[field] >= FEWEST:
+            functions[field] = partial(_of, definition, counts)
     if distances is not None:
-        for column, field in zip(distances.T, SURFACES, strict=True):
-            functions[field] = partial(_mean, column)
-            values[field] = _mean(column)
-    intervals = score_intervals(counts[:, :3], [str(each) for each in group]) | resampled(functions, group, DRAWS)
+        hits = ~np.isnan(distances[:, 0])
+        distance, share = np.where(hits, distances.T, 0.0)
+        values |= {"hd95_px": of_ratio(distance, hits), "surface_dice": of_ratio(share, hits)}
+        patients |= dict.fromkeys(SURFACES, len(np.unique(group[hits])))
+        intervals["surface_dice"] = ratio_interval(share, hits.astype(np.float64), names)
+        if patients["hd95_px"] >= FEWEST:
+            functions["hd95_px"] = lambda places: of_ratio(distance[places], hits[places])
+    intervals |= resampled(functions, group)
     return {
         field: ExternalScore(
             name=definition.name,
             value=values[field],
-            interval=intervals.get(definition.interval or field),
+            interval=intervals.get(field),
+            groups=patients[field],
             all_empty=definition.of(nothing),
             constant_mask=None if constant is None else definition.of(constant),
             definition=definition.definition,
             compare=definition.compare,
             digits=definition.digits,
         )
-        for field, definition in definitions.items()
+        for field, definition in (DEFINITIONS if distances is None else {**DEFINITIONS, **SURFACES}).items()
     }
 
 
 def _of(definition: Definition, counts: Counts, places: npt.NDArray[np.intp]) -> float | None:
     """A score of some images."""
     return definition.of(counts[places])
-
-
-def _mean(values: Floats, places: npt.NDArray[np.intp] | slice = slice(None)) -> float | None:
-    """Mean of the values at some places that are not NaN; None if all are."""
-    chosen = values[places]
-    known = chosen[~np.isnan(chosen)]
-    return float(known.mean()) if len(known) else None
 
 
 def as_markdown(result: ExternalScores) -> str:
@@ -288,10 +295,11 @@ COLUMNS = ("value", "95 % interval", "predicting nothing", "constant mask")
 
 
 def cells(score: ExternalScore) -> tuple[str, str, str, str]:
-    """Value, interval and the two baselines as text; "" where they are not defined."""
+    """Value, interval and the two baselines as text; "" where they are not defined, "too few" without an interval."""
 
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:,.{score.digits}f}"
 
-    interval = " to ".join(map(number, score.interval)) if score.interval else ""
+    few = TOO_FEW if score.value is not None and score.groups < FEWEST else ""
+    interval = " to ".join(map(number, score.interval)) if score.interval else few
     return number(score.value), interval, number(score.all_empty), number(score.constant_mask)

@@ -220,7 +220,7 @@ def test_no_constant_mask_without_a_true_one() -> None:
 def test_the_interval_of_a_mean_is_the_textbook_s() -> None:
     random = np.random.default_rng(0)
     each = random.random(400)
-    found = resampled({"mean": lambda places: float(each[places].mean())}, np.arange(400), 1000)["mean"]
+    found = resampled({"mean": lambda places: float(each[places].mean())}, np.arange(400))["mean"]
     half = 1.96 * each.std() / 20
     assert found == (pytest.approx(each.mean() - half, abs=0.006), pytest.approx(each.mean() + half, abs=0.006))
 
@@ -228,8 +228,8 @@ def test_the_interval_of_a_mean_is_the_textbook_s() -> None:
 def test_images_of_one_patient_are_drawn_together() -> None:
     each, patient = np.repeat(np.arange(20) % 2, 30).astype(float), np.repeat(np.arange(20), 30)
     mean = {"mean": lambda places: float(each[places].mean())}
-    low, high = resampled(mean, patient, 500)["mean"]
-    low_images, high_images = resampled(mean, np.arange(600), 500)["mean"]
+    low, high = resampled(mean, patient)["mean"]
+    low_images, high_images = resampled(mean, np.arange(600))["mean"]
     assert high - low > 3 * (high_images - low_images)
 
 
@@ -247,18 +247,19 @@ def _patients(random: np.random.Generator) -> tuple[npt.NDArray[np.int64], npt.N
     return np.array(rows)[order], np.array(patient)[order]
 
 
-def test_intervals_of_batches_cover_what_they_say() -> None:
+def test_intervals_of_batches_cover_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(definitions, "DRAWS", 120)
     random = np.random.default_rng(0)
     expected = np.mean([definitions.flattened_dice(_patients(random)[0]) for _ in range(400)])
     covered = 0
     for _ in range(80):
         counts, patient = _patients(random)
-        low, high = resampled({"": lambda places, of=counts: definitions.flattened_dice(of[places])}, patient, 120)[""]
+        low, high = resampled({"": lambda places, of=counts: definitions.flattened_dice(of[places])}, patient)[""]
         covered += low <= expected <= high
     assert covered / 80 > 0.87
 
 
 def test_no_interval_where_none_can_be_known() -> None:
     constant = {"same": lambda places: 1.0, "none": lambda places: None}
-    assert resampled(constant, np.arange(9), 50) == {}
-    assert resampled({"mean": lambda places: float(places.mean())}, np.zeros(9, int), 50) == {}
+    assert resampled(constant, np.arange(9)) == {}
+    assert resampled({"mean": lambda places: float(places.mean())}, np.zeros(9, int)) == {}

@@ -73,7 +73,7 @@ def test_the_scores_are_those_of_the_counts(tmp_path: Path, predicted: Masks, tr
         {field: definition.of(rows) for field, definition in DEFINITIONS.items()}
     )
     assert found.scores["kaggle_dice"].value == scores(rows[:, :3]).kaggle_dice
-    assert (found.cases, found.positives, found.hits, found.drawn, found.groups) == (20, 10, 9, "images", 20)
+    assert (found.cases, found.positives, found.hits, found.unit, found.groups) == (20, 10, 9, "images", 20)
     assert found.scores["false_alarm_px"].value == (9 + 25) / 10
     assert found.scores["kaggle_dice"].all_empty == 0.5
     assert found.scores["specificity"].constant_mask == 0
@@ -97,7 +97,9 @@ def test_a_perfect_prediction(tmp_path: Path, true: Masks) -> None:
     values = {field: score.value for field, score in found.scores.items()}
     assert values.pop("false_alarm_px") == values.pop("hd95_px") == 0
     assert set(values.values()) == {1.0}
-    assert found.scores["nnunet_dice"].interval is None, "a bootstrap of equal numbers shows no certainty"
+    assert found.scores["flattened_dice"].interval is None, "a bootstrap of equal numbers shows no certainty"
+    low, high = found.scores["nnunet_dice"].interval or (0, 0)
+    assert (0.6 < low < 0.8, high) == (True, 1.0), "Clopper and Pearson's bound for ten images"
 
 
 def test_distances_are_means_of_hits(tmp_path: Path, predicted: Masks, true: Masks) -> None:
@@ -123,6 +125,7 @@ def test_one_image_has_scores_and_no_interval(tmp_path: Path, true: Masks) -> No
     one = {"im1": true["im1"]}
     found = run(table(tmp_path / "p.csv", one), table(tmp_path / "t.csv", one))
     assert {score.interval for score in found.scores.values()} == {None}
+    assert as_markdown(found).count("| too few |") == 9, "specificity and false alarms are not defined"
 
 
 def test_patients_are_drawn_together_and_never_shown(tmp_path: Path, predicted: Masks, true: Masks) -> None:
@@ -131,7 +134,7 @@ def test_patients_are_drawn_together_and_never_shown(tmp_path: Path, predicted: 
     names = list(true)[:-1]
     patients.write_text("id,patient\n" + "".join(f"{name},SECRET-{n // 4}\n" for n, name in enumerate(names)))
     found = run(*files, patients=patients)
-    assert (found.drawn, found.groups) == ("patients", 6)
+    assert (found.unit, found.groups) == ("patients", 6)
     assert found.notes[-1].endswith("1 of the 20 images are not in it; each counts as one patient")
     assert "SECRET" not in found.model_dump_json() + as_markdown(found)
     assert {f: s.value for f, s in found.scores.items()} == {f: s.value for f, s in run(*files).scores.items()}
