@@ -9,6 +9,7 @@ need it:
     train, train_folds  cache → run                         `ptxdist train`, `ptxdist train --fold all`
     evaluate            runs → scores                       `ptxdist evaluate`
     compare             evaluated runs beside each other    `ptxdist compare`
+    score               masks of any tool → scores          `ptxdist score`
     write_report        run → HTML page                     `ptxdist report`
     Predictor           run or bundle → masks               `ptxdist predict`
 """
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ptxdist.run.folds import train_folds
     from ptxdist.run.pipeline import train
     from ptxdist.scores.compare import compare
+    from ptxdist.scores.external import score_predictions as score
     from ptxdist.train.evaluate import evaluate_runs as evaluate
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "evaluate",
     "load_settings",
     "preprocess",
+    "score",
     "train",
     "train_folds",
     "write_phantoms",
@@ -49,6 +52,7 @@ _FROM = {
     "evaluate": ("train.evaluate", "evaluate_runs"),
     "load_settings": ("resolve", "load_settings"),
     "preprocess": ("cache.preprocess", "preprocess"),
+    "score": ("scores.external", "score_predictions"),
     "train": ("run.pipeline", "train"),
     "train_folds": ("run.folds", "train_folds"),
     "write_phantoms": ("phantoms.dataset", "write_phantoms"),

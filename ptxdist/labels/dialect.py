@@ -54,12 +54,24 @@ def to_siim(text: str, dialect: Dialect, rows: int, columns: int) -> str:
     """
     if dialect == SIIM:
         return text.strip()
-    spans = rle.read_spans(text, dialect.starts, rows, columns)
-    return rle.encode_spans(spans if dialect.order == "columns" else _down_columns(spans, rows, columns))
+    return rle.encode_spans(read_union((text,), dialect, rows, columns))
 
 
-def _down_columns(spans: Spans, rows: int, columns: int) -> Spans:
-    """Spans down the columns of a mask from those along its rows; draws only the rows that it touches."""
+def read_union(texts: Sequence[str], dialect: Dialect, rows: int, columns: int) -> Spans:
+    """Union of the masks of one image as spans down its columns, int64 (n, 2), as `rle.read_spans` returns.
+
+    `rows` and `columns` are those of the image. (0, 2) for no texts, or only `-1`. Raises LabelError as
+    `rle.read_spans`.
+    """
+    spans = rle.unite([rle.read_spans(text, dialect.starts, rows, columns) for text in texts])
+    return spans if dialect.order == "columns" else down_columns(spans, rows, columns)
+
+
+def down_columns(spans: Spans, rows: int, columns: int) -> Spans:
+    """Spans down the columns of a mask from those along its rows; draws only the rows that it touches.
+
+    Both are int64 (n, 2), increasing and without overlap; (0, 2) stays (0, 2).
+    """
     if len(spans) == 0:
         return spans
     first, last = int(spans[0, 0]) // columns, (int(spans[-1, 1]) - 1) // columns + 1
@@ -96,14 +108,15 @@ def detect_dialect(
     sizes: Mapping[str, Size],
     dialect: Dialect | None = None,
     where: Callable[[str, str], str] = lambda case_id, text: "the label table",
+    option: str = "--dialect",
 ) -> Detection:
     """Find the dialect of a table from the raw texts of its masks by image id, and the (rows, columns) of the files.
 
     Masks of images without a file do not have to fit; they add evidence only if all files have the same size, which is
     then assumed for them. With too few masks to decide, the dialect nearest to the challenge's is chosen, and the
     evidence says so. A given `dialect` is not judged, but its masks have to fit. `where` returns the place of a mask
-    for an error message, from its image id and text. Raises LabelError without any size, for a mask that does not fit
-    where most do, and when the table fits no dialect.
+    for an error message, from its image id and text; `option` is what gives a dialect. Raises LabelError without any
+    size, for a mask that does not fit where most do, and when the table fits no dialect.
     """
     if not sizes:
         raise LabelError("the mask encoding of a label table cannot be detected without the size of any image")
@@ -116,7 +129,7 @@ def detect_dialect(
         raise LabelError(
             f"{where(case_id, text)}: the mask of {case_id} does not fit its image: {reason} (read as {best.name}, "
             f"which fits {fit.masks - len(fit.misfits)} of {fit.masks} masks; correct the mask, or give another "
-            "encoding with --dialect)"
+            f"encoding with {option})"
         )
     readings = {each: measure(each.name, each.order, fits[each.starts]) for each in tried}
     if dialect:
@@ -124,17 +137,17 @@ def detect_dialect(
         doubt = [f"the table looks wrong as {dialect.name}, which was given: {fault}"] if fault else []
         evidence = (*_describe(readings[dialect]), *doubt)
         return Detection(dialect, True, False, False, evidence, tuple(readings.values()))
-    return _conclude(readings)
+    return _conclude(readings, option)
 
 
-def _conclude(readings: Mapping[Dialect, Reading]) -> Detection:
+def _conclude(readings: Mapping[Dialect, Reading], option: str) -> Detection:
     """Choose the first dialect without a fault; the faults of the others are the proof."""
     sound = [each for each in DIALECTS if not readings[each].fault]
     if not sound:
         raise LabelError(
             "the label table fits no mask encoding: "
             + "; ".join(f"{reading.dialect}: {reading.fault}" for reading in readings.values())
-            + ". If you know the encoding of its masks, give it with --dialect"
+            + f". If you know the encoding of its masks, give it with {option}"
         )
     chosen = sound[0]  # the nearest to the challenge's
     others = [each for each in DIALECTS if each.starts != chosen.starts]

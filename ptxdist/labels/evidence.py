@@ -123,7 +123,7 @@ def fit_masks(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], sta
             except LabelError as error:
                 misfits += [(case_id, text, str(error))] if case_id in sizes else []
         if case_id in chosen and any(map(len, spans)):
-            images.append(MaskedImage(rows, columns, spans, _unite(spans)))
+            images.append(MaskedImage(rows, columns, spans, rle.unite(spans)))
     return Fit(sum(len(masks[case_id]) for case_id in owned), misfits, images)
 
 
@@ -131,17 +131,6 @@ def _spaced(names: Sequence[str], most: int) -> list[str]:
     """At most `most` of the names, evenly spaced."""
     places = np.linspace(0, len(names), min(len(names), most), endpoint=False).astype(int)
     return [names[place] for place in places]
-
-
-def _unite(masks: Sequence[Spans]) -> Spans:
-    """Spans of the union of masks."""
-    if len(masks) == 1:
-        return masks[0]
-    spans = np.concatenate(masks)
-    spans = spans[np.argsort(spans[:, 0], kind="stable")]
-    ends = np.maximum.accumulate(spans[:, 1])
-    apart = spans[1:, 0] > ends[:-1]
-    return np.column_stack((spans[np.r_[True, apart], 0], ends[np.r_[apart, True]]))
 
 
 def measure(dialect: str, order: Order, fit: Fit) -> Reading:

@@ -98,8 +98,13 @@ def decode(texts: str | Sequence[str], height: int, width: int) -> Mask:
 
 def encode(mask: npt.NDArray[np.generic]) -> str:
     """Run-length text of a mask (height, width) of any dtype; all values but 0 are inside. `-1` for an empty mask."""
+    return encode_spans(spans_of(mask))
+
+
+def spans_of(mask: npt.NDArray[np.generic]) -> Spans:
+    """Spans int64 (n, 2) down the columns of a mask as in `encode`; (0, 2) for an empty mask."""
     flat = np.asarray(mask).T.reshape(-1) != 0
-    return encode_spans(np.flatnonzero(np.diff(flat, prepend=False, append=False)).reshape(-1, 2))
+    return np.flatnonzero(np.diff(flat, prepend=False, append=False)).reshape(-1, 2)
 
 
 def encode_spans(spans: Spans) -> str:
@@ -112,6 +117,30 @@ def encode_spans(spans: Spans) -> str:
     apart = spans[1:, 0] != spans[:-1, 1]
     begins, ends = spans[np.append(True, apart), 0], spans[np.append(apart, True), 1]
     return " ".join(map(str, np.diff(np.column_stack((begins, ends)).reshape(-1), prepend=0).tolist()))
+
+
+def unite(masks: Sequence[Spans]) -> Spans:
+    """Spans of the union of masks, int64 (n, 2), each mask as `read_spans` returns it; (0, 2) for no masks."""
+    if len(masks) == 1:
+        return masks[0]
+    spans = np.concatenate([np.zeros((0, 2), np.int64), *masks])
+    if len(spans) == 0:
+        return spans
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    ends = np.maximum.accumulate(spans[:, 1])
+    apart = spans[1:, 0] > ends[:-1]
+    return np.column_stack((spans[np.r_[True, apart], 0], ends[np.r_[apart, True]]))
+
+
+def intersection_px(first: Spans, second: Spans) -> int:
+    """Number of pixels in both masks, from the spans of each, in time of the runs; 0 when one is empty."""
+    if len(first) == 0 or len(second) == 0:
+        return 0
+    starts, ends = second.T
+    before = np.concatenate(([0], np.cumsum(ends - starts)))  # pixels in the first k runs of the second mask
+    place = np.searchsorted(starts, first, side="right")
+    passed = before[place] - np.where(place > 0, np.maximum(ends[place - 1] - first, 0), 0)
+    return int((passed[:, 1] - passed[:, 0]).sum())
 
 
 def overlap(texts: Sequence[str], starts: Starts = "relative") -> bool:

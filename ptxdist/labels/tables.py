@@ -12,13 +12,14 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from ptxdist.dicom.png import SIGNATURE, decode_png
 from ptxdist.errors import DicomError, LabelError
@@ -87,25 +88,40 @@ def _check_empty_fields(path: Path, empty_line: int, minus_line: int, rows: bool
         raise LabelError(f"{path}: the field for the mask is empty in every row; write '-1' for no pneumothorax")
 
 
-def read_mask_folder(folder: Path, executor: Executor = serial) -> MaskFolder:
+def read_mask_folder(
+    folder: Path, executor: Executor = serial, on_file: Callable[[int, int], None] = lambda done, total: None
+) -> MaskFolder:
     """Masks of the PNG files `<image id>.png` in a folder or below it, in the order of their paths.
 
     A pixel is inside the mask when its value is above half of the range of its type (over 127 of 255), or is 1 in a
-    file with no other values than 0 and 1. Grayscale and three equal colour channels are read. Raises LabelError when
-    there is no PNG, two have the same name, or a file is damaged or not a mask (its brightest pixel is dark, but not
-    black).
+    file with no other values than 0 and 1. Grayscale and three equal colour channels are read. `on_file` is called with
+    (files done, files). Raises LabelError when there is no PNG, two have the same name, or a file is damaged or not a
+    mask (its brightest pixel is dark, but not black).
     """
-    paths = _find_masks(folder)
+    files = find_masks(folder)
+    paths = list(files.values())
     starts = range(0, len(paths), _FILES_A_TASK)
-    found = dict(executor(_read_masks, [(folder, start, paths[start : start + _FILES_A_TASK]) for start in starts]))
-    read = dict(zip((path.stem for path in paths), (mask for start in starts for mask in found[start]), strict=True))
+    tasks = [(folder, start, paths[start : start + _FILES_A_TASK]) for start in starts]
+    found: dict[int, list[tuple[str, tuple[int, int]]]] = {}
+    done = 0
+    for start, masks in executor(_read_masks, tasks):
+        found[start] = masks
+        done += len(masks)
+        on_file(done, len(paths))
+    read = dict(zip(files, (mask for start in starts for mask in found[start]), strict=True))
     return MaskFolder(
         {case_id: () if text == rle.EMPTY else (text,) for case_id, (text, _) in read.items()},
         {case_id: size for case_id, (_, size) in read.items()},
     )
 
 
-def _find_masks(folder: Path) -> list[Path]:
+def find_masks(folder: Path, suffixes: Sequence[str] = (".png",)) -> dict[str, Path]:
+    """Files `<image id><suffix>` in a folder or below it, by image id, in the order of their paths.
+
+    Hidden files do not count; the case of a suffix does not matter. Raises LabelError when there is none, when two have
+    the same id, and for a folder that cannot be read.
+    """
+
     def unreadable(error: OSError) -> None:  # by default, os.walk skips folders that it cannot read
         raise LabelError(f"{folder}: a folder in it cannot be read: {error.strerror}") from error
 
@@ -113,14 +129,15 @@ def _find_masks(folder: Path) -> list[Path]:
         Path(where) / name
         for where, _, names in os.walk(folder, onerror=unreadable)
         for name in names
-        if name.lower().endswith(".png") and not name.startswith(".")
+        if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
     )
     if not paths:
-        raise LabelError(f"{folder}: there are no mask images (<image id>.png) in it or below it")
-    case_id, count = Counter(path.stem for path in paths).most_common(1)[0]
+        raise LabelError(f"{folder}: there are no mask images (<image id>{suffixes[0]}) in it or below it")
+    names = [next(p.name[: -len(end)] for end in suffixes if p.name.lower().endswith(end)) for p in paths]
+    case_id, count = Counter(names).most_common(1)[0]
     if count > 1:
         raise LabelError(f"{folder}: {count} mask images in it are named {case_id}; an image can have only one")
-    return paths
+    return dict(zip(names, paths, strict=True))
 
 
 def _read_masks(folder: Path, start: int, paths: Sequence[Path]) -> tuple[int, list[tuple[str, tuple[int, int]]]]:
@@ -129,20 +146,31 @@ def _read_masks(folder: Path, start: int, paths: Sequence[Path]) -> tuple[int, l
 
 
 def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
-    where = f"{folder}: the mask image {path.name}"  # without the folders between, which may be named after patients
+    values = read_png(folder, path)
+    brightest, half = int(values.max()), int(np.iinfo(values.dtype).max) // 2
+    if 1 < brightest <= half:
+        raise LabelError(
+            f"{place_of(folder, path)} is dark (its brightest pixel is {brightest}); a mask must be black and white"
+        )
+    return rle.encode(values > (half if brightest > 1 else 0)), (values.shape[0], values.shape[1])
+
+
+def read_png(folder: Path, path: Path) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
+    """Stored values (rows, columns) of a grayscale PNG below `folder`; LabelError when it cannot be used."""
     try:
         content = path.read_bytes() if path.is_file() else b""  # reading a pipe would never end
         if not content.startswith(SIGNATURE):
             raise DicomError("is not a PNG")
-        values = decode_png(content, mask=True)
+        return decode_png(content, mask=True)
     except OSError as error:
-        raise LabelError(f"{where} cannot be read: {error.strerror}") from None
+        raise LabelError(f"{place_of(folder, path)} cannot be read: {error.strerror}") from None
     except DicomError as error:
-        raise LabelError(f"{where} {error}") from None
-    brightest, half = int(values.max()), int(np.iinfo(values.dtype).max) // 2
-    if 1 < brightest <= half:
-        raise LabelError(f"{where} is dark (its brightest pixel is {brightest}); a mask must be black and white")
-    return rle.encode(values > (half if brightest > 1 else 0)), (values.shape[0], values.shape[1])
+        raise LabelError(f"{place_of(folder, path)} {error}") from None
+
+
+def place_of(folder: Path, path: Path) -> str:
+    """The file in words, without the folders between, which may be named after patients."""
+    return f"{folder}: the mask image {path.name}"
 
 
 def line_of(path: Path, case_id: str, text: str) -> int:

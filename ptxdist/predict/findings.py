@@ -25,8 +25,8 @@ from ptxdist.labels import rle
 from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.predictor import Prediction
 from ptxdist.records import Record, when_known
+from ptxdist.rundir import FINDINGS
 
-FINDINGS = "findings"
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}
 OVERLAY_PX = 768
 

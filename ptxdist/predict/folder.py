@@ -32,9 +32,10 @@ from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, Input, find_inputs, read_headers, reject_repeated
 from ptxdist.predict.predictor import Prediction, Predictor, ahead
 from ptxdist.records import OperatingPoint
+from ptxdist.rundir import PREDICT_SETTINGS, SUBMISSION
 from ptxdist.train.device import Device
 
-SUBMISSION, REJECTS, SETTINGS = "submission.csv", "rejects.csv", "predict.json"
+REJECTS = "rejects.csv"
 _HEADERS_A_TASK = 64
 _FILES_A_TASK = 8
 _WRITERS = 2
@@ -134,7 +135,7 @@ def _check_folder(out: Path, predictor: Predictor) -> None:
         "operating_point": predictor.operating_point.model_dump(),
         "flip_averaging": predictor.flip_averaging,
     }
-    path = out / SETTINGS
+    path = out / PREDICT_SETTINGS
     try:
         before: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

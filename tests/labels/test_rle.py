@@ -146,3 +146,11 @@ def test_long_text_is_shortened_in_the_message() -> None:
     with pytest.raises(LabelError) as caught:
         rle.parse("7 " * 1001)
     assert len(str(caught.value)) < 200
+
+
+@given(masks(count=2))
+def test_union_and_intersection_of_runs_are_those_of_pixels(example: list[Mask]) -> None:
+    spans = [rle.spans_of(mask) for mask in example]
+    assert rle.intersection_px(*spans) == int(np.count_nonzero(example[0] & example[1]))
+    assert rle.encode_spans(rle.unite(spans)) == rle.encode(example[0] | example[1])
+    assert rle.unite([]).shape == (0, 2)

@@ -27,6 +27,7 @@ from ptxdist.predict import folder as command
 from ptxdist.predict.folder import Finding, predict_files
 from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
+from ptxdist.scores.external import score_predictions
 from ptxdist.train.evaluate import evaluate_runs
 
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest
@@ -107,6 +108,12 @@ def test_the_submission_is_the_challenges_and_says_what_the_masks_say(
         assert finding.area_mm2 is None
         assert "Secondary Capture" in finding.mm2_reason
         assert (done / "overlays" / f"{uid}.jpg").is_file()
+
+
+def test_the_folder_and_its_masks_can_be_scored(done: Path) -> None:
+    found = score_predictions(done, done / "masks")
+    assert (found.cases, found.predictions, found.scores["pooled_dice"].value) == (5, "folder of ptxdist predict", 1.0)
+    assert found.notes == ()
 
 
 def test_nothing_predicted_is_minus_one(finished_run: Path, images: Path, tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""The command `score`: parse, call, print."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ptxdist.cli.options import FILE, json_option
+
+TRUTH = "True masks: CSV with ImageId, EncodedPixels; or a folder of mask PNGs."
+THRESHOLD = "Pixels of probability images that reach it are inside.  [default: 0.5]"
+SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]"
+
+
+@click.command()
+@click.argument("predictions", type=FILE)
+@click.option("--truth", type=FILE, required=True, help=TRUTH)
+@click.option("--patients", type=FILE, help="CSV with image id, patient; intervals are then by patient.")
+@click.option("--subset", is_flag=True, help="Score the images that are in both, if some are in one only.")
+@click.option("--threshold", type=float, help=THRESHOLD)
+@click.option("--dialect", help="Encoding of a table of predictions, such as relative-columns.  [default: detected]")
+@click.option("--truth-dialect", help="Encoding of a table of true masks.  [default: detected]")
+@click.option("--size-px", type=click.IntRange(1), help=SIZE)
+@click.option("--surfaces", is_flag=True, help="Also HD95 and surface Dice; needs the extra `surfaces`.")
+@click.option("--markdown", is_flag=True, help="Print a Markdown table.")
+@json_option
+def score(
+    predictions: Path,
+    truth: Path,
+    patients: Path | None,
+    subset: bool,
+    threshold: float | None,
+    dialect: str | None,
+    truth_dialect: str | None,
+    size_px: int | None,
+    surfaces: bool,
+    markdown: bool,
+    as_json: bool,
+) -> None:
+    """Score the masks of any tool under every definition of Dice in use, without a model.
+
+    PREDICTIONS is a submission table (.csv, .csv.gz), a folder of mask or probability PNGs, a folder of NIfTI masks as
+    nnU-Net writes them (extra `nifti`), or a folder of `ptxdist predict`.
+
+    Example: ptxdist score submission.csv --truth train-rle.csv --patients nih_id.csv
+    """
+    from ptxdist import console
+    from ptxdist.scores.external import as_markdown, score_predictions
+
+    with console.progress() as update:
+        result = score_predictions(
+            predictions,
+            truth,
+            patients=patients,
+            threshold=threshold,
+            dialect=dialect,
+            truth_dialect=truth_dialect,
+            size_px=size_px,
+            subset=subset,
+            surfaces=surfaces,
+            on_progress=update,
+        )
+    if as_json:
+        console.show_json(result.model_dump(mode="json"))
+    elif markdown:
+        print(as_markdown(result), end="")
+    else:
+        console.show_external(result)
+    for note in result.notes:
+        console.say(f"note: {note}")

@@ -1,0 +1,152 @@
+"""Folders of mask or probability images of any tool, PNG or NIfTI, read one file at a time: two kinds of `masks.Masks`.
+
+Whether the PNG files of a folder are masks or probabilities is decided by their values, for all files together.
+
+nnU-Net writes 2-D masks as PNG with the values 0 and 1 (nnunetv2/imageio/natural_image_reader_writer.py), or as NIfTI.
+The first axis of a NIfTI file is x, the columns of the image, and the second is y, its rows: SimpleITK returns an array
+(y, x) of it (simpleitk_reader_writer.py), and NibabelIO transposes to the same (nibabel_reader_writer.py). A third axis
+has to be of length 1. Orientation and spacing of the file are not used, as in nnU-Net's own evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ptxdist.dicom.png import read_png_header
+from ptxdist.errors import DicomError, LabelError
+from ptxdist.files import require_extra
+from ptxdist.labels import rle
+from ptxdist.labels.evidence import Size
+from ptxdist.labels.rle import Spans
+from ptxdist.labels.tables import find_masks, place_of, read_png
+
+PNG, NIFTI = (".png",), (".nii.gz", ".nii")
+_LOW = 0.1  # if no probability reaches it, the values are rather labels of several classes
+
+
+class PngMasks:
+    """Masks or probabilities of the PNG files in a folder or below it."""
+
+    def __init__(self, folder: Path, threshold: float) -> None:
+        self._folder, self._threshold = folder, threshold
+        self._files = find_masks(folder, PNG)
+        self.sizes: Mapping[str, Size] = {case_id: self._read_size(path) for case_id, path in self._files.items()}
+        self._known: dict[str, Spans] | None = None  # of all files, when they have no other values than 0 and 1
+        self._dim = ""  # a file that is not black, and whose values are 0 and 1 while other files have higher ones
+        self._between, self._brightest = False, 0.0
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The image ids."""
+        return self._files
+
+    def _read_size(self, path: Path) -> Size:
+        try:
+            with open(path, "rb") as file:
+                header = read_png_header(file.read(33), mask=True)
+        except OSError as error:
+            raise LabelError(f"{place_of(self._folder, path)} cannot be read: {error.strerror}") from None
+        except DicomError as error:
+            raise LabelError(f"{place_of(self._folder, path)} {error}") from None
+        return header.rows, header.columns
+
+    def prepare(self, sizes: Mapping[str, Size], on_file: Callable[[int, int], None]) -> None:
+        """As in `masks.Masks`: reads files until one has a value above 1."""
+        known = {}
+        for number, case_id in enumerate(sizes):
+            values = read_png(self._folder, self._files[case_id])
+            if values.max() > 1:
+                return
+            known[case_id] = rle.spans_of(values)
+            on_file(number + 1, len(sizes))
+        self._known = known
+
+    def spans(self, case_id: str, size: Size) -> Spans:
+        """As in `masks.Masks`."""
+        if self._known is not None:
+            return self._known[case_id]
+        values = read_png(self._folder, self._files[case_id])
+        highest, brightest = int(np.iinfo(values.dtype).max), int(values.max())
+        self._dim = self._dim or (case_id if brightest == 1 else "")
+        self._between = self._between or bool(((values > 1) & (values < highest)).any())
+        self._brightest = max(self._brightest, brightest / highest)
+        return rle.spans_of(values >= math.ceil(self._threshold * highest * (1 - 1e-12)))
+
+    def describe(self) -> tuple[str, tuple[str, ...]]:
+        """As in `masks.Masks`."""
+        if self._known is not None:
+            return "PNG masks of 0 and 1", ()
+        if not self._between:
+            if self._dim:
+                raise LabelError(
+                    f"{self._folder}: {self._dim} has the values 0 and 1, others 0 and the highest value; write all "
+                    "masks in one way"
+                )
+            return "PNG masks of 0 and the highest value", ()
+        if self._brightest < min(_LOW, self._threshold):
+            raise LabelError(
+                f"{self._folder}: no value is above {self._brightest:.3f} of the range, so these are probably labels "
+                "of several classes; write masks of 0 and 1"
+            )
+        return f"PNG probabilities, threshold {self._threshold:g}", ()
+
+
+class NiftiMasks:
+    """Masks or probabilities of the NIfTI files in a folder or below it. Needs the extra `nifti`."""
+
+    def __init__(self, folder: Path, threshold: float) -> None:
+        require_extra("nifti", "reading NIfTI files", "nibabel")
+        self._folder, self._threshold = folder, threshold
+        self._files = find_masks(folder, NIFTI)
+        self.sizes: Mapping[str, Size] = {case_id: self._read(path)[1] for case_id, path in self._files.items()}
+        self._between = False
+
+    @property
+    def ids(self) -> Collection[str]:
+        """The image ids."""
+        return self._files
+
+    def _read(self, path: Path, *, pixels: bool = False) -> tuple[npt.NDArray[Any], Size]:
+        """Values (columns, rows), none unless asked for, and the size."""
+        import nibabel
+        from nibabel.filebasedimages import ImageFileError
+
+        try:
+            image = nibabel.load(path)
+            shape, values = image.shape, np.asarray(image.dataobj) if pixels else np.zeros((0, 0))
+        except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+            reason = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
+            raise LabelError(f"{place_of(self._folder, path)} cannot be read as NIfTI: {reason}") from None
+        if len(shape) < 2 or any(length != 1 for length in shape[2:]):
+            raise LabelError(
+                f"{place_of(self._folder, path)} has the shape {'x'.join(map(str, shape))}; only single 2-D images are "
+                "scored, (x, y) or (x, y, 1)"
+            )
+        return values.reshape(shape[:2]) if pixels else values, (shape[1], shape[0])
+
+    def prepare(self, sizes: Mapping[str, Size], on_file: Callable[[int, int], None]) -> None:
+        """As in `masks.Masks`: nothing has to be found out."""
+
+    def spans(self, case_id: str, size: Size) -> Spans:
+        """As in `masks.Masks`."""
+        path = self._files[case_id]
+        values, _ = self._read(path, pixels=True)
+        low, top = values.min(), values.max()
+        if not (low >= 0 and top <= 1):  # also true of NaN
+            raise LabelError(
+                f"{place_of(self._folder, path)} has values from {low:g} to {top:g}; expected a mask of 0 and 1, or "
+                "probabilities of 0 to 1"
+            )
+        self._between = self._between or bool(((values > 0) & (values < 1)).any())
+        return rle.spans_of((values >= self._threshold).T)
+
+    def describe(self) -> tuple[str, tuple[str, ...]]:
+        """As in `masks.Masks`."""
+        return f"NIfTI probabilities, threshold {self._threshold:g}" if self._between else "NIfTI masks", ()
