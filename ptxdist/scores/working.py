@@ -165,13 +165,20 @@ def _fit(score: Floats, positive: Flags) -> Platt:
     ones, zeros = positive.sum(), (~positive).sum()
     target = np.where(positive, (ones + 1) / (ones + 2), 1 / (zeros + 2))
     design = np.column_stack((_log_odds(score), np.ones(len(score))))
-    weights = np.array((1.0, 0.0))
+    weights = np.zeros(2)
+
+    def loss(at: Floats) -> float:
+        odds = design @ at
+        return float((np.logaddexp(0, odds) - target * odds).sum())
+
     for _ in range(_STEPS):
         probability = 1 / (1 + np.exp(-design @ weights))
         gradient = design.T @ (probability - target)
         curvature = (design * (probability * (1 - probability))[:, None]).T @ design + 1e-9 * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
-        weights -= step * min(1.0, 4 / max(1e-12, float(np.abs(step).max())))
+        while loss(weights - step) > loss(weights) and float(np.abs(step).max()) > 1e-10:
+            step = step / 2
+        weights = weights - step
         if float(np.abs(step).max()) < 1e-10:
             break
     return Platt(slope=float(weights[0]), intercept=float(weights[1]))

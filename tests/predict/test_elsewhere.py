@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
+from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.fingerprints import Fingerprints
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
@@ -20,10 +22,20 @@ from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_members, write_bundle
 from ptxdist.predict.elsewhere import evaluate_elsewhere
 from ptxdist.predict.predictor import Predictor
-from ptxdist.records import EvaluationResult, OperatingPoint
+from ptxdist.records import EvaluationResult, OperatingPoint, Platt
 from ptxdist.report.report import write_report
-from ptxdist.rundir import ORIGIN, PREDICTIONS, TRAINING_IMAGES, read_evaluation, read_origin
+from ptxdist.rundir import (
+    EVALUATION,
+    ORIGIN,
+    PREDICTIONS,
+    RESULT,
+    TRAINING_IMAGES,
+    read_evaluation,
+    read_origin,
+    read_result,
+)
 from ptxdist.scores.metrics import scores
+from ptxdist.scores.working import Wanted
 
 POINT = OperatingPoint(top=0.55, min_area_px=700, bottom=0.4)
 
@@ -234,3 +246,80 @@ def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
     ):
         refused = run(*words)
         assert (refused.exit_code, message in refused.stderr) == (code, True)
+
+
+def test_a_fitted_point_and_a_working_point_travel_with_a_bundle(
+    finished_run: Path, other: Path, bundle: Path, tmp_path: Path
+) -> None:
+    """Evaluated on other data, exported with what was fitted there, used by `predict`."""
+
+    def run(*words: object, code: int = 0) -> str:
+        done = CliRunner().invoke(cli, [str(word) for word in words])
+        assert done.exit_code == code, done.stderr
+        return " ".join((done.stdout if not code else done.stderr).split())
+
+    there, local = tmp_path / "there", tmp_path / "local.ptxdist"
+    text = run(
+        "evaluate", bundle, "--data", other, "--out", there, "--sensitivity", 0.8, "--specificity", 0.75,
+        "--prevalence", 0.05,
+    )  # fmt: skip
+    assert "working point sensitivity=0.8: score from" in text
+    assert "at a prevalence of 0.05 PPV" in text
+    result = read_evaluation(there)
+    assert [point.name for point in result.working] == ["sensitivity=0.8", "specificity=0.75"]
+    best = max(result.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
+    run("export", bundle, "--point", there, "--out", local)
+    card = load_model(local)[0]
+    assert card.operating_point == best.point
+    assert card.operating_point_from.startswith(f"the {best.kind} fitted on 16 images (6 positive) of other data")
+    assert read_members(local)[1][TRAINING_IMAGES] == read_members(bundle)[1][TRAINING_IMAGES]
+    flagging = tmp_path / "flagging.ptxdist"
+    run("export", bundle, "--point", there, "--at", "sensitivity=0.8", "--out", flagging)
+    point = load_model(flagging)[0].operating_point
+    assert (point.image, point.min_area_px) == (result.working[0].threshold, 0)
+    run("predict", flagging, other.parent / "dicom", "--out", tmp_path / "predicted", "--write", "masks")
+    findings = [json.loads(path.read_text()) for path in (tmp_path / "predicted" / "findings").iterdir()]
+    for finding in findings:
+        if finding["score"] < point.image:
+            assert finding["area_px"] == 0
+    assert sum(finding["score"] >= point.image for finding in findings) >= 0.8 * 6
+    page = write_report(there).read_text()
+    assert "ROC curve" in page
+    assert "sensitivity=0.8" in page
+    for words, code, message in (
+        (("export", bundle, "--point", tmp_path, "--out", tmp_path / "x.ptxdist"), 8, "holds no evaluation"),
+        (
+            ("export", finished_run, "--at", "sensitivity=0.5", "--out", tmp_path / "x.ptxdist"),
+            3,
+            "has no working point",
+        ),
+        (("predict", bundle, other, "--at", "high", "--out", tmp_path / "x"), 3, "give one such as sensitivity=0.95"),
+        (("evaluate", bundle, "--data", other, "--out", there, "--prevalence", 0.1), 3, "goes with --sensitivity"),
+    ):
+        assert message in run(*words, code=code)
+    both = evaluate_elsewhere([bundle, bundle], other, folder=tmp_path / "both")
+    assert len(both.elsewhere.weights_sha256 if both.elsewhere else ()) == 2
+    assert "is no evaluation of smoke alone" in run(
+        "export", bundle, "--point", tmp_path / "both", "--out", tmp_path / "x.ptxdist", code=8
+    )
+    assert not (tmp_path / "x.ptxdist").exists()
+
+
+def test_a_run_that_was_evaluated_with_a_working_point_predicts_at_it_and_calibrated(
+    finished_run: Path, other: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "run"
+    shutil.copytree(finished_run, own)
+    evaluation = read_evaluation(own / EVALUATION)
+    working = evaluate_elsewhere(
+        [own], other, folder=tmp_path / "there", working=Wanted((("specificity", 0.7),))
+    ).working
+    changed = evaluation.model_copy(update={"working": working, "platt": Platt(slope=2.0, intercept=-1.0)})
+    result = read_result(own).model_copy(update={"evaluation": changed})
+    files.write_json(own / RESULT, result)
+    predictor = Predictor.load(own, device="cpu", at="specificity=0.7")
+    assert predictor.operating_point.image == working[0].threshold
+    prediction = predictor.predict(next((other.parent / "dicom").iterdir()))
+    odds = np.log(prediction.score / (1 - prediction.score))
+    assert prediction.calibrated == pytest.approx(1 / (1 + np.exp(1 - 2 * odds)))
+    assert Predictor.load(own, own, device="cpu").predict(next((other.parent / "dicom").iterdir())).calibrated is None
