@@ -12,7 +12,7 @@ from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
 @click.command()
 @click.argument("model", type=PLACE)
 @click.option("--out", type=FILE, required=True, help="The file; its suffix is .onnx, .pt2 or .ptxdist.")
-@click.option("--point", type=FOLDER, help="Folder of an evaluation on other data, whose fitted point is used.")
+@click.option("--point", type=FOLDER, help="Folder of an evaluation on other data, whose tuned point is used.")
 @click.option("--at", help="A stored working point is used, such as sensitivity=0.95.")
 @json_option
 def export(model: Path | str, out: Path, point: Path | None, at: str | None, as_json: bool) -> None:

@@ -53,8 +53,6 @@ def show_result(stages: Sequence[StageResult], evaluation: EvaluationResult | No
             table.add_row(f"(threshold {threshold})", "", "", "", *_dices(scores))
         for tuned in evaluation.tuned:
             name = f"tuned {tuned.kind}, estimated on\ncases it was not tuned on"
-            if evaluation.point is not None:
-                name = f"refitted {tuned.kind}, estimated on\ncases it was not fitted on"
             _add_scores(table, name, tuned.estimate, tuned.intervals)
         table.add_row("predicting nothing", "", "", "", *_baselines(evaluation.scores), style="dim")
     out.print(table)
@@ -85,9 +83,7 @@ def _show_details(evaluation: EvaluationResult) -> None:
         out.print(f"own point (from {evaluation.elsewhere.point_from}): {evaluation.point.words}")
     for tuned in evaluation.tuned:
         out.print(
-            f"{'tuned' if evaluation.point is None else 'refitted'} {tuned.kind}: {tuned.point.words} "
-            f"(on the cases it was {'tuned' if evaluation.point is None else 'fitted'} on "
-            f"{number(tuned.scores.kaggle_dice)})"
+            f"tuned {tuned.kind}: {tuned.point.words} (on the cases it was tuned on {number(tuned.scores.kaggle_dice)})"
         )
         if tuned.gains:
             out.print(f"  gain over the own point: {_gains(tuned.gains, tuned.gain_intervals or {})}")

@@ -139,20 +139,20 @@ def _flagging(card: ModelCard, threshold: float) -> OperatingPoint:
     return OperatingPoint(image=threshold, top=bottom, min_area_px=0, bottom=bottom)
 
 
-def refitted_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tuple[OperatingPoint, str]:
-    """The point that an evaluation on other data fitted for this model, and words that say where it is from.
+def local_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tuple[OperatingPoint, str]:
+    """The point that an evaluation on other data tuned for this model, and words that say where it is from.
 
-    RunError when the evaluation is of other models, or has no fitted point.
+    RunError when the evaluation is of other models, or has no tuned point.
     """
     about = evaluation.elsewhere
     if about is None or about.weights_sha256 != (card.weights_sha256,):
         raise RunError(f"{place} is no evaluation of {card.name} alone on other data (`ptxdist evaluate MODEL --data`)")
     if not evaluation.tuned:
-        raise RunError(f"{place} has no fitted point: it has the images of a single patient")
+        raise RunError(f"{place} has no tuned point: it has the images of a single patient")
     best = max(evaluation.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
     scores = evaluation.scores
     return best.point, (
-        f"the {best.kind} fitted on {scores.cases:,} images ({scores.positives:,} positive) of other data, whose "
+        f"the {best.kind} tuned on {scores.cases:,} images ({scores.positives:,} positive) of other data, whose "
         f"cross-fitted Kaggle Dice is {best.estimate.kaggle_dice:.4f}"
     )
 

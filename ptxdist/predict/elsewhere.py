@@ -1,6 +1,6 @@
 """Evaluation of models on data that they were not trained with: any cache of `preprocess`.
 
-Scored first is the operating point that the models have. Points refitted on these cases are beside it, cross-fitted by
+Scored first is the operating point that the models have. Points tuned on these cases are beside it, cross-fitted by
 patient. Images that a model was trained on are recognised by their fingerprints, and scores without them are given.
 
 Owns: which models go together, and which cases are scored. Refuses: caches without the models' size (StoreError),

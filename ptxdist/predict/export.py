@@ -40,7 +40,7 @@ from ptxdist.predict.bundle import (
     load_model,
     point_at,
     read_members,
-    refitted_point,
+    local_point,
     write_bundle,
 )
 from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
@@ -86,7 +86,7 @@ def export_model(
     """Write `model`, a finished run or a bundle, to `out`, whose suffix names the format.
 
     The file is loaded and compared with the checkpoint before it is written; if it differs, nothing is written. The
-    operating point is the model's own, or the one that the folder `evaluation` fitted on other data, or `at` a working
+    operating point is the model's own, or the one that the folder `evaluation` tuned on other data, or `at` a working
     point by its name, of that evaluation or else of the model.
     """
     if out.suffix not in (ONNX, PT2, SUFFIX):
@@ -127,7 +127,7 @@ def _point(card: ModelCard, folder: Path | None, at: str | None) -> tuple[Operat
         assert at is not None
         return point_at(card, at)
     evaluation = read_evaluation(folder)
-    point, words = refitted_point(card, evaluation, str(folder))
+    point, words = local_point(card, evaluation, str(folder))
     if at is None:
         return point, words
     return point_at(card.at(point, words).model_copy(update={"evaluation": evaluation}), at)

@@ -152,8 +152,8 @@ def _lead(evaluation: EvaluationResult) -> str:
     scores, folds = evaluation.scores, evaluation.folds
     how = f"{'with' if evaluation.flip_averaging else 'without'} horizontal-flip averaging"
     if evaluation.runs > 1:
-        how += f" over {evaluation.runs} runs"
-    if len(folds) > 1:
+        how += f" over {evaluation.runs} {'runs' if evaluation.elsewhere is None else 'models'}"
+    if len(folds) > 1 and evaluation.elsewhere is None:
         how += f"; {len(folds)} folds together, each scored by the run that was not trained on it"
     images = "held-out images" if evaluation.elsewhere is None else "images from elsewhere"
     return (
@@ -163,11 +163,11 @@ def _lead(evaluation: EvaluationResult) -> str:
 
 
 def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
-    scores, found = evaluation.scores, []
+    scores, found, name = evaluation.scores, [], "This run" if evaluation.elsewhere is None else "The model"
     if scores.equals_all_empty:
         found.append(
             Notice(
-                "This run equals predicting nothing.",
+                f"{name} equals predicting nothing.",
                 "No pixel is predicted in any of the images. The Kaggle Dice is the share of images without a "
                 "pneumothorax and says nothing about the model.",
             )
@@ -175,12 +175,17 @@ def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
     elif scores.kaggle_dice <= scores.all_empty_dice:
         found.append(
             Notice(
-                "This run is no better than predicting nothing.",
+                f"{name} is no better than predicting nothing.",
                 f"Its Kaggle Dice is {tables.number(scores.kaggle_dice)}; empty masks for all images score "
                 f"{tables.number(scores.all_empty_dice)}.",
             )
         )
-    if catalog.leakage.grouped_by == "nothing":
+    if evaluation.elsewhere is not None:
+        if catalog.leakage.grouped_by == "nothing":
+            found.append(
+                Notice("Patients are not known.", "Each image counts as one patient, so intervals may be too narrow.")
+            )
+    elif catalog.leakage.grouped_by == "nothing":
         found.append(Notice("Patients are not known.", f"{UNKNOWN_PATIENTS.capitalize()}."))
     elif catalog.leakage.shared_cases:
         found.append(

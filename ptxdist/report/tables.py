@@ -40,8 +40,8 @@ def tiles(evaluation: EvaluationResult) -> tuple[Tile, ...]:
 
 
 def _tile(score: Score, value: float | None, interval: tuple[float, float] | None, baseline: float) -> Tile:
-    missing = "no interval: its definition says why" if score is ECE else "no interval: too few patients"
-    words = f"{number(interval[0])} to {number(interval[1])}" if interval else "" if value is None else missing
+    missing = "" if value is None or score is ECE else "not given: too few patients"
+    words = f"{number(interval[0])} to {number(interval[1])}" if interval else missing
     drawing = draw_interval(_UNIT, value, interval, level=baseline)
     return Tile(score.name, number(value), words, f"{score.without}: {number(baseline)}", score.definition, drawing)
 
@@ -58,7 +58,9 @@ def _cells(scores: Scores, intervals: Intervals | None = None) -> tuple[str | Ma
     )
 
 
-def _short(intervals: Intervals, field: str, value: float | None) -> str:
+def _short(intervals: Intervals | None, field: str, value: float | None) -> str:
+    if intervals is None:
+        return ""
     found = intervals.get(field)
     return f"{found[0]:.2f} to {found[1]:.2f}" if found else "" if value is None else TOO_FEW
 
@@ -105,10 +107,10 @@ def operating_points(evaluation: EvaluationResult) -> tuple[Block, ...]:
     level, field = evaluation.scores.all_empty_dice, "kaggle_dice"
     rows = [_forest_row(_own(evaluation), evaluation.scores, evaluation.intervals, field, level)]
     for threshold, other in evaluation.at_other_thresholds.items():
-        rows.append(_forest_row(f"threshold {threshold}", other, {}, field, level))
+        rows.append(_forest_row(f"threshold {threshold}", other, None, field, level))
     for tuned in evaluation.tuned:
         rows.append(_forest_row(f"tuned {tuned.kind} (cross-fitted)", tuned.estimate, tuned.intervals, field, level))
-        rows.append(_forest_row(f"tuned {tuned.kind} (optimistic)", tuned.scores, {}, field, level, few=True))
+        rows.append(_forest_row(f"tuned {tuned.kind} (optimistic)", tuned.scores, None, field, level, few=True))
     forest = _forest("Kaggle Dice; dashed: predicting nothing", rows)
     own = (
         ()
@@ -157,7 +159,7 @@ def _subgroup_row(group: Subgroup, field: str, level: float | None) -> Row:
 def _forest_row(
     name: str,
     scores: Scores,
-    intervals: Intervals,
+    intervals: Intervals | None,
     field: str,
     level: float | None,
     *,
@@ -172,7 +174,7 @@ def _forest_row(
     value = getattr(scores, field)
     cells = (
         f"{counted.get(field, scores.cases):,}",
-        draw_interval(_UNIT, value, intervals.get(field), level=level, few=few),
+        draw_interval(_UNIT, value, (intervals or {}).get(field), level=level, few=few),
         Markup('{}<span class="small"> {}</span>').format(number(value), _short(intervals, field, value)),
     )
     return Row(name, cells, "few" if few else "", note if few else "")

@@ -61,7 +61,8 @@ AUROC = Score(
 )  # fmt: skip
 ECE = Score(
     "error", "ECE of images", "ECE", 0.0,
-    "Expected calibration error: how far the score of an image is from the share of such images that are positive.",
+    "Expected calibration error: how far the score of an image is from the share of such images that are positive. "
+    "Too large in small samples, so without an interval.",
     "one score for all",
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Evaluation on another cache: the model's own point, refitted ones beside it, images that it was trained on."""
+"""Evaluation on another cache: the model's own point, tuned ones beside it, images that it was trained on."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_masks_are_those_of_predict_at_the_models_point(
     assert result.scores == scores(np.array(counts, np.int64))
 
 
-def test_refitted_points_are_cross_fitted_and_compared_with_the_models_own(
+def test_tuned_points_are_cross_fitted_and_compared_with_the_models_own(
     evaluated: tuple[Path, EvaluationResult],
 ) -> None:
     result = evaluated[1]
@@ -236,7 +236,7 @@ def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
     done = run("--data", other, "--out", tmp_path / "out")
     text = " ".join(done.stdout.split())
     assert done.exit_code == 0, done.stderr
-    assert text.index("the model's own") < text.index("refitted pair")
+    assert text.index("the model's own") < text.index("tuned pair")
     assert "0 of these images were in the training, " in text
     assert "median grey level: " in text
     assert "gain over the own point: Kaggle " in text
@@ -248,10 +248,10 @@ def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
         assert (refused.exit_code, message in refused.stderr) == (code, True)
 
 
-def test_a_fitted_point_and_a_working_point_travel_with_a_bundle(
+def test_a_tuned_point_and_a_working_point_travel_with_a_bundle(
     finished_run: Path, other: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    """Evaluated on other data, exported with what was fitted there, used by `predict`."""
+    """Evaluated on other data, exported with what was tuned there, used by `predict`."""
 
     def run(*words: object, code: int = 0) -> str:
         done = CliRunner().invoke(cli, [str(word) for word in words])
@@ -271,7 +271,7 @@ def test_a_fitted_point_and_a_working_point_travel_with_a_bundle(
     run("export", bundle, "--point", there, "--out", local)
     card = load_model(local)[0]
     assert card.operating_point == best.point
-    assert card.operating_point_from.startswith(f"the {best.kind} fitted on 16 images (6 positive) of other data")
+    assert card.operating_point_from.startswith(f"the {best.kind} tuned on 16 images (6 positive) of other data")
     assert read_members(local)[1][TRAINING_IMAGES] == read_members(bundle)[1][TRAINING_IMAGES]
     flagging = tmp_path / "flagging.ptxdist"
     run("export", bundle, "--point", there, "--at", "sensitivity=0.8", "--out", flagging)
