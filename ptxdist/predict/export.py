@@ -38,9 +38,9 @@ from ptxdist.predict.bundle import (
     ModelCard,
     describe_run,
     load_model,
+    local_point,
     point_at,
     read_members,
-    local_point,
     write_bundle,
 )
 from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
