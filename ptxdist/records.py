@@ -251,11 +251,13 @@ class Profile(Record):
 class SeenImages(Record):
     """Evaluated images that a model was trained on: with `equal` pixels, or that only look the same (`alike`).
 
-    `case_ids` are the ids of both kinds. `without` are the scores of all other images, None if there are none.
+    `patients` are others whose patient is in the training, None if patients cannot be compared. `case_ids` are the ids
+    of all of these. `without` are the scores of the other images, None if there are none.
     """
 
     equal: int
     alike: int
+    patients: int | None
     case_ids: tuple[str, ...]
     without: Scores | None
     without_intervals: Intervals = {}

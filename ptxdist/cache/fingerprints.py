@@ -3,9 +3,12 @@
     training-images.csv     in a run and in its bundle: a row for each training image, sorted, without ids
         pixels              sha256 of its sample in the store, 16 hex digits: equal where decoded pixels are equal
         look                its perceptual hash (see `duplicates`), 64 hex digits: close for copies of another encoding
+        patient             its patient, hashed with the salt of the cache, after eight digits that say which salt;
+                            empty if patients are not known
 
 Who has an image can find out from a model whether it was trained on it, and nothing else: no image can be made from its
-fingerprints. Pixels are compared at the size of the model, so both caches need that size.
+fingerprints, and no patient be found without the secret salt. Pixels are compared at the size of the model, so both
+caches need that size.
 """
 
 from __future__ import annotations
@@ -19,30 +22,33 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.cache.catalog import Case
+from ptxdist.cache.catalog import Case, Catalog
 from ptxdist.cache.duplicates import MAX_BITS, SIDE_PX, Hashes, perceptual_hashes, thumbnail
 from ptxdist.cache.store import Store
 from ptxdist.errors import StoreError
 from ptxdist.records import Profile
 
-COLUMNS = ("pixels", "look")
+COLUMNS = ("pixels", "look", "patient")
 _AT = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BLOCK = 256
+_SALT_DIGITS = 8
 
 
 @dataclass(frozen=True)
 class Fingerprints:
-    """Of n images: `pixels`, 16 hex digits each, and `looks` uint64 (n, 4)."""
+    """Of n images: `pixels`, 16 hex digits each, `looks` uint64 (n, 4), and `patients`, "" if they are not known."""
 
     pixels: tuple[str, ...]
     looks: Hashes
+    patients: tuple[str, ...]
 
     def write(self) -> str:
         """The table as text, sorted, so that it is the same for any order of the images."""
         file = io.StringIO()
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows(sorted(zip(self.pixels, (look.tobytes().hex() for look in self.looks), strict=True)))
+        looks = (look.tobytes().hex() for look in self.looks)
+        writer.writerows(sorted(zip(self.pixels, looks, self.patients, strict=True)))
         return file.getvalue()
 
     @classmethod
@@ -52,7 +58,7 @@ class Fingerprints:
             rows = list(csv.DictReader(io.StringIO(text)))
             looks = [np.frombuffer(bytes.fromhex(row[COLUMNS[1]]), np.uint64) for row in rows]
             stacked = np.array(looks, np.uint64).reshape(len(rows), 4)
-            return cls(tuple(row[COLUMNS[0]] for row in rows), stacked)
+            return cls(tuple(row[COLUMNS[0]] for row in rows), stacked, tuple(row[COLUMNS[2]] for row in rows))
         except (KeyError, ValueError, TypeError, csv.Error) as error:
             raise StoreError(f"{source}: the fingerprints of its training images are damaged ({error})") from error
 
@@ -69,9 +75,20 @@ class Fingerprints:
             close[start : start + len(block)] = (bits <= MAX_BITS).any(1)
         return equal, close & ~equal
 
+    def patients_in(self, training: Fingerprints) -> npt.NDArray[np.bool_] | None:
+        """Of which of these images the patient is in `training`, bool (n,); None if patients cannot be compared."""
+        salts = [{patient[:_SALT_DIGITS] for patient in side.patients} for side in (self, training)]
+        if salts[0] != salts[1] or "" in salts[0]:
+            return None
+        known = set(training.patients)
+        return np.array([patient in known for patient in self.patients], bool)
 
-def look_at(store: Store, cases: Sequence[Case], indices: npt.NDArray[np.int64]) -> tuple[Fingerprints, Profile]:
-    """Fingerprints of the images at `indices` in the store, whose i-th case is `cases[i]`, and what they are like."""
+
+def look_at(
+    store: Store, catalog: Catalog, indices: npt.NDArray[np.int64], salt: bytes
+) -> tuple[Fingerprints, Profile]:
+    """Fingerprints of the images at `indices` in the store of a cache with this `salt`, and what they are like."""
+    cases = catalog.labelled
     pixels, small, brightness = [], np.zeros((len(indices), SIDE_PX, SIDE_PX), np.float32), []
     for row, index in enumerate(indices.tolist()):
         image = np.ascontiguousarray(store.sample(index)[0])
@@ -79,7 +96,10 @@ def look_at(store: Store, cases: Sequence[Case], indices: npt.NDArray[np.int64])
         small[row] = thumbnail(image)
         brightness.append(float(image.mean()))
     profile = profile_of([cases[index] for index in indices.tolist()], brightness)
-    return Fingerprints(tuple(pixels), perceptual_hashes(small)), profile
+    which = hashlib.blake2b(b"salt of patients", key=salt[:64]).hexdigest()[:_SALT_DIGITS]
+    known = catalog.leakage.grouped_by != "nothing"
+    patients = tuple(f"{which}{cases[index].group}" if known else "" for index in indices.tolist())
+    return Fingerprints(tuple(pixels), perceptual_hashes(small), patients), profile
 
 
 def profile_of(cases: Sequence[Case], brightness: Sequence[float]) -> Profile:

@@ -9,6 +9,7 @@ complete. After an interruption the manifest never lists more than there is.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -51,6 +52,7 @@ MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
 MISSING = "missing.csv"
 SALT = "salt"
+_LEAST_KEY = 16  # bytes
 TABLES = (FILE_NAME, MISSING, REJECTS, DUPLICATES, SALT)
 
 Progress = Callable[[str, int, int], None]
@@ -78,6 +80,7 @@ def preprocess(
     out: Path,
     *,
     patients: Path | None = None,
+    patient_key: Path | None = None,
     sizes_px: Sequence[int] = (256, 512),
     folds: int = FOLDS,
     seed: int = 0,
@@ -89,9 +92,11 @@ def preprocess(
     """Build or renew the cache `out` from image files and a label table.
 
     Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. The work is done by
-    `executor`, or else by `workers` processes. `on_progress` is called with a step, and how much of it is done of how
-    much. Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more than a tenth of
-    the files cannot be used; StoreError when the disk is full or a worker dies.
+    `executor`, or else by `workers` processes. `patient_key` is a file with a secret of the site, by which patients are
+    hashed: so they can be compared with those of other caches that were made with it. `on_progress` is called with a
+    step, and how much of it is done of how much. Raises as `build_catalog`; BusyError when another run holds the cache;
+    CatalogError when more than a tenth of the files cannot be used, or the key does not fit; StoreError when the disk
+    is full or a worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
     is_new = not (out / locks.LOCK).is_file()
@@ -101,6 +106,8 @@ def preprocess(
                 held.enter_context(exclusive(out))
             # All tables and headers are read before the first byte is written.
             salt = read_salt(out) or secrets.token_bytes(32)
+            if patient_key is not None:
+                salt = _read_key(patient_key, out)
             former, was_there = _former(out), (out / FILE_NAME).is_file()
             if former is None:
                 work.prepare(write_shard.__module__)  # there will be shards to write
@@ -330,6 +337,25 @@ def exclusive(out: Path) -> Iterator[None]:
 def read_salt(cache: Path) -> bytes:
     """The key of a cache's hashes of patients; b"" when it has none yet."""
     return (cache / SALT).read_bytes() if (cache / SALT).is_file() else b""
+
+
+def _read_key(path: Path, out: Path) -> bytes:
+    """The salt that a file gives; CatalogError for a short one, and for a cache that was made with another."""
+    try:
+        content = path.read_bytes().strip()
+    except OSError as error:
+        raise CatalogError(
+            f"{path} cannot be read: {error.strerror}; --patient-key names a file with a secret"
+        ) from error
+    if len(content) < _LEAST_KEY:
+        raise CatalogError(
+            f"{path} has {len(content)} bytes; a key has at least {_LEAST_KEY} that cannot be guessed, for example of "
+            "`head -c 32 /dev/urandom`"
+        )
+    salt = hashlib.blake2b(content).digest()[:32]
+    if read_salt(out) not in (b"", salt):
+        raise CatalogError(f"{out} was made without this --patient-key; make a new cache with --out")
+    return salt
 
 
 def _keep_salt(path: Path, salt: bytes) -> None:

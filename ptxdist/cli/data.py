@@ -53,6 +53,7 @@ def phantom(
 @click.option("--labels", type=FILE, required=True, help="CSV with ImageId, EncodedPixels; or a folder of mask PNGs.")
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
 @click.option("--patients", type=FILE, help="CSV with image id, patient; no patient is in two folds.")
+@click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
 @click.option(
     "--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True, help=SIDE
 )
@@ -66,6 +67,7 @@ def preprocess(
     labels: Path,
     out: Path | str,
     patients: Path | None,
+    patient_key: Path | None,
     sizes: tuple[int, ...],
     folds: int,
     dialect: str | None,
@@ -91,6 +93,7 @@ def preprocess(
             labels,
             folder,
             patients=patients,
+            patient_key=patient_key,
             sizes_px=sizes,
             folds=folds,
             dialect=dialect,

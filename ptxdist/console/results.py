@@ -23,7 +23,7 @@ from ptxdist.records import (
     StageResult,
     WorkingPoint,
 )
-from ptxdist.scores.elsewhere import different
+from ptxdist.scores.elsewhere import different, seen_before
 from ptxdist.scores.names import AUROC, DICES, SCORES, TOO_FEW, Score
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ def _show_elsewhere(about: Elsewhere) -> None:
     if about.seen is None:
         out.print("whether the model was trained on some of these images is not known: it has no fingerprints")
     elif not about.seen.case_ids:
-        out.print("none of these images is among those that the model was trained on")
+        which = "images" if about.seen.patients is None else "images and patients"
+        out.print(f"none of these {which} is among those that the model was trained on")
     else:
         without = about.seen.without
         rest = (
@@ -131,10 +132,9 @@ def _show_elsewhere(about: Elsewhere) -> None:
             else f"; without them Kaggle Dice {number(without.kaggle_dice)}, "
             + (f"positives only {number(without.positive_dice)}")
         )
+        ids, more = ", ".join(map(escape, about.seen.case_ids[:3])), ", …" if len(about.seen.case_ids) > 3 else ""
         out.print(
-            f"[bold]{about.seen.equal:,} of these images were in the training, {about.seen.alike:,} more look like one "
-            f"of them[/bold]: {', '.join(map(escape, about.seen.case_ids[:3]))}"
-            f"{', …' if len(about.seen.case_ids) > 3 else ''}{rest}"
+            f"[bold]the model was trained on some of these images: {seen_before(about.seen)}[/bold]: {ids}{more}{rest}"
         )
     for line in different(about):
         out.print(line)

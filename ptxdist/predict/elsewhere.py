@@ -80,7 +80,7 @@ def evaluate_elsewhere(
 
     def complete(result: EvaluationResult, counts: CaseCounts) -> EvaluationResult:
         return result.model_copy(
-            update={"elsewhere": _about(models, cards, catalog, store, indices, counts, data, split)}
+            update={"elsewhere": _about(models, cards, cache, catalog, store, indices, counts, data, split)}
         )
 
     return score_and_write(
@@ -142,6 +142,7 @@ def _known(catalog: Catalog, cases: Sequence[Case], patients: Path | None, salt:
 def _about(
     models: Sequence[Path],
     cards: Sequence[ModelCard],
+    cache: Path,
     catalog: Catalog,
     store: Store,
     indices: Indices,
@@ -149,7 +150,7 @@ def _about(
     data: Path | str,
     split: Split,
 ) -> Elsewhere:
-    found, profile = look_at(store, catalog.labelled, indices)
+    found, profile = look_at(store, catalog, indices, read_salt(cache))
     return Elsewhere(
         data=str(data),
         split=split,
@@ -164,20 +165,28 @@ def _about(
 
 def _seen(models: Sequence[Path], found: Fingerprints, cases: Sequence[Case], counts: CaseCounts) -> SeenImages | None:
     """What the models were trained on; None if one of them has no fingerprints."""
-    equal, alike = np.zeros(len(cases), bool), np.zeros(len(cases), bool)
+    equal, alike, patients = (np.zeros(len(cases), bool) for _ in range(3))
+    compared = True
     for model in models:
         text = _training_images(model)
         if text is None:
             return None
-        same, close = found.seen_in(Fingerprints.read(text, str(model)))
+        training = Fingerprints.read(text, str(model))
+        same, close = found.seen_in(training)
         equal, alike = equal | same, alike | close
+        known = found.patients_in(training)
+        compared = compared and known is not None
+        patients = patients if known is None else patients | known
     alike &= ~equal
-    rows = np.flatnonzero(~(equal | alike))
+    patients &= ~(equal | alike)
+    seen = equal | alike | patients
+    rows = np.flatnonzero(~seen)
     own, groups = counts.at_full[0][rows], [cases[row].group for row in rows.tolist()]
     return SeenImages(
         equal=int(equal.sum()),
         alike=int(alike.sum()),
-        case_ids=tuple(cases[row].case_id for row in np.flatnonzero(equal | alike).tolist()),
+        patients=int(patients.sum()) if compared else None,
+        case_ids=tuple(cases[row].case_id for row in np.flatnonzero(seen).tolist()),
         without=scores(own) if len(rows) else None,
         without_intervals=score_intervals(own, groups) if len(rows) else {},
     )

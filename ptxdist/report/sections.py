@@ -16,6 +16,7 @@ from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.model_card import model_card
 from ptxdist.report.page import Block, Gallery, Notice, Section, Terms
+from ptxdist.scores.elsewhere import seen_before
 from ptxdist.scores.intervals import FEWEST
 from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
@@ -98,9 +99,8 @@ def _seen(about: Elsewhere) -> list[Notice]:
     )
     return [
         Notice(
-            "The model was trained on some of these images.",
-            f"{about.seen.equal:,} have the same pixels as a training image, {about.seen.alike:,} look like one: "
-            f"{', '.join(about.seen.case_ids[:3])}{', …' if count > 3 else ''}. {rest}",
+            "The model was trained on some of these images or patients.",
+            f"{seen_before(about.seen)}: {', '.join(about.seen.case_ids[:3])}{', …' if count > 3 else ''}. {rest}",
         )
     ]
 

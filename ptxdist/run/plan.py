@@ -14,6 +14,7 @@ from pathlib import Path
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.fingerprints import look_at
+from ptxdist.cache.preprocess import read_salt
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
@@ -105,7 +106,8 @@ def plan_run(
         _refuse_full_disk(mirror.folder)
         if read_origin(mirror.folder) is None:
             last = open_store(cache, settings.pipeline.stages[-1].size_px)
-            seen, profile = look_at(last, catalog.labelled, split_indices(catalog.labelled, settings.pipeline.fold)[0])
+            train, _ = split_indices(catalog.labelled, settings.pipeline.fold)
+            seen, profile = look_at(last, catalog, train, read_salt(cache))
             files.write_whole(mirror.folder / TRAINING_IMAGES, seen.write())
             files.write_json(mirror.folder / ORIGIN, origin.model_copy(update={"profile": profile}))
     return Plan(settings, mirror, token, fingerprints, origin)

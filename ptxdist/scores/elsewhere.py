@@ -1,12 +1,20 @@
-"""How evaluated images differ from those that a model was trained on, in words."""
+"""How evaluated images compare with those that a model was trained on, in words."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from ptxdist.records import Elsewhere, Profile
+from ptxdist.records import Elsewhere, Profile, SeenImages
 
 _CENTRE = 2  # of the percentiles of a property
+
+
+def seen_before(seen: SeenImages) -> str:
+    """How many of the images the model was trained on, in words; "" if none."""
+    if not seen.case_ids:
+        return ""
+    others = "" if seen.patients is None else f", {seen.patients:,} more are of a patient in the training"
+    return f"{seen.equal:,} have the same pixels as a training image, {seen.alike:,} only look like one{others}"
 
 
 def different(about: Elsewhere) -> list[str]:

@@ -14,10 +14,11 @@ from click.testing import CliRunner, Result
 
 from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
-from ptxdist.cache.fingerprints import Fingerprints
-from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.cache.fingerprints import Fingerprints, look_at
+from ptxdist.cache.preprocess import PreprocessResult, preprocess, read_salt
+from ptxdist.cache.store import open_store
 from ptxdist.cli import cli
-from ptxdist.errors import RunError, StoreError
+from ptxdist.errors import CatalogError, RunError, StoreError
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_members, write_bundle
 from ptxdist.predict.elsewhere import evaluate_elsewhere
@@ -130,11 +131,47 @@ def test_images_of_the_training_are_recognised_and_left_out_beside(
     assert own is not None
     assert own.seen is not None
     assert (own.seen.equal, own.seen.alike, set(own.seen.case_ids)) == (len(training), 0, training)
+    assert own.seen.patients == 0  # the split keeps patients together
     held_out = evaluate_elsewhere([finished_run], small_cache[0], folder=tmp_path / "val", split="val")
     assert held_out.elsewhere is not None
     assert held_out.elsewhere.seen is not None
     assert held_out.elsewhere.seen.case_ids == ()
     assert held_out.elsewhere.seen.without == held_out.scores
+
+
+def test_patients_are_compared_where_both_caches_have_the_key_of_the_site(
+    small_dataset,
+    tmp_path: Path,  # type: ignore[no-untyped-def]
+) -> None:
+    data, key = small_dataset, tmp_path / "key"
+    key.write_bytes(b"sixteen secret bytes, or more")
+    one, two = tmp_path / "one", tmp_path / "two"
+    for out in (one, two):
+        preprocess(data.dicom, data.labels, out, patients=data.patients, patient_key=key, sizes_px=(64,))
+    found = []
+    for out in (one, two):
+        catalog = read_catalog(out)
+        rows = np.array([row for row, case in enumerate(catalog.labelled) if case.split == "train"], np.int64)
+        found.append(look_at(open_store(out, 64), catalog, rows if out is one else np.arange(23), read_salt(out))[0])
+    same = found[1].patients_in(found[0])
+    assert same is not None
+    groups = {case.group for case in read_catalog(one).labelled if case.split == "train"}
+    assert same.tolist() == [case.group in groups for case in read_catalog(two).labelled]
+    assert data.patients.read_text().split(",")[-1].strip() not in found[0].write()
+    with pytest.raises(CatalogError, match="was made without this --patient-key; make a new cache"):
+        preprocess(
+            data.dicom, data.labels, one, patients=data.patients, patient_key=write(tmp_path / "other", b"q" * 16)
+        )
+    with pytest.raises(CatalogError, match=r"has 5 bytes; a key has at least 16"):
+        preprocess(data.dicom, data.labels, tmp_path / "x", patient_key=write(tmp_path / "short", b"short"))
+    with pytest.raises(CatalogError, match=r"cannot be read: No such file"):
+        preprocess(data.dicom, data.labels, tmp_path / "x", patient_key=tmp_path / "none")
+    assert not (tmp_path / "x").exists()
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
 
 
 def test_what_is_different_here_is_in_the_result(evaluated: tuple[Path, EvaluationResult], finished_run: Path) -> None:
@@ -191,18 +228,28 @@ def test_caches_and_folders_that_do_not_fit_are_refused(
 def test_fingerprints_are_the_same_for_any_order_and_damaged_ones_are_named() -> None:
     random = np.random.default_rng(0)
     looks = random.integers(0, 2**63, (3, 4)).astype(np.uint64)
-    one = Fingerprints(("b" * 16, "a" * 16, "c" * 16), looks)
-    other = Fingerprints(("c" * 16, "b" * 16, "a" * 16), looks[[2, 0, 1]])
+    one = Fingerprints(("b" * 16, "a" * 16, "c" * 16), looks, ("saltsaltb", "saltsalta", "saltsaltc"))
+    other = Fingerprints(("c" * 16, "b" * 16, "a" * 16), looks[[2, 0, 1]], ("saltsaltc", "saltsaltb", "saltsalta"))
     assert one.write() == other.write()
     again = Fingerprints.read(one.write(), "model")
     assert again.pixels == ("a" * 16, "b" * 16, "c" * 16)
     near = looks[:1] ^ np.uint64(2**10 - 1)  # forty bits of 256
-    equal, alike = Fingerprints(("d" * 16,), near).seen_in(again)
+    equal, alike = Fingerprints(("d" * 16,), near, ("",)).seen_in(again)
     assert (equal.tolist(), alike.tolist()) == ([False], [True])
     far = near ^ np.array([[2**20, 0, 0, 0]], np.uint64)
-    assert not Fingerprints(("d" * 16,), far).seen_in(again)[1].any()
-    assert not one.seen_in(Fingerprints((), np.zeros((0, 4), np.uint64)))[1].any()
-    for text in ("pixels\nab\n", "pixels,look\nab,zz\n", "pixels,look\nab,00ff\n"):
+    assert not Fingerprints(("d" * 16,), far, ("",)).seen_in(again)[1].any()
+    assert not one.seen_in(Fingerprints((), np.zeros((0, 4), np.uint64), ()))[1].any()
+    new = Fingerprints(("e" * 16,) * 2, looks[:2], ("saltsaltb", "saltsaltz"))
+    assert (of := new.patients_in(one)) is not None
+    assert of.tolist() == [True, False]
+    assert Fingerprints(("e" * 16,), looks[:1], ("pepperpeb",)).patients_in(one) is None
+    assert Fingerprints(("e" * 16,), looks[:1], ("",)).patients_in(one) is None
+    for text in (
+        "pixels\nab\n",
+        "pixels,look,patient\nab,zz,\n",
+        "pixels,look,patient\nab,00ff,\n",
+        "pixels,look\na,b\n",
+    ):
         with pytest.raises(StoreError, match="model: the fingerprints of its training images are damaged"):
             Fingerprints.read(text, "model")
 
@@ -213,7 +260,7 @@ def test_the_report_shows_what_is_different_and_names_images_of_the_training(
     folder, result = evaluated
     page = write_report(folder).read_text()
     for words in (
-        "The model was trained on some of these images.",
+        "The model was trained on some of these images or patients.",
         "What is different here",
         "trained on</th>",
         "mean grey level of an image",
@@ -237,7 +284,7 @@ def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
     text = " ".join(done.stdout.split())
     assert done.exit_code == 0, done.stderr
     assert text.index("the model's own") < text.index("tuned pair")
-    assert "0 of these images were in the training, " in text
+    assert "the model was trained on some of these images: 0 have the same pixels as a training image, " in text
     assert "median grey level: " in text
     assert "gain over the own point: Kaggle " in text
     for words, code, message in (
