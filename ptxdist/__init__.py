@@ -8,6 +8,7 @@ need it:
     load_settings       a pipeline, as Settings
     train, train_folds  cache → run                         `ptxdist train`, `ptxdist train --fold all`
     evaluate            runs → scores                       `ptxdist evaluate`
+    evaluate_elsewhere  models on another cache → scores    `ptxdist evaluate --data`
     compare             evaluated runs beside each other    `ptxdist compare`
     score               masks of any tool → scores          `ptxdist score`
     write_report        run → HTML page                     `ptxdist report`
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptxdist.cache.preprocess import preprocess
     from ptxdist.phantoms.dataset import write_phantoms
+    from ptxdist.predict.elsewhere import evaluate_elsewhere
     from ptxdist.predict.predictor import Prediction, Predictor
     from ptxdist.report.report import write_report
     from ptxdist.resolve import load_settings
@@ -35,6 +37,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_elsewhere",
     "load_settings",
     "preprocess",
     "score",
@@ -50,6 +53,7 @@ _FROM = {
     "Predictor": ("predict.predictor", "Predictor"),
     "compare": ("scores.compare", "compare"),
     "evaluate": ("train.evaluate", "evaluate_runs"),
+    "evaluate_elsewhere": ("predict.elsewhere", "evaluate_elsewhere"),
     "load_settings": ("resolve", "load_settings"),
     "preprocess": ("cache.preprocess", "preprocess"),
     "score": ("scores.external", "score_predictions"),

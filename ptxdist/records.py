@@ -338,6 +338,14 @@ class Comparison(Record):
     runs: tuple[Compared, ...]
 
 
+class DataComparison(Record):
+    """The comparison on one of several data sets; `models` are the names of its runs' models, in their order."""
+
+    data: str
+    models: tuple[str, ...]
+    comparison: Comparison
+
+
 class PipelineResult(Record):
     """Result of a finished pipeline."""
 

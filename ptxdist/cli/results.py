@@ -128,14 +128,29 @@ def _evaluate_elsewhere(
 def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None:
     """Compare evaluated runs with the first one, on the cases that all have evaluated.
 
-    Example: ptxdist compare runs/exp1 runs/exp2 runs/exp4
+    Folders of evaluations work too. Those on different data are compared for each data set; with --markdown they
+    become one table of models by data sets.
+
+    \b
+    Examples: ptxdist compare runs/exp1 runs/exp2 runs/exp4
+              ptxdist compare runs/exp4 elsewhere/exp4 elsewhere/exp2 --markdown
     """
     from ptxdist import console
-    from ptxdist.scores.compare import as_markdown
-    from ptxdist.scores.compare import compare as compare_runs
+    from ptxdist.scores.compare import as_markdown, by_data, matrix_markdown
     from ptxdist.storage.runs import local_run
 
-    comparison = compare_runs([local_run(run) for run in runs])
+    parts = by_data([local_run(run) for run in runs])
+    if len(parts) > 1:
+        if as_json:
+            console.show_json([part.model_dump(mode="json") for part in parts])
+        elif markdown:
+            print(matrix_markdown(parts), end="")
+        else:
+            for part in parts:
+                console.out.print(f"[bold]{part.data}[/bold]")
+                console.show_comparison(part.comparison)
+        return
+    comparison = parts[0].comparison
     if as_json:
         console.show_json(comparison.model_dump(mode="json"))
     elif markdown:

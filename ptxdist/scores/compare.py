@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ptxdist.errors import RunError
-from ptxdist.records import Compared, Comparison
+from ptxdist.records import Compared, Comparison, DataComparison
+from ptxdist.rundir import SETTINGS, read_evaluation, read_settings
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
 from ptxdist.scores.names import DICES, Score
@@ -49,6 +50,65 @@ def compare(runs: Sequence[Path]) -> Comparison:
             )
         )
     return Comparison(cases=len(common), runs=tuple(compared))
+
+
+def by_data(runs: Sequence[Path]) -> tuple[DataComparison, ...]:
+    """The comparisons of runs and evaluations, one for each data set: those with a common case are of one.
+
+    In each, models are named, so that one can be found in all of them. Errors as for `compare`.
+    """
+    groups: list[tuple[set[str], list[Path]]] = []
+    for run in runs:
+        ids = {row.case_id for row in read_cases(run)}
+        group = next((group for group in groups if group[0] & ids), None)
+        if group is None:
+            groups.append((ids, [run]))
+        else:
+            group[0].intersection_update(ids)
+            group[1].append(run)
+    origins = [[_origin(run) for run in members] for _, members in groups]
+    places = [members[0][0] for members in origins]
+    if len(set(places)) == 1:  # of one data set; `compare` refuses runs without a common case
+        return (DataComparison(data="", models=(), comparison=compare(runs)),)
+    return tuple(
+        DataComparison(data=name, models=tuple(model for _, model in found), comparison=compare(members))
+        for name, found, (_, members) in zip(_names(list(map(Path, places))), origins, groups, strict=True)
+    )
+
+
+def _origin(run: Path) -> tuple[str, str]:
+    """The place of the data on which a run or evaluation was scored, and the name of its model."""
+    if (run / SETTINGS).is_file():
+        settings = read_settings(run)
+        return settings.data.cache, settings.pipeline.name
+    elsewhere = read_evaluation(run).elsewhere
+    return (elsewhere.data, " + ".join(elsewhere.models)) if elsewhere else (str(run), run.name)
+
+
+def matrix_markdown(parts: Sequence[DataComparison]) -> str:
+    """Models by data sets as a Markdown table; a cell has Kaggle and positives-only Dice, with intervals."""
+    firsts = [part.comparison.runs[0].scores for part in parts]
+    models = list(dict.fromkeys(model for part in parts for model in part.models))
+    heads = [
+        f"{part.data}: {first.cases:,} images, {first.positives:,} positive"
+        for part, first in zip(parts, firsts, strict=True)
+    ]
+    rows = [["Kaggle Dice; positives-only Dice", *heads], ["---"] * (len(parts) + 1)]
+    for model in models:
+        cells = []
+        for part in parts:
+            places = [place for place, name in enumerate(part.models) if name == model]
+            run = part.comparison.runs[places[0]] if places else None
+            shown = [] if run is None else [_plain(run, score) for score in DICES[:2]]
+            cells.append("; ".join(shown))
+        rows.append([model, *cells])
+    rows.append(["predicting nothing", *(f"{first.all_empty_dice:.4f}; 0.0000" for first in firsts)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _plain(run: Compared, score: Score) -> str:
+    value = score.of(run.scores)
+    return "not defined" if value is None else f"{value:.4f}{_span(run.intervals.get(score.field))}"
 
 
 def _names(runs: Sequence[Path]) -> list[str]:

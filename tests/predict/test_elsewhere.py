@@ -35,6 +35,7 @@ from ptxdist.rundir import (
     read_origin,
     read_result,
 )
+from ptxdist.scores.compare import by_data
 from ptxdist.scores.metrics import scores
 from ptxdist.scores.working import Wanted
 
@@ -167,6 +168,30 @@ def test_patients_are_compared_where_both_caches_have_the_key_of_the_site(
     with pytest.raises(CatalogError, match=r"cannot be read: No such file"):
         preprocess(data.dicom, data.labels, tmp_path / "x", patient_key=tmp_path / "none")
     assert not (tmp_path / "x").exists()
+
+
+def test_models_are_compared_over_data_sets_in_one_table(
+    bundle: Path,
+    other: Path,
+    small_cache: tuple[Path, PreprocessResult],
+    evaluated: tuple[Path, EvaluationResult],
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "own"
+    result = evaluate_elsewhere([bundle], small_cache[0], folder=own, split="val")
+    again = tmp_path / "again"
+    shutil.copytree(evaluated[0], again)
+    done = CliRunner().invoke(cli, ["compare", str(evaluated[0]), str(own), str(again), "--markdown"])
+    assert done.exit_code == 0, done.stderr
+    head, _, model, nothing = done.stdout.splitlines()
+    assert "16 images, 6 positive" in head
+    assert f"{result.scores.cases} images, {result.scores.positives} positive" in head
+    assert model.startswith(f"| smoke | {evaluated[1].scores.kaggle_dice:.4f} (")
+    assert f"| {result.scores.kaggle_dice:.4f}" in model
+    assert "| 0.6250; 0.0000 |" in nothing
+    assert [len(part.comparison.runs) for part in by_data([evaluated[0], own, again])] == [2, 1]
+    shown = CliRunner().invoke(cli, ["compare", str(evaluated[0]), str(own)])
+    assert shown.stdout.count("images that all runs have evaluated") == 2
 
 
 def write(path: Path, content: bytes) -> Path:
