@@ -8,7 +8,8 @@ Run it as a script, or cell by cell in an editor that knows `# %%`. Every functi
 from pathlib import Path
 
 import ptxdist
-from ptxdist.records import EpochMetrics, Event
+from ptxdist.events import Event
+from ptxdist.records import EpochMetrics
 
 work = Path("notebook")  # everything is written here; delete it to start again
 

@@ -1,12 +1,11 @@
-"""Records that a run writes as JSON, and the events that it reports while it trains.
+"""Records that a run writes as JSON.
 
-Owns: the content of these files (`rundir` has their names), and the JSON form of an event.
+Owns: the content of these files (`rundir` has their names).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -383,34 +382,3 @@ class Origin(Record):
     positives: int
     parent: ParentModel | None = None
     profile: Profile | None = when_known()
-
-
-class Message(Record):
-    """A sentence for people, such as a warning or that a stage resumes."""
-
-    text: str
-
-
-class Progress(Record):
-    """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 outside of epochs."""
-
-    stage: int
-    step: Literal["draw", "train", "validate", "evaluate"]
-    epoch: int
-    done: int
-    total: int
-
-
-Event = Message | Progress | StageHistory | EpochMetrics | StageResult | EvaluationResult
-OnEvent = Callable[[Event], None]
-_EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
-
-
-def encode_event(event: Event) -> dict[str, Any]:
-    """The event as JSON values, for another process; `decode_event` is the inverse."""
-    return {"event": type(event).__name__, "content": event.model_dump(mode="json")}
-
-
-def decode_event(content: Mapping[str, Any]) -> Event:
-    """The event that `encode_event` encoded."""
-    return _EVENTS[content["event"]].model_validate(content["content"])

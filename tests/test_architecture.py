@@ -23,6 +23,7 @@ RULES = {
     "config": ("errors", "pydantic"),
     "resolve": ("errors config", "pydantic"),
     "records": ("", "pydantic"),
+    "events": ("records", ""),
     "rundir": ("errors config records files", "pydantic"),
     "base": ("", ""),
     "dicom": ("base", "numpy PIL pydicom simplejpeg"),

@@ -16,7 +16,7 @@ from ptxdist.errors import PtxdistError
 
 if TYPE_CHECKING:
     from ptxdist.config import Settings
-    from ptxdist.records import OnEvent
+    from ptxdist.events import OnEvent
     from ptxdist.run.engine import Engine
     from ptxdist.storage.runs import Mirror
 

@@ -23,7 +23,8 @@ from ptxdist.cluster.inbox import Inbox
 from ptxdist.cluster.nodes import ray_nodes
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, TrainingError
-from ptxdist.records import EvaluationResult, Message, OnEvent, StageResult, decode_event
+from ptxdist.events import Message, OnEvent, decode_event
+from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.rundir import EVALUATION, read_evaluation, read_stage_result, stage_folder
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part

@@ -1,6 +1,6 @@
 """What runs on Ray's workers: one rank of a stage or of the evaluation.
 
-Tasks come and events are sent as JSON (`StageTask`, `records.encode_event`). `cluster.engine` starts the workers.
+Tasks come and events are sent as JSON (`StageTask`, `events.encode_event`). `cluster.engine` starts the workers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import ray.train
 import ray.train.torch
 from ray.train.v2._internal.execution.context import get_train_context
 
-from ptxdist.records import EpochMetrics, Event, Message, encode_event
+from ptxdist.events import Event, Message, encode_event
+from ptxdist.records import EpochMetrics
 from ptxdist.run.engine import StageTask
 from ptxdist.run.stage import run_evaluation, run_stage
 from ptxdist.scores.names import DICES

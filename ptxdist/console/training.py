@@ -13,7 +13,8 @@ from ptxdist.config import StageSettings
 from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
-from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, Progress, StageHistory, StageResult
+from ptxdist.events import Event, Message, Progress
+from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
 from ptxdist.scores.watchdog import Verdict, judge, why_not
 
 _EPOCHS_SHOWN = 12

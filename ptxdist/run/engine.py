@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ptxdist.config import Settings, StageSettings
-from ptxdist.records import EvaluationResult, OnEvent, Record, StageResult
+from ptxdist.events import OnEvent
+from ptxdist.records import EvaluationResult, Record, StageResult
 from ptxdist.storage.runs import Mirror
 
 

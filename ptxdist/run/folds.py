@@ -9,7 +9,8 @@ from pathlib import Path
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.config import Settings
 from ptxdist.errors import SettingsError
-from ptxdist.records import EvaluationResult, Message, OnEvent
+from ptxdist.events import Message, OnEvent
+from ptxdist.records import EvaluationResult
 from ptxdist.run.engine import OpenEngine
 from ptxdist.run.pipeline import train
 from ptxdist.run.plan import OnProgress

@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from ptxdist.config import Settings
 from ptxdist.errors import SettingsError, TrainingError
-from ptxdist.records import EvaluationResult, Message, OnEvent, StageResult
+from ptxdist.events import Message, OnEvent
+from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.run.stage import run_evaluation, run_stage
 from ptxdist.rundir import read_stage_result, stage_folder

@@ -26,7 +26,8 @@ from pathlib import Path
 from ptxdist import files, locks
 from ptxdist.config import Settings
 from ptxdist.errors import PtxdistError, RunError, SettingsError
-from ptxdist.records import Event, Message, OnEvent, PipelineResult, StageResult
+from ptxdist.events import Event, Message, OnEvent
+from ptxdist.records import PipelineResult, StageResult
 from ptxdist.report.model_card import made_from
 from ptxdist.report.report import write_report
 from ptxdist.run.engine import Engine, OpenEngine
@@ -66,7 +67,7 @@ def train(
 
     `engine` does the work. None is this process; under torchrun, whose processes all call `train`, it is all of them.
     `ptxdist.cluster.engine.ray_engine` starts `settings.train.workers` workers with Ray. `on_event` is called with each
-    `records.Event`, possibly in another thread; an exception in it is logged and does not stop the training.
+    `events.Event`, possibly in another thread; an exception in it is logged and does not stop the training.
     `on_progress` is called with (what, done, total) while the cache is checked.
 
     Raises SettingsError, StoreError, CheckpointError or RunError when something does not fit, before training starts;

@@ -19,8 +19,9 @@ from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
+from ptxdist.events import Event, OnEvent, Progress
 from ptxdist.phantoms.samples import draw_samples, is_positive
-from ptxdist.records import EvaluationResult, Event, OnEvent, Progress, StageResult
+from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.run.origin import load_init
 from ptxdist.rundir import BEST_WEIGHTS, CHECKPOINTS, EVALUATION, RESULT, stage_folder

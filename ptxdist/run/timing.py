@@ -13,7 +13,7 @@ import torch
 
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.config import Settings
-from ptxdist.records import Event, Progress
+from ptxdist.events import Event, Progress
 from ptxdist.run.advice import Machine
 from ptxdist.run.stage import stage_data
 from ptxdist.train.dataset import VAL_BLOCK

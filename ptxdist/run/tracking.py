@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ptxdist import files
 from ptxdist.config import Settings, snapshot
 from ptxdist.errors import SettingsError
-from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, OnEvent, StageHistory, StageResult
+from ptxdist.events import Event, Message, OnEvent
+from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
 from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
 from ptxdist.scores.names import dice_metrics
 

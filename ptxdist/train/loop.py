@@ -27,7 +27,8 @@ from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
 from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.errors import TrainingError
-from ptxdist.records import EpochMetrics, Message, OnEvent, Progress, StageHistory
+from ptxdist.events import Message, OnEvent, Progress
+from ptxdist.records import EpochMetrics, StageHistory
 from ptxdist.scores.metrics import scores
 from ptxdist.train import batchnorm, collapse
 from ptxdist.train.augment import Augmentation

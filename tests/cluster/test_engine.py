@@ -16,7 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, Work
 
 from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
 from ptxdist.errors import PtxdistError, TrainingError
-from ptxdist.records import Event, Message
+from ptxdist.events import Event, Message
 from ptxdist.resolve import load_settings
 from ptxdist.run.engine import StageTask
 from ptxdist.storage.runs import Mirror

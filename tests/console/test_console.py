@@ -9,7 +9,8 @@ from rich.console import Console
 
 from ptxdist import console
 from ptxdist.config import StageSettings
-from ptxdist.records import EpochMetrics, Message, Progress, Scores, StageHistory, StageResult
+from ptxdist.events import Message, Progress
+from ptxdist.records import EpochMetrics, Scores, StageHistory, StageResult
 
 
 def epoch(number: int) -> EpochMetrics:

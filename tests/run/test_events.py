@@ -7,18 +7,8 @@ from typing import get_args
 
 import pytest
 
-from ptxdist.records import (
-    EpochMetrics,
-    EvaluationResult,
-    Event,
-    Message,
-    Progress,
-    Scores,
-    StageHistory,
-    StageResult,
-    decode_event,
-    encode_event,
-)
+from ptxdist.events import Event, Message, Progress, decode_event, encode_event
+from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory, StageResult
 from ptxdist.resolve import load_settings
 from ptxdist.run.engine import StageTask
 from ptxdist.run.stage import Throttled

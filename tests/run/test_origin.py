@@ -19,8 +19,9 @@ import ptxdist
 from ptxdist import files
 from ptxdist.config import Settings
 from ptxdist.errors import CheckpointError, PtxdistError, RunError
+from ptxdist.events import Event, Message
 from ptxdist.predict.bundle import load_model, write_bundle
-from ptxdist.records import Event, Message, Origin
+from ptxdist.records import Origin
 from ptxdist.report import model_card
 from ptxdist.resolve import load_settings
 from ptxdist.run.origin import load_init

@@ -9,7 +9,7 @@ import pytest
 
 from ptxdist.config import Settings
 from ptxdist.errors import SettingsError
-from ptxdist.records import Event, Message, Progress
+from ptxdist.events import Event, Message, Progress
 from ptxdist.resolve import load_settings
 from ptxdist.run import plan
 from ptxdist.run.pipeline import train

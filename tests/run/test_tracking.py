@@ -13,7 +13,8 @@ from tensorboardX.proto.event_pb2 import SessionLog
 
 from ptxdist.config import Settings
 from ptxdist.errors import SettingsError
-from ptxdist.records import EpochMetrics, EvaluationResult, Event, Message, Scores, StageHistory
+from ptxdist.events import Event, Message
+from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory
 from ptxdist.resolve import load_settings
 from ptxdist.run.tracking import Tracker, refuse_missing_mlflow
 from ptxdist.rundir import read_metrics

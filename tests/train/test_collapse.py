@@ -14,7 +14,8 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import StageSettings, TrainSettings
 from ptxdist.errors import TrainingError
-from ptxdist.records import EpochMetrics, Event, Message
+from ptxdist.events import Event, Message
+from ptxdist.records import EpochMetrics
 from ptxdist.train import collapse
 from ptxdist.train.checkpoint import checkpoints
 from ptxdist.train.loop import FitResult, StageData, fit

@@ -19,7 +19,8 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import ModelSettings, StageSettings, TrainSettings, Transform
 from ptxdist.errors import CheckpointError, TrainingError
-from ptxdist.records import EpochMetrics, Event, Message, Progress
+from ptxdist.events import Event, Message, Progress
+from ptxdist.records import EpochMetrics
 from ptxdist.train import saving
 from ptxdist.train.checkpoint import checkpoints, load_weights
 from ptxdist.train.loop import FitResult, StageData, fit

@@ -14,7 +14,7 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import Recipe, StageSettings, TrainSettings, Transform
 from ptxdist.errors import TrainingError
-from ptxdist.records import Event, Message
+from ptxdist.events import Event, Message
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.dataset import Share, batches, epoch_order, training_shares
 from ptxdist.train.loop import FitResult, StageData, fit
