@@ -1,14 +1,14 @@
 """What the usual recipe learns from the same cases, scored as ptxdist's runs are, for `ptxdist compare`.
 
     python tests/benchmarks/bench_learning.py CACHE OUT [--encoder resnet34 | timm/NAME] [--imagenet] [--size 256]
-                                              [--epochs N] [--batch 16] [--rate 1e-3]
+                                              [--epochs N] [--batch 16] [--rate 1e-3] [--fold N]
 
 The usual recipe is what a careful user of segmentation_models_pytorch writes: its Unet, its DiceLoss plus BCE,
 albumentations (flip, shift/scale/rotate, brightness and contrast, ImageNet normalisation), Adam with a cosine schedule,
 a DataLoader, bf16 where the CPU has it, and the weights of the epoch with the lowest validation loss. With `--imagenet`
 the encoder starts from the ImageNet weights that ptxdist uses for it.
 
-Each fold of CACHE is held out in turn. The held-out cases of all folds are scored with ptxdist's own scoring (flip
+Each fold of CACHE, or of --fold, is held out in turn. The held-out cases of all folds are scored with ptxdist's own scoring (flip
 averaging, original resolution, cross-fitted operating points, intervals by patient) and written to OUT as
 `ptxdist evaluate --out` does, so `ptxdist compare OUR-OUT-OF-FOLD OUT` gives paired differences. A finished fold
 (OUT/fold-N.npz) is not trained again. OUT/usual.json has the CPU minutes of each fold: of this process and its
@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--fold", type=int, action="append", help="only this fold, again for another; default: all")
     asked = parser.parse_args()
     cv2.setNumThreads(0)
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -164,7 +165,7 @@ def main() -> None:
     store = open_store(asked.cache, asked.size)
     thresholds = list(dict.fromkeys((THRESHOLD, *FIXED_THRESHOLDS)))
     found, order, minutes = [], [], []
-    for fold in range(catalog.folds):
+    for fold in asked.fold or range(catalog.folds):
         taught, held_out = split_indices(catalog.labelled, fold)
         kept = asked.out / f"fold-{fold}.npz"
         if not kept.is_file():
