@@ -8,8 +8,8 @@ albumentations (flip, shift/scale/rotate, brightness and contrast, ImageNet norm
 a DataLoader, bf16 where the CPU has it, and the weights of the epoch with the lowest validation loss. With `--imagenet`
 the encoder starts from the ImageNet weights that ptxdist uses for it.
 
-Each fold of CACHE, or of --fold, is held out in turn. The held-out cases of all folds are scored with ptxdist's own scoring (flip
-averaging, original resolution, cross-fitted operating points, intervals by patient) and written to OUT as
+Each fold of CACHE, or of --fold, is held out in turn. The held-out cases of all folds are scored with ptxdist's own
+scoring (flip averaging, original resolution, cross-fitted operating points, intervals by patient) and written to OUT as
 `ptxdist evaluate --out` does, so `ptxdist compare OUR-OUT-OF-FOLD OUT` gives paired differences. A finished fold
 (OUT/fold-N.npz) is not trained again. OUT/usual.json has the CPU minutes of each fold: of this process and its
 workers, without validation.
