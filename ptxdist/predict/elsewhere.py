@@ -50,6 +50,7 @@ def evaluate_elsewhere(
     split: Split = "all",
     patients: Path | None = None,
     working: Wanted = NO_POINTS,
+    device: torch.device | None = None,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Score finished runs or bundles, of several the mean, on the labelled cases of the cache `data`.
@@ -57,7 +58,7 @@ def evaluate_elsewhere(
     `split` is the side of the cache's own split. The files of an evaluation are written to `folder`, with `point` and
     `elsewhere` in the result. `patients` is a table of image ids and patients, for a cache made without one, `working`
     the working points to find. `on_cases` is called with (images done, images). Operating point, flip averaging and
-    precision are those of the first model.
+    precision are those of the first model. All ranks of a process group call it, and divide the cases.
     """
     if (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
@@ -65,7 +66,7 @@ def evaluate_elsewhere(
     cards = [card for card, _ in loaded]
     card = cards[0]
     _refuse_different(cards)
-    device = choose_device("auto")
+    device = device or choose_device("auto")
     cache = local_cache(data, [card.size_px], data=DataSettings(cache=str(data)))
     catalog = read_catalog(cache)
     _refuse_without_size(cache, card)
