@@ -240,6 +240,7 @@ def test_the_mean_of_two_models_and_models_without_fingerprints(
 def test_caches_and_folders_that_do_not_fit_are_refused(
     bundle: Path,
     finished_run: Path,
+    other: Path,
     small_dataset,
     tmp_path: Path,  # type: ignore[no-untyped-def]
 ) -> None:
@@ -249,6 +250,11 @@ def test_caches_and_folders_that_do_not_fit_are_refused(
         evaluate_elsewhere([bundle], tmp_path / "64", folder=tmp_path / "out")
     with pytest.raises(StoreError, match="is not a ptxdist cache"):
         evaluate_elsewhere([bundle], tmp_path, folder=tmp_path / "out")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished_run, damaged)
+    (damaged / TRAINING_IMAGES).write_text("pixels\n")
+    with pytest.raises(StoreError, match="the fingerprints of its training images are damaged"):
+        evaluate_elsewhere([damaged], other, folder=tmp_path / "out")
     with pytest.raises(RunError, match="is a run; give --out a folder of its own"):
         evaluate_elsewhere([bundle], tmp_path / "64", folder=finished_run)
     assert not (tmp_path / "out").exists()
