@@ -180,13 +180,17 @@ def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
     """
     bits, below, signed = _bits_stored(file), _bits_below(file), file.whole(tags.SIGNED, 0) == 1
     overlay = file.whole(tags.OVERLAY_BIT, 0) >= bits
-    if stream.bits == bits or not (below or signed or stream.signed or overlay):
+    # Equal bits leave one doubt: values that are signed in the stream only.
+    if not (stream.signed and not signed) and (stream.bits == bits or not (below or signed or overlay)):
         return pixels
     words = pixels.view(f"u{pixels.dtype.itemsize}")
     if below and stream.bits > bits:
         clear = stream.bits == below + bits
     elif stream.signed:
-        clear = signed or words.max() < 2 ** (stream.bits - 1)
+        sign = words.dtype.type(2 ** (stream.bits - 1))
+        # Some encoders mark unsigned words as signed. Then the unsigned values are the smoother image.
+        meant = stream.bits == bits and _roughness(words) <= _roughness(words ^ sign)
+        clear = signed or words.max() < sign or meant
     else:
         clear = stream.bits > bits or not signed or pixels.min() >= 0
     if not clear:
@@ -199,6 +203,11 @@ def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
     if stream.bits > bits and (below or inside or overlay):
         return _field(pixels, below, bits)
     return pixels
+
+
+def _roughness(words: Stored) -> float:
+    """Mean difference of neighbours in a row."""
+    return float(np.abs(np.diff(words.astype(np.int32), axis=1)).mean()) if words.shape[1] > 1 else 0.0
 
 
 def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:

@@ -141,6 +141,14 @@ def test_a_sign_that_only_one_of_header_and_stream_can_have_is_refused(file_of) 
     refused(
         signed, "its header says unsigned values of 12 bits with High Bit 11, its compressed image has signed values"
     )
+    for bits, pixels in ((12, SIGNED), (16, SIGNED * 16)):
+        refused(file_of(pixels, uid.JPEG2000Lossless, bits=bits, PixelRepresentation=0), "has signed values of")
+        turned = (pixels.view(np.uint16) ^ (2 ** (bits - 1))) & (
+            2**bits - 1
+        )  # unsigned words that are marked as signed
+        marked = (turned.astype(np.int16) << (16 - bits)) >> (16 - bits)
+        content = file_of(marked, uid.JPEG2000Lossless, bits=bits, PixelRepresentation=0)
+        assert np.array_equal(stored_values(content), turned)
     high = TWELVE.astype(np.int16)  # above 2047, which 12 signed bits do not hold, but the stream has a sign of its own
     content = file_of(high, uid.JPEG2000Lossless, bits=16, BitsStored=12, HighBit=11)
     assert np.array_equal(stored_values(content), high)
