@@ -166,7 +166,7 @@ def _refuse_other_images(file: Tags) -> None:
     if not stored - 1 <= high < allocated:
         raise DicomError(f"contradicts itself ({stored} bits stored of {allocated} with High Bit {high}); correct it")
     for name, tag in _SIZES.items():
-        if (size := _pair(file.text(tag))) is not None:
+        if file.values.get(tag) and (size := _pair(file.text(tag))) is not None:
             refuse_not_square(name, *size)
 
 
