@@ -86,12 +86,8 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
-# Raised when the rules from stored values to grey levels change: shards with files that need a rule are rewritten.
+# Raised when the rules from stored values to grey levels change: shards with files of more than 8 bits are rewritten.
 _READING = ", reading 2"
-_STATEMENTS = (
-    tags.PADDING, tags.SLOPE, tags.INTERCEPT, tags.MODALITY_LUTS, tags.VOI_LUTS, tags.LUT_SHAPE, tags.OVERLAY_BIT,
-    tags.SHARED_GROUPS, tags.FRAME_GROUPS,
-)  # fmt: skip
 
 
 def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
@@ -145,14 +141,8 @@ def _header(file: Tags, salt: bytes) -> Header:
         view=_word(file.text(tags.VIEW)),
         sex=_word(file.text(tags.SEX)),
         age=_age(file.text(tags.AGE)),
-        decoder=decoder_of(file.syntax) + ("" if _is_plain(file) else _READING),
+        decoder=decoder_of(file.syntax) + (_READING if file.whole(tags.BITS_ALLOCATED, 8) > 8 else ""),
     )
-
-
-def _is_plain(file: Tags) -> bool:
-    """Whether the stored values are the grey levels, so that no rule between them has ever mattered."""
-    bits = {file.whole(tag, 8) for tag in (tags.BITS_ALLOCATED, tags.BITS_STORED)}
-    return bits == {8} and not any(file.values.get(tag) for tag in _STATEMENTS)
 
 
 def hash_text(text: str, salt: bytes) -> str:
