@@ -17,7 +17,7 @@ from ptxdist.dicom.radiograph import Header, hash_text
 from ptxdist.errors import CatalogError, LabelError, SettingsError
 from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
-from ptxdist.labels.dialect import SIIM, Dialect, detect_dialect, parse_dialect, to_siim
+from ptxdist.labels.dialect import Dialect, check_mask_images, detect_dialect, parse_dialect, to_siim
 from ptxdist.labels.tables import line_of, read_labels, read_mask_folder, read_patients
 
 _MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
@@ -142,14 +142,16 @@ def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
     sizes = {case_id: (header.rows, header.columns) for case_id, (header, _) in inputs.usable.items()}
     if inputs.mask_sizes is not None:
         _refuse_other_sizes(labels, inputs.mask_sizes, sizes)
-        encoding, name, proven = SIIM, "mask images", True  # `read_mask_folder` encodes them so
-        evidence: tuple[str, ...] = (f"{len(masks):,} mask images have the size of their radiographs",)
+        found = check_mask_images(masks, sizes, labels)
+        encoding, name, proven = found.dialect, "mask images", found.proven
+        both = len(masks.keys() & sizes.keys())
+        evidence: tuple[str, ...] = (f"{both:,} mask images have the size of their radiographs", *found.evidence)
     else:
         detection = detect_dialect(
             masks, sizes, encoding, lambda case_id, text: f"{labels}, line {line_of(labels, case_id, text)}"
         )
         encoding, evidence = detection.dialect, detection.evidence
-        name, proven = encoding.name, detection.starts_proven and detection.order_proven
+        name, proven = encoding.name, detection.proven
     cases = [_case(*inputs.usable[case_id], masks.get(case_id), encoding) for case_id in sorted(inputs.usable)]
     several = [texts for texts in masks.values() if len(texts) > 1]
     reconciliation = Reconciliation(

@@ -451,7 +451,16 @@ def test_mask_images_are_labels(tmp_path: Path, write_dicom) -> None:  # type: i
         ("1.0", 8, True),
         ("1.1", 0, False),
     ]
-    assert (catalog.dialect, catalog.dialect_proven) == ("mask images", True)
+    assert (catalog.dialect, catalog.dialect_proven) == ("mask images", False)
+    assert catalog.evidence[0] == "2 mask images have the size of their radiographs"
+    assert catalog.evidence[-1] == "not ruled out: transposed"
+
+
+def test_inverted_mask_images_are_refused(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    dicom, masks = mask_folder(tmp_path, write_dicom)
+    assert cv2.imwrite(str(masks / "1.0.png"), np.pad(np.full((6, 8), 255, np.uint8), ((2, 0), (0, 0))))
+    with pytest.raises(LabelError, match=r"masks: the mask images look wrong: 1 of 1 positive images"):
+        built(dicom, masks)
 
 
 def test_mask_images_have_no_dialect(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
