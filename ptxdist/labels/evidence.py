@@ -181,7 +181,8 @@ def _fault(reading: Reading, order: Order, positives: int, sideways: bool = Fals
     if reading.large_area is not None and reading.large_area > LARGE_AREA:
         return f"one in ten masks covers {reading.large_area:.0%} of its image or more"
     if 2 * len(reading.huge) > positives:
-        return f"{len(reading.huge):,} of {positives:,} positive images are covered by more than half, so they are probably inverted"
+        count = f"{len(reading.huge):,} of {positives:,} positive images"
+        return f"{count} are covered by more than half, so the masks are probably inverted"
     if reading.constant_dice is not None and reading.constant_dice > CONSTANT_DICE:
         return f"one constant mask fits them all (mean Dice {reading.constant_dice:.2f})"
     return _stance_fault(reading, sideways)
