@@ -223,8 +223,8 @@ def _describe(reading: Reading) -> list[str]:
         )
     if reading.upper is not None:
         found.append(f"{reading.upper:.0%} of a mask is in the upper half of its image (mean)")
-        if not _is_upright(reading):
-            found.append("not ruled out: upside down")
+    if not _is_upright(reading):
+        found.append("not ruled out: upside down")
     if reading.huge:
         more = ", …" if len(reading.huge) > 3 else ""
         names = ", ".join(reading.huge[:3]) + more

@@ -1,6 +1,6 @@
-"""Reading label tables, folders of mask images, and patient maps as dictionaries.
+"""Reading label tables and folders of mask images as dictionaries.
 
-Owns: the columns of the CSV files, and the meaning of pixel values in mask images. Refuses: malformed or contradictory
+Owns: the columns of label tables, and the meaning of pixel values in mask images. Refuses: malformed or contradictory
 tables and folders (LabelError with the line or the file). `dialect` finds the encoding of a table's masks.
 """
 
@@ -27,7 +27,6 @@ from ptxdist.errors import DicomError, LabelError
 from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 
-NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}\.png$")  # NIH ChestX-ray14: the first eight digits are the patient
 _FILES_A_TASK = 64
 _NOISE = 1 / 16  # of the range of values, in images from JPEG
 _FEW_VALUES, _MANY_VALUES = 4, 16
@@ -243,7 +242,7 @@ def line_of(path: Path, case_id: str, text: str) -> int:
 def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     """Line, image id and run-length text of each row, stripped of blanks."""
     csv.field_size_limit(2**31 - 1)
-    with _open_text(path) as file:
+    with open_text(path) as file:
         reader = csv.reader(file)
         header = next(reader, None)
         if header is None:
@@ -264,35 +263,8 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             yield reader.line_num, row[id_column].strip(), row[mask_column].strip()
 
 
-def read_patients(path: Path) -> dict[str, str]:
-    """Patient of each image id, from a CSV whose first two columns are image id and patient (with a header).
-
-    NIH image names (`00028864_007.png`) are reduced to their patient. Raises LabelError for a map without rows, a row
-    without an id or a patient, and an id with two patients.
-    """
-    patients: dict[str, str] = {}
-    with _open_text(path) as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if len(header) < 2:
-            raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
-        for row in reader:
-            if not row:
-                continue
-            if len(row) < 2 or not row[0].strip() or not row[1].strip():
-                raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
-            case_id, patient = row[0].strip(), row[1].strip()
-            match = NIH_IMAGE.match(patient)
-            patient = match.group(1) if match else patient
-            if patients.setdefault(case_id, patient) != patient:
-                raise LabelError(f"{path}, line {reader.line_num}: {case_id} has two different patients")
-    if not patients:
-        raise LabelError(f"{path}: the patient map has no rows")
-    return patients
-
-
 @contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path) -> Iterator[TextIO]:
     """The file as text; an error while it is open becomes a LabelError."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:

@@ -25,7 +25,7 @@ from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError, StoreError
-from ptxdist.labels.tables import read_patients
+from ptxdist.labels.patients import read_patients
 from ptxdist.predict.bundle import ModelCard, load_model, read_members
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
 from ptxdist.rundir import SETTINGS, TRAINING_IMAGES

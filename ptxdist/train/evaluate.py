@@ -30,7 +30,7 @@ from ptxdist.config import Settings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError
 from ptxdist.labels import rle
-from ptxdist.labels.tables import read_patients
+from ptxdist.labels.patients import read_patients
 from ptxdist.records import EvaluationResult, OperatingPoint, PipelineResult, StageResult
 from ptxdist.rundir import (
     EVALUATION,

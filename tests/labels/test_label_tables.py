@@ -1,4 +1,4 @@
-"""Label tables and patient maps: all known variants are read alike, all else is rejected with its line."""
+"""Label tables: all known variants are read alike, all else is rejected with its line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 from ptxdist.errors import LabelError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
-from ptxdist.labels.tables import MaskFolder, line_of, read_labels, read_mask_folder, read_patients
+from ptxdist.labels.tables import MaskFolder, line_of, read_labels, read_mask_folder
 
 TABLE = {"a": ("5 3", "9 1"), "b": (), "c": ("0 2",)}
 
@@ -269,29 +269,7 @@ def test_masks_of_the_png_mirror_are_the_tables(real_data: Path) -> None:
         assert texts == ((rle.encode(union),) if table[case_id] else ())
 
 
-# --- patient maps ---------------------------------------------------------------------------------------------------
-
-
-def test_patient_map_reduces_nih_names_to_the_patient(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, "Kaggle_ID,NIH_ID\na,00028864_007.png\nb,00028864_011.png\n\nc, Jones \na,00028864_001.png\n"
-    )
-    assert read_patients(path) == {"a": "00028864", "b": "00028864", "c": "Jones"}
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "expected two columns"),
-        ("id\na\n", "expected two columns, image id and patient, found 1"),
-        ("id,patient\n", "has no rows"),
-        ("id,patient\na,1\na,2\n", "line 3: a has two different patients"),
-        ("id,patient\na,\n", "line 2: expected an image id and a patient"),
-        (b"id,patient\n\xff,1\n", "cannot be read as a CSV file"),
-    ],
-)
-def test_wrong_patient_map_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
-    refused(write(tmp_path, content), expected, read_patients)
+# --- the real tables ------------------------------------------------------------------------------------------------
 
 
 def test_real_table_has_the_numbers_it_is_known_for(real_data: Path) -> None:
