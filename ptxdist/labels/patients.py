@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ptxdist.errors import LabelError
@@ -35,14 +35,14 @@ _NO_IDS = re.compile(  # values, in lower case
 )
 
 
-def read_patients(path: Path) -> dict[str, str]:
+def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
     """Patient of each image id, from a CSV with a header; `.gz` is accepted.
 
     The column of patients is found by its name (`PatientID`, `Patient ID`, `subject_id`, `NIH_ID` and others), and so
     is that of images. Of two columns, one can have any name; two without a known name are taken for image and patient
     unless the second name or its values are of something else. NIH image names (`00028864_007.png`) are reduced to
     their patient. Raises LabelError for a file without such columns, with values that are no ids, without a header or
-    rows, a row without an id or a patient, and an id with two patients.
+    rows, a row without an id or a patient, an id with two patients, and if none of the `ids` is in it.
     """
     patients: dict[str, str] = {}
     with open_text(path) as file:
@@ -73,6 +73,8 @@ def read_patients(path: Path) -> dict[str, str]:
             f"{path}: the values of the column {named!r} are no patients but findings, views, ages or the "
             "like; give a table with a column PatientID"
         )
+    if ids and not patients.keys() & set(ids):
+        raise LabelError(f"{path}: none of the {len(ids)} images in it; its image ids are others")
     return patients
 
 

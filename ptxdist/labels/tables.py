@@ -29,6 +29,7 @@ from ptxdist.labels import rle
 
 _FILES_A_TASK = 64
 _NOISE = 1 / 16  # of the range of values, in images from JPEG
+_GREY = 1 / 4  # of the pixels; a soft edge has far fewer
 _FEW_VALUES, _MANY_VALUES = 4, 16
 _CLASSES = "these may be several classes: write 0 and 255, where 255 is what the model is to find"
 
@@ -99,8 +100,8 @@ def read_mask_folder(
     A pixel is inside the mask when its value is above half of the range of its type (over 127 of 255), or is 1 in a
     file with no other values than 0 and 1; edges may be soft. Grayscale and three equal colour channels are read.
     `on_file` is called with (files done, files). Raises LabelError when there is no PNG, two have the same name, a file
-    is damaged or not a mask (its brightest pixel is dark, but not black; its darkest one is bright; it has areas of a
-    third value), or two masks have different values inside.
+    is damaged or not a mask (its brightest pixel is dark, but not black; its darkest one is bright; it has many greys,
+    or areas of a third value), or two masks have different values inside.
     """
     files = find_masks(folder)
     paths = list(files.values())
@@ -157,7 +158,7 @@ def find_masks(folder: Path, suffixes: Sequence[str] = (".png",)) -> dict[str, P
 
 @dataclass(frozen=True)
 class _ReadMask:
-    """Run-length text and (rows, columns); `inside` is the value of its areas as a share of the highest, 0 if none."""
+    """Run-length text and (rows, columns); `inside` is the value of its areas as a share of the highest; 0 if none."""
 
     text: str
     size: tuple[int, int]
@@ -188,9 +189,10 @@ def _read_mask(folder: Path, path: Path) -> _ReadMask:
             f"{place_of(folder, path)} has areas of more than two values ({darkest}, {between[0]}, {brightest}); "
             + _CLASSES
         )
-    inside = (
-        brightest / highest if brightest in levels and brightest > darkest else 0.0
-    )  # 0 for a soft one without areas
+    noise = _NOISE * (brightest - darkest)
+    if ((values > darkest + noise) & (values < brightest - noise)).mean() > _GREY:
+        raise LabelError(f"{place_of(folder, path)} is a picture in greys; a mask must be black and white")
+    inside = brightest / highest if brightest in levels and brightest > darkest else 0.0
     return _ReadMask(rle.encode(values > (half if brightest > 1 else 0)), (values.shape[0], values.shape[1]), inside)
 
 

@@ -134,7 +134,7 @@ def _known(catalog: Catalog, cases: Sequence[Case], patients: Path | None, salt:
     """Patients of the cases. Whether they are in training is not known: names are hashed with another salt there."""
     groups = [case.group for case in cases]
     if patients is not None:
-        who = read_patients(patients)
+        who = read_patients(patients, [case.case_id for case in cases])
         groups = [hash_text(who[case.case_id], salt) if case.case_id in who else case.group for case in cases]
     return groups, [None] * len(cases), "nothing"
 

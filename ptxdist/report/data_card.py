@@ -55,7 +55,11 @@ def _leakage(catalog: Catalog) -> tuple[str, ...]:
         f"Near-duplicates: {leakage.near_duplicates:,} pairs of images look the same, "
         f"{leakage.near_duplicates_shared:,} of them with one image on each side.",
         f"Encoding of the masks: {catalog.dialect}, "
-        + ("proven by the masks themselves." if catalog.dialect_proven else "which the masks do not prove."),
+        + (
+            "proven by the masks themselves, except for left and right."
+            if catalog.dialect_proven
+            else "which the masks do not prove."
+        ),
     )
 
 

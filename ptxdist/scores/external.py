@@ -107,9 +107,7 @@ def score_predictions(
     if size_px is not None and (predicted.sizes or true.sizes):
         raise SettingsError(f"the size of the images is known from their masks; leave out --size-px {size_px}")
     ids = _common(predicted.ids, true.ids, predictions, truth, subset)
-    patient_of = read_patients(patients) if patients else {}
-    if patients and not patient_of.keys() & set(ids):
-        raise LabelError(f"{patients}: none of the {len(ids)} images in it; its image ids are others")
+    patient_of = read_patients(patients, ids) if patients else {}
     sizes = _sizes(ids, predicted, true, size_px or SIZE_PX)
     _prepare(predicted, predictions, sizes, partial(on_progress, "predictions"))
     _prepare(true, truth, sizes, partial(on_progress, "truth"))

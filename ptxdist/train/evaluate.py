@@ -347,7 +347,7 @@ def _patients_of(
     known_from = "nothing" if catalog.leakage.grouped_by == "nothing" else "catalog"
     if patients is not None:
         known_from = "patient map"
-        who = read_patients(patients)
+        who = read_patients(patients, [case.case_id for case in cases])
         cases = tuple(
             replace(case, group=hash_text(who[case.case_id], salt) if case.case_id in who else case.group)
             for case in cases

@@ -212,6 +212,14 @@ def test_masks_with_different_values_inside_are_refused(tmp_path: Path) -> None:
     assert masks["a"] == masks["b"] == masks["c"]
 
 
+def test_a_radiograph_is_no_mask(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    ramp = np.add.outer(2 * np.arange(64), 2 * np.arange(64)).astype(np.uint8)
+    for picture in (grey, ramp):
+        write_png(tmp_path / "m" / "a.png", picture)
+        refused(tmp_path / "m", "a.png is a picture in greys; a mask must be black and white", read_mask_folder)
+
+
 @pytest.mark.parametrize("value", [1, 255])
 def test_a_mask_without_a_black_pixel_is_refused(tmp_path: Path, value: int) -> None:
     write_png(tmp_path / "m" / "a.png", np.full((4, 6), value, np.uint8))

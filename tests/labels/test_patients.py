@@ -82,6 +82,13 @@ def test_wrong_patient_map_is_refused_with_file_and_line(tmp_path: Path, content
     assert expected in str(caught.value)
 
 
+def test_a_map_of_other_images_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "id,patient\na,1\n")
+    assert read_patients(path, ["a", "b"]) == {"a": "1"}
+    with pytest.raises(LabelError, match="none of the 2 images in it; its image ids are others"):
+        read_patients(path, ["b", "c"])
+
+
 def test_no_patient_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, "id,patient\na,Quagmire\na,Zebulon\n")
     with pytest.raises(LabelError) as caught:
