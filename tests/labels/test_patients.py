@@ -66,12 +66,12 @@ def test_columns_are_found_by_their_names(tmp_path: Path, header: str, row: str)
         ("Path,Sex,Age\na,M,60\n", "no column of patients"),
         ("id,patient_id,subject_id\na,1,2\n", "several columns of patients"),
         ("1.2.276.0.7230010.3.1.4.1,00028864_007.png\n1.3,2\n", "the first line must name the columns"),
-        ("id,patient\na,M\nb,F\n", "the values of the column 'patient' are no patients"),
-        ("id,patient\na,PA\nb,AP\n", "are no patients but findings, views, ages or the like; give a table with"),
-        ("id,patient\na,No Finding\nb,Pneumothorax|Effusion\nc,Mass\n", "are no patients"),
-        ("id,patient\na,062Y\nb,031Y\n", "are no patients"),
-        ("id,patient\na,-1\nb,5 3 9 1\n", "are no patients"),
-        ("id,years\na,62\nb,31\n", "the values of the column 'years' are no patients"),
+        ("id,patient\na,M\nb,F\n", "the values of the column 'patient' look like findings, views"),
+        ("id,patient\na,PA\nb,AP\n", "not like patients; give a table with a column PatientID"),
+        ("id,patient\na,No Finding\nb,Pneumothorax|Effusion\nc,Mass\n", "not like patients"),
+        ("id,patient\na,062Y\nb,031Y\n", "not like patients"),
+        ("id,patient\na,-1\nb,5 3 9 1\n", "not like patients"),
+        ("id,years\na,62\nb,31\n", "the values of the column 'years' look like"),
     ],
 )
 def test_wrong_patient_map_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
