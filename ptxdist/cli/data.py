@@ -83,6 +83,7 @@ def preprocess(
     """
     from ptxdist import console
     from ptxdist.cache.preprocess import preprocess as build
+    from ptxdist.cache.summary import split_doubts
     from ptxdist.storage.caches import working_cache
 
     if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
@@ -102,7 +103,7 @@ def preprocess(
         )
     if as_json:
         work = {"cache": out, "sizes_px": result.sizes_px, "written": result.written, "reused": result.reused}
-        console.show_json({**work, **result.catalog.summary()})
+        console.show_json({**work, **result.catalog.summary(), "doubts": split_doubts(result.catalog)})
     else:
         console.show_catalog(result.catalog)
         if rejects := result.catalog.rejects:

@@ -70,8 +70,8 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
         not is_known and all(map(_is_small, values))
     ):
         raise LabelError(
-            f"{path}: the values of the column {named!r} look like findings, views, ages or numbers of visits, not like "
-            "patients; give a table with a column PatientID"
+            f"{path}: the values of the column {named!r} look like findings, views, ages or numbers of visits, not "
+            "like patients; give a table with a column PatientID"
         )
     if ids and not patients.keys() & set(ids):
         raise LabelError(f"{path}: none of the {len(ids)} images in it; its image ids are others")
