@@ -17,8 +17,9 @@ from ptxdist.dicom.radiograph import Header, hash_text
 from ptxdist.errors import CatalogError, LabelError, SettingsError
 from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
-from ptxdist.labels.dialect import SIIM, Dialect, detect_dialect, parse_dialect, to_siim
-from ptxdist.labels.tables import line_of, read_labels, read_mask_folder, read_patients
+from ptxdist.labels.dialect import Dialect, check_mask_images, detect_dialect, parse_dialect, to_siim
+from ptxdist.labels.patients import read_patients
+from ptxdist.labels.tables import line_of, read_labels, read_mask_folder
 
 _MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
 
@@ -73,8 +74,8 @@ def build_catalog(
     Without a `former` catalog the result depends on the content of the files only, not on their order; with one, cases
     keep their rows and folds. `labels` is a table or a folder of mask images. The mask encoding of a table is detected
     unless `dialect` names it. `skip` are folders to leave out. `on_file` is called with (files done, files).
-    Raises CatalogError when no usable file is found, LabelError as `read_labels`, `read_patients`, `detect_dialect`,
-    and for a mask that does not fit its image.
+    Raises CatalogError when no usable file is found or a side of the split is empty, LabelError as `read_labels`,
+    `read_patients`, `detect_dialect` and `check_mask_images`, and for a mask that does not fit its image.
     """
     encoding = parse_dialect(dialect) if dialect else None
     if encoding and labels.is_dir():
@@ -82,6 +83,7 @@ def build_catalog(
     inputs = _read(images, labels, patients, salt, skip, executor, on_file)
     labelled = _join(inputs, labels, encoding)
     cases, leakage = _split(labelled.cases, inputs.patient_of, former, folds, seed, salt)
+    _refuse_empty_side(leakage, sum(case.masks is not None for case in labelled.cases))
     catalog = Catalog(
         cases=cases,
         reconciliation=labelled.reconciliation,
@@ -131,7 +133,7 @@ def _read(
             f"none of the {len(usable)} images in {images} has a row in {labels}: do both belong to the same data set?"
         )
     if patients and not usable.keys() & patient_of.keys():
-        raise LabelError(f"{patients}: none of the {len(usable)} images in it; its first column must be the image id")
+        raise LabelError(f"{patients}: none of the {len(usable)} images in it; its image ids are others")
     sizes = folder.sizes if folder else None
     return _Inputs(masks, sizes, patient_of, usable, tuple(rejects), duplicates, len(scanned), others)
 
@@ -142,14 +144,16 @@ def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
     sizes = {case_id: (header.rows, header.columns) for case_id, (header, _) in inputs.usable.items()}
     if inputs.mask_sizes is not None:
         _refuse_other_sizes(labels, inputs.mask_sizes, sizes)
-        encoding, name, proven = SIIM, "mask images", True  # `read_mask_folder` encodes them so
-        evidence: tuple[str, ...] = (f"{len(masks):,} mask images have the size of their radiographs",)
+        found = check_mask_images(masks, sizes, labels)
+        encoding, name, proven = found.dialect, "mask images", found.proven
+        both = len(masks.keys() & sizes.keys())
+        evidence: tuple[str, ...] = (f"{both:,} mask images have the size of their radiographs", *found.evidence)
     else:
         detection = detect_dialect(
             masks, sizes, encoding, lambda case_id, text: f"{labels}, line {line_of(labels, case_id, text)}"
         )
         encoding, evidence = detection.dialect, detection.evidence
-        name, proven = encoding.name, detection.starts_proven and detection.order_proven
+        name, proven = encoding.name, detection.proven
     cases = [_case(*inputs.usable[case_id], masks.get(case_id), encoding) for case_id in sorted(inputs.usable)]
     several = [texts for texts in masks.values() if len(texts) > 1]
     reconciliation = Reconciliation(
@@ -165,8 +169,31 @@ def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
         positive=sum(bool(case.masks) for case in cases),
         unlabelled=sum(case.masks is None for case in cases),
         ids_without_file=len(masks.keys() - inputs.usable.keys()),
+        without_patient=_without_patient(cases, inputs.patient_of),
     )
     return _Labelled(cases, reconciliation, name, proven, evidence)
+
+
+def _without_patient(cases: Sequence[Case], patient_of: Mapping[str, str]) -> int:
+    """Number of labelled images that are not in the map, or, without one, have no PatientID though others do."""
+    labelled = [case for case in cases if case.masks is not None]
+    known = sum(case.case_id in patient_of if patient_of else bool(case.group) for case in labelled)
+    return len(labelled) - known if known else 0
+
+
+def _refuse_empty_side(leakage: Leakage, labelled: int) -> None:
+    """CatalogError when the labelled images cannot be split."""
+    if 0 < leakage.val_cases < labelled:
+        return
+    side = "validation" if leakage.val_cases == 0 else "training"
+    if leakage.groups > 1:  # folds of a former split, whose other cases are gone
+        raise CatalogError(f"no image would be left for {side}; give another --seed, which splits all cases again")
+    source = f" by {leakage.grouped_by}" if leakage.grouped_by != "nothing" else ""
+    raise CatalogError(
+        f"{'the only image' if labelled == 1 else f'all {labelled} images'} with a label would be on one side of the "
+        f"split, as of one patient{source}, and none would be left for {side}; give the "
+        "patients with --patients MAP.csv (columns ImageId and PatientID), or images of at least two"
+    )
 
 
 def _refuse_other_sizes(

@@ -59,7 +59,10 @@ class Reject:
 
 @dataclass(frozen=True)
 class Reconciliation:
-    """Counts that say how the label table and the files fit together."""
+    """Counts that say how the label table and the files fit together.
+
+    `without_patient` are labelled images that the patient map, or else PatientID, does not know though it knows others.
+    """
 
     table_rows: int
     table_images: int
@@ -73,6 +76,7 @@ class Reconciliation:
     positive: int
     unlabelled: int
     ids_without_file: int
+    without_patient: int = 0
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def assign_folds(
 
     Groups are assigned in order of decreasing positives, each to the fold that lacks its strata most. The result
     depends on the ids, on which cases share a group and on the areas (0: negative), not on the order of the cases or
-    the names of the groups. No cases give an empty list.
+    the names of the groups. No cases give an empty list. Two groups are never all in one fold, unless they are known.
 
     `known` are folds of a former split, which these cases keep. A group whose cases are in several folds moves to the
     one that has most of them.
@@ -75,16 +75,17 @@ def assign_folds(
     have = np.zeros((folds, 4))
     for group, fold in fold_of.items():
         have[fold] += counts[group]
+    for group in sorted(members.keys() - fold_of, key=turn):
+        # Growth of the squared fill, smallest where the strata of this group are emptiest.
+        growth = (((have + counts[group]) / fair_share) ** 2 - (have / fair_share) ** 2).sum(axis=1)
+        fold_of[group] = int(np.argmin(growth))
+        have[fold_of[group]] += counts[group]
+    if not known and len(members) > 1 and len(set(fold_of.values())) == 1:
+        fold_of[max(members, key=turn)] = 1
     result = [0] * len(case_ids)
-    for group in sorted(members, key=turn):
-        if group not in fold_of:
-            # Growth of the squared fill, smallest where the strata of this group are emptiest.
-            growth = (((have + counts[group]) / fair_share) ** 2 - (have / fair_share) ** 2).sum(axis=1)
-            fold_of[group] = int(np.argmin(growth))
-            have[fold_of[group]] += counts[group]
-        fold = fold_of[group]
-        for index in members[group]:
-            result[index] = fold
+    for group, indices in members.items():
+        for index in indices:
+            result[index] = fold_of[group]
     return result
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from ptxdist.cache.catalog import Catalog
+
+_LARGE_GROUP, _LARGE_SHARE = 3, 0.2  # of one patient, more is doubtful; the real table has 61 of 12,047
 
 
 def reconciliation(catalog: Catalog) -> tuple[tuple[str, str], ...]:
@@ -26,6 +29,30 @@ def reconciliation(catalog: Catalog) -> tuple[tuple[str, str], ...]:
         (" median mask area (5 % to 95 %)", f"{spread(areas)} pixels" if areas else "none"),
         ("images without a label, not used", f"{counts.unlabelled:,}"),
     )
+
+
+def split_doubts(catalog: Catalog) -> tuple[str, ...]:
+    """What is doubtful about the split of a catalog and its groups, in sentences; () if nothing is."""
+    leakage, source = catalog.leakage, catalog.leakage.grouped_by
+    groups = Counter(case.group for case in catalog.cases if case.fold >= 0)
+    images, largest = sum(groups.values()), max(groups.values(), default=0)
+    sides = catalog.sides()
+    train, val = sides["train"]["positive"], sides["val"]["positive"]
+    doubts = []
+    if bool(train) != bool(val):
+        doubts.append(f"no image for {'training' if val else 'validation'} has a pneumothorax")
+    if source == "nothing":
+        return tuple(doubts)
+    if leakage.groups == images:
+        doubts.append(f"the {source} gives every image a patient of its own, so it keeps nothing together")
+    if largest > max(_LARGE_GROUP, _LARGE_SHARE * images):
+        doubts.append(
+            f"{largest:,} of {images:,} images are of one patient by {source}, all on one side of the split; if this "
+            "is a placeholder for many patients, give these with --patients"
+        )
+    if missing := catalog.reconciliation.without_patient:
+        doubts.append(f"{missing:,} of {images:,} images have no patient by {source}; each counts as one of its own")
+    return tuple(doubts)
 
 
 def percent(value: float) -> str:

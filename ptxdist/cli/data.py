@@ -52,7 +52,7 @@ def phantom(
 @click.option("--dicom", type=FOLDER, required=True, help="Folder of DICOM files or PNG images, also nested.")
 @click.option("--labels", type=FILE, required=True, help="CSV with ImageId, EncodedPixels; or a folder of mask PNGs.")
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
-@click.option("--patients", type=FILE, help="CSV with image id, patient; no patient is in two folds.")
+@click.option("--patients", type=FILE, help="CSV with columns ImageId and PatientID; no patient is in two folds.")
 @click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
 @click.option(
     "--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True, help=SIDE
@@ -83,6 +83,7 @@ def preprocess(
     """
     from ptxdist import console
     from ptxdist.cache.preprocess import preprocess as build
+    from ptxdist.cache.summary import split_doubts
     from ptxdist.storage.caches import working_cache
 
     if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
@@ -102,7 +103,7 @@ def preprocess(
         )
     if as_json:
         work = {"cache": out, "sizes_px": result.sizes_px, "written": result.written, "reused": result.reused}
-        console.show_json({**work, **result.catalog.summary()})
+        console.show_json({**work, **result.catalog.summary(), "doubts": split_doubts(result.catalog)})
     else:
         console.show_catalog(result.catalog)
         if rejects := result.catalog.rejects:

@@ -204,12 +204,14 @@ def _inspect_cache(cache: Path, as_json: bool) -> None:
     from ptxdist.cache.manifest import read_manifest
     from ptxdist.cache.outlines import draw_contact_sheet
     from ptxdist.cache.store import open_store
+    from ptxdist.cache.summary import split_doubts
 
     catalog = read_catalog(cache)
     stores = [open_store(cache, size) for size in sorted(read_manifest(cache).sizes)]
     if as_json:
         rows = [{"size_px": item.size_px, "cases": item.cases, "fingerprint": item.fingerprint} for item in stores]
-        console.show_json({**catalog.summary(), "stores": rows, "contact_sheet": draw_contact_sheet(cache)})
+        summary = {**catalog.summary(), "doubts": split_doubts(catalog)}
+        console.show_json({**summary, "stores": rows, "contact_sheet": draw_contact_sheet(cache)})
     else:
         console.show_catalog(catalog)
         console.show_pairs("stores", [(f"{s.size_px} px, {s.cases:,} cases", s.fingerprint) for s in stores])

@@ -51,10 +51,19 @@ def show_catalog(catalog: Catalog) -> None:
         (" with one in train, one in val", f"{leakage.near_duplicates_shared:,}"),
     )
     show_pairs("label table, image files and split", pairs)
+    _show_doubts(catalog)
+
+
+def _show_doubts(catalog: Catalog) -> None:
+    from ptxdist.cache.summary import split_doubts
+
+    leakage = catalog.leakage
     if not catalog.dialect_proven:
         say(f"warning: the encoding of the masks, {catalog.dialect}, is not proven: {'; '.join(catalog.evidence)}")
     if leakage.near_duplicates_shared:
         say("warning: some validation images look like training images; see near_duplicates.csv in the cache")
+    for doubt in split_doubts(catalog):
+        say(f"warning: {doubt}")
     if leakage.grouped_by == "nothing":
         say(
             "warning: patients are not known (every image has a PatientID of its own or none), so images of one "

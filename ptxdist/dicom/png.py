@@ -66,7 +66,7 @@ def check_size(rows: int, columns: int) -> None:
 
 
 def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
-    """Stored values (rows, columns); three equal colour channels count as one.
+    """Stored values (rows, columns), of 1 bit as 0 and 255; three equal colour channels count as one.
 
     Raises DicomError as `read_png_header`, and when the file is damaged, coloured, transparent or animated.
     """
@@ -83,6 +83,8 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
         values = values[:, :, 0]
     if values.shape != (header.rows, header.columns):
         raise DicomError(f"{_DAMAGED} (it decodes to another size)")
+    if header.bits == 1:
+        return values.astype(np.uint8) * np.uint8(255)
     return values.astype(np.uint16) if header.bits == 16 else values.astype(np.uint8)
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ptxdist.errors import LabelError, SettingsError
 from ptxdist.labels import rle
-from ptxdist.labels.evidence import ENOUGH_IMAGES, Order, Reading, Size, fit_masks, measure
+from ptxdist.labels.evidence import ENOUGH_IMAGES, UPPER, Order, Reading, Size, fit_masks, measure
 from ptxdist.labels.rle import Spans, Starts
 
 
@@ -92,15 +93,23 @@ def down_columns(spans: Spans, rows: int, columns: int) -> Spans:
 class Detection:
     """The dialect of a table, whether the user gave it (`given`), what is proven, and the evidence in short sentences.
 
-    Not proven means that there are too few masks to rule out the other dialects.
+    Not proven means that the masks do not rule out the others: too few masks for the starts or the order, rows (which
+    look like columns of masks that are turned by 90 degrees), or masks that may be upside down.
     """
 
     dialect: Dialect
     given: bool
     starts_proven: bool
     order_proven: bool
+    upright_proven: bool
     evidence: tuple[str, ...]
     readings: tuple[Reading, ...] = ()
+
+    @property
+    def proven(self) -> bool:
+        """Whether all is proven, and no single mask is implausible. No evidence tells left from right."""
+        huge = any(reading.huge for reading in self.readings if reading.dialect == self.dialect.name)
+        return self.starts_proven and self.order_proven and self.upright_proven and not huge
 
 
 def detect_dialect(
@@ -136,7 +145,7 @@ def detect_dialect(
         fault = readings[dialect].fault
         doubt = [f"the table looks wrong as {dialect.name}, which was given: {fault}"] if fault else []
         evidence = (*_describe(readings[dialect]), *doubt)
-        return Detection(dialect, True, False, False, evidence, tuple(readings.values()))
+        return Detection(dialect, True, False, False, False, evidence, tuple(readings.values()))
     return _conclude(readings, option)
 
 
@@ -158,14 +167,41 @@ def _conclude(readings: Mapping[Dialect, Reading], option: str) -> Detection:
         else f"not {rival.name}: {readings[rival].fault}"
         for rival in ((others[0], twin) if readings[chosen].masks else ())
     ]
+    if twin not in sound and chosen.order == "rows":
+        verdicts.append(f"not ruled out: {twin.name} of masks that are turned by 90 degrees")
     return Detection(
         chosen,
         given=False,
         starts_proven=not any(each in sound for each in others),
-        order_proven=twin not in sound,
+        order_proven=twin not in sound and chosen.order == "columns",
+        upright_proven=_is_upright(readings[chosen]),
         evidence=(*_describe(readings[chosen]), *verdicts),
         readings=tuple(readings.values()),
     )
+
+
+def check_mask_images(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], where: Path) -> Detection:
+    """Judge the masks of a folder of images by the evidence for tables; `masks` are texts of `rle` by image id.
+
+    `sizes` and the sample are as in `detect_dialect`. The folder has no dialect: rows mean transposed images. Raises
+    LabelError when the masks are transposed, upside down, inverted, or otherwise none; `where` is the folder.
+    """
+    fit = fit_masks(masks, sizes, "relative")
+    upright, transposed = (measure(each.name, each.order, fit) for each in DIALECTS[:2])
+    if upright.fault:
+        raise LabelError(
+            f"{where}: the mask images look wrong: {upright.fault}. Compare some with their radiographs and write them "
+            "again; if they are right, give them as a table with --dialect"
+        )
+    evidence = _describe(upright)
+    if upright.masks:
+        evidence.append(f"not transposed: {transposed.fault}" if transposed.fault else "not ruled out: transposed")
+    readings = (upright, transposed)
+    return Detection(SIIM, False, True, bool(transposed.fault), _is_upright(upright), tuple(evidence), readings)
+
+
+def _is_upright(reading: Reading) -> bool:
+    return reading.upper is not None and reading.upper > UPPER[1]
 
 
 def _describe(reading: Reading) -> list[str]:
@@ -183,8 +219,16 @@ def _describe(reading: Reading) -> list[str]:
     if reading.left_right is not None:
         found.append(
             f"the mean mask correlates {reading.left_right:.2f} with its left-right mirror and {reading.up_down:.2f} "
-            "with its up-down mirror"
+            "with its up-down mirror (left and right are not told apart)"
         )
+    if reading.upper is not None:
+        found.append(f"{reading.upper:.0%} of a mask is in the upper half of its image (mean)")
+    if not _is_upright(reading):
+        found.append("not ruled out: upside down")
+    if reading.huge:
+        more = ", …" if len(reading.huge) > 3 else ""
+        names = ", ".join(reading.huge[:3]) + more
+        found.append(f"{len(reading.huge):,} masks cover more than half of their image and may be inverted: {names}")
     if reading.images < ENOUGH_IMAGES:
         found.append(f"too few positive images to judge areas and anatomy ({reading.images} of {ENOUGH_IMAGES})")
     return found

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ptxdist.errors import LabelError, SettingsError
-from ptxdist.labels.dialect import SIIM, Dialect, detect_dialect, parse_dialect, read_union
+from ptxdist.labels.dialect import SIIM, Dialect, check_mask_images, detect_dialect, parse_dialect, read_union
 from ptxdist.labels.evidence import Size
 from ptxdist.labels.images import NIFTI, PNG, NiftiMasks, PngMasks
 from ptxdist.labels.rle import Spans
@@ -25,6 +25,7 @@ from ptxdist.labels.tables import line_of, read_labels, read_mask_folder
 from ptxdist.rundir import FINDINGS, PREDICT_SETTINGS, SUBMISSION
 
 THRESHOLD = 0.5
+MASK_IMAGES = "mask images"
 OnFile = Callable[[int, int], None]
 _TABLES = (".csv", ".csv.gz", ".txt")
 
@@ -89,7 +90,7 @@ def open_labels(path: Path, *, dialect: str | None = None, on_file: OnFile) -> M
     if dialect:
         raise SettingsError(f"{path} is a folder, whose masks have no dialect; leave out --truth-dialect {dialect}")
     folder = read_mask_folder(path, on_file=on_file)
-    return TextMasks(path, folder.masks, folder.sizes, words="mask images")
+    return TextMasks(path, folder.masks, folder.sizes, words=MASK_IMAGES)
 
 
 class TextMasks:
@@ -110,9 +111,11 @@ class TextMasks:
         self._dialect, self._notes = dialect, tuple[str, ...]()
 
     def prepare(self, sizes: Mapping[str, Size], on_file: OnFile) -> None:
-        """As in `Masks`: detects the dialect."""
+        """As in `Masks`: detects the dialect of a table, and judges mask images."""
         if self._words:
             self._dialect = SIIM
+            if self._words == MASK_IMAGES:
+                check_mask_images(self._texts, sizes, self._path)
             return
         found = detect_dialect(
             self._texts,
@@ -122,7 +125,7 @@ class TextMasks:
             self._option,
         )
         self._words = f"run-length table, {found.dialect.name} ({'given' if found.given else 'detected'})"
-        if any(self._texts.values()) and not found.given and not (found.starts_proven and found.order_proven):
+        if any(self._texts.values()) and not found.given and not found.proven:
             self._notes = (f"{self._path}: the encoding of the masks is not proven: {'; '.join(found.evidence)}",)
         self._dialect = found.dialect
 

@@ -1,6 +1,6 @@
-"""Reading label tables, folders of mask images, and patient maps as dictionaries.
+"""Reading label tables and folders of mask images as dictionaries.
 
-Owns: the columns of the CSV files, and the meaning of pixel values in mask images. Refuses: malformed or contradictory
+Owns: the columns of label tables, and the meaning of pixel values in mask images. Refuses: malformed or contradictory
 tables and folders (LabelError with the line or the file). `dialect` finds the encoding of a table's masks.
 """
 
@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +20,18 @@ from typing import TextIO
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
 from ptxdist.dicom.png import SIGNATURE, decode_png
 from ptxdist.errors import DicomError, LabelError
 from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
 
-NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}\.png$")  # NIH ChestX-ray14: the first eight digits are the patient
 _FILES_A_TASK = 64
+_NOISE = 1 / 16  # of the range of values, in images from JPEG
+_GREY = 1 / 4  # of the pixels; a soft edge has far fewer
+_FEW_VALUES, _MANY_VALUES = 4, 16
+_CLASSES = "these may be several classes: write 0 and 255, where 255 is what the model is to find"
 
 
 @dataclass(frozen=True)
@@ -94,25 +98,37 @@ def read_mask_folder(
     """Masks of the PNG files `<image id>.png` in a folder or below it, in the order of their paths.
 
     A pixel is inside the mask when its value is above half of the range of its type (over 127 of 255), or is 1 in a
-    file with no other values than 0 and 1. Grayscale and three equal colour channels are read. `on_file` is called with
-    (files done, files). Raises LabelError when there is no PNG, two have the same name, or a file is damaged or not a
-    mask (its brightest pixel is dark, but not black).
+    file with no other values than 0 and 1; edges may be soft. Grayscale and three equal colour channels are read.
+    `on_file` is called with (files done, files). Raises LabelError when there is no PNG, two have the same name, a file
+    is damaged or not a mask (its brightest pixel is dark, but not black; its darkest one is bright; it has many greys,
+    or areas of a third value), or two masks have different values inside.
     """
     files = find_masks(folder)
     paths = list(files.values())
     starts = range(0, len(paths), _FILES_A_TASK)
     tasks = [(folder, start, paths[start : start + _FILES_A_TASK]) for start in starts]
-    found: dict[int, list[tuple[str, tuple[int, int]]]] = {}
+    found: dict[int, list[_ReadMask]] = {}
     done = 0
     for start, masks in executor(_read_masks, tasks):
         found[start] = masks
         done += len(masks)
         on_file(done, len(paths))
     read = dict(zip(files, (mask for start in starts for mask in found[start]), strict=True))
+    _check_insides(folder, {files[case_id]: mask.inside for case_id, mask in read.items() if mask.inside})
     return MaskFolder(
-        {case_id: () if text == rle.EMPTY else (text,) for case_id, (text, _) in read.items()},
-        {case_id: size for case_id, (_, size) in read.items()},
+        {case_id: () if mask.text == rle.EMPTY else (mask.text,) for case_id, mask in read.items()},
+        {case_id: mask.size for case_id, mask in read.items()},
     )
+
+
+def _check_insides(folder: Path, insides: Mapping[Path, float]) -> None:
+    """Raise LabelError when masks have different values inside: those may be other classes."""
+    ordered = sorted(insides, key=insides.__getitem__)
+    if ordered and insides[ordered[-1]] - insides[ordered[0]] > _NOISE:
+        low, high = (f"{path.name} has {insides[path]:.0%}" for path in (ordered[0], ordered[-1]))
+        raise LabelError(
+            f"{folder}: the mask images have different values inside ({low} of the highest value, {high}); {_CLASSES}"
+        )
 
 
 def find_masks(folder: Path, suffixes: Sequence[str] = (".png",)) -> dict[str, Path]:
@@ -140,19 +156,66 @@ def find_masks(folder: Path, suffixes: Sequence[str] = (".png",)) -> dict[str, P
     return dict(zip(names, paths, strict=True))
 
 
-def _read_masks(folder: Path, start: int, paths: Sequence[Path]) -> tuple[int, list[tuple[str, tuple[int, int]]]]:
+@dataclass(frozen=True)
+class _ReadMask:
+    """Run-length text and (rows, columns); `inside` is the value of its areas as a share of the highest; 0 if none."""
+
+    text: str
+    size: tuple[int, int]
+    inside: float
+
+
+def _read_masks(folder: Path, start: int, paths: Sequence[Path]) -> tuple[int, list[_ReadMask]]:
     """One task: returns `start` with the results, since tasks finish in any order."""
     return start, [_read_mask(folder, path) for path in paths]
 
 
-def _read_mask(folder: Path, path: Path) -> tuple[str, tuple[int, int]]:
+def _read_mask(folder: Path, path: Path) -> _ReadMask:
     values = read_png(folder, path)
-    brightest, half = int(values.max()), int(np.iinfo(values.dtype).max) // 2
+    darkest, brightest, highest = int(values.min()), int(values.max()), int(np.iinfo(values.dtype).max)
+    half = highest // 2
     if 1 < brightest <= half:
         raise LabelError(
             f"{place_of(folder, path)} is dark (its brightest pixel is {brightest}); a mask must be black and white"
         )
-    return rle.encode(values > (half if brightest > 1 else 0)), (values.shape[0], values.shape[1])
+    if darkest > half or darkest == brightest == 1:
+        raise LabelError(
+            f"{place_of(folder, path)} has no black pixel (its darkest one is {darkest}); a mask must be black outside"
+        )
+    levels = _levels(values)
+    between = [level for level in levels if darkest < level < brightest]
+    if between:
+        raise LabelError(
+            f"{place_of(folder, path)} has areas of more than two values ({darkest}, {between[0]}, {brightest}); "
+            + _CLASSES
+        )
+    noise = _NOISE * (brightest - darkest)
+    if ((values > darkest + noise) & (values < brightest - noise)).mean() > _GREY:
+        raise LabelError(f"{place_of(folder, path)} is a picture in greys; a mask must be black and white")
+    inside = brightest / highest if brightest in levels and brightest > darkest else 0.0
+    return _ReadMask(rle.encode(values > (half if brightest > 1 else 0)), (values.shape[0], values.shape[1]), inside)
+
+
+def _levels(values: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]) -> list[int]:
+    """The values of a mask that fill areas, in increasing order: all if there are two, else those of flat squares.
+
+    A soft edge has many values, but no flat squares. Images that were JPEG files have many values too; those near the
+    darkest or the brightest are taken for it.
+    """
+    found = np.flatnonzero(np.bincount(values.reshape(-1)))
+    darkest, brightest = int(found[0]), int(found[-1])
+    noise = _NOISE * (brightest - darkest) if len(found) > _MANY_VALUES else 0
+    if len(found) > 2:
+        # Larger than the steps of a soft edge that was enlarged, which has more values than a few classes.
+        side = max(3, min(values.shape) // 64) if len(found) > _FEW_VALUES else 3
+        if min(values.shape) < side:
+            return []
+        across = sliding_window_view(values[:, 1:] == values[:, :-1], side - 1, axis=1).all(axis=-1)
+        first = values[:, : across.shape[1]]
+        down = sliding_window_view(first[1:] == first[:-1], side - 1, axis=0).all(axis=-1)
+        flat = sliding_window_view(across, side, axis=0).all(axis=-1) & down
+        found = np.unique(first[: down.shape[0]][flat])
+    return [darkest if v - darkest <= noise else brightest if brightest - v <= noise else v for v in found.tolist()]
 
 
 def read_png(folder: Path, path: Path) -> npt.NDArray[np.uint8] | npt.NDArray[np.uint16]:
@@ -181,7 +244,7 @@ def line_of(path: Path, case_id: str, text: str) -> int:
 def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     """Line, image id and run-length text of each row, stripped of blanks."""
     csv.field_size_limit(2**31 - 1)
-    with _open_text(path) as file:
+    with open_text(path) as file:
         reader = csv.reader(file)
         header = next(reader, None)
         if header is None:
@@ -202,35 +265,8 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             yield reader.line_num, row[id_column].strip(), row[mask_column].strip()
 
 
-def read_patients(path: Path) -> dict[str, str]:
-    """Patient of each image id, from a CSV whose first two columns are image id and patient (with a header).
-
-    NIH image names (`00028864_007.png`) are reduced to their patient. Raises LabelError for a map without rows, a row
-    without an id or a patient, and an id with two patients.
-    """
-    patients: dict[str, str] = {}
-    with _open_text(path) as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if len(header) < 2:
-            raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
-        for row in reader:
-            if not row:
-                continue
-            if len(row) < 2 or not row[0].strip() or not row[1].strip():
-                raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
-            case_id, patient = row[0].strip(), row[1].strip()
-            match = NIH_IMAGE.match(patient)
-            patient = match.group(1) if match else patient
-            if patients.setdefault(case_id, patient) != patient:
-                raise LabelError(f"{path}, line {reader.line_num}: {case_id} has two different patients")
-    if not patients:
-        raise LabelError(f"{path}: the patient map has no rows")
-    return patients
-
-
 @contextmanager
-def _open_text(path: Path) -> Iterator[TextIO]:
+def open_text(path: Path) -> Iterator[TextIO]:
     """The file as text; an error while it is open becomes a LabelError."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:

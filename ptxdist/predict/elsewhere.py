@@ -25,7 +25,7 @@ from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError, StoreError
-from ptxdist.labels.tables import read_patients
+from ptxdist.labels.patients import read_patients
 from ptxdist.predict.bundle import ModelCard, load_model, read_members
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
 from ptxdist.rundir import SETTINGS, TRAINING_IMAGES
@@ -146,7 +146,7 @@ def _known(cases: Sequence[Case], patients: Path | None, salt: bytes) -> Known:
     """Patients of the cases. Whether they are in training is not known: names are hashed with another salt there."""
     groups = [case.group for case in cases]
     if patients is not None:
-        who = read_patients(patients)
+        who = read_patients(patients, [case.case_id for case in cases])
         groups = [hash_text(who[case.case_id], salt) if case.case_id in who else case.group for case in cases]
     return groups, [None] * len(cases), "nothing"
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from ptxdist.cache.catalog import Case, Catalog
-from ptxdist.cache.summary import percent, reconciliation, share, spread
+from ptxdist.cache.summary import percent, reconciliation, share, split_doubts, spread
 from ptxdist.records import SharedPatients
 from ptxdist.report.page import Block, Columns, Facts, Row, Table, Values
 from ptxdist.report.tables import shared_table
@@ -51,10 +51,15 @@ def _leakage(catalog: Catalog) -> tuple[str, ...]:
         )
     return (
         grouping,
+        *(f"{doubt[0].upper()}{doubt[1:]}." for doubt in split_doubts(catalog)),
         f"Near-duplicates: {leakage.near_duplicates:,} pairs of images look the same, "
         f"{leakage.near_duplicates_shared:,} of them with one image on each side.",
         f"Encoding of the masks: {catalog.dialect}, "
-        + ("proven by the masks themselves." if catalog.dialect_proven else "which the masks do not prove."),
+        + (
+            "proven by the masks themselves, except for left and right."
+            if catalog.dialect_proven
+            else "which the masks do not prove."
+        ),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ptxdist.cache.catalog import Catalog
-from ptxdist.cache.summary import percent, share
+from ptxdist.cache.summary import percent, share, split_doubts
 from ptxdist.config import Settings, StageSettings
 from ptxdist.records import Origin, ParentModel, PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
@@ -184,6 +184,7 @@ def _limits(result: PipelineResult, catalog: Catalog) -> tuple[str, ...]:
         found.append(f"Patients are not known, so {UNKNOWN_PATIENTS}.")
     elif leakage.shared_cases:
         found.append(f"{leakage.shared_cases:,} held-out images share a patient with training.")
+    found += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in split_doubts(catalog)]
     if leakage.near_duplicates_shared:
         found.append(f"{leakage.near_duplicates_shared:,} pairs of similar images are on different sides of the split.")
     if not catalog.dialect_proven:

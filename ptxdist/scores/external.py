@@ -18,7 +18,7 @@ from ptxdist.labels import rle
 from ptxdist.labels.dialect import down_columns
 from ptxdist.labels.evidence import Size
 from ptxdist.labels.masks import Masks, OnFile, open_labels, open_predictions
-from ptxdist.labels.tables import read_patients
+from ptxdist.labels.patients import read_patients
 from ptxdist.records import Record
 from ptxdist.scores.constant import ConstantMask
 from ptxdist.scores.counts import Counts
@@ -92,9 +92,9 @@ def score_predictions(
     """Score masks of any tool against true masks, both by image id.
 
     `predictions` and `truth` are as in `labels.masks.open_predictions` and `open_labels`, `patients` as in
-    `labels.tables.read_patients`; an image that is not in it counts as one patient. Where neither side has images, each
-    image has `size_px` rows and columns (None: 1024). Both sides must have the same images, unless `subset` allows to
-    score those that are in both. `surfaces` adds `hd95_px` and `surface_dice`, which need the extra `surfaces`.
+    `labels.patients.read_patients`; an image that is not in it counts as one patient. Where neither side has images,
+    each image has `size_px` rows and columns (None: 1024). Both sides must have the same images, unless `subset` allows
+    to score those that are in both. `surfaces` adds `hd95_px` and `surface_dice`, which need the extra `surfaces`.
     `on_progress` is called with ("truth", "predictions" or "images", done, total).
 
     Raises LabelError for input that cannot be read, ids or sizes that do not match, and a mask that does not fit its
@@ -107,9 +107,7 @@ def score_predictions(
     if size_px is not None and (predicted.sizes or true.sizes):
         raise SettingsError(f"the size of the images is known from their masks; leave out --size-px {size_px}")
     ids = _common(predicted.ids, true.ids, predictions, truth, subset)
-    patient_of = read_patients(patients) if patients else {}
-    if patients and not patient_of.keys() & set(ids):
-        raise LabelError(f"{patients}: none of the {len(ids)} images in it; its first column must be the image id")
+    patient_of = read_patients(patients, ids) if patients else {}
     sizes = _sizes(ids, predicted, true, size_px or SIZE_PX)
     _prepare(predicted, predictions, sizes, partial(on_progress, "predictions"))
     _prepare(true, truth, sizes, partial(on_progress, "truth"))

@@ -30,7 +30,7 @@ from ptxdist.config import Settings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError
 from ptxdist.labels import rle
-from ptxdist.labels.tables import read_patients
+from ptxdist.labels.patients import read_patients
 from ptxdist.records import EvaluationResult, OperatingPoint, PipelineResult, StageResult
 from ptxdist.rundir import (
     EVALUATION,
@@ -350,7 +350,7 @@ def _patients_of(
     known_from = "nothing" if catalog.leakage.grouped_by == "nothing" else "catalog"
     if patients is not None:
         known_from = "patient map"
-        who = read_patients(patients)
+        who = read_patients(patients, [case.case_id for case in cases])
         cases = tuple(
             replace(case, group=hash_text(who[case.case_id], salt) if case.case_id in who else case.group)
             for case in cases

@@ -15,6 +15,7 @@ import pytest
 from ptxdist.cache.build import build_catalog
 from ptxdist.cache.catalog import FILE_NAME, REMOVED, Catalog, hold_out, read_catalog, write_catalog
 from ptxdist.cache.scan import digest_of
+from ptxdist.cache.summary import split_doubts
 from ptxdist.errors import CatalogError, LabelError, SettingsError, StoreError
 
 IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -114,13 +115,80 @@ def test_image_that_the_map_lacks_is_a_group_of_its_own(tmp_path: Path, write_di
     patients.write_text("id,patient\n1.0,P\n1.1,P\n")
     catalog = built(tmp_path, table(tmp_path, *(f"1.{n},-1" for n in range(4))), patients=patients)
     assert catalog.leakage.groups == 3
+    assert catalog.reconciliation.without_patient == 2
+    assert split_doubts(catalog) == ("2 of 4 images have no patient by patient map; each counts as one of its own",)
+
+
+def people(folder: Path, write_dicom: Any, *ids: str) -> tuple[Path, Path]:
+    """Images with these PatientIDs, and a table in which every third one is positive."""
+    for number, name in enumerate(ids):
+        write_dicom(folder / "dicom" / f"{number}.dcm", IMAGE, f"1.{number}", PatientID=name)
+    return folder / "dicom", table(folder, *(f"1.{n},{'-1' if n % 3 else '9 2 6 2'}" for n in range(len(ids))))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_images_that_are_all_of_one_patient_cannot_be_split(tmp_path: Path, write_dicom, mapped: bool) -> None:  # type: ignore[no-untyped-def]
+    dicom, labels = people(tmp_path, write_dicom, *["QX7"] * 12)
+    patients = tmp_path / "map.csv"
+    patients.write_text("id,patient\n" + "".join(f"1.{number},QX7\n" for number in range(12)))
+    by = "patient map" if mapped else "PatientID"
+    with pytest.raises(CatalogError, match=rf"^all 12 images .* one patient by {by}, .* left for training") as caught:
+        built(dicom, labels, patients=patients if mapped else None)
+    assert "QX7" not in str(caught.value)
+
+
+def test_the_only_image_cannot_be_split(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(
+        CatalogError, match="the only image with a label would be on one side of the split, as of one pa"
+    ):
+        built(*people(tmp_path, write_dicom, "P"))
+
+
+def test_a_few_images_are_on_both_sides(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    catalog = built(*people(tmp_path, write_dicom, "P", "Q"))
+    assert sorted(case.split for case in catalog.cases) == ["train", "val"]
+    assert split_doubts(catalog) == ("no image for training has a pneumothorax",)
+
+
+def test_a_patient_with_too_many_images_is_doubted(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    catalog = built(*people(tmp_path, write_dicom, *["QX7"] * 10, *map(str, range(20))))
+    assert [doubt[:70] for doubt in split_doubts(catalog)] == [
+        "10 of 30 images are of one patient by PatientID, all on one side of th"
+    ]
+
+
+def test_a_map_that_groups_nothing_is_doubted(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    patients = tmp_path / "map.csv"
+    patients.write_text("id,patient\n" + "".join(f"1.{number},p{number}\n" for number in range(12)))
+    catalog = built(*people(tmp_path, write_dicom, *["P"] * 12), patients=patients)
+    assert split_doubts(catalog) == (
+        "the patient map gives every image a patient of its own, so it keeps nothing together",
+    )
+
+
+def test_images_without_a_patient_id_are_counted(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    catalog = built(*people(tmp_path, write_dicom, *"aabbccdd", "", ""))
+    assert catalog.reconciliation.without_patient == 2
+    assert split_doubts(catalog) == ("2 of 10 images have no patient by PatientID; each counts as one of its own",)
+
+
+def test_a_former_split_whose_validation_images_are_gone_is_refused(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    dicom, labels = people(tmp_path, write_dicom, *map(str, range(12)))
+    former = built(dicom, labels)
+    for case in former.cases:
+        if case.split == "val":
+            (dicom / f"{case.case_id[2:]}.dcm").unlink()
+    with pytest.raises(CatalogError, match="no image would be left for validation; give another --seed"):
+        built(dicom, labels, former=former)
+    assert built(dicom, labels, former=former, seed=1).leakage.val_cases
 
 
 def test_copies_are_counted_and_other_content_of_the_same_id_is_rejected(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     first = write_dicom(tmp_path / "a.dcm", IMAGE, "1.1")
     shutil.copy(first, tmp_path / "b.dcm")
     write_dicom(tmp_path / "c.dcm", IMAGE[::-1], "1.1")
-    catalog = built(tmp_path, table(tmp_path, "1.1,-1"))
+    write_dicom(tmp_path / "d.dcm", IMAGE, "1.0")
+    catalog = built(tmp_path, table(tmp_path, "1.1,-1", "1.0,-1"))
     assert catalog.reconciliation.duplicates == 1
     assert [(reject.path, reject.reason) for reject in catalog.rejects] == [
         ("c.dcm", "has another content than the file used for its id 1.1")
@@ -129,7 +197,8 @@ def test_copies_are_counted_and_other_content_of_the_same_id_is_rejected(tmp_pat
 
 def test_table_id_without_a_file_may_have_an_image_of_another_size(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     write_dicom(tmp_path / "a.dcm", IMAGE, "1.1")
-    catalog = built(tmp_path, table(tmp_path, "1.1,-1", "1.2,5000 10", "1.2,5005 10"))
+    write_dicom(tmp_path / "b.dcm", IMAGE, "1.0")
+    catalog = built(tmp_path, table(tmp_path, "1.0,-1", "1.1,-1", "1.2,5000 10", "1.2,5005 10"))
     assert catalog.missing == ("1.2",)
     assert catalog.reconciliation.table_overlapping == 1
 
@@ -324,7 +393,7 @@ def test_patient_map_without_any_known_id_is_refused_with_its_path(small_dataset
     patients = tmp_path / "patients.csv"
     patients.write_text("patient,id\nJones,1.2.3\n")
     with pytest.raises(
-        LabelError, match=r"patients.csv: none of the 24 images in it; its first column must be"
+        LabelError, match=r"patients.csv: none of the 24 images in it; its image ids are others"
     ) as caught:
         built(small_dataset.dicom, small_dataset.labels, patients=patients)
     assert caught.value.exit_code == 4
@@ -451,7 +520,16 @@ def test_mask_images_are_labels(tmp_path: Path, write_dicom) -> None:  # type: i
         ("1.0", 8, True),
         ("1.1", 0, False),
     ]
-    assert (catalog.dialect, catalog.dialect_proven) == ("mask images", True)
+    assert (catalog.dialect, catalog.dialect_proven) == ("mask images", False)
+    assert catalog.evidence[0] == "2 mask images have the size of their radiographs"
+    assert catalog.evidence[-1] == "not ruled out: transposed"
+
+
+def test_inverted_mask_images_are_refused(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    dicom, masks = mask_folder(tmp_path, write_dicom)
+    assert cv2.imwrite(str(masks / "1.0.png"), np.pad(np.full((6, 8), 255, np.uint8), ((2, 0), (0, 0))))
+    with pytest.raises(LabelError, match=r"masks: the mask images look wrong: 1 of 1 positive images"):
+        built(dicom, masks)
 
 
 def test_mask_images_have_no_dialect(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import numpy.typing as npt
 import pydicom
 import pytest
 from cache_files import rejects_of
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.preprocess import preprocess
 from ptxdist.cache.store import open_store
 from ptxdist.cli import cli
+from ptxdist.errors import CatalogError
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_labels
 
@@ -133,3 +135,34 @@ def test_command_tells_what_there_is_and_warns_where_patients_are_not_known(smal
     assert sheet.shape == (4 * 256, 6 * 256, 3)
     coloured = (sheet.astype(int).max(2) - sheet.min(2) > 60).reshape(4, 256, 6, 256).any((1, 3)).reshape(-1)
     assert coloured.tolist() == [number < 8 for number in range(24)], "the masks of the eight positive ones, first"
+
+
+def test_command_warns_of_doubtful_groups_and_refuses_one_group_before_it_writes(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    cache, patients = tmp_path / "cache", tmp_path / "patients.csv"
+    build = [
+        "preprocess",
+        "--dicom",
+        small_dataset.dicom,
+        "--labels",
+        small_dataset.labels,
+        "--out",
+        cache,
+        "--size",
+        32,
+    ]
+    ids = [line.split(",")[0] for line in small_dataset.patients.read_text().splitlines()[1:]]
+
+    def call(patient_of: dict[str, str], *more: str) -> Result:
+        patients.write_text("id,patient\n" + "".join(f"{name},{who}\n" for name, who in patient_of.items()))
+        return CliRunner().invoke(cli, [*map(str, build), "--patients", str(patients), *more])
+
+    one = call(dict.fromkeys(ids, "QX7"))
+    assert one.exit_code == CatalogError.exit_code
+    assert (
+        "all 23 images with a label would be on one side of the split, as of one patient by patient map" in one.stderr
+    )
+    assert not cache.exists()
+    half = call(dict.fromkeys(ids[:10], "QX7"))
+    assert "warning: 10 of 23 images are of one patient by patient map, all on one side" in half.stderr
+    assert "warning: 13 of 23 images have no patient by patient map" in half.stderr
+    assert len(json.loads(call(dict.fromkeys(ids[:10], "QX7"), "--json").stdout)["doubts"]) == 2

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ptxdist.cache.split import AREA_STRATA_PX, assign_folds, measure_leakage
 from ptxdist.labels import rle
-from ptxdist.labels.tables import read_labels, read_patients
+from ptxdist.labels.patients import read_patients
+from ptxdist.labels.tables import read_labels
 
 Cases = tuple[list[str], list[str], list[int]]
 

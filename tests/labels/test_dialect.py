@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 
 from ptxdist.errors import LabelError, SettingsError
 from ptxdist.labels import rle
-from ptxdist.labels.dialect import DIALECTS, SIIM, Detection, Dialect, detect_dialect, parse_dialect, to_siim
+from ptxdist.labels.dialect import (
+    DIALECTS,
+    SIIM,
+    Detection,
+    Dialect,
+    check_mask_images,
+    detect_dialect,
+    parse_dialect,
+    to_siim,
+)
 from ptxdist.labels.tables import read_labels
 from ptxdist.phantoms import anatomy
 
@@ -128,7 +137,9 @@ def test_dialects_have_names_and_an_unknown_name_is_answered_with_all_of_them() 
 @pytest.mark.parametrize("dialect", DIALECTS, ids=NAMES)
 def test_the_dialect_of_many_masks_is_found_and_proven(pneumothoraces: list[Mask], dialect: Dialect) -> None:
     found = detect(pneumothoraces, dialect)
-    assert (found.dialect, found.given, found.starts_proven, found.order_proven) == (dialect, False, True, True)
+    assert (found.dialect, found.given, found.starts_proven, found.upright_proven) == (dialect, False, True, True)
+    turned = [line for line in found.evidence if "turned by 90 degrees" in line]  # what rows cannot be told from
+    assert found.proven == found.order_proven == (dialect.order == "columns") == (not turned)
     assert any("lie on their side" in line for line in found.evidence)
     assert any("masks do not fit their image" in line for line in found.evidence)
 
@@ -137,7 +148,8 @@ def test_the_dialect_of_many_masks_is_found_and_proven(pneumothoraces: list[Mask
 def test_few_masks_of_oblong_images_are_enough(pneumothoraces: list[Mask], dialect: Dialect) -> None:
     masks = resized(pneumothoraces[:12], 150, 100) + resized(pneumothoraces[12:40], 100, 100)
     found = detect(masks, dialect)
-    assert (found.dialect, found.starts_proven, found.order_proven) == (dialect, True, True)
+    assert (found.dialect, found.starts_proven, found.order_proven) == (dialect, True, dialect.order == "columns")
+    assert not found.proven, "40 masks do not say whether they are upside down"
     assert any("of neighbouring runs start one" in line and line.startswith("not ") for line in found.evidence)
 
 
@@ -180,7 +192,7 @@ def test_a_few_huge_masks_do_not_outweigh_the_others(pneumothoraces: list[Mask])
     lung[10:118, 5:60] = 1
     for dialect in DIALECTS[:2]:
         found = detect([*pneumothoraces, *[lung] * 8], dialect)
-        assert (found.dialect, found.order_proven) == (dialect, True)
+        assert (found.dialect, found.order_proven) == (dialect, dialect == SIIM)
 
 
 def test_masks_without_a_file_prove_too_where_all_files_have_one_size(pneumothoraces: list[Mask]) -> None:
@@ -284,6 +296,58 @@ def test_without_any_image_the_dialect_cannot_be_detected() -> None:
         detect_dialect({"a": ("5 3",)}, {})
 
 
+# --- masks that are turned or inverted, as a table and as images -----------------------------------------------------
+
+
+TURNS = {
+    "transposed": np.transpose,
+    "turned": np.rot90,
+    "turned back": lambda mask: np.rot90(mask, -1),
+    "upside down": np.flipud,
+    "half turn": lambda mask: np.rot90(mask, 2),
+    "inverted": lambda mask: 1 - mask,
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_masks_that_are_turned_or_inverted_are_refused_or_not_proven(pneumothoraces: list[Mask], name: str) -> None:
+    turned = [TURNS[name](mask) for mask in pneumothoraces]
+    with pytest.raises(LabelError, match=r"^labels: the mask images look wrong: .* write them again"):
+        check_mask_images(table_of(turned), sizes_of(turned), Path("labels"))
+    if name in ("transposed", "turned"):  # rows, it seems, and then upright or mirrored
+        assert not detect(turned).proven
+    else:
+        with pytest.raises(LabelError, match="fits no mask encoding"):
+            detect(turned)
+
+
+def test_upright_mask_images_are_proven_where_there_are_enough(pneumothoraces: list[Mask]) -> None:
+    found = check_mask_images(table_of(pneumothoraces), sizes_of(pneumothoraces), Path("labels"))
+    assert found.proven
+    assert any("left and right are not told apart" in line for line in found.evidence)
+    assert found.evidence[-1].startswith("not transposed: the masks lie on their side")
+    few = check_mask_images(table_of(pneumothoraces[:20]), sizes_of(pneumothoraces[:20]), Path("labels"))
+    assert not few.proven
+    assert few.evidence[-1] == "not ruled out: transposed"
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_few_masks_that_are_inverted_are_refused_too(pneumothoraces: list[Mask], count: int) -> None:
+    masks = [1 - mask for mask in pneumothoraces[:count]]
+    message = f"{count} of {count} positive images are covered by more than half"
+    with pytest.raises(LabelError, match=message):
+        check_mask_images(table_of(masks), sizes_of(masks), Path("labels"))
+    with pytest.raises(LabelError, match=message):
+        detect(masks)
+
+
+def test_one_inverted_mask_among_many_is_named_and_nothing_is_proven(pneumothoraces: list[Mask]) -> None:
+    masks = [*pneumothoraces[:-1], 1 - pneumothoraces[-1]]
+    for found in (detect(masks), check_mask_images(table_of(masks), sizes_of(masks), Path("labels"))):
+        assert not found.proven
+        assert any(line.endswith("half of their image and may be inverted: 1.99") for line in found.evidence)
+
+
 # --- the real table -----------------------------------------------------------------------------------------------
 
 
@@ -302,7 +366,7 @@ def real_masks(real_table: Table) -> dict[str, list[Mask]]:
 def test_the_real_table_is_proven_to_be_relative_and_in_columns(real_table: Table) -> None:
     table = real_table
     found = detect_dialect(table, dict.fromkeys(table, (1024, 1024)))
-    assert (found.dialect, found.starts_proven, found.order_proven) == (SIIM, True, True)
+    assert (found.dialect, found.proven) == (SIIM, True)
     columns, rows, absolute, _ = found.readings
     assert (columns.masks, columns.misfits, columns.fault, absolute.misfits) == (3_576, 0, "", 3_576)
     # Values of the 500 sampled images; those of all 2,669 are beside the limits in `evidence`.
@@ -311,6 +375,7 @@ def test_the_real_table_is_proven_to_be_relative_and_in_columns(real_table: Tabl
     assert columns.constant_dice == pytest.approx(0.146, abs=0.01)
     assert columns.left_right == pytest.approx(0.86, abs=0.02)
     assert columns.up_down == pytest.approx(-0.12, abs=0.02)
+    assert columns.upper == pytest.approx(0.81, abs=0.03)
     assert (rows.left_right, rows.up_down) == (columns.up_down, columns.left_right)
 
 
@@ -320,6 +385,6 @@ def test_the_real_table_written_in_another_dialect_is_found_to_be_in_that_one(
 ) -> None:
     written = {case_id: tuple(write(mask, dialect) for mask in masks) for case_id, masks in real_masks.items()}
     found = detect_dialect(written, dict.fromkeys(written, (1024, 1024)))
-    assert (found.dialect, found.starts_proven, found.order_proven) == (dialect, True, True)
+    assert (found.dialect, found.starts_proven, found.order_proven) == (dialect, True, dialect == ABSOLUTE)
     for case_id, texts in written.items():
         assert tuple(to_siim(text, dialect, 1024, 1024) for text in texts) == real_table[case_id]

@@ -1,19 +1,21 @@
-"""Label tables and patient maps: all known variants are read alike, all else is rejected with its line."""
+"""Label tables: all known variants are read alike, all else is rejected with its line."""
 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import pytest
+from PIL import Image
 
 from ptxdist.errors import LabelError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
-from ptxdist.labels.tables import MaskFolder, line_of, read_labels, read_mask_folder, read_patients
+from ptxdist.labels.tables import MaskFolder, line_of, read_labels, read_mask_folder
 
 TABLE = {"a": ("5 3", "9 1"), "b": (), "c": ("0 2",)}
 
@@ -127,17 +129,101 @@ def test_mask_images_are_read_as_the_table_would_have_them(tmp_path: Path) -> No
     [
         MASK,
         MASK // 255,
+        (MASK // 255).astype(bool),
         np.where(MASK > 0, 128, 127).astype(np.uint8),
         np.where(MASK > 0, 40_000, 30_000).astype(np.uint16),
         np.repeat(MASK[:, :, None], 3, axis=2),
     ],
-    ids=["black-white", "zero-one", "grays", "16-bit", "colour"],
+    ids=["black-white", "zero-one", "one-bit", "grays", "16-bit", "colour"],
 )
 def test_a_px_is_inside_from_half_brightness_on_or_where_a_mask_of_zeros_has_ones(
     tmp_path: Path, values: npt.NDArray[np.generic]
 ) -> None:
-    write_png(tmp_path / "a.png", values)
+    if values.dtype == bool:
+        Image.fromarray(values).save(tmp_path / "a.png")
+    else:
+        write_png(tmp_path / "a.png", values)
     assert read_mask_folder(tmp_path).masks == {"a": ("9 2 2 2",)}
+
+
+DISK = np.zeros((256, 256), np.uint8)
+cv2.circle(DISK, (150, 90), 40, 255, -1)
+LUNGS = cv2.ellipse(np.zeros_like(DISK), ((140, 120), (150, 200), 0), 255, -1)
+
+
+def jpeg(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    return cv2.imdecode(cv2.imencode(".jpg", values, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_GRAYSCALE)
+
+
+@pytest.mark.parametrize(
+    "soft",
+    [
+        lambda mask: cv2.GaussianBlur(mask, (0, 0), 3),
+        lambda mask: cv2.resize(mask, (128, 128), interpolation=cv2.INTER_AREA),
+        lambda mask: cv2.resize(cv2.resize(mask, (90, 90), interpolation=cv2.INTER_AREA), (1024, 1024)),
+        lambda mask: cv2.resize(cv2.resize(mask, (128, 128), interpolation=3), (1024, 1024), interpolation=0),
+        jpeg,
+        lambda mask: jpeg(cv2.resize(mask, (1000, 1000), interpolation=cv2.INTER_CUBIC)),
+    ],
+    ids=["blurred", "halved", "enlarged", "enlarged-nearest", "jpeg", "jpeg-enlarged"],
+)
+def test_soft_edges_are_cut_at_half_brightness(tmp_path: Path, soft: Callable[[object], object]) -> None:
+    for name, mask in (("a", DISK), ("b", 0 * DISK), ("c", cv2.flip(DISK, 1))):
+        write_png(tmp_path / f"{name}.png", soft(mask))
+    found = read_mask_folder(tmp_path)
+    for name, mask in (("a", DISK), ("c", cv2.flip(DISK, 1))):
+        size = found.sizes[name]
+        expected = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA) > 127
+        assert np.mean(rle.decode(found.masks[name], *size) != expected) < 0.005
+    assert found.masks["b"] == ()
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (np.where(DISK > 0, 255, LUNGS // 255 * 128), "0, 128, 255"),
+        (np.where(cv2.dilate(DISK, np.ones((3, 3))) > DISK, 255, DISK // 255), "0, 1, 255"),  # 255: to be ignored
+        (np.where(DISK > 0, 255, LUNGS // 255 * 85), "0, 85, 255"),
+        (np.where(DISK > 0, 254, LUNGS // 255 * 255), "0, 254, 255"),
+    ],
+    ids=["lungs", "ignore", "dark-class", "close"],
+)
+def test_areas_of_a_third_value_are_refused(tmp_path: Path, values: npt.NDArray[np.generic], named: str) -> None:
+    write_png(tmp_path / "m" / "a.png", DISK)
+    write_png(tmp_path / "m" / "b.png", values.astype(np.uint8))
+    refused(tmp_path / "m", f"the mask image b.png has areas of more than two values ({named})", read_mask_folder)
+    large = cv2.resize(values.astype(np.uint8), (1024, 1024), interpolation=cv2.INTER_NEAREST)
+    write_png(tmp_path / "m" / "b.png", large.astype(np.uint16) * 257)
+    refused(tmp_path / "m", "has areas of more than two values", read_mask_folder)
+
+
+def test_masks_with_different_values_inside_are_refused(tmp_path: Path) -> None:
+    write_png(tmp_path / "a.png", DISK)
+    for inside, share in ((1, "0%"), (200, "78%")):
+        write_png(tmp_path / "b.png", DISK // 255 * inside)
+        refused(
+            tmp_path,
+            f"different values inside (b.png has {share} of the highest value, a.png has 100%)",
+            read_mask_folder,
+        )
+    Image.fromarray(DISK > 0).save(tmp_path / "b.png")  # one bit
+    write_png(tmp_path / "c.png", DISK.astype(np.uint16) * 257)
+    masks = read_mask_folder(tmp_path).masks
+    assert masks["a"] == masks["b"] == masks["c"]
+
+
+def test_a_radiograph_is_no_mask(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    ramp = np.add.outer(2 * np.arange(64), 2 * np.arange(64)).astype(np.uint8)
+    for picture in (grey, ramp):
+        write_png(tmp_path / "m" / "a.png", picture)
+        refused(tmp_path / "m", "a.png is a picture in greys; a mask must be black and white", read_mask_folder)
+
+
+@pytest.mark.parametrize("value", [1, 255])
+def test_a_mask_without_a_black_pixel_is_refused(tmp_path: Path, value: int) -> None:
+    write_png(tmp_path / "m" / "a.png", np.full((4, 6), value, np.uint8))
+    refused(tmp_path / "m", f"a.png has no black pixel (its darkest one is {value}); a mask must", read_mask_folder)
 
 
 def test_a_folder_without_usable_masks_is_refused_without_the_names_of_its_folders(tmp_path: Path) -> None:
@@ -191,29 +277,7 @@ def test_masks_of_the_png_mirror_are_the_tables(real_data: Path) -> None:
         assert texts == ((rle.encode(union),) if table[case_id] else ())
 
 
-# --- patient maps ---------------------------------------------------------------------------------------------------
-
-
-def test_patient_map_reduces_nih_names_to_the_patient(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, "Kaggle_ID,NIH_ID\na,00028864_007.png\nb,00028864_011.png\n\nc, Jones \na,00028864_001.png\n"
-    )
-    assert read_patients(path) == {"a": "00028864", "b": "00028864", "c": "Jones"}
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "expected two columns"),
-        ("id\na\n", "expected two columns, image id and patient, found 1"),
-        ("id,patient\n", "has no rows"),
-        ("id,patient\na,1\na,2\n", "line 3: a has two different patients"),
-        ("id,patient\na,\n", "line 2: expected an image id and a patient"),
-        (b"id,patient\n\xff,1\n", "cannot be read as a CSV file"),
-    ],
-)
-def test_wrong_patient_map_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
-    refused(write(tmp_path, content), expected, read_patients)
+# --- the real tables ------------------------------------------------------------------------------------------------
 
 
 def test_real_table_has_the_numbers_it_is_known_for(real_data: Path) -> None:

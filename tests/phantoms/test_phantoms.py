@@ -18,7 +18,8 @@ import pytest
 
 from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.labels import rle
-from ptxdist.labels.tables import read_labels, read_patients
+from ptxdist.labels.patients import read_patients
+from ptxdist.labels.tables import read_labels
 from ptxdist.phantoms import anatomy, dataset, greys
 
 Grey = npt.NDArray[np.uint8]

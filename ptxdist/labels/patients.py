@@ -1,0 +1,113 @@
+"""Reading patient maps: which image is of which patient, from a CSV file whose columns are found by their names.
+
+Owns: the names of the columns. Refuses: a column that is not of patients, since groups that are no patients would
+certify that nothing leaks (LabelError with the columns or the line, never with a patient).
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from ptxdist.errors import LabelError
+from ptxdist.labels.tables import open_text
+
+_NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}(\.png)?$")  # NIH ChestX-ray14: the first eight digits are the patient
+# Names are compared in lower case, letters and digits only; earlier ones are preferred.
+_WHO = r"(anon(ym(ized|ised|ous))?|dicom|hashed|deid(entified)?|original)?(patient|subject|person|participant|pt)s?"
+_PATIENT = (rf"{_WHO}id", rf"{_WHO}(uid|key|code|hash|no|nr|num|number|identifier)?", r"pid|mrn|nihid", rf"{_WHO}name")
+_IMAGE = (
+    r"sop(instance)?u?id|instanceuid",
+    r"(image|img|dicom|kaggle|radiograph|xray|cxr)(index|u?id)",
+    r"(image|img|dicom|radiograph|xray|cxr)?(file|filename|name|path)?|caseid|id|uid|case|key|index",
+)
+_OTHER = re.compile(  # in the name of the second of two columns
+    "study|series|exam|visit|date|time|follow|accession|sex|gender|age|birth|view|position|projection|modality|label|"
+    "finding|diagnos|class|target|pneumo|disease|report|encoded|pixel|mask|rle|area|split|fold|set|site|hospital|"
+    "institut|device|scanner|manufact|rad|reader|annotator|path|dir|file|url|image|sop|instance|row|col|width|height"
+)
+_NO_IDS = re.compile(  # values, in lower case
+    r"m|f|o|u|male|female|other|unknown|pa|ap|ll|rl|lat|lateral|ap supine|portable|-1|true|false|yes|no|normal|"
+    r"abnormal|0?\d\d[ymwd]|train|val|valid|validation|test|\d+( \d+){3,}|no finding|.*(pneumo|effusion|atelecta|"
+    r"nodule|cardiomeg|consolid|infiltrat|edema|emphysem|fibrosis|pleura|hernia).*"
+)
+
+
+def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
+    """Patient of each image id, from a CSV with a header; `.gz` is accepted.
+
+    The column of patients is found by its name (`PatientID`, `Patient ID`, `subject_id`, `NIH_ID` and others), and so
+    is that of images. Of two columns, one can have any name; two without a known name are taken for image and patient
+    unless the second name or its values are of something else. NIH image names (`00028864_007.png`) are reduced to
+    their patient. Raises LabelError for a file without such columns, with values that are no ids, without a header or
+    rows, a row without an id or a patient, an id with two patients, and if none of the `ids` is in it.
+    """
+    patients: dict[str, str] = {}
+    with open_text(path) as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        image_column, patient_column = _columns(path, header)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) <= max(image_column, patient_column) or not (
+                row[image_column].strip() and row[patient_column].strip()
+            ):
+                raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
+            case_id, patient = row[image_column].strip(), row[patient_column].strip()
+            match = _NIH_IMAGE.match(patient)
+            patient = match.group(1) if match else patient
+            if patients.setdefault(case_id, patient) != patient:
+                raise LabelError(f"{path}, line {reader.line_num}: {case_id} has two different patients")
+    if not patients:
+        raise LabelError(f"{path}: the patient map has no rows")
+    named = header[patient_column].strip()
+    values = {patient.lower() for patient in patients.values()}
+    is_known = any(re.fullmatch(pattern, _plain(named)) for pattern in _PATIENT)
+    if 2 * sum(map(bool, map(_NO_IDS.fullmatch, values))) > len(values) or (
+        not is_known and all(map(_is_small, values))
+    ):
+        raise LabelError(
+            f"{path}: the values of the column {named!r} look like findings, views, ages or numbers of visits, not "
+            "like patients; give a table with a column PatientID"
+        )
+    if ids and not patients.keys() & set(ids):
+        raise LabelError(f"{path}: none of the {len(ids)} images in it; its image ids are others")
+    return patients
+
+
+def _columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
+    """Places of the image id and of the patient; LabelError if they cannot be known."""
+    if len(header) < 2:
+        raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
+    if any(_NIH_IMAGE.match(name.strip()) or re.fullmatch(r"\d+(\.\d+){3,}", name.strip()) for name in header):
+        raise LabelError(f"{path}: the first line must name the columns, for example ImageId,PatientID")
+    names = [_plain(name) for name in header]
+    patients = _find(names, _PATIENT)
+    if not patients and len(header) == 2 and not _OTHER.search(names[1]):
+        patients = [1]
+    if len(patients) != 1:
+        found = "several columns" if patients else "no column"
+        raise LabelError(
+            f"{path}: {found} of patients; name one column PatientID and one ImageId, found: "
+            f"{', '.join(name.strip() for name in header[:12])}{', …' if len(header) > 12 else ''}"
+        )
+    images = [place for place in _find(names, _IMAGE) if place != patients[0]]
+    return images[0] if images else int(patients[0] == 0), patients[0]
+
+
+def _find(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
+    """Places of the names that match the first pattern that any matches."""
+    found = ([place for place, name in enumerate(names) if re.fullmatch(pattern, name)] for pattern in patterns)
+    return next(filter(None, found), [])
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _is_small(value: str) -> bool:
+    """Whether a value may be an age or a number of visits."""
+    return bool(re.fullmatch(r"0*\d{1,2}(\.0)?|0*1[01]\d", value))
