@@ -101,10 +101,18 @@ def test_look_up_table_comes_before_the_window(written) -> None:  # type: ignore
     assert np.array_equal(read_radiograph(content).pixels, np.rint(expected / 65535 * 255))
 
 
-def test_empty_look_up_table_sequence_leaves_the_window_in_force(written) -> None:  # type: ignore[no-untyped-def]
+def test_look_up_table_sequence_without_a_table_leaves_the_window_in_force(written) -> None:  # type: ignore[no-untyped-def]
     window = {"WindowCenter": 1000, "WindowWidth": 400}
-    with_sequence = read_radiograph(written(DEEP, VOILUTSequence=Sequence([]), **window)).pixels
-    assert np.array_equal(with_sequence, read_radiograph(written(DEEP, **window)).pixels)
+    expected = read_radiograph(written(DEEP, **window)).pixels
+    empty = Dataset()
+    empty.add_new("LUTDescriptor", "US", None)
+    empty.add_new("LUTData", "US", None)
+    for name in ("VOILUTSequence", "ModalityLUTSequence"):
+        for items in ([], [Dataset()], [empty]):
+            assert np.array_equal(read_radiograph(written(DEEP, **{name: Sequence(items)}, **window)).pixels, expected)
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [256, 0, 16])
+    refused(written(DEEP, VOILUTSequence=Sequence([table])), "cannot be applied: its descriptor does not fit its data")
 
 
 def test_constant_image_is_black_and_not_an_error(written) -> None:  # type: ignore[no-untyped-def]
@@ -147,7 +155,6 @@ def test_header_keeps_no_identifier(written) -> None:  # type: ignore[no-untyped
         ({"Rows": 65535, "Columns": 65535}, "claims 65535x65535 pixels; at most"),
         ({"Rows": 47}, "contains 64x48 pixels, but its header says 64x47"),
         ({"WindowWidth": 100}, "has a window without a center"),
-        ({"VOILUTSequence": Sequence([Dataset()])}, "look-up table that cannot be applied"),
     ],
 )
 def test_what_is_no_single_radiograph_is_refused_with_a_reason(written, tags: dict[str, object], reason: str) -> None:  # type: ignore[no-untyped-def]
