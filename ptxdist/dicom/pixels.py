@@ -17,14 +17,17 @@ detected the most damage: gdcm aborts the process, pylibjpeg-rle panics, pylibjp
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from pydicom import uid
+from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
 from ptxdist.dicom import codestream, tags
@@ -99,8 +102,11 @@ def decode(file: Tags, rows: int, columns: int) -> Stored:
     except DicomError:
         raise
     except Exception as error:  # each decoder raises errors of its own
-        reason = str(error).splitlines()[-1].strip()[:120] if str(error) else type(error).__name__
-        raise DicomError(f"has damaged pixel data ({_name(file.syntax)}: {reason})") from error
+        reason = shorten((str(error).splitlines() or ["no reason given"])[-1], 200, placeholder=" …")
+        raise DicomError(
+            f"has pixel data that cannot be decoded ({_name(file.syntax)}: {reason}): they are damaged, or of a kind "
+            f"that {_DECODERS[file.syntax][1]} does not read"
+        ) from error
 
 
 def _native(file: Tags, rows: int, columns: int) -> Stored:
@@ -108,7 +114,9 @@ def _native(file: Tags, rows: int, columns: int) -> Stored:
     there, expected = len(file.values[tags.PIXEL_DATA]), rows * row_bytes
     if there < expected:
         raise DicomError(f"is cut off: it has {there:,} of {expected:,} bytes of pixel data")
-    if there > expected + row_bytes:  # some padding is common; more means that the size is wrong
+    excess = bytes(file.values[tags.PIXEL_DATA][expected + expected % 2 : 2 * expected])
+    # Padding is to be accepted (PS3.5 8.1.1, note): any up to a row, more if it is one value. Else the size is wrong.
+    if there >= 2 * expected or (len(excess) > row_bytes and excess[2:] != excess[:-2]):
         raise DicomError(f"has {there:,} bytes of pixel data, but {columns}x{rows} pixels take {expected:,}")
     return _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA][: expected + expected % 2]), rows, columns)
 
@@ -119,16 +127,40 @@ def _compressed(file: Tags, rows: int, columns: int) -> Stored:
         # pydicom unpacks all runs before it counts; a valid stream is at most twice as long as its content.
         if len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64:
             raise DicomError("has more run-length data than its size allows")
-        return _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns)
+        return _run_lengths(file, frame, rows, columns)
     stream = codestream.read_jpeg_2000(frame) if file.syntax in _OPENJPEG else codestream.read_jpeg(frame)
     _check(stream, file, rows, columns)
+    if file.syntax in _OPENJPEG:
+        return _decoded(file, frame, stream, rows, columns)
+    regular = codestream.with_regular_scan(frame, stream)
+    try:
+        return _decoded(file, frame if file.syntax == uid.JPEGBaseline8Bit else regular, stream, rows, columns)
+    except Exception:  # each decoder raises errors of its own
+        for other in [regular] * (regular != frame) + codestream.without_zeros(regular, stream):
+            with suppress(Exception):
+                return _decoded(file, other, codestream.read_jpeg(other), rows, columns)
+        raise
+
+
+def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
+    """Stored values of an RLE image, which more zeros may follow than the one that makes its length even."""
+    plain = frame.rstrip(b"\0")
+    for data in (frame, plain, plain + bytes(1)):  # the image may end with a zero
+        with suppress(Exception):
+            return _by_pydicom(file, encapsulate([data], has_bot=False), rows, columns)
+    return _by_pydicom(file, encapsulate([frame], has_bot=False), rows, columns)
+
+
+def _decoded(file: Tags, frame: bytes, stream: Stream, rows: int, columns: int) -> Stored:
+    """Stored values of a compressed image that has been checked; each decoder raises errors of its own."""
     if file.syntax == uid.JPEGBaseline8Bit:
         # strict: what libjpeg only warns about (too few or too many bytes, unknown codes) is an error.
         pixels = simplejpeg.decode_jpeg(frame, colorspace="GRAY", strict=True)[:, :, 0]
         return np.asarray(pixels.view(np.int8) if file.whole(tags.SIGNED, 0) == 1 else pixels)
     # How values are stored follows from the stream, since headers are often wrong about it.
     allocated = 8 if stream.bits <= 8 else 16
-    pixels = _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns, allocated, stream.bits)
+    data = encapsulate([frame], has_bot=False)
+    pixels = _by_pydicom(file, data, rows, columns, allocated, stream.bits)
     whole = True
     if stream.process == codestream.SOF_LOSSLESS:
         whole = codestream.lossless_is_whole(frame, stream, pixels.view(f"u{pixels.dtype.itemsize}"))

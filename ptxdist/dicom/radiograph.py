@@ -141,7 +141,7 @@ def hash_text(text: str, salt: bytes) -> str:
 def _refuse_other_images(file: Tags) -> None:
     """Raise DicomError for everything but one grayscale image of 8 or 16 bits."""
     frames = file.decimal(tags.FRAMES)
-    if frames not in (None, 1):
+    if frames not in (None, 0, 1):  # 0 is invalid and written by some for one
         raise DicomError(f"has {frames:g} frames; only single images are accepted")
     samples, photometric = file.whole(tags.SAMPLES, 1), file.text(tags.PHOTOMETRIC)
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):

@@ -139,6 +139,11 @@ class Tags:
                 raise DicomError(_CUT_OFF)
             fragments.append(data[position : position + length])
             position += length
+        if fragments and bytes(fragments[0][:2]) in (
+            b"\xff\xd8",
+            b"\xff\x4f",
+        ):  # some writers leave out the offset table
+            fragments.insert(0, memoryview(b""))
         if len(fragments) < 2 or not any(map(len, fragments[1:])):
             raise DicomError("has no pixel data")
         # An offset table of several entries, or another fragment that starts like the first one.

@@ -77,6 +77,12 @@ def test_hidden_transparency_and_animation_are_refused() -> None:
     refused(content[:33] + chunk(b"acTL", b"\0\0\0\2\0\0\0\0") + content[33:], "is an animated PNG")
 
 
+def test_a_text_too_long_for_the_decoder_is_no_damage() -> None:
+    content = png_of(IMAGE)
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_000_000)))
+    assert np.array_equal(read_radiograph(content[:33] + text + content[33:], name="one.png").pixels, IMAGE)
+
+
 def test_every_damaged_byte_is_found() -> None:
     content = png_of(IMAGE)
     for position in range(8, len(content) - 12, 3):
