@@ -72,6 +72,17 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
+def read_start(path: Path, size: int) -> bytes | None:
+    """Up to `size` first bytes of a regular file, b"" of anything else; None when it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            return file.read(size)
+    except DicomError:
+        return b""
+    except OSError:
+        return None
+
+
 def _open_at_once(path: str, flags: int) -> int:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device can have effects
         raise DicomError("is not a regular file")
