@@ -21,6 +21,7 @@ from ptxdist.dicom.tags import Tags, read_tags
 from ptxdist.errors import DicomError
 
 MAX_BYTES = 1024 * 1024 * 1024
+_MOST_ID_BYTES = 200  # of a PNG's name; other files are named by it
 CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # valid as a file name everywhere; every UID matches
 
 
@@ -93,11 +94,22 @@ def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
     """Header of a file's content; the pixels are not decoded. `salt` keys the hash of the PatientID.
 
     `name` is the file's name, which a PNG needs. Raises DicomError when the content is neither DICOM nor PNG, has no
-    image, or has one that ptxdist does not accept.
+    image, or has one that ptxdist does not accept, and for a PNG whose name cannot be an image id.
     """
     if content.startswith(SIGNATURE):
+        if not is_file_id(Path(name).stem):
+            raise DicomError(
+                "is a PNG whose name cannot be an image id: rename it to readable characters, at most 200 bytes of "
+                "UTF-8, or set a locale with UTF-8 (LC_ALL=C.UTF-8)"
+            )
         return _png_header(content, name)
     return _header(read_tags(content, pixels=False), salt)
+
+
+def is_file_id(stem: str) -> bool:
+    """Whether a file's name without its suffix can be an image id, in tables and in the names of other files."""
+    is_text = stem.isprintable() and stem == stem.strip() and "\\" not in stem  # surrogates are not printable
+    return is_text and len(stem.encode()) <= _MOST_ID_BYTES
 
 
 def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiograph:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from ptxdist.cache.scan import choose_images, digest_of, find_files
 from ptxdist.dicom.kind import START_BYTES
-from ptxdist.dicom.radiograph import CASE_ID, read_bytes, read_header
+from ptxdist.dicom.radiograph import read_bytes, read_header
 from ptxdist.dicom.tags import MAX_INFLATED
 from ptxdist.errors import CatalogError, DicomError
 
@@ -88,8 +88,6 @@ def read_headers(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundIn
         try:
             content = source.read()
             case_id = read_header(content, b"", source.name).case_id
-            if not CASE_ID.fullmatch(case_id):
-                raise DicomError("is a PNG whose name cannot be an image id (letters, digits, '.', '_', '-', up to 64)")
             found.append(FoundInput(source, digest_of(content), case_id))
         except DicomError as error:
             found.append(FoundInput(source, reason=str(error)))

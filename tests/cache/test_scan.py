@@ -151,6 +151,14 @@ def test_file_name_that_is_no_utf8_is_read_as_any_other(tmp_path: Path, write_di
     assert all(file.header for file in expected)
 
 
+def test_png_whose_name_is_no_utf8_is_rejected(tmp_path: Path) -> None:
+    for name in (b"J\xf6rg.png", b"other.png"):
+        Image.fromarray(IMAGE).save(tmp_path / os.fsdecode(name))
+    found = {file.path: file.reason for file in scan(tmp_path)[0]}
+    assert found.pop("other.png") == ""
+    assert [reason[:43] for reason in found.values()] == ["is a PNG whose name cannot be an image id: "]
+
+
 def test_spread_over_processes_the_scan_is_the_same(many_dataset) -> None:  # type: ignore[no-untyped-def]
     heard: list[tuple[int, int]] = []
     alone, others = scan(many_dataset.dicom, salt=b"s")

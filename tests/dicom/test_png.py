@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import zlib
@@ -50,6 +51,15 @@ def test_grayscale_is_read_and_the_header_needs_no_pixels() -> None:
     expected = Header("1.2.276.0.7230010", "", 48, 64, "", "", None, f"pillow {PIL.__version__}")
     assert radiograph.header == expected
     assert read_header(content[:40], b"salt", name="1.2.276.0.7230010.png") == expected
+
+
+def test_a_name_that_cannot_be_an_image_id_is_refused() -> None:
+    content = png_of(IMAGE)
+    for name in ("1.2.3.png", "Bild 1 ö.png", "a,b.png", "x" * 200 + ".png"):
+        assert read_header(content, b"", name=name).case_id == name.removesuffix(".png")
+    for name in (os.fsdecode(b"r\xf6ntgen.png"), "a\nb.png", " a.png", "a\\b.png", "ö" * 101 + ".png"):
+        with pytest.raises(DicomError, match="is a PNG whose name cannot be an image id: rename it"):
+            read_header(content, b"", name=name)
 
 
 def test_16_bits_span_the_range_of_their_values() -> None:
