@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TextIO
 
 import numpy as np
@@ -28,6 +29,13 @@ from ptxdist.labels import rle
 
 NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}\.png$")  # NIH ChestX-ray14: the first eight digits are the patient
 _FILES_A_TASK = 64
+_SHOWN, _MOST_ID = 60, 255  # characters
+_NO_TEXT = {  # by the first two bytes
+    b"PK": "it is a zip file or an Excel workbook; unpack it, or save it as CSV",
+    b"\x1f\x8b": "it is compressed; add .gz to its name, or unpack it",
+    b"\xff\xfe": "it is UTF-16; save it as CSV in UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as CSV in UTF-8",
+}
 
 
 @dataclass(frozen=True)
@@ -193,13 +201,32 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             id_column, mask_column = 0, 1  # the challenge's sample table has no header
             yield 1, header[0].strip(), header[1].strip()
         else:
-            raise LabelError(f"{path}: expected the columns ImageId and EncodedPixels, found: {', '.join(header)}")
+            raise LabelError(_unexpected(path, header))
         for row in reader:
             if not row:
                 continue
             if len(row) <= max(id_column, mask_column) or not row[id_column].strip():
                 raise LabelError(f"{path}, line {reader.line_num}: expected an id and a run-length text")
-            yield reader.line_num, row[id_column].strip(), row[mask_column].strip()
+            yield reader.line_num, _image_id(path, reader.line_num, row[id_column]), row[mask_column].strip()
+
+
+def _unexpected(path: Path, header: Sequence[str]) -> str:
+    """What to do about a table without the columns."""
+    found = ", ".join(header).strip()
+    if found.startswith(("{", "[")):
+        return f"{path} is JSON; give a CSV file with ImageId and EncodedPixels, or a folder of mask images"
+    if found.startswith("<"):
+        return f"{path} is a web page or XML; give a CSV file with ImageId and EncodedPixels"
+    hint = "; the columns must be separated by commas" if len(header) == 1 and re.search(r"[;\t|]", found) else ""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in shorten(found, _SHOWN, placeholder=" …"))
+    return f"{path}: expected the columns ImageId and EncodedPixels, found: {shown[:_SHOWN]}{hint}"
+
+
+def _image_id(path: Path, line: int, text: str) -> str:
+    text = text.strip()
+    if len(text) > _MOST_ID or "\n" in text:
+        raise LabelError(f"{path}, line {line}: an image id has {len(text):,} characters; is a quote not closed?")
+    return text
 
 
 def read_patients(path: Path) -> dict[str, str]:
@@ -219,7 +246,7 @@ def read_patients(path: Path) -> dict[str, str]:
                 continue
             if len(row) < 2 or not row[0].strip() or not row[1].strip():
                 raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
-            case_id, patient = row[0].strip(), row[1].strip()
+            case_id, patient = _image_id(path, reader.line_num, row[0]), row[1].strip()
             match = NIH_IMAGE.match(patient)
             patient = match.group(1) if match else patient
             if patients.setdefault(case_id, patient) != patient:
@@ -235,6 +262,11 @@ def _open_text(path: Path) -> Iterator[TextIO]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        with open(path, "rb") as raw:
+            start = raw.read(2)
+        what = _NO_TEXT.get(start, "it is not text in UTF-8; save it as CSV in UTF-8")
+        raise LabelError(f"{path}: cannot be read as a CSV file: {what}") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise LabelError(f"{path}: cannot be read as a CSV file: {reason}") from error
