@@ -18,8 +18,8 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from ptxdist.cache.scan import choose_images, digest_of, find_files
-from ptxdist.dicom.kind import START_BYTES
-from ptxdist.dicom.radiograph import read_bytes, read_header
+from ptxdist.dicom.kind import START_BYTES, kind_of
+from ptxdist.dicom.radiograph import read_bytes, read_header, read_start
 from ptxdist.dicom.tags import MAX_INFLATED
 from ptxdist.errors import CatalogError, DicomError
 
@@ -43,6 +43,14 @@ class Input:
         """The file's own name."""
         return PurePosixPath(self.member or Path(self.path).name).name
 
+    def start(self) -> bytes:
+        """The first bytes, as many as `kind_of` needs; b"" when they cannot be read."""
+        if not self.member:
+            return read_start(Path(self.path), START_BYTES) or b""
+        with suppress(DicomError):
+            return _read_member(self.path, self.number, START_BYTES)
+        return b""
+
     def read(self) -> bytes:
         """The content; DicomError when it cannot be read or is too large."""
         return _read_member(self.path, self.number) if self.member else read_bytes(Path(self.path))
@@ -61,8 +69,9 @@ class FoundInput:
 def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]:
     """Inputs in the order of the paths, sorted inside a folder or a zip file; `skip` are folders to skip.
 
-    A file that is named is used whatever its name; in folders and zip files `scan.choose_images` decides. Raises
-    CatalogError when a path does not exist, or holds no image.
+    A file that is named is used whatever its name; in folders and zip files `scan.choose_images` decides, and DICOM
+    files without an image, such as reports, are left out. Raises CatalogError when a path does not exist, or holds no
+    image.
     """
     found: list[Input] = []
     for path in paths:
@@ -72,9 +81,12 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
         elif path.is_file() and zipfile.is_zipfile(path):
             inputs, others = _images_in_zip(path)
         elif path.exists():
-            inputs, others = [Input(str(path), "", str(path))], 0
+            inputs, others = [Input(str(path), "", str(path))], None
         else:
             raise CatalogError(f"nothing at {path}: give DICOM files, folders or zip files")
+        if others is not None:
+            images = [item for item in inputs if kind_of(item.start()) != "object"]
+            inputs, others = images, others + len(inputs) - len(images)
         if not inputs:
             raise CatalogError(f"{path}: no DICOM files (*.dcm) and no PNG images in it ({others} other files)")
         found += inputs

@@ -247,6 +247,15 @@ def test_members_of_one_name_and_files_that_are_no_images(images: Path, tmp_path
     assert [item.read() for item in inputs] == [first.read_bytes(), second.read_bytes()]
     assert [item.case_id for item in read_headers(0, inputs)[1]] == ["1.2.1", "1.2.2"]
 
+    report = tmp_path / "CD" / "report.dcm"
+    report.parent.mkdir()
+    report.write_bytes(bytes(128) + b"DICM\2\0\2\0UI\x1e\x001.2.840.10008.5.1.4.1.1.88.11\0")
+    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files\)"):
+        find_inputs([report.parent])
+    shutil.copy(first, report.parent / "IM1")
+    assert [Path(item.path).name for item in find_inputs([report.parent])] == ["IM1"]
+    assert len(find_inputs([report])) == 1, "a file that is named is tried, and rejected with the reason"
+
 
 def test_a_compression_that_is_not_supported_is_not_called_damage(images: Path, tmp_path: Path) -> None:
     archive = tmp_path / "images.zip"
