@@ -55,7 +55,10 @@ class Fingerprints:
     def read(cls, text: str, source: str) -> Fingerprints:
         """The table in a text; StoreError, naming the `source`, when it is damaged."""
         try:
-            rows = list(csv.DictReader(io.StringIO(text)))
+            reader = csv.DictReader(io.StringIO(text))
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
+            rows = list(reader)
             looks = [np.frombuffer(bytes.fromhex(row[COLUMNS[1]]), np.uint64) for row in rows]
             stacked = np.array(looks, np.uint64).reshape(len(rows), 4)
             return cls(tuple(row[COLUMNS[0]] for row in rows), stacked, tuple(row[COLUMNS[2]] for row in rows))

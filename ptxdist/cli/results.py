@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +14,7 @@ from ptxdist.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split
-    from ptxdist.scores.working import Kind, Wanted
+    from ptxdist.scores.working import Kind
 
 _TARGET = click.FloatRange(0, 1, min_open=True)
 
@@ -54,16 +55,19 @@ def evaluate(
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. With --data,
     runs and bundles are evaluated on another cache, at the operating point that they have; several are an ensemble.
 
-    A working point flags images by their score; `predict --at sensitivity=0.95` uses it.
+    A working point flags images by their score, and `predict --at sensitivity=0.95` uses it. Processes of torchrun
+    divide the cases.
 
     \b
     Examples: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
               ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
     from ptxdist import console
+    from ptxdist.predict.elsewhere import evaluate_elsewhere
     from ptxdist.rundir import read_stages
     from ptxdist.scores.working import Wanted
     from ptxdist.storage.runs import local_run
+    from ptxdist.train.distributed import process_group, rank
     from ptxdist.train.evaluate import evaluate_runs
 
     targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
@@ -71,54 +75,27 @@ def evaluate(
     if prevalence is not None and not targets:
         raise SettingsError("--prevalence goes with --sensitivity or --specificity")
     working = Wanted(tuple(targets), prevalence)
-    if data is not None:
-        _evaluate_elsewhere(runs, data, out, split, patients, working, as_json)
-        return
-    if split != "all":
+    if split != "all" and data is None:
         raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
-    if out is None and isinstance(runs[0], str):
-        raise RunError(f"{runs[0]} is only read; give --out a folder for the evaluation")
+    if out is None and (data is not None or isinstance(runs[0], str)):
+        reason = "" if data is not None else f"{runs[0]} is only read; "
+        raise RunError(f"{reason}name a folder for the evaluation with --out")
     folders = [local_run(run) for run in runs]
-    with console.progress() as update:
-        evaluation = evaluate_runs(
-            folders, folder=out, patients=patients, working=working, on_cases=partial(update, "images")
-        )
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+    with process_group("auto", ranks) as device, console.progress() as update:
+        more: Any = {"patients": patients, "working": working, "device": device if ranks > 1 else None}
+        more["on_cases"] = partial(update, "images") if rank() == 0 else lambda done, total: None
+        if data is None:
+            evaluation = evaluate_runs(folders, folder=out, **more)
+        else:
+            assert out is not None
+            evaluation = evaluate_elsewhere(folders, data, folder=out, split=split, **more)
+        if rank() > 0:
+            return
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
         console.show_result(read_stages(folders[0]) if out is None else (), evaluation)
-
-
-def _evaluate_elsewhere(
-    models: tuple[Path | str, ...],
-    data: Path | str,
-    out: Path | None,
-    split: Split,
-    patients: Path | None,
-    working: Wanted,
-    as_json: bool,
-) -> None:
-    from ptxdist import console
-    from ptxdist.predict.elsewhere import evaluate_elsewhere
-    from ptxdist.storage.runs import local_run
-
-    if out is None:
-        raise RunError("name a folder for the evaluation with --out")
-    places = [local_run(model) for model in models]
-    with console.progress() as update:
-        evaluation = evaluate_elsewhere(
-            places,
-            data,
-            folder=out,
-            split=split,
-            patients=patients,
-            working=working,
-            on_cases=partial(update, "images"),
-        )
-    if as_json:
-        console.show_json(evaluation.model_dump(mode="json"))
-    else:
-        console.show_result((), evaluation)
 
 
 @click.command()

@@ -34,11 +34,12 @@ MAX_TILES = 65535  # what T.800 allows
 
 @dataclass(frozen=True)
 class Stream:
-    """Size and bit depth of a compressed image; the fields after `tiles` are set for JPEG only.
+    """Size and bit depth of a compressed image; the fields after `signed` are set for JPEG only.
 
-    `process` is the frame marker (0 for JPEG 2000), `tiles` the number of tiles of JPEG 2000. `scan` and `end` are the
-    byte range of the entropy-coded data, `dc` and `ac` the Huffman codes (length, symbol) in their order, `shift` is
-    the point transform (number of lowest bits left out), `interval` the restart interval in pixels or blocks, or 0.
+    `process` is the frame marker (0 for JPEG 2000). `tiles` is the number of tiles of JPEG 2000, and `signed` says
+    whether its values have a sign; other streams do not say so. `scan` and `end` are the byte range of the
+    entropy-coded data, `dc` and `ac` the Huffman codes (length, symbol) in their order, `shift` is the point transform
+    (number of lowest bits left out), `interval` the restart interval in pixels or blocks, or 0.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Stream:
     bits: int
     process: int = 0
     tiles: int = 1
+    signed: bool = False
     scan: int = 0
     end: int = 0
     dc: Codes = ()
@@ -89,7 +91,7 @@ def read_jpeg(frame: bytes) -> Stream:
     if end < 0:
         raise DicomError("has JPEG data that are cut off (the end mark is missing)")
     dc, ac = tables.get(segment[2] >> 4, ()), tables.get(0x10 | segment[2] & 15, ())
-    return Stream(*size, 1, after, end, dc, ac, segment[-3], segment[-1] & 15, interval)
+    return Stream(*size, 1, False, after, end, dc, ac, segment[-3], segment[-1] & 15, interval)
 
 
 def with_regular_scan(frame: bytes, stream: Stream) -> bytes:
@@ -153,7 +155,8 @@ def read_jpeg_2000(frame: bytes) -> Stream:
     if not (tile_width and tile_height and right > left and bottom > top) or size[35:] != b"\1\1":
         raise DicomError("has damaged JPEG 2000 data (its size is invalid)")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
-    return Stream(bottom - top, right - left, int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, tiles=tiles)
+    components, bits, signed = int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, size[34] > 127
+    return Stream(bottom - top, right - left, components, bits, tiles=tiles, signed=signed)
 
 
 def lossless_is_whole(frame: bytes, stream: Stream, pixels: npt.NDArray[np.unsignedinteger]) -> bool:

@@ -1,7 +1,7 @@
 """Size and grey levels of PNG files, as in the PNG mirror of the challenge.
 
 Owns: the chunks of a PNG (ISO/IEC 15948). Refuses: colour, transparency, palettes, animations, damage (a wrong
-checksum, a missing end), sizes above MAX_PIXELS.
+checksum, a missing end), images whose pixels are not square, sizes above MAX_PIXELS.
 
 Checksums are verified here and not by Pillow's `verify`, which accepts a file that lacks its last bytes, overlooks
 transparency and animation after the image data, and names neither the checksum nor the truncation.
@@ -72,7 +72,7 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
     Raises DicomError as `read_png_header`, and when the file is damaged, coloured, transparent or animated.
     """
     header = read_png_header(content, mask=mask)
-    _check_chunks(content)
+    _check_chunks(content, mask)
     try:
         values = _by_pillow(content)
     except Exception:  # Pillow raises almost anything on damaged files, and refuses long texts and profiles
@@ -105,7 +105,16 @@ def _critical(content: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _check_chunks(content: bytes) -> None:
+def refuse_not_square(name: str, height: float, width: float) -> None:
+    """Raise DicomError when the sides of a pixel differ by more than one per cent."""
+    if max(height, width) > 1.01 * min(height, width):
+        raise DicomError(
+            f"has pixels that are not square ({name} {height:g} to {width:g}); resample the image, and its mask, to "
+            "square pixels"
+        )
+
+
+def _check_chunks(content: bytes, mask: bool) -> None:
     position = len(SIGNATURE)
     while position + 12 <= len(content):
         length = int.from_bytes(content[position : position + 4], "big")
@@ -118,6 +127,10 @@ def _check_chunks(content: bytes) -> None:
             raise DicomError("is a PNG with transparency; only plain grayscale is accepted")
         if name == b"acTL":
             raise DicomError("is an animated PNG; only single images are accepted")
+        if name == b"pHYs" and length == 9 and not mask:
+            across, down = struct.unpack_from(">LL", content, position + 8)  # pixels per unit of length
+            if across and down:
+                refuse_not_square("pHYs", across, down)
         if name == b"IEND":
             return
         position += 12 + length

@@ -8,6 +8,7 @@ levels, `codestream` checks compressed images, and `png` reads PNG files.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import stat
@@ -16,10 +17,17 @@ from pathlib import Path
 
 from ptxdist.dicom import tags
 from ptxdist.dicom.pixels import Pixels, decode, decoder_of, to_uint8
-from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header
+from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header, refuse_not_square
 from ptxdist.dicom.tags import Tags, read_tags
 from ptxdist.errors import DicomError
 
+# Sizes of a pixel, down a column and along a row (PS3.3 10.7.1.3 and C.7.6.3.1.7).
+_SIZES = {
+    "Pixel Aspect Ratio": tags.ASPECT,
+    "Pixel Spacing": tags.PIXEL_SPACING,
+    "Imager Pixel Spacing": tags.DETECTOR_SPACING,
+    "Nominal Scanned Pixel Spacing": tags.SCANNED_SPACING,
+}
 MAX_BYTES = 1024 * 1024 * 1024
 _MOST_ID_BYTES = 200  # of a PNG's name; other files are named by it
 CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # valid as a file name everywhere; every UID matches
@@ -90,6 +98,10 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)
 
 
+# Raised when the rules from stored values to grey levels change: shards with files of more than 8 bits are rewritten.
+_READING = ", reading 2"
+
+
 def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
     """Header of a file's content; the pixels are not decoded. `salt` keys the hash of the PatientID.
 
@@ -152,7 +164,7 @@ def _header(file: Tags, salt: bytes) -> Header:
         view=_word(file.text(tags.VIEW)),
         sex=_word(file.text(tags.SEX)),
         age=_age(file.text(tags.AGE)),
-        decoder=decoder_of(file.syntax),
+        decoder=decoder_of(file.syntax) + (_READING if file.whole(tags.BITS_ALLOCATED, 8) > 8 else ""),
     )
 
 
@@ -162,7 +174,7 @@ def hash_text(text: str, salt: bytes) -> str:
 
 
 def _refuse_other_images(file: Tags) -> None:
-    """Raise DicomError for everything but one grayscale image of 8 or 16 bits."""
+    """Raise DicomError for everything but one grayscale image of 8 or 16 bits with square pixels."""
     frames = file.decimal(tags.FRAMES)
     if frames not in (None, 0, 1):  # 0 is invalid and written by some for one
         raise DicomError(f"has {frames:g} frames; only single images are accepted")
@@ -177,6 +189,21 @@ def _refuse_other_images(file: Tags) -> None:
         raise DicomError(f"has {allocated} bits per pixel; only images of 8 or 16 are accepted")
     if not 1 <= stored <= allocated or file.whole(tags.SIGNED, 0) > 1:
         raise DicomError(f"contradicts itself ({stored} of {allocated} bits per pixel stored, or unclear sign)")
+    high = file.whole(tags.HIGH_BIT, stored - 1)
+    if not stored - 1 <= high < allocated:
+        raise DicomError(f"contradicts itself ({stored} bits stored of {allocated} with High Bit {high}); correct it")
+    for name, tag in _SIZES.items():
+        if file.values.get(tag) and (size := _pair(file.text(tag))) is not None:
+            refuse_not_square(name, *size)
+
+
+def _pair(text: str) -> tuple[float, float] | None:
+    """Two sizes; None when they are missing or are no sizes, as a spacing of 0 is."""
+    try:
+        height, width = map(float, text.split("\\"))
+    except ValueError:
+        return None
+    return (height, width) if min(height, width) > 0 and math.isfinite(height + width) else None
 
 
 def _word(text: str) -> str:

@@ -16,15 +16,12 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from math import isfinite
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pydicom
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.filereader import read_dataset
@@ -35,25 +32,32 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
+from ptxdist.dicom.luts import Lut, has_table, read_lut
 from ptxdist.errors import DicomError
 
 TRANSFER_SYNTAX = 0x00020010
 SOP_CLASS, SOP_INSTANCE = 0x00080016, 0x00080018
 MODALITY, BODY_PART = 0x00080060, 0x00180015
+DETECTOR_SPACING, SCANNED_SPACING, PIXEL_SPACING, ASPECT = 0x00181164, 0x00182010, 0x00280030, 0x00280034
 PATIENT_ID, SEX, AGE, VIEW = 0x00100020, 0x00100040, 0x00101010, 0x00185101
 SAMPLES, PHOTOMETRIC, FRAMES, ROWS, COLUMNS = 0x00280002, 0x00280004, 0x00280008, 0x00280010, 0x00280011
-BITS_ALLOCATED, BITS_STORED, SIGNED = 0x00280100, 0x00280101, 0x00280103
+BITS_ALLOCATED, BITS_STORED, HIGH_BIT, SIGNED = 0x00280100, 0x00280101, 0x00280102, 0x00280103
 PADDING, PADDING_LIMIT = 0x00280120, 0x00280121
 WINDOW_CENTER, WINDOW_WIDTH, WINDOW_FUNCTION = 0x00281050, 0x00281051, 0x00281056
 INTERCEPT, SLOPE = 0x00281052, 0x00281053
 MODALITY_LUTS, VOI_LUTS = 0x00283000, 0x00283010
-LUT_DESCRIPTOR, LUT_DATA = 0x00283002, 0x00283006
-LUT_SHAPE, PIXEL_DATA = 0x20500020, 0x7FE00010
+LUT_SHAPE, OVERLAY_BIT, PIXEL_DATA = 0x20500020, 0x60000102, 0x7FE00010
+SHARED_GROUPS, FRAME_GROUPS = 0x52009229, 0x52009230
+# Sequences within functional groups: pixel measures, frame VOI LUT, pixel value transformation, frame pixel data.
+_MACROS = (0x00289110, 0x00289132, 0x00289145, 0x00289443)
+_IN_GROUPS = (DETECTOR_SPACING, PIXEL_SPACING, WINDOW_CENTER, WINDOW_WIDTH, WINDOW_FUNCTION, INTERCEPT, SLOPE)
+_SEQUENCES = frozenset((MODALITY_LUTS, VOI_LUTS, SHARED_GROUPS, FRAME_GROUPS))
 
 _WANTED = frozenset(
     {SOP_CLASS, SOP_INSTANCE, PATIENT_ID, SEX, AGE, VIEW, SAMPLES, PHOTOMETRIC, FRAMES, ROWS, COLUMNS, BITS_ALLOCATED}
     | {BITS_STORED, SIGNED, PADDING, PADDING_LIMIT, WINDOW_CENTER, WINDOW_WIDTH, WINDOW_FUNCTION, INTERCEPT, SLOPE}
-    | {LUT_SHAPE, PIXEL_DATA, MODALITY, BODY_PART}
+    | {LUT_SHAPE, PIXEL_DATA, MODALITY, BODY_PART, HIGH_BIT, OVERLAY_BIT}
+    | {DETECTOR_SPACING, SCANNED_SPACING, PIXEL_SPACING, ASPECT}
 )
 # Valid files have these. Where one is missing, elements may be out of order, against PS3.5 7.1.
 _ALWAYS = frozenset(
@@ -74,15 +78,6 @@ _item = {True: struct.Struct("<HHL").unpack_from, False: struct.Struct(">HHL").u
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 _CUT_OFF = "is cut off or damaged: the file ends within a value"
-
-
-@dataclass(frozen=True)
-class Lut:
-    """A look-up table (PS3.3 C.11.1.1.1): `entries`, uint16, for the inputs `first`, `first` + 1, …; `bits` wide."""
-
-    first: int
-    bits: int
-    entries: npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
@@ -265,7 +260,7 @@ def _walk(content: bytes, position: int, last: int, syntax: str) -> Tags | None:
             return None
         if tag == PIXEL_DATA and length == _UNDEFINED:
             return Tags(syntax, values | {tag: memoryview(content)[position:]}, encapsulated=True)
-        if length == _UNDEFINED or tag in (MODALITY_LUTS, VOI_LUTS):
+        if length == _UNDEFINED or tag in _SEQUENCES:
             return None
         if length > end - position:
             raise DicomError(_CUT_OFF)
@@ -308,7 +303,16 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
         raise DicomError("is a damaged DICOM file: its elements cannot be read") from error
     if not len(dataset):  # pydicom drops all values when the file ends within one
         raise DicomError(_CUT_OFF)
-    return tags if last < VOI_LUTS else _with_luts(tags, dataset)
+    if last < VOI_LUTS:
+        return tags
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            items = _group_items(dataset)
+            return _with_luts(_with_groups(tags, items), [dataset, *items])
+    except DicomError:
+        raise
+    except Exception as error:
+        raise DicomError("has a sequence that cannot be read") from error
 
 
 def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
@@ -320,36 +324,42 @@ def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
     return value
 
 
-def _with_luts(tags: Tags, dataset: pydicom.Dataset) -> Tags:
-    signed = tags.whole(SIGNED, 0) == 1 or (tags.decimal(INTERCEPT) or 0.0) < 0
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            modality, voi = (_lut(dataset, tag, signed, tags.little_endian) for tag in (MODALITY_LUTS, VOI_LUTS))
-    except Exception as error:
-        raise DicomError("has a look-up table that cannot be applied: its descriptor does not fit its data") from error
-    return replace(tags, modality_lut=modality, voi_lut=voi)
+def _group_items(dataset: pydicom.Dataset) -> list[pydicom.Dataset]:
+    """Items within the functional groups that say how grey levels and pixels of a frame are meant (PS3.3 C.7.6.16)."""
+    groups = [group for tag in (SHARED_GROUPS, FRAME_GROUPS) if tag in dataset for group in dataset[tag].value or ()]
+    return [item for group in groups for macro in _MACROS if macro in group for item in group[macro].value or ()]
 
 
-def _has_table(item: Any) -> bool:
-    return any(inner in item and item.get_item(inner).value for inner in (LUT_DESCRIPTOR, LUT_DATA))
+def _with_groups(tags: Tags, items: Sequence[pydicom.Dataset]) -> Tags:
+    """Tags with the values of the items, which stand for those at the top; DicomError where two values differ."""
+    values = dict(tags.values)
+    for item in items:
+        for tag in _IN_GROUPS:
+            value = _raw_value(item.get_item(tag)) if tag in item else b""
+            if value and bytes(values.setdefault(tag, value)).strip(b" \0") != value.strip(b" \0"):
+                raise DicomError(
+                    f"contradicts itself: ({tag >> 16:04X},{tag & 0xFFFF:04X}) has several values in its functional "
+                    "groups; only single images are accepted"
+                )
+    return replace(tags, values=values)
 
 
-def _lut(dataset: pydicom.Dataset, tag: int, signed: bool, little: bool) -> Lut | None:
-    """First table of a sequence. Its VR, or else `signed`, says whether its first input is signed.
+def _with_luts(tags: Tags, datasets: Sequence[pydicom.Dataset]) -> Tags:
+    """Tags with the first table of each kind."""
+    bits = min(max(tags.whole(BITS_STORED, tags.whole(BITS_ALLOCATED, 16)), 1), 16)
+    signed = tags.whole(SIGNED, 0) == 1
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    slope, intercept = tags.decimal(SLOPE), tags.decimal(INTERCEPT) or 0.0
+    signed = signed or intercept < 0
 
-    An item without descriptor and data is no table: some programs write one for "none".
-    """
-    tables = [item for item in (tag in dataset and dataset[tag].value) or () if _has_table(item)]
-    if not tables:
-        return None
-    descriptor, data = (tables[0].get_item(inner) for inner in (LUT_DESCRIPTOR, LUT_DATA))
-    order = "<" if little else ">"
-    count, first, bits = struct.unpack(f"{order}3H", descriptor.value)
-    if first >= 0x8000 and (descriptor.VR == "SS" or (descriptor.VR != "US" and signed)):
-        first -= 0x10000
-    count = count or 0x10000
-    narrow = bits == 8 and len(data.value) < 2 * count and little  # two entries to a word
-    entries = np.frombuffer(data.value, "u1" if narrow else f"{order}u2", count)
-    if not 8 <= bits <= 16:
-        raise ValueError("width of the table")
-    return Lut(first, bits, entries.astype(np.uint16))
+    def first(tag: int, inputs: tuple[float, float]) -> Lut | None:
+        found = (item for source in datasets if tag in source for item in source[tag].value or ())
+        item = next(filter(has_table, found), None)
+        return None if item is None else read_lut(item, inputs, signed=signed, little=tags.little_endian)
+
+    modality = first(MODALITY_LUTS, (low, high))
+    if modality is not None:
+        low, high = int(modality.entries.min()), int(modality.entries.max())
+        slope, intercept = None, 0.0
+    ends = sorted(end * (1.0 if slope is None else slope) + intercept for end in (low, high))
+    return replace(tags, modality_lut=modality, voi_lut=first(VOI_LUTS, (ends[0], ends[1])))

@@ -16,11 +16,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ptxdist.cache.catalog import Case, Catalog, read_catalog
+from ptxdist.cache.catalog import Case, read_catalog
 from ptxdist.cache.fingerprints import Fingerprints, look_at
 from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.preprocess import read_salt
-from ptxdist.cache.store import Store, open_store
+from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
@@ -35,7 +35,6 @@ from ptxdist.scores.metrics import scores
 from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
-from ptxdist.train.dataset import Indices
 from ptxdist.train.device import choose_device, choose_precision
 from ptxdist.train.evaluate import Ensemble, Known, Masks, score_and_write
 
@@ -50,6 +49,7 @@ def evaluate_elsewhere(
     split: Split = "all",
     patients: Path | None = None,
     working: Wanted = NO_POINTS,
+    device: torch.device | None = None,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Score finished runs or bundles, of several the mean, on the labelled cases of the cache `data`.
@@ -57,7 +57,7 @@ def evaluate_elsewhere(
     `split` is the side of the cache's own split. The files of an evaluation are written to `folder`, with `point` and
     `elsewhere` in the result. `patients` is a table of image ids and patients, for a cache made without one, `working`
     the working points to find. `on_cases` is called with (images done, images). Operating point, flip averaging and
-    precision are those of the first model.
+    precision are those of the first model. All ranks of a process group call it, and divide the cases.
     """
     if (folder / SETTINGS).is_file():
         raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
@@ -65,7 +65,7 @@ def evaluate_elsewhere(
     cards = [card for card, _ in loaded]
     card = cards[0]
     _refuse_different(cards)
-    device = choose_device("auto")
+    device = device or choose_device("auto")
     cache = local_cache(data, [card.size_px], data=DataSettings(cache=str(data)))
     catalog = read_catalog(cache)
     _refuse_without_size(cache, card)
@@ -76,12 +76,24 @@ def evaluate_elsewhere(
     indices = np.array([row for row, case in enumerate(catalog.labelled) if case.split in sides], np.int64)
     if not len(indices):
         raise RunError(f"{cache} has no labelled case in the split {split!r}")
+    trained_on = [_training_images(model) for model in models]  # before the long work: they may be damaged
     network = Ensemble(model for _, model in loaded).to(device).to(memory_format=torch.channels_last)
 
+    cases = [catalog.labelled[row] for row in indices.tolist()]
+
     def complete(result: EvaluationResult, counts: CaseCounts) -> EvaluationResult:
-        return result.model_copy(
-            update={"elsewhere": _about(models, cards, cache, catalog, store, indices, counts, data, split)}
+        found, here = look_at(store, catalog, indices, read_salt(cache))
+        about = Elsewhere(
+            data=str(data),
+            split=split,
+            models=tuple(card.name for card in cards),
+            weights_sha256=tuple(card.weights_sha256 for card in cards),
+            point_from=card.operating_point_from,
+            here=here,
+            there=card.profile,
+            seen=_seen(trained_on, found, cases, counts),
         )
+        return result.model_copy(update={"elsewhere": about})
 
     return score_and_write(
         [(lambda: network, indices)],
@@ -99,7 +111,7 @@ def evaluate_elsewhere(
             point=card.operating_point,
         ),
         device=device,
-        known=lambda: _known(catalog, [catalog.labelled[row] for row in indices.tolist()], patients, read_salt(cache)),
+        known=lambda: _known(cases, patients, read_salt(cache)),
         working=working,
         complete=complete,
         on_cases=on_cases,
@@ -130,7 +142,7 @@ def _refuse_without_size(cache: Path, card: ModelCard) -> None:
         )
 
 
-def _known(catalog: Catalog, cases: Sequence[Case], patients: Path | None, salt: bytes) -> Known:
+def _known(cases: Sequence[Case], patients: Path | None, salt: bytes) -> Known:
     """Patients of the cases. Whether they are in training is not known: names are hashed with another salt there."""
     groups = [case.group for case in cases]
     if patients is not None:
@@ -139,39 +151,15 @@ def _known(catalog: Catalog, cases: Sequence[Case], patients: Path | None, salt:
     return groups, [None] * len(cases), "nothing"
 
 
-def _about(
-    models: Sequence[Path],
-    cards: Sequence[ModelCard],
-    cache: Path,
-    catalog: Catalog,
-    store: Store,
-    indices: Indices,
-    counts: CaseCounts,
-    data: Path | str,
-    split: Split,
-) -> Elsewhere:
-    found, profile = look_at(store, catalog, indices, read_salt(cache))
-    return Elsewhere(
-        data=str(data),
-        split=split,
-        models=tuple(card.name for card in cards),
-        weights_sha256=tuple(card.weights_sha256 for card in cards),
-        point_from=cards[0].operating_point_from,
-        here=profile,
-        there=cards[0].profile,
-        seen=_seen(models, found, [catalog.labelled[row] for row in indices.tolist()], counts),
-    )
-
-
-def _seen(models: Sequence[Path], found: Fingerprints, cases: Sequence[Case], counts: CaseCounts) -> SeenImages | None:
+def _seen(
+    trained_on: Sequence[Fingerprints | None], found: Fingerprints, cases: Sequence[Case], counts: CaseCounts
+) -> SeenImages | None:
     """What the models were trained on; None if one of them has no fingerprints."""
     equal, alike, patients = (np.zeros(len(cases), bool) for _ in range(3))
     compared = True
-    for model in models:
-        text = _training_images(model)
-        if text is None:
+    for training in trained_on:
+        if training is None:
             return None
-        training = Fingerprints.read(text, str(model))
         same, close = found.seen_in(training)
         equal, alike = equal | same, alike | close
         known = found.patients_in(training)
@@ -192,9 +180,10 @@ def _seen(models: Sequence[Path], found: Fingerprints, cases: Sequence[Case], co
     )
 
 
-def _training_images(model: Path) -> str | None:
+def _training_images(model: Path) -> Fingerprints | None:
     if model.is_dir():
         path = model / TRAINING_IMAGES
-        return path.read_text() if path.is_file() else None
-    content = read_members(model)[1].get(TRAINING_IMAGES)
-    return content.decode() if content else None
+        content = path.read_bytes() if path.is_file() else None
+    else:
+        content = read_members(model)[1].get(TRAINING_IMAGES)
+    return None if content is None else Fingerprints.read(content.decode(), str(model))

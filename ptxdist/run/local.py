@@ -12,18 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ptxdist.config import Settings
-from ptxdist.errors import SettingsError, TrainingError
+from ptxdist.errors import SettingsError
 from ptxdist.events import Message, OnEvent
 from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.run.stage import run_evaluation, run_stage
 from ptxdist.rundir import read_stage_result, stage_folder
 from ptxdist.storage.runs import Mirror
-from ptxdist.train.device import choose_device
-from ptxdist.train.distributed import barrier
+from ptxdist.train.distributed import barrier, process_group
 
 
 def refuse_other_workers(settings: Settings) -> None:
@@ -39,27 +37,10 @@ def refuse_other_workers(settings: Settings) -> None:
 @contextmanager
 def local_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[LocalEngine]:
     """The engine, while its process group exists; a `run.engine.OpenEngine`."""
-    with _process_group(settings) as device:
+    refuse_other_workers(settings)
+    with process_group(settings.train.device, settings.train.workers) as device:
         on_event(Message(text="training starts"))
         yield LocalEngine(device, mirror.folder, on_event)
-
-
-@contextmanager
-def _process_group(settings: Settings) -> Iterator[torch.device]:
-    """torch.distributed over torchrun's processes, if there are several; yields this rank's device."""
-    refuse_other_workers(settings)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    missing = TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
-    device = choose_device(settings.train.device, local, missing=missing)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if settings.train.workers > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)

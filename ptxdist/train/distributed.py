@@ -6,13 +6,39 @@ and in the same order, or all of them hang.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ptxdist.errors import TrainingError
+from ptxdist.train.device import Device, choose_device
+
 Result = TypeVar("Result")
+
+
+@contextmanager
+def process_group(device: Device, ranks: int) -> Iterator[torch.device]:
+    """The process group of so many processes of torchrun, if there are several; yields this rank's device.
+
+    Raises TrainingError when `device` is gpu and this rank has none.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    missing = TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
+    own = choose_device(device, local, missing=missing)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if ranks > 1:
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield own
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _initialised() -> bool:

@@ -268,6 +268,7 @@ def evaluate_runs(
     folder: Path | None = None,
     patients: Path | None = None,
     working: Wanted = NO_POINTS,
+    device: torch.device | None = None,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluationResult:
     """Evaluate finished runs, each on the cases that it has held out, on this machine; returns the scores.
@@ -275,7 +276,8 @@ def evaluate_runs(
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. The files of
     the evaluation are written to `folder`; for one run without `folder`, to RUN/evaluation, and RUN/result.json is
     rewritten. `patients` is a table of image ids and patients, for caches made without one; `working` are the working
-    points to find. `on_cases` is called with (images done, images). Errors as for `evaluate`; RunError for a run that
+    points to find; `device` is that of the first run's settings by default. All ranks of a process group call it, and
+    divide the cases. `on_cases` is called with (images done, images). Errors as for `evaluate`; RunError for a run that
     is not finished or is of another cache or split, StoreError for a cache that is damaged.
     """
     members = [Member.of(run) for run in runs]
@@ -298,7 +300,7 @@ def evaluate_runs(
         members,
         cache,
         folder or runs[0] / EVALUATION,
-        device=choose_device("cpu" if members[0].settings.train.device == "cpu" else "auto"),
+        device=device or choose_device("cpu" if members[0].settings.train.device == "cpu" else "auto"),
         patients=patients,
         working=working,
         on_cases=on_cases,
@@ -312,7 +314,8 @@ def evaluate_runs(
         evaluation=evaluation,
         seconds=sum(stage.seconds for stage in stages) + evaluation.seconds,
     )
-    files.write_json(runs[0] / RESULT, result)
+    if rank() == 0:
+        files.write_json(runs[0] / RESULT, result)
     return evaluation
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -26,6 +29,7 @@ from ptxdist.predict.predictor import Predictor
 from ptxdist.records import EvaluationResult, OperatingPoint, Platt
 from ptxdist.report.report import write_report
 from ptxdist.rundir import (
+    CASES,
     EVALUATION,
     ORIGIN,
     PREDICTIONS,
@@ -236,6 +240,7 @@ def test_the_mean_of_two_models_and_models_without_fingerprints(
 def test_caches_and_folders_that_do_not_fit_are_refused(
     bundle: Path,
     finished_run: Path,
+    other: Path,
     small_dataset,
     tmp_path: Path,  # type: ignore[no-untyped-def]
 ) -> None:
@@ -245,6 +250,11 @@ def test_caches_and_folders_that_do_not_fit_are_refused(
         evaluate_elsewhere([bundle], tmp_path / "64", folder=tmp_path / "out")
     with pytest.raises(StoreError, match="is not a ptxdist cache"):
         evaluate_elsewhere([bundle], tmp_path, folder=tmp_path / "out")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(finished_run, damaged)
+    (damaged / TRAINING_IMAGES).write_text("pixels\n")
+    with pytest.raises(StoreError, match="the fingerprints of its training images are damaged"):
+        evaluate_elsewhere([damaged], other, folder=tmp_path / "out")
     with pytest.raises(RunError, match="is a run; give --out a folder of its own"):
         evaluate_elsewhere([bundle], tmp_path / "64", folder=finished_run)
     assert not (tmp_path / "out").exists()
@@ -395,3 +405,18 @@ def test_a_run_that_was_evaluated_with_a_working_point_predicts_at_it_and_calibr
     odds = np.log(prediction.score / (1 - prediction.score))
     assert prediction.calibrated == pytest.approx(1 / (1 + np.exp(1 - 2 * odds)))
     assert Predictor.load(own, own, device="cpu").predict(next((other.parent / "dicom").iterdir())).calibrated is None
+
+
+def test_two_processes_of_torchrun_write_the_same_tables(
+    bundle: Path, other: Path, evaluated: tuple[Path, EvaluationResult], tmp_path: Path
+) -> None:
+    program = Path(sys.executable).with_name("torchrun")
+    words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "ptxdist", "evaluate"]
+    done = subprocess.run(
+        [program, *words, bundle, "--data", other, "--out", tmp_path / "out", "--json"],
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scores"] == evaluated[1].scores.model_dump()
+    for name in (CASES, PREDICTIONS):
+        assert (tmp_path / "out" / name).read_text() == (evaluated[0] / name).read_text()
