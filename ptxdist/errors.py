@@ -25,9 +25,13 @@ from __future__ import annotations
 
 
 class PtxdistError(Exception):
-    """Base class of all errors; `exit_code` is that of the command line."""
+    """Base class of all errors; `exit_code` is that of the command line. A message that repeats input is bounded."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return text if len(text) <= 2000 else f"{text[:1500]} … {text[-400:]}"
 
 
 class SettingsError(PtxdistError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptxdist.cache.catalog import REMOVED, Case, Catalog, Reconciliation, Reject, leakage_of
-from ptxdist.cache.scan import ScannedFile, scan
+from ptxdist.cache.scan import DICOM_SUFFIXES, ScannedFile, scan
 from ptxdist.cache.split import FOLDS, Leakage, assign_folds
 from ptxdist.dicom.radiograph import Header, hash_text
 from ptxdist.errors import CatalogError, LabelError, SettingsError
@@ -21,6 +21,7 @@ from ptxdist.labels.dialect import Dialect, check_mask_images, detect_dialect, p
 from ptxdist.labels.patients import read_patients
 from ptxdist.labels.tables import line_of, read_labels, read_mask_folder
 
+_SUFFIXES = (*DICOM_SUFFIXES, ".png", ".jpg")
 _MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
 
 OnFile = Callable[[int, int], None]
@@ -129,8 +130,11 @@ def _read(
     if not usable:
         raise CatalogError(f"{images}: none of {len(scanned)} files is usable; the first one {rejects[0].reason}")
     if not usable.keys() & masks.keys():
+        stems = {Path(case_id).stem if Path(case_id).suffix.lower() in _SUFFIXES else "" for case_id in masks}
+        hint = "write ids without .dcm or .png" if stems & usable.keys() else "do both belong to the same data set?"
         raise CatalogError(
-            f"none of the {len(usable)} images in {images} has a row in {labels}: do both belong to the same data set?"
+            f"none of the {len(usable)} images in {images} has a row in {labels} (an id of an image: {min(usable)}; "
+            f"of a row: {min(masks)}): {hint}"
         )
     if patients and not usable.keys() & patient_of.keys():
         raise LabelError(f"{patients}: none of the {len(usable)} images in it; its image ids are others")

@@ -1,21 +1,25 @@
 """A folder of image files -> their headers, read in parallel.
 
-Owns: which names are image files. Refuses: folders without a candidate, or that cannot be read (CatalogError).
+Owns: which files are candidates, by their names and first bytes. Refuses: folders without a candidate, or that cannot
+be read (CatalogError).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ptxdist.dicom.radiograph import Header, read_bytes, read_header
+from ptxdist.dicom.kind import START_BYTES, kind_of
+from ptxdist.dicom.radiograph import Header, read_bytes, read_header, read_start
 from ptxdist.errors import CatalogError, DicomError
 from ptxdist.executor import Executor, serial
 
-DICOM_SUFFIXES = ("", ".dcm", ".dicom", ".ima")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_UID = re.compile(r"\d+(\.\d+){3,}")
 _FILES_A_TASK = 64
 
 
@@ -23,7 +27,8 @@ _FILES_A_TASK = 64
 class ScannedFile:
     """One candidate: its path below the folder, a hash of its bytes, and its header.
 
-    `header` is None for a file that cannot be used; `reason` says why. The path is written to rejects.csv only, since
+    `header` is None for a file that cannot be used; `reason` says why. `is_image` is False for a DICOM file that is
+    none, such as a report. The path is written to rejects.csv only, since
     folders may be named after patients.
     """
 
@@ -31,6 +36,7 @@ class ScannedFile:
     digest: str
     header: Header | None
     reason: str = ""
+    is_image: bool = True
 
 
 def scan(
@@ -48,11 +54,6 @@ def scan(
     is no candidate.
     """
     names, others = find_files(root, skip)
-    if not names:
-        raise CatalogError(
-            f"{root}: no DICOM files (*.dcm) and no PNG images in it or below it ({others} other files); links "
-            "to folders are not followed"
-        )
     starts = range(0, len(names), _FILES_A_TASK)
     tasks = [(root, start, names[start : start + _FILES_A_TASK], salt) for start in starts]
     found: dict[int, list[ScannedFile]] = {}
@@ -61,21 +62,28 @@ def scan(
         found[start] = files
         done += len(files)
         on_file(done, len(names))
-    return [file for start in starts for file in found[start]], others
+    images = [file for start in starts for file in found[start] if file.is_image]
+    others += len(names) - len(images)
+    if not images:
+        raise CatalogError(
+            f"{root}: no DICOM files (*.dcm) and no PNG images in it or below it ({others} other files); links "
+            "to folders are not followed"
+        )
+    return images, others
 
 
 def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tuple[int, list[ScannedFile]]:
     """A task; `start` is returned with the results, which arrive in any order."""
     files = []
     for name in names:
-        digest, header, reason = "", None, ""
+        digest, header, reason, content = "", None, "", b""
         try:
             content = read_bytes(root / name)
             digest = digest_of(content)
             header = read_header(content, salt, name)
         except DicomError as error:
             reason = str(error)
-        files.append(ScannedFile(name, digest, header, reason))
+        files.append(ScannedFile(name, digest, header, reason, not reason or kind_of(content) != "object"))
     return start, files
 
 
@@ -105,25 +113,37 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
         others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
         below_top = folder[len(top) :].lstrip(os.sep)
         found += [os.path.join(below_top, name) for name in names]
-    images, left = choose_images(found)
+    images, left = choose_images(found, lambda path: read_start(Path(top, path), START_BYTES))
     return images, others + left
 
 
-def choose_images(paths: Collection[str]) -> tuple[list[str], int]:
-    """Those of the paths that name image files, sorted, and the number of others.
+def choose_images(paths: Collection[str], start_of: Callable[[str], bytes | None]) -> tuple[list[str], int]:
+    """Those of the paths that are image files, sorted, and the number of others.
 
-    An image file ends in .dcm, .dicom or .ima, or has no suffix (the last number of a UID is none). Only where there
-    is no such file, PNG files count. Hidden files do not count.
+    A name that ends in .dcm, .dicom or .ima, or is a UID, is a DICOM file; of other names but PNG, those whose content
+    is a DICOM image. Only where no content is, PNG files count. Hidden files do not count. `start_of` gives the first
+    bytes of a file, or None when it cannot be read; such a file without a suffix counts, to be reported.
     """
+
+    def kind(path: str) -> str | None:
+        start = start_of(path)
+        return None if start is None else kind_of(start)
+
     dicom, png = [], []
     for path in paths:
         name = os.path.basename(path)
         suffix = os.path.splitext(name)[1].lower()
         if name.startswith("."):
             continue
-        if suffix in DICOM_SUFFIXES or suffix[1:].isdigit():
+        if suffix in DICOM_SUFFIXES or _UID.fullmatch(name):
             dicom.append(path)
         elif suffix == ".png":
             png.append(path)
-    images = sorted(dicom or png)
+        elif (found := kind(path)) == "image" or (found is None and not suffix):
+            dicom.append(path)
+        elif found == "png" and not suffix:
+            png.append(path)
+    if png and not any(kind(path) == "image" for path in dicom):
+        dicom += png
+    images = sorted(dicom)
     return images, len(paths) - len(images)

@@ -28,6 +28,7 @@ _JPEG_2000 = b"\xff\x4f\xff\x51"  # start of codestream, and the size segment th
 Codes = tuple[tuple[int, int], ...]
 
 _BLOCK_ROWS = 256
+_MOST_ZEROS = 4
 MAX_TILES = 65535  # what T.800 allows
 
 
@@ -84,11 +85,40 @@ def read_jpeg(frame: bytes) -> Stream:
         position = after
     if size is None or len(segment) < 6:
         raise DicomError("has damaged JPEG data (its size is missing)")
+    if not size[0]:
+        raise DicomError("has JPEG data that state the number of rows after the image (DNL), which is not supported")
     end = frame.rfind(b"\xff\xd9", after)
     if end < 0:
         raise DicomError("has JPEG data that are cut off (the end mark is missing)")
     dc, ac = tables.get(segment[2] >> 4, ()), tables.get(0x10 | segment[2] & 15, ())
     return Stream(*size, 1, False, after, end, dc, ac, segment[-3], segment[-1] & 15, interval)
+
+
+def with_regular_scan(frame: bytes, stream: Stream) -> bytes:
+    """The stream with those parameters of its scan that have one valid value and no meaning (T.81 B.2.3, T.87 C.2.3).
+
+    A sequential scan has 0, 63, 0. Some encoders write others, at which decoders fail or give wrong values.
+    """
+    first, middle, last = frame[stream.scan - 3 : stream.scan]
+    if stream.process in SOF_SEQUENTIAL:
+        first, middle, last = 0, 63, 0
+    elif stream.process in (SOF_LOSSLESS, SOF_JPEG_LS):
+        middle, last = 0, last & 15
+    regular = bytes((first, middle, last))
+    if frame[stream.scan - 3 : stream.scan] == regular:
+        return frame
+    return frame[: stream.scan - 3] + regular + frame[stream.scan :]
+
+
+def without_zeros(frame: bytes, stream: Stream) -> list[bytes]:
+    """The stream with fewer of the zero bytes that are before its end mark; a few of them may belong to the codes.
+
+    Some encoders write such bytes, at which a decoder of JPEG-LS fails (team-charls/charls#365).
+    """
+    codes = frame[stream.scan : stream.end]
+    data = codes.rstrip(b"\0")
+    kept = range(min(len(codes) - len(data), _MOST_ZEROS))
+    return [frame[: stream.scan] + data + bytes(zeros) + frame[stream.end :] for zeros in kept]
 
 
 def _segment(frame: bytes, position: int) -> tuple[int, int, int]:
@@ -197,14 +227,21 @@ def _parts(frame: bytes, stream: Stream) -> list[bytes]:
 
 
 def _filled(part: bytes, bits: int) -> bool:
-    """Whether `bits` bits and padding fill a part of the scan to its last byte, and no marker is in it."""
+    """Whether `bits` bits and padding fill a part of the scan to its end, and no marker is in it.
+
+    Zero bytes may follow, which some encoders write.
+    """
     if re.search(rb"\xff[^\0]", part):
         return False
     size, padding = -(-bits // 8), -bits % 8
+    excess = len(part) - part.count(b"\xff\0") - size
+    if excess < 0 or part[len(part) - excess :].strip(b"\0"):
+        return False
+    part = part[: len(part) - excess]
     rest = (part.removesuffix(b"\0") if part.endswith(b"\xff\0") else part)[-1:]
     ones = (1 << padding) - 1
     # T.81 pads with ones; zeros are accepted.
-    return len(part) - part.count(b"\xff\0") == size and bool(rest) and rest[0] & ones in (0, ones)
+    return bool(rest) and rest[0] & ones in (0, ones)
 
 
 def _bits(stream: Stream, pixels: npt.NDArray[np.unsignedinteger], restart_rows: int) -> npt.NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Look-up tables of a DICOM data set, checked against their descriptors.
+"""Windows, and look-up tables of a DICOM data set, checked against their descriptors.
 
 Owns: the rule for a table whose LUT Descriptor (0028,3002) does not fit its LUT Data (0028,3006) (PS3.3 C.11.1.1 and
 C.11.2.1.1). What the data prove is corrected: a first input that only the other signedness brings among the values of
@@ -31,6 +31,12 @@ class Lut:
     entries: npt.NDArray[np.uint16]
 
 
+def has_table(item: pydicom.Dataset) -> bool:
+    """Whether an item has a look-up table; some programs write an empty one for "none"."""
+    elements = (item.get_item(tag) for tag in (DESCRIPTOR, DATA) if tag in item)
+    return any(element is not None and element.value for element in elements)
+
+
 def read_lut(item: pydicom.Dataset, inputs: tuple[float, float], *, signed: bool, little: bool) -> Lut:
     """The table of an item of a LUT sequence, for input values from `inputs[0]` to `inputs[1]`.
 
@@ -45,7 +51,7 @@ def read_lut(item: pydicom.Dataset, inputs: tuple[float, float], *, signed: bool
             raise ValueError("width of the table")
         content = bytes(data.value)
     except Exception as error:
-        raise DicomError(f"has a look-up table that cannot be applied ({type(error).__name__})") from error
+        raise DicomError("has a look-up table that cannot be applied: its descriptor does not fit its data") from error
     count = count or 0x10000
     packed = little and count <= len(content) <= count + 1 and len(content) < 2 * count  # two entries to a word
     if not packed and (len(content) < 2 * count or any(content[2 * count :])):
@@ -70,3 +76,26 @@ def read_lut(item: pydicom.Dataset, inputs: tuple[float, float], *, signed: bool
 
 def _covers(first: int, count: int, inputs: tuple[float, float]) -> bool:
     return first <= inputs[1] and first + count > inputs[0]
+
+
+def window_of(
+    x: npt.NDArray[np.float64], center: float | None, width: float, function: str, slope: float
+) -> npt.NDArray[np.float64]:
+    """Values through a window; those inside become 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3).
+
+    LINEAR, the default, is defined for integers and widths of at least 1. A window below 1 that spans several rescaled
+    values, which are `slope` apart, can only be meant as LINEAR_EXACT.
+    """
+    if center is None or width <= 0:
+        raise DicomError("has a window without a center or without a width")
+    if function not in ("SIGMOID", "LINEAR_EXACT") and width < 1:
+        if width < 2 * slope:
+            raise DicomError(f"has a window of width {width:g}, but its function LINEAR needs at least 1; correct it")
+        function = "LINEAR_EXACT"
+    if function == "SIGMOID":
+        return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - center) / width, -700.0, 700.0))))
+    if function == "LINEAR_EXACT":
+        return np.asarray((x - center) / width + 0.5)
+    if width == 1:
+        return np.where(x <= center - 0.5, 0.0, 1.0)
+    return np.asarray((x - (center - 0.5)) / (width - 1.0) + 0.5)

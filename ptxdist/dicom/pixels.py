@@ -22,19 +22,22 @@ detected the most damage: gdcm aborts the process, pylibjpeg-rle panics, pylibjp
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 from pydicom import uid
+from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 
 from ptxdist.dicom import codestream, tags
 from ptxdist.dicom.codestream import Stream
-from ptxdist.dicom.luts import Lut
+from ptxdist.dicom.luts import Lut, window_of
 from ptxdist.dicom.tags import Tags
 from ptxdist.errors import DicomError
 
@@ -105,8 +108,11 @@ def decode(file: Tags, rows: int, columns: int) -> Stored:
     except DicomError:
         raise
     except Exception as error:  # each decoder raises errors of its own
-        reason = str(error).splitlines()[-1].strip()[:120] if str(error) else type(error).__name__
-        raise DicomError(f"has damaged pixel data ({_name(file.syntax)}: {reason})") from error
+        reason = shorten((str(error).splitlines() or ["no reason given"])[-1], 200, placeholder=" …")
+        raise DicomError(
+            f"has pixel data that cannot be decoded ({_name(file.syntax)}: {reason}): they are damaged, or of a kind "
+            f"that {_DECODERS[file.syntax][1]} does not read"
+        ) from error
 
 
 def _native(file: Tags, rows: int, columns: int) -> Stored:
@@ -114,7 +120,9 @@ def _native(file: Tags, rows: int, columns: int) -> Stored:
     there, expected = len(file.values[tags.PIXEL_DATA]), rows * row_bytes
     if there < expected:
         raise DicomError(f"is cut off: it has {there:,} of {expected:,} bytes of pixel data")
-    if there > expected + row_bytes:  # some padding is common; more means that the size is wrong
+    excess = bytes(file.values[tags.PIXEL_DATA][expected + expected % 2 : 2 * expected])
+    # Padding is to be accepted (PS3.5 8.1.1, note): any up to a row, more if it is one value. Else the size is wrong.
+    if there >= 2 * expected or (len(excess) > row_bytes and excess[2:] != excess[:-2]):
         raise DicomError(f"has {there:,} bytes of pixel data, but {columns}x{rows} pixels take {expected:,}")
     return _words(file, bytes(file.values[tags.PIXEL_DATA][: expected + expected % 2]), rows, columns)
 
@@ -151,16 +159,40 @@ def _compressed(file: Tags, rows: int, columns: int) -> Stored:
         # pydicom unpacks all runs before it counts; a valid stream is at most twice as long as its content.
         if len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64:
             raise DicomError("has more run-length data than its size allows")
-        return _words(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns)
+        return _run_lengths(file, frame, rows, columns)
     stream = codestream.read_jpeg_2000(frame) if file.syntax in _OPENJPEG else codestream.read_jpeg(frame)
     _check(stream, file, rows, columns)
+    if file.syntax in _OPENJPEG:
+        return _decoded(file, frame, stream, rows, columns)
+    regular = codestream.with_regular_scan(frame, stream)
+    try:
+        return _decoded(file, frame if file.syntax == uid.JPEGBaseline8Bit else regular, stream, rows, columns)
+    except Exception:  # each decoder raises errors of its own
+        for other in [regular] * (regular != frame) + codestream.without_zeros(regular, stream):
+            with suppress(Exception):
+                return _decoded(file, other, codestream.read_jpeg(other), rows, columns)
+        raise
+
+
+def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
+    """Stored values of an RLE image, which more zeros may follow than the one that makes its length even."""
+    plain = frame.rstrip(b"\0")
+    for data in (frame, plain, plain + bytes(1)):  # the image may end with a zero
+        with suppress(Exception):
+            return _words(file, encapsulate([data], has_bot=False), rows, columns)
+    return _words(file, encapsulate([frame], has_bot=False), rows, columns)
+
+
+def _decoded(file: Tags, frame: bytes, stream: Stream, rows: int, columns: int) -> Stored:
+    """Stored values of a compressed image that has been checked; each decoder raises errors of its own."""
     if file.syntax == uid.JPEGBaseline8Bit:
         # strict: what libjpeg only warns about (too few or too many bytes, unknown codes) is an error.
         pixels = simplejpeg.decode_jpeg(frame, colorspace="GRAY", strict=True)[:, :, 0]
         return _as_stated(np.asarray(pixels.view(np.int8) if file.whole(tags.SIGNED, 0) == 1 else pixels), stream, file)
     # How values are stored follows from the stream, since headers are often wrong about it.
     allocated = 8 if stream.bits <= 8 else 16
-    pixels = _by_pydicom(file, bytes(file.values[tags.PIXEL_DATA]), rows, columns, allocated, stream.bits)
+    data = encapsulate([frame], has_bot=False)
+    pixels = _by_pydicom(file, data, rows, columns, allocated, stream.bits)
     whole = True
     if stream.process == codestream.SOF_LOSSLESS:
         whole = codestream.lossless_is_whole(frame, stream, pixels.view(f"u{pixels.dtype.itemsize}"))
@@ -283,7 +315,7 @@ def to_uint8(stored: Stored, file: Tags) -> Pixels:
     if file.voi_lut is not None:
         unit = _through(file.voi_lut, values) / (2**file.voi_lut.bits - 1)
     elif width is not None:
-        unit = _window(values, center, width, file.text(tags.WINDOW_FUNCTION), abs(slope))
+        unit = window_of(values, center, width, file.text(tags.WINDOW_FUNCTION), abs(slope))
     elif plain:
         unit = values / 255
     else:
@@ -355,26 +387,3 @@ def _padding(number: Stored, file: Tags) -> npt.NDArray[np.bool_]:
 def _through(lut: Lut, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     index = np.clip(np.rint(values) - lut.first, 0, len(lut.entries) - 1).astype(np.intp)
     return np.asarray(lut.entries[index], np.float64)
-
-
-def _window(
-    x: npt.NDArray[np.float64], center: float | None, width: float, function: str, slope: float
-) -> npt.NDArray[np.float64]:
-    """Values through a window; those inside become 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3).
-
-    LINEAR, the default, is defined for integers and widths of at least 1. A window below 1 that spans several rescaled
-    values, which are `slope` apart, can only be meant as LINEAR_EXACT.
-    """
-    if center is None or width <= 0:
-        raise DicomError("has a window without a center or without a width")
-    if function not in ("SIGMOID", "LINEAR_EXACT") and width < 1:
-        if width < 2 * slope:
-            raise DicomError(f"has a window of width {width:g}, but its function LINEAR needs at least 1; correct it")
-        function = "LINEAR_EXACT"
-    if function == "SIGMOID":
-        return np.asarray(1.0 / (1.0 + np.exp(np.clip(-4.0 * (x - center) / width, -700.0, 700.0))))
-    if function == "LINEAR_EXACT":
-        return np.asarray((x - center) / width + 0.5)
-    if width == 1:
-        return np.where(x <= center - 0.5, 0.0, 1.0)
-    return np.asarray((x - (center - 0.5)) / (width - 1.0) + 0.5)

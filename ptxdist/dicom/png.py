@@ -14,6 +14,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,10 +74,12 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
     header = read_png_header(content, mask=mask)
     _check_chunks(content, mask)
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=("PNG",)) as image:
-            values = np.asarray(image)
-    except Exception as error:  # Pillow raises almost anything on damaged files
-        raise DicomError(f"{_DAMAGED} ({type(error).__name__})") from error
+        values = _by_pillow(content)
+    except Exception:  # Pillow raises almost anything on damaged files, and refuses long texts and profiles
+        try:
+            values = _by_pillow(_critical(content))
+        except Exception as error:
+            raise DicomError(f"{_DAMAGED} (its image cannot be decoded)") from error
     if header.colour:
         if values.ndim != 3 or (values != values[:, :, :1]).any():
             raise DicomError("is a colour PNG; only grayscale is accepted")
@@ -86,6 +89,22 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
     if header.bits == 1:
         return values.astype(np.uint8) * np.uint8(255)
     return values.astype(np.uint16) if header.bits == 16 else values.astype(np.uint8)
+
+
+def _by_pillow(content: bytes) -> npt.NDArray[Any]:
+    with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=("PNG",)) as image:
+        return np.asarray(image)
+
+
+def _critical(content: bytes) -> bytes:
+    """A checked PNG without the chunks that are not needed to decode it, whose names start with a small letter."""
+    kept, position = [SIGNATURE], len(SIGNATURE)
+    while position < len(content) and kept[-1][4:8] != b"IEND":
+        end = position + 12 + int.from_bytes(content[position : position + 4], "big")
+        if content[position + 4 : position + 5].isupper():
+            kept.append(content[position:end])
+        position = end
+    return b"".join(kept)
 
 
 def refuse_not_square(name: str, height: float, width: float) -> None:

@@ -29,6 +29,7 @@ _SIZES = {
     "Nominal Scanned Pixel Spacing": tags.SCANNED_SPACING,
 }
 MAX_BYTES = 1024 * 1024 * 1024
+_MOST_ID_BYTES = 200  # of a PNG's name; other files are named by it
 CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # valid as a file name everywhere; every UID matches
 
 
@@ -80,6 +81,17 @@ def read_bytes(path: Path) -> bytes:
     return content
 
 
+def read_start(path: Path, size: int) -> bytes | None:
+    """Up to `size` first bytes of a regular file, b"" of anything else; None when it cannot be read."""
+    try:
+        with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+            return file.read(size)
+    except DicomError:
+        return b""
+    except OSError:
+        return None
+
+
 def _open_at_once(path: str, flags: int) -> int:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a device can have effects
         raise DicomError("is not a regular file")
@@ -94,11 +106,22 @@ def read_header(content: bytes, salt: bytes, name: str = "") -> Header:
     """Header of a file's content; the pixels are not decoded. `salt` keys the hash of the PatientID.
 
     `name` is the file's name, which a PNG needs. Raises DicomError when the content is neither DICOM nor PNG, has no
-    image, or has one that ptxdist does not accept.
+    image, or has one that ptxdist does not accept, and for a PNG whose name cannot be an image id.
     """
     if content.startswith(SIGNATURE):
+        if not is_file_id(Path(name).stem):
+            raise DicomError(
+                "is a PNG whose name cannot be an image id: rename it to readable characters, at most 200 bytes of "
+                "UTF-8, or set a locale with UTF-8 (LC_ALL=C.UTF-8)"
+            )
         return _png_header(content, name)
     return _header(read_tags(content, pixels=False), salt)
+
+
+def is_file_id(stem: str) -> bool:
+    """Whether a file's name without its suffix can be an image id, in tables and in the names of other files."""
+    is_text = stem.isprintable() and stem == stem.strip() and "\\" not in stem  # surrogates are not printable
+    return is_text and len(stem.encode()) <= _MOST_ID_BYTES
 
 
 def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiograph:
@@ -153,7 +176,7 @@ def hash_text(text: str, salt: bytes) -> str:
 def _refuse_other_images(file: Tags) -> None:
     """Raise DicomError for everything but one grayscale image of 8 or 16 bits with square pixels."""
     frames = file.decimal(tags.FRAMES)
-    if frames not in (None, 1):
+    if frames not in (None, 0, 1):  # 0 is invalid and written by some for one
         raise DicomError(f"has {frames:g} frames; only single images are accepted")
     samples, photometric = file.whole(tags.SAMPLES, 1), file.text(tags.PHOTOMETRIC)
     if samples != 1 or photometric not in ("MONOCHROME1", "MONOCHROME2"):

@@ -19,6 +19,7 @@ import pydicom
 from pydicom.uid import SecondaryCaptureImageStorage
 
 from ptxdist.dicom.png import SIGNATURE
+from ptxdist.dicom.tags import with_preamble
 
 _CHEST_MM = (80.0, 600.0)  # from a detector for newborns to beyond the largest one (430 mm, tilted or stitched)
 
@@ -46,7 +47,7 @@ def read_spacing(content: bytes) -> Spacing:
         return Spacing(reason="a PNG does not say how large its pixels are")
     try:
         with warnings.catch_warnings(action="ignore"):
-            return spacing_of(pydicom.dcmread(BytesIO(content), stop_before_pixels=True, force=True))
+            return spacing_of(pydicom.dcmread(BytesIO(with_preamble(content)), stop_before_pixels=True, force=True))
     except Exception:  # pydicom raises almost anything on damaged files
         return Spacing(reason="the header's spacing cannot be read")
 

@@ -17,6 +17,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from math import isfinite
@@ -31,7 +32,7 @@ from pydicom.uid import (
     ImplicitVRLittleEndian,
 )
 
-from ptxdist.dicom.luts import Lut, read_lut
+from ptxdist.dicom.luts import Lut, has_table, read_lut
 from ptxdist.errors import DicomError
 
 TRANSFER_SYNTAX = 0x00020010
@@ -58,12 +59,17 @@ _WANTED = frozenset(
     | {LUT_SHAPE, PIXEL_DATA, MODALITY, BODY_PART, HIGH_BIT, OVERLAY_BIT}
     | {DETECTOR_SPACING, SCANNED_SPACING, PIXEL_SPACING, ASPECT}
 )
+# Valid files have these. Where one is missing, elements may be out of order, against PS3.5 7.1.
+_ALWAYS = frozenset(
+    {SOP_INSTANCE, PATIENT_ID, SAMPLES, PHOTOMETRIC, ROWS, COLUMNS, BITS_ALLOCATED, BITS_STORED, SIGNED}
+)
 MAX_INFLATED = 160 * 1024 * 1024  # 64 million pixels of 16 bits, and a header
 
 _UNDEFINED = 0xFFFFFFFF
 # Value representations with four bytes of length, and with two (PS3.5 7.1.2).
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US".split())
+_META_VRS = (b"UL", b"OB", b"UI", b"SH")
 _element = struct.Struct("<HH2sH").unpack_from
 _long = struct.Struct("<L").unpack_from
 _item = {True: struct.Struct("<HHL").unpack_from, False: struct.Struct(">HHL").unpack_from}
@@ -78,9 +84,9 @@ _CUT_OFF = "is cut off or damaged: the file ends within a value"
 class Tags:
     """Values of one file by tag, as bytes; `syntax` is the UID of its transfer syntax.
 
-    When read without pixels, only the values up to (0028,0103) are included. `encapsulated` says that the pixel data
-    are fragments of a compressed image; `pixel_vr` is their value representation. The methods that return a number
-    raise DicomError for an invalid one.
+    When read without pixels, only the values up to (0028,0103) are certain to be included. `encapsulated` says that
+    the pixel data are fragments of a compressed image; `pixel_vr` is their value representation. The methods that
+    return a number raise DicomError for an invalid one.
     """
 
     syntax: str
@@ -128,6 +134,11 @@ class Tags:
                 raise DicomError(_CUT_OFF)
             fragments.append(data[position : position + length])
             position += length
+        if fragments and bytes(fragments[0][:2]) in (
+            b"\xff\xd8",
+            b"\xff\x4f",
+        ):  # some writers leave out the offset table
+            fragments.insert(0, memoryview(b""))
         if len(fragments) < 2 or not any(map(len, fragments[1:])):
             raise DicomError("has no pixel data")
         # An offset table of several entries, or another fragment that starts like the first one.
@@ -139,6 +150,7 @@ class Tags:
 def read_tags(content: bytes, *, pixels: bool) -> Tags:
     """Parse a file's content; with `pixels`, also its pixel data and the tags of their grey levels.
 
+    Elements may be out of order: where one that valid files have is missing, the whole data set is read.
     Raises DicomError when the content is not DICOM, ends too early, or inflates to more than `MAX_INFLATED` bytes.
     """
     syntax, start = _file_meta(content)
@@ -147,14 +159,32 @@ def read_tags(content: bytes, *, pixels: bool) -> Tags:
     last = PIXEL_DATA if pixels else SIGNED
     plain = syntax not in (ImplicitVRLittleEndian, ExplicitVRBigEndian)
     tags = _walk(content, start, last, syntax) if plain else None
-    return _by_pydicom(content, start, last, syntax) if tags is None else tags
+    tags = _by_pydicom(content, start, last, syntax) if tags is None else tags
+    if not tags.values.keys() >= (_ALWAYS | {PIXEL_DATA} if pixels else _ALWAYS):
+        with suppress(DicomError):
+            return _by_pydicom(content, start, _UNDEFINED, syntax)
+    return tags
+
+
+def with_preamble(content: bytes) -> bytes:
+    """The content as pydicom reads it: some writers leave out the 128 bytes before DICM."""
+    return bytes(128) + content if content.startswith(b"DICM") else content
+
+
+def _meta_start(content: bytes) -> int | None:
+    """Position of the file meta information, which may lack its preamble and DICM; None where there is none."""
+    if content[128:132] == b"DICM":
+        return 132
+    start = 4 if content.startswith(b"DICM") else 0
+    return start if content[start : start + 2] == b"\2\0" and content[start + 4 : start + 6] in _META_VRS else None
 
 
 def _file_meta(content: bytes) -> tuple[str, int]:
     """Transfer syntax, and the position of the data set."""
-    if content[128:132] != b"DICM":
+    start = _meta_start(content)
+    if start is None:
         return _guess_syntax(content), 0
-    position, syntax = 132, None
+    position, syntax = start, None
     while content[position : position + 2] == b"\2\0" and position + 8 <= len(content):
         found = _explicit(content, position)
         if found is None:
@@ -226,6 +256,8 @@ def _walk(content: bytes, position: int, last: int, syntax: str) -> Tags | None:
         tag, vr, length, position = found
         if tag > last:
             break
+        if tag == PIXEL_DATA and _goes_on(content, position, length):
+            return None
         if tag == PIXEL_DATA and length == _UNDEFINED:
             return Tags(syntax, values | {tag: memoryview(content)[position:]}, encapsulated=True)
         if length == _UNDEFINED or tag in _SEQUENCES:
@@ -238,6 +270,19 @@ def _walk(content: bytes, position: int, last: int, syntax: str) -> Tags | None:
             values[tag] = content[position : position + length]
         position, former = position + length, tag
     return Tags(syntax, values)
+
+
+def _goes_on(content: bytes, position: int, length: int) -> bool:
+    """Whether an element follows the pixel data that belongs before them, such as a window."""
+    size = 0 if length == _UNDEFINED else length
+    while length == _UNDEFINED and position + size + 8 <= len(content):
+        position += size + 8
+        group, element, size = _item[True](content, position - 8)
+        if group != 0xFFFE or element == 0xE0DD:
+            break
+    position += size
+    found = _explicit(content, position) if position + 12 <= len(content) else None
+    return found is not None and SOP_CLASS < found[0] < PIXEL_DATA
 
 
 def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
@@ -255,7 +300,7 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
     except DicomError:
         raise
     except Exception as error:  # pydicom raises almost anything on damaged files
-        raise DicomError(f"is a damaged DICOM file ({type(error).__name__})") from error
+        raise DicomError("is a damaged DICOM file: its elements cannot be read") from error
     if not len(dataset):  # pydicom drops all values when the file ends within one
         raise DicomError(_CUT_OFF)
     if last < VOI_LUTS:
@@ -267,7 +312,7 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
     except DicomError:
         raise
     except Exception as error:
-        raise DicomError(f"has a sequence that cannot be read ({type(error).__name__})") from error
+        raise DicomError("has a sequence that cannot be read") from error
 
 
 def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
@@ -308,7 +353,8 @@ def _with_luts(tags: Tags, datasets: Sequence[pydicom.Dataset]) -> Tags:
     signed = signed or intercept < 0
 
     def first(tag: int, inputs: tuple[float, float]) -> Lut | None:
-        item = next((source[tag].value[0] for source in datasets if tag in source and source[tag].value), None)
+        found = (item for source in datasets if tag in source for item in source[tag].value or ())
+        item = next(filter(has_table, found), None)
         return None if item is None else read_lut(item, inputs, signed=signed, little=tags.little_endian)
 
     modality = first(MODALITY_LUTS, (low, high))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ptxdist.errors import LabelError
-from ptxdist.labels.tables import open_text
+from ptxdist.labels.tables import image_id, open_text
 
 _NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}(\.png)?$")  # NIH ChestX-ray14: the first eight digits are the patient
 # Names are compared in lower case, letters and digits only; earlier ones are preferred.
@@ -56,7 +56,7 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
                 row[image_column].strip() and row[patient_column].strip()
             ):
                 raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
-            case_id, patient = row[image_column].strip(), row[patient_column].strip()
+            case_id, patient = image_id(path, reader.line_num, row[image_column]), row[patient_column].strip()
             match = _NIH_IMAGE.match(patient)
             patient = match.group(1) if match else patient
             if patients.setdefault(case_id, patient) != patient:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TextIO
 
 import numpy as np
@@ -32,6 +33,13 @@ _NOISE = 1 / 16  # of the range of values, in images from JPEG
 _GREY = 1 / 4  # of the pixels; a soft edge has far fewer
 _FEW_VALUES, _MANY_VALUES = 4, 16
 _CLASSES = "these may be several classes: write 0 and 255, where 255 is what the model is to find"
+_SHOWN, _MOST_ID = 60, 255  # characters
+_NO_TEXT = {  # by the first two bytes
+    b"PK": "it is a zip file or an Excel workbook; unpack it, or save it as CSV",
+    b"\x1f\x8b": "it is compressed; add .gz to its name, or unpack it",
+    b"\xff\xfe": "it is UTF-16; save it as CSV in UTF-8",
+    b"\xfe\xff": "it is UTF-16; save it as CSV in UTF-8",
+}
 
 
 @dataclass(frozen=True)
@@ -256,13 +264,33 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             id_column, mask_column = 0, 1  # the challenge's sample table has no header
             yield 1, header[0].strip(), header[1].strip()
         else:
-            raise LabelError(f"{path}: expected the columns ImageId and EncodedPixels, found: {', '.join(header)}")
+            raise LabelError(_unexpected(path, header))
         for row in reader:
             if not row:
                 continue
             if len(row) <= max(id_column, mask_column) or not row[id_column].strip():
                 raise LabelError(f"{path}, line {reader.line_num}: expected an id and a run-length text")
-            yield reader.line_num, row[id_column].strip(), row[mask_column].strip()
+            yield reader.line_num, image_id(path, reader.line_num, row[id_column]), row[mask_column].strip()
+
+
+def _unexpected(path: Path, header: Sequence[str]) -> str:
+    """What to do about a table without the columns."""
+    found = ", ".join(header).strip()
+    if found.startswith(("{", "[")):
+        return f"{path} is JSON; give a CSV file with ImageId and EncodedPixels, or a folder of mask images"
+    if found.startswith("<"):
+        return f"{path} is a web page or XML; give a CSV file with ImageId and EncodedPixels"
+    hint = "; the columns must be separated by commas" if len(header) == 1 and re.search(r"[;\t|]", found) else ""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in shorten(found, _SHOWN, placeholder=" …"))
+    return f"{path}: expected the columns ImageId and EncodedPixels, found: {shown[:_SHOWN]}{hint}"
+
+
+def image_id(path: Path, line: int, text: str) -> str:
+    """An id of a table without blanks around it; LabelError when it is too long for one."""
+    text = text.strip()
+    if len(text) > _MOST_ID or "\n" in text:
+        raise LabelError(f"{path}, line {line}: an image id has {len(text):,} characters; is a quote not closed?")
+    return text
 
 
 @contextmanager
@@ -271,6 +299,11 @@ def open_text(path: Path) -> Iterator[TextIO]:
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        with open(path, "rb") as raw:
+            start = raw.read(2)
+        what = _NO_TEXT.get(start, "it is not text in UTF-8; save it as CSV in UTF-8")
+        raise LabelError(f"{path}: cannot be read as a CSV file: {what}") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise LabelError(f"{path}: cannot be read as a CSV file: {reason}") from error

@@ -22,6 +22,7 @@ from pydicom.uid import RE_VALID_UID, ExplicitVRLittleEndian, generate_uid
 
 from ptxdist import __version__
 from ptxdist.dicom.png import SIGNATURE
+from ptxdist.dicom.tags import with_preamble
 from ptxdist.errors import DicomError
 
 _NAME = "ptxdist pneumothorax segmentation"
@@ -96,7 +97,7 @@ def _read_source(content: bytes) -> pydicom.Dataset:
         raise DicomError("is a PNG, which a DICOM SEG cannot refer to")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        source = pydicom.dcmread(BytesIO(content), stop_before_pixels=True, force=True)
+        source = pydicom.dcmread(BytesIO(with_preamble(content)), stop_before_pixels=True, force=True)
         ids = {name: str(source.get(name, "") or "") for name in _REFERENCES}
     for name, value in ids.items():
         if not re.fullmatch(RE_VALID_UID, value):

@@ -12,12 +12,14 @@ from __future__ import annotations
 import zipfile
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from ptxdist.cache.scan import choose_images, digest_of, find_files
-from ptxdist.dicom.radiograph import CASE_ID, read_bytes, read_header
+from ptxdist.dicom.kind import START_BYTES, kind_of
+from ptxdist.dicom.radiograph import read_bytes, read_header, read_start
 from ptxdist.dicom.tags import MAX_INFLATED
 from ptxdist.errors import CatalogError, DicomError
 
@@ -26,20 +28,32 @@ _ENCRYPTED = 0x1
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or with a `member` a file inside the zip file at `path`; `shown` is its name in rejects.csv."""
+    """A file, or with a `member` a file inside the zip file at `path`; `shown` is its name in rejects.csv.
+
+    `number` is the member's place in the zip file, where several may have one name.
+    """
 
     path: str
     member: str
     shown: str
+    number: int = 0
 
     @property
     def name(self) -> str:
         """The file's own name."""
         return PurePosixPath(self.member or Path(self.path).name).name
 
+    def start(self) -> bytes:
+        """The first bytes, as many as `kind_of` needs; b"" when they cannot be read."""
+        if not self.member:
+            return read_start(Path(self.path), START_BYTES) or b""
+        with suppress(DicomError):
+            return _read_member(self.path, self.number, START_BYTES)
+        return b""
+
     def read(self) -> bytes:
         """The content; DicomError when it cannot be read or is too large."""
-        return _read_member(self.path, self.member) if self.member else read_bytes(Path(self.path))
+        return _read_member(self.path, self.number) if self.member else read_bytes(Path(self.path))
 
 
 @dataclass(frozen=True)
@@ -55,8 +69,9 @@ class FoundInput:
 def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]:
     """Inputs in the order of the paths, sorted inside a folder or a zip file; `skip` are folders to skip.
 
-    A file that is named is used whatever its suffix; in folders and zip files `scan.choose_images` decides. Raises
-    CatalogError when a path does not exist, or holds no image.
+    A file that is named is used whatever its name; in folders and zip files `scan.choose_images` decides, and DICOM
+    files without an image, such as reports, are left out. Raises CatalogError when a path does not exist, or holds no
+    image.
     """
     found: list[Input] = []
     for path in paths:
@@ -64,12 +79,14 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
             names, others = find_files(path, skip)
             inputs = [Input(str(path / name), "", str(path / name)) for name in names]
         elif path.is_file() and zipfile.is_zipfile(path):
-            names, others = choose_images(_members(path))
-            inputs = [Input(str(path), name, f"{path}:{name}") for name in names]
+            inputs, others = _images_in_zip(path)
         elif path.exists():
-            inputs, others = [Input(str(path), "", str(path))], 0
+            inputs, others = [Input(str(path), "", str(path))], None
         else:
             raise CatalogError(f"nothing at {path}: give DICOM files, folders or zip files")
+        if others is not None:
+            images = [item for item in inputs if kind_of(item.start()) != "object"]
+            inputs, others = images, others + len(inputs) - len(images)
         if not inputs:
             raise CatalogError(f"{path}: no DICOM files (*.dcm) and no PNG images in it ({others} other files)")
         found += inputs
@@ -83,8 +100,6 @@ def read_headers(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundIn
         try:
             content = source.read()
             case_id = read_header(content, b"", source.name).case_id
-            if not CASE_ID.fullmatch(case_id):
-                raise DicomError("is a PNG whose name cannot be an image id (letters, digits, '.', '_', '-', up to 64)")
             found.append(FoundInput(source, digest_of(content), case_id))
         except DicomError as error:
             found.append(FoundInput(source, reason=str(error)))
@@ -116,26 +131,42 @@ def _open(path: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _members(path: Path) -> set[str]:
+def _images_in_zip(path: Path) -> tuple[list[Input], int]:
+    """The image files of a zip file, sorted by name, and the number of others."""
     _open.cache_clear()  # the file may have changed
+    members: dict[str, list[int]] = {}
     try:
-        names = {item.filename for item in _open(str(path)).infolist() if not item.is_dir()}
+        for number, item in enumerate(_open(str(path)).infolist()):
+            if not item.is_dir() and "__MACOSX" not in item.filename:
+                members.setdefault(item.filename, []).append(number)
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise CatalogError(f"{path}: this zip file cannot be read: {error}") from error
-    return {name for name in names if "__MACOSX" not in name}
+
+    def start_of(name: str) -> bytes | None:
+        number = members[name][0]
+        with suppress(DicomError):
+            return _read_member(str(path), number, START_BYTES)
+        return None if _open(str(path)).infolist()[number].file_size else b""
+
+    names, _ = choose_images(members, start_of)
+    inputs = [Input(str(path), name, f"{path}:{name}", number) for name in names for number in members[name]]
+    return inputs, sum(map(len, members.values())) - len(inputs)
 
 
-def _read_member(path: str, member: str) -> bytes:
+def _read_member(path: str, number: int, size: int = MAX_INFLATED + 1) -> bytes:
+    """The first `size` bytes of a member."""
     try:
-        info = _open(path).getinfo(member)
+        info = _open(path).infolist()[number]
         if info.flag_bits & _ENCRYPTED:
             raise DicomError("is encrypted in its zip file; unpack it first")
         if info.file_size > MAX_INFLATED:
             raise DicomError(f"has {info.file_size:,} bytes unpacked, more than the {MAX_INFLATED:,} accepted")
         with _open(path).open(info) as file:
-            content = file.read(MAX_INFLATED + 1)  # zipfile stops at the declared size and checks the checksum
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise DicomError(f"is damaged in its zip file ({type(error).__name__})") from error
+            content = file.read(size)  # zipfile stops at the declared size and checks the checksum
+    except NotImplementedError as error:
+        raise DicomError("is compressed in its zip file by a method that is not supported; unpack it first") from error
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, IndexError, RuntimeError) as error:
+        raise DicomError("is damaged in its zip file, or was changed meanwhile") from error
     if not content:
         raise DicomError("is empty (0 bytes)")
     return content

@@ -100,6 +100,19 @@ def test_wrong_input_is_refused_before_anything_is_written(small_dataset, tmp_pa
     assert not (tmp_path / "cache").exists()
 
 
+def test_ids_of_another_kind_are_shown(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    header, *rows = small_dataset.labels.read_text().splitlines()
+    ends = {"write ids without .dcm or .png": ".dcm", "do both belong to the same data set?": "-x"}
+    for hint, end in ends.items():
+        table = tmp_path / "labels.csv"
+        table.write_text("\n".join([header, *(row.replace(",", f"{end},", 1) for row in rows)]))
+        with pytest.raises(
+            CatalogError, match=r"none of the 24 images in .* has a row in .* \(an id of an image: "
+        ) as caught:
+            preprocess(small_dataset.dicom, table, tmp_path / "cache", sizes_px=(32,))
+        assert str(caught.value).endswith(f"{end}): {hint}")
+
+
 def test_renewal_with_too_many_rejects_leaves_the_cache_to_be_trained_on(renewal: Renewal) -> None:
     """Such as after a wrong --dicom; rejects.csv then has the reasons, and everything else is as it was."""
     before = digests(renewal.cache)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian
 
 from ptxdist.cache.scan import ScannedFile, digest_of, find_files, scan
 from ptxdist.errors import CatalogError
@@ -24,31 +27,70 @@ def relative(root: Path, skip: tuple[Path, ...] = ()) -> tuple[list[str], int]:
 # --- candidates -----------------------------------------------------------------------------------------------------
 
 
-def test_candidates_are_found_by_suffix_and_the_rest_is_counted(tmp_path: Path) -> None:
-    names = ("a.dcm", "b.DCM", "sub/c.dicom", "sub/1.2.840.99", "sub/noext", "d.ima", "x.png", ".hidden", "sub/t.csv")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+def test_candidates_are_found_by_name_and_content_and_the_rest_is_counted(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    dicom = write_dicom(tmp_path / "sub" / "noext", IMAGE, "1.1").read_bytes()
+    named = ("a.dcm", "b.DCM", "sub/c.dicom", "sub/1.2.840.99", "d.ima")  # their content is not looked at
+    for name in (*named, "x.png", ".hidden", "sub/t.csv", "LICENSE", "LOCKFILE", "libz.so.1"):
+        (tmp_path / name).write_bytes(b"" if name in (*named, "LOCKFILE") else b"CC BY 4.0" * 99)
+    (tmp_path / "sub" / "im.0001").write_bytes(dicom)
+    (tmp_path / "sub" / "im.dc3").write_bytes(dicom)
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")  # cannot be looked at, so it is reported
     (tmp_path / "sub" / "itself.dcm").symlink_to(tmp_path / "sub" / "itself.dcm")
-    expected = ["a.dcm", "b.DCM", "d.ima", "sub/1.2.840.99", "sub/c.dicom", "sub/itself.dcm", "sub/noext"]
-    assert relative(tmp_path) == (expected, 4), "a picture, a hidden file, a table, and a link to a folder"
+    found, others = relative(tmp_path)
+    assert found == sorted([*named, "gone", "sub/im.0001", "sub/im.dc3", "sub/itself.dcm", "sub/noext"])
+    assert others == 8, "a picture, a hidden file, a table, texts, a library, a pipe, and a link to a folder"
 
 
-def test_png_images_are_candidates_only_where_there_is_no_dicom(tmp_path: Path) -> None:
-    for name in ("b.png", "a.PNG", "table.csv"):
+def test_png_images_are_candidates_only_where_there_is_no_dicom_image(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    for name in ("b.png", "a.PNG", "LICENSE", "table.csv"):
         (tmp_path / name).touch()
-    assert relative(tmp_path) == (["a.PNG", "b.png"], 1)
-    (tmp_path / "c.dcm").touch()
-    assert relative(tmp_path) == (["c.dcm"], 3)
+    Image.fromarray(IMAGE).save(tmp_path / "c", "PNG")
+    assert relative(tmp_path) == (["a.PNG", "b.png", "c"], 2)
+    (tmp_path / "empty.dcm").touch()
+    assert relative(tmp_path) == (["a.PNG", "b.png", "c", "empty.dcm"], 2)
+    write_object(tmp_path / "report.dcm", "1.2.840.10008.5.1.4.1.1.88.11")
+    assert relative(tmp_path) == (["a.PNG", "b.png", "c", "empty.dcm", "report.dcm"], 2)
+    write_dicom(tmp_path / "image", IMAGE, "1.1")
+    assert relative(tmp_path) == (["empty.dcm", "image", "report.dcm"], 5)
+
+
+def test_a_cd_is_read_without_its_directory_its_reports_and_its_other_files(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    for number in range(3):
+        write_dicom(tmp_path / "DICOM" / f"IM{number}", IMAGE, f"1.{number}")
+    for name in ("VERSION", "LOCKFILE", "autorun.inf"):
+        (tmp_path / name).write_text("1.0\n" * (name != "LOCKFILE"))
+    write_object(tmp_path / "DICOMDIR", "1.2.840.10008.1.3.10")
+    write_object(tmp_path / "DICOM" / "SR0", "1.2.840.10008.5.1.4.1.1.88.67")
+    write_object(tmp_path / "DICOM" / "state.dcm", "1.2.840.10008.5.1.4.1.1.11.1")
+    write_object(tmp_path / "DICOM" / "broken.dcm", "1.2.840.10008.5.1.4.1.1.1")
+    found, others = scan(tmp_path)
+    assert others == 6
+    assert [file.path for file in found if not file.reason] == [f"DICOM/IM{number}" for number in range(3)]
+    assert [file.reason for file in found if file.reason] == ["contains no image (Rows or Columns is missing)"]
+    (tmp_path / "reports").mkdir()
+    write_object(tmp_path / "reports" / "one.dcm", "1.2.840.10008.5.1.4.1.1.88.11")
+    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files\)"):
+        scan(tmp_path / "reports")
+
+
+def write_object(path: Path, sop_class: str) -> None:
+    """A DICOM file without an image."""
+    meta = FileMetaDataset()
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, "1.2.3"
+    file = Dataset()
+    file.file_meta, file.PatientName = meta, "Quagmire^Zebulon"
+    file.save_as(path, implicit_vr=False, little_endian=True, enforce_file_format=True)
 
 
 def test_skipped_folders_are_passed_over_whatever_way_they_are_named(tmp_path: Path) -> None:
-    """A cache below the images has files without a suffix."""
-    for name in ("a.dcm", "cache/32.zarr/image/c/0/0/0", "cache/salt"):
+    """A cache below the images may have files without a suffix that look like DICOM."""
+    for name in ("a.dcm", "cache/1.2.840.1/0", "cache/1.2.840.1/1.2.840.2"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert relative(tmp_path) == (["a.dcm", "cache/32.zarr/image/c/0/0/0", "cache/salt"], 0)
+        (tmp_path / name).write_bytes(bytes(128) + b"DICM")
+    assert relative(tmp_path) == (["a.dcm", "cache/1.2.840.1/0", "cache/1.2.840.1/1.2.840.2"], 0)
     assert relative(tmp_path, (tmp_path / "a" / ".." / "cache",)) == (["a.dcm"], 0)
     assert relative(tmp_path, (tmp_path / "elsewhere",))[0][0] == "a.dcm"
 
@@ -107,6 +149,14 @@ def test_file_name_that_is_no_utf8_is_read_as_any_other(tmp_path: Path, write_di
     expected = scan(tmp_path, salt=b"s")[0]
     assert [file.path for file in expected] == [name, "b.dcm"]
     assert all(file.header for file in expected)
+
+
+def test_png_whose_name_is_no_utf8_is_rejected(tmp_path: Path) -> None:
+    for name in (b"J\xf6rg.png", b"other.png"):
+        Image.fromarray(IMAGE).save(tmp_path / os.fsdecode(name))
+    found = {file.path: file.reason for file in scan(tmp_path)[0]}
+    assert found.pop("other.png") == ""
+    assert [reason[:43] for reason in found.values()] == ["is a PNG whose name cannot be an image id: "]
 
 
 def test_spread_over_processes_the_scan_is_the_same(many_dataset) -> None:  # type: ignore[no-untyped-def]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import time
 import zlib
@@ -52,6 +53,15 @@ def test_grayscale_is_read_and_the_header_needs_no_pixels() -> None:
     assert read_header(content[:40], b"salt", name="1.2.276.0.7230010.png") == expected
 
 
+def test_a_name_that_cannot_be_an_image_id_is_refused() -> None:
+    content = png_of(IMAGE)
+    for name in ("1.2.3.png", "Bild 1 ö.png", "a,b.png", "x" * 200 + ".png"):
+        assert read_header(content, b"", name=name).case_id == name.removesuffix(".png")
+    for name in (os.fsdecode(b"r\xf6ntgen.png"), "a\nb.png", " a.png", "a\\b.png", "ö" * 101 + ".png"):
+        with pytest.raises(DicomError, match="is a PNG whose name cannot be an image id: rename it"):
+            read_header(content, b"", name=name)
+
+
 def test_16_bits_span_the_range_of_their_values() -> None:
     pixels = read_radiograph(png_of(DEEP), name="one.png").pixels
     assert np.array_equal(pixels, np.rint((DEEP - 500.0) / (DEEP.max() - 500) * 255))
@@ -75,6 +85,12 @@ def test_hidden_transparency_and_animation_are_refused() -> None:
     content = png_of(IMAGE)
     refused(content[:33] + chunk(b"tRNS", b"\0\0") + content[33:], "is a PNG with transparency")
     refused(content[:33] + chunk(b"acTL", b"\0\0\0\2\0\0\0\0") + content[33:], "is an animated PNG")
+
+
+def test_a_text_too_long_for_the_decoder_is_no_damage() -> None:
+    content = png_of(IMAGE)
+    text = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(2_000_000)))
+    assert np.array_equal(read_radiograph(content[:33] + text + content[33:], name="one.png").pixels, IMAGE)
 
 
 def test_every_damaged_byte_is_found() -> None:

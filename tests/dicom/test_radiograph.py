@@ -101,10 +101,18 @@ def test_look_up_table_comes_before_the_window(written) -> None:  # type: ignore
     assert np.array_equal(read_radiograph(content).pixels, np.rint(expected / 65535 * 255))
 
 
-def test_empty_look_up_table_sequence_leaves_the_window_in_force(written) -> None:  # type: ignore[no-untyped-def]
+def test_look_up_table_sequence_without_a_table_leaves_the_window_in_force(written) -> None:  # type: ignore[no-untyped-def]
     window = {"WindowCenter": 1000, "WindowWidth": 400}
-    with_sequence = read_radiograph(written(DEEP, VOILUTSequence=Sequence([]), **window)).pixels
-    assert np.array_equal(with_sequence, read_radiograph(written(DEEP, **window)).pixels)
+    expected = read_radiograph(written(DEEP, **window)).pixels
+    empty = Dataset()
+    empty.add_new("LUTDescriptor", "US", None)
+    empty.add_new("LUTData", "US", None)
+    for name in ("VOILUTSequence", "ModalityLUTSequence"):
+        for items in ([], [Dataset()], [empty]):
+            assert np.array_equal(read_radiograph(written(DEEP, **{name: Sequence(items)}, **window)).pixels, expected)
+    table = Dataset()
+    table.add_new("LUTDescriptor", "US", [256, 0, 16])
+    refused(written(DEEP, VOILUTSequence=Sequence([table])), "cannot be applied: its descriptor does not fit its data")
 
 
 def test_constant_image_is_black_and_not_an_error(written) -> None:  # type: ignore[no-untyped-def]
@@ -147,7 +155,6 @@ def test_header_keeps_no_identifier(written) -> None:  # type: ignore[no-untyped
         ({"Rows": 65535, "Columns": 65535}, "claims 65535x65535 pixels; at most"),
         ({"Rows": 47}, "contains 64x48 pixels, but its header says 64x47"),
         ({"WindowWidth": 100}, "has a window without a center"),
-        ({"VOILUTSequence": Sequence([Dataset()])}, "look-up table that cannot be applied"),
     ],
 )
 def test_what_is_no_single_radiograph_is_refused_with_a_reason(written, tags: dict[str, object], reason: str) -> None:  # type: ignore[no-untyped-def]
@@ -259,13 +266,19 @@ def test_damaged_bytes_never_raise_anything_else(
 BUNDLED = Path(str(resources.files("pydicom"))) / "data" / "test_files"
 READ = (
     *("693_J2KI.dcm", "CT_small.dcm", "J2K_pixelrep_mismatch.dcm", "JPEG2000.dcm", "JPEGLSNearLossless_08.dcm"),
-    *("JPEGLSNearLossless_16.dcm", "JPGExtended.dcm", "MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm"),
+    *(
+        "JPEGLSNearLossless_16.dcm",
+        "JPEG-lossy.dcm",
+        "JPGExtended.dcm",
+        "MR_small.dcm",
+        "MR_small_RLE.dcm",
+        "MR_small_bigendian.dcm",
+    ),
     *("MR_small_expb.dcm", "MR_small_implicit.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"),
     *("MR_small_padded.dcm", "examples_overlay.dcm", "image_dfl.dcm"),
 )
 REFUSED = {
     "MR_truncated.dcm": "is cut off",
-    "JPEG-lossy.dcm": "has damaged pixel data (JPEG Extended",
     "JPEG2000-embedded-sequence-delimiter.dcm": "contains ",
     "badVR.dcm": "has an invalid number in (0028,0008)",
     "examples_palette.dcm": "is not grayscale (1 samples per pixel, PALETTE COLOR)",
@@ -297,6 +310,8 @@ def test_all_files_of_pydicom_are_read_right_or_refused_with_a_sentence(capfd: p
             finally:
                 assert time.process_time() - begin < 1
         read.add(path.name)
+        if path.name == "JPEG-lossy.dcm":  # its scan ends with coefficient 0: no decoder of pydicom reads it
+            continue
         with warnings.catch_warnings(action="ignore"):
             file = pydicom.dcmread(path)
             stored = file.pixel_array.astype(float)

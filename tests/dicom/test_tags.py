@@ -14,11 +14,13 @@ from dicom_files import deflated_bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom import dcmread, uid
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from ptxdist.dicom import tags
 from ptxdist.dicom.radiograph import read_header, read_radiograph
+from ptxdist.dicom.spacing import read_spacing
 from ptxdist.dicom.tags import read_tags
 from ptxdist.errors import DicomError
 
@@ -122,6 +124,42 @@ def test_a_data_set_without_a_file_header_is_read_when_it_has_its_uids(file_of, 
         read_header(nameless[tags._file_meta(nameless)[1] :], b"")
     with pytest.raises(DicomError, match="is not a DICOM file"):
         read_header(b"\x08\0\x05\0" + bytes(range(256)) * 4, b"")
+
+
+@pytest.mark.parametrize("syntax", [*ENCODINGS, uid.JPEGBaseline8Bit])
+def test_file_meta_information_is_read_without_its_preamble(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+    content = file_of(IMAGE, syntax, ImagerPixelSpacing=[5, 5])
+    whole = read_radiograph(content)
+    for start in (128, 132):  # DICM at the start, and nothing before the group 0002
+        found = read_radiograph(content[start:])
+        assert found.header == whole.header
+        assert np.array_equal(found.pixels, whole.pixels)
+        assert read_spacing(content[start:]) == read_spacing(content)
+
+
+@pytest.mark.parametrize("name", ["Rows", "Columns", "BitsAllocated", "PatientID", "SOPInstanceUID"])
+def test_elements_out_of_order_are_read(file_of, name: str) -> None:  # type: ignore[no-untyped-def]
+    """(0040,0254) before a tag that is wanted."""
+    window = {"WindowCenter": 90, "WindowWidth": 60}
+    for syntax in (uid.ExplicitVRLittleEndian, uid.JPEGBaseline8Bit):
+        content = file_of(IMAGE, syntax, **window)
+        tag = struct.pack("<HH", *divmod(int(tag_for_keyword(name) or 0), 0x10000))
+        place = content.index(tag, tags._file_meta(content)[1])
+        moved = content[:place] + b"\x40\0\x54\2LO\6\0CHEST " + content[place:]
+        assert read_header(moved, b"") == read_header(content, b"")
+        assert np.array_equal(read_radiograph(moved).pixels, read_radiograph(content).pixels)
+
+
+def test_a_window_after_the_pixels_counts_and_padding_there_does_not(file_of) -> None:  # type: ignore[no-untyped-def]
+    window = {"WindowCenter": 90, "WindowWidth": 60}
+    for syntax in (uid.ExplicitVRLittleEndian, uid.ImplicitVRLittleEndian, uid.JPEGBaseline8Bit):
+        content, plain = file_of(IMAGE, syntax, **window), file_of(IMAGE, syntax)
+        start = content.index(b"\x28\0\x50\x10")
+        end = content.index(b"\x28\0\x51\x10") + 12
+        after = content[:start] + content[end:] + content[start:end]
+        assert np.array_equal(read_radiograph(after).pixels, read_radiograph(content).pixels)
+        for padding in (bytes(2), bytes(512), b"\xfc\xff\xfc\xffOB\0\0\2\0\0\0\0\0"):
+            assert np.array_equal(read_radiograph(plain + padding).pixels, read_radiograph(plain).pixels)
 
 
 def test_what_is_no_dicom_file_is_refused(file_of) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,11 +77,28 @@ def test_all_variants_of_the_table_are_read_alike(tmp_path: Path, text: str) -> 
         ("ImageId,EncodedPixels\na,5 3\na,\n", "line 3: a has a row without a mask"),
         ("ImageId,EncodedPixels\na\n", "line 2: expected an id and a run-length text"),
         ("ImageId,EncodedPixels\n ,-1\n", "line 2: expected an id"),
-        (b"ImageId,EncodedPixels\n\xff\xfe,-1\n", "cannot be read as a CSV file"),
+        (b"ImageId,EncodedPixels\n\xff\xfe,-1\n", "cannot be read as a CSV file: it is not text in UTF-8"),
+        (json.dumps({"images": [{"file_name": f"patient-{i}.png"} for i in range(9999)]}), "is JSON; give a CSV file"),
+        (json.dumps([{"id": i} for i in range(9999)], indent=1), "is JSON; give a CSV file"),
+        ("<!DOCTYPE html>" + "<p>" * 9999, "is a web page or XML"),
+        ("ImageId;EncodedPixels\na;-1\n", "found: ImageId;EncodedPixels; the columns must be separated by commas"),
+        (",".join(f"column{i}" for i in range(9999)) + "\n", "found: column0, column1, column2"),
+        ("x" * 9999 + "\n", "found: "),
+        ('ImageId,EncodedPixels\n"a,-1\n' + "b,-1\n" * 9999 + '",-1\n', "characters; is a quote not closed?"),
+        ("ImageId,EncodedPixels\na," + "x" * 9999, "line 2, a: run-length text contains something"),
+        ("ImageId,EncodedPixels\na,-1\n".encode("utf-16"), "it is UTF-16; save it as CSV in UTF-8"),
+        ("ImageId,EncodedPixels\na,-1\n".encode("utf-16-le"), "expected the columns"),
+        (gzip.compress(b"ImageId,EncodedPixels\na,-1\n"), "it is compressed; add .gz to its name"),
+        (b"PK\3\4\x14\0\0\0\x08\0" + bytes(range(256)), "it is a zip file or an Excel workbook; unpack it"),
     ],
 )
 def test_wrong_table_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
-    refused(write(tmp_path, content), expected)
+    path = write(tmp_path, content)
+    refused(path, expected)
+    with pytest.raises(LabelError) as caught:
+        read_labels(path)
+    assert len(str(caught.value)) < 300 + len(str(path))
+    assert str(caught.value).isprintable()
 
 
 def test_table_that_cannot_be_read_is_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from ptxdist.executor import processes
 from ptxdist.labels import rle
 from ptxdist.predict import folder as command
 from ptxdist.predict.folder import Finding, predict_files
+from ptxdist.predict.inputs import find_inputs, read_headers
 from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
 from ptxdist.scores.external import score_predictions
@@ -230,6 +231,42 @@ def test_a_zip_file_is_read_safely(predictor: Predictor, finished_run: Path, ima
     assert {path.name for path in (tmp_path / "out" / "masks").iterdir()} == {"1.2.1.png", "1.2.2.png"}
     assert {path.name for path in tmp_path.iterdir()} == {"images.zip", "out"}
     assert "has 209,715,200 bytes unpacked" in read_table(tmp_path / "out" / "rejects.csv")[1][1]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_members_of_one_name_and_files_that_are_no_images(images: Path, tmp_path: Path) -> None:
+    """A zip file that was appended to has several members of one name; only images among the others are read."""
+    archive, first, second = tmp_path / "images.zip", images / "study0" / "0.dcm", images / "study1" / "1.dcm"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.write(first, "CD/IM1")
+        file.write(second, "CD/IM1")
+        for name in ("LICENSE", "LOCKFILE", "CD/IM2.png"):
+            file.writestr(name, b"text" * (name == "LICENSE"))
+    inputs = find_inputs([archive])
+    assert [item.shown for item in inputs] == [f"{archive}:CD/IM1"] * 2
+    assert [item.read() for item in inputs] == [first.read_bytes(), second.read_bytes()]
+    assert [item.case_id for item in read_headers(0, inputs)[1]] == ["1.2.1", "1.2.2"]
+
+    report = tmp_path / "CD" / "report.dcm"
+    report.parent.mkdir()
+    report.write_bytes(bytes(128) + b"DICM\2\0\2\0UI\x1e\x001.2.840.10008.5.1.4.1.1.88.11\0")
+    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files\)"):
+        find_inputs([report.parent])
+    shutil.copy(first, report.parent / "IM1")
+    assert [Path(item.path).name for item in find_inputs([report.parent])] == ["IM1"]
+    assert len(find_inputs([report])) == 1, "a file that is named is tried, and rejected with the reason"
+
+
+def test_a_compression_that_is_not_supported_is_not_called_damage(images: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(images / "study0" / "0.dcm", "one.dcm")
+    content = bytearray(archive.read_bytes())
+    for start in (content.index(b"PK\3\4") + 8, content.index(b"PK\1\2") + 10):
+        content[start] = 9  # Deflate64, as Windows makes it for large files
+    archive.write_bytes(content)
+    [found] = read_headers(0, find_inputs([archive]))[1]
+    assert found.reason == "is compressed in its zip file by a method that is not supported; unpack it first"
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR UI")  # of writing the files
