@@ -34,7 +34,7 @@ print(f"{len(built.catalog.labelled)} labelled images, {built.written} shards wr
 
 # %% [markdown]
 # **Training.** `smoke` is a pipeline of two short stages; `paper` is the real one. `options` changes any setting by its
-# name. `on_event` is called with the events listed in `ptxdist.records.Event`. Training takes place in this process, or
+# name. `on_event` is called with the events listed in `ptxdist.events.Event`. Training takes place in this process, or
 # on Ray with `engine=ptxdist.cluster.engine.ray_engine`.
 
 # %%
@@ -52,13 +52,13 @@ print(f"Kaggle Dice {result.evaluation.scores.kaggle_dice:.3f}, report: {work / 
 
 # %% [markdown]
 # **Evaluation.** `train` has already evaluated the run on the held-out fold. `evaluate` does this for any finished
-# runs, for example for an ensemble. Scores come with 95 % intervals by patient.
+# runs, for example for an ensemble. Scores come with 95 % intervals by patient, if there are five patients at least.
 
 # %%
 evaluation = ptxdist.evaluate([work / "run"])
-low, high = evaluation.intervals["kaggle_dice"]
+span = evaluation.intervals.get("kaggle_dice", "too few patients for an interval")
 empty = evaluation.scores.all_empty_dice
-print(f"Kaggle Dice {evaluation.scores.kaggle_dice:.3f} [{low:.3f}, {high:.3f}]; predicting nothing scores {empty:.3f}")
+print(f"Kaggle Dice {evaluation.scores.kaggle_dice:.3f}, {span}; predicting nothing scores {empty:.3f}")
 
 # %% [markdown]
 # **Prediction** for one file: a mask and probabilities at the original resolution, as NumPy arrays.

@@ -70,7 +70,11 @@ def planned(folder: Path, init: Path | str, *more: str, cache: Path | None = Non
 
 
 def test_a_run_without_init_records_its_training_images(folder: Path) -> None:
-    assert read_origin(folder / "base") == Origin(images=6, positives=3)
+    origin = read_origin(folder / "base")
+    assert origin is not None
+    assert origin.profile is not None
+    assert (origin.profile.images, origin.profile.positives) == (6, 3)
+    assert origin == Origin(images=6, positives=3, profile=origin.profile)
 
 
 @pytest.mark.parametrize(
