@@ -15,7 +15,7 @@ import numpy as np
 
 from ptxdist.errors import RunError
 from ptxdist.records import Compared, Comparison, DataComparison
-from ptxdist.rundir import SETTINGS, read_evaluation, read_settings
+from ptxdist.rundir import CASES, SETTINGS, read_evaluation, read_settings
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
 from ptxdist.scores.names import DICES, Score
@@ -66,6 +66,8 @@ def by_data(runs: Sequence[Path]) -> tuple[DataComparison, ...]:
         else:
             group[0].intersection_update(ids)
             group[1].append(run)
+    if len(groups) == 1:
+        return (DataComparison(data="", models=(), comparison=compare(runs)),)
     origins = [[_origin(run) for run in members] for _, members in groups]
     places = [members[0][0] for members in origins]
     if len(set(places)) == 1:  # of one data set; `compare` refuses runs without a common case
@@ -81,7 +83,7 @@ def _origin(run: Path) -> tuple[str, str]:
     if (run / SETTINGS).is_file():
         settings = read_settings(run)
         return settings.data.cache, settings.pipeline.name
-    elsewhere = read_evaluation(run).elsewhere
+    elsewhere = read_evaluation(run).elsewhere if (run / CASES).is_file() else None
     return (elsewhere.data, " + ".join(elsewhere.models)) if elsewhere else (str(run), run.name)
 
 

@@ -156,7 +156,7 @@ def test_points_with_an_image_threshold_are_in_the_tables_too(folds: Path, tmp_p
 
 def test_calibration_is_scikit_learn_s_and_torchmetrics(evaluated: tuple[Path, EvaluationResult]) -> None:
     folder, result = evaluated
-    px, images = result.calibration
+    px, images, *_ = result.calibration
     rows = table(folder)
     positive, score = (np.array([float(row[name]) for row in rows]) for name in ("positive", "score"))
     observed, predicted = calibration_curve(positive, score, n_bins=10)
