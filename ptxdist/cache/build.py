@@ -248,13 +248,19 @@ def _split(
 
 
 def _group(cases: list[Case], patient_of: Mapping[str, str], salt: bytes) -> tuple[list[Case], str]:
-    """Cases with their final group, by the map, else by PatientID, else each its own; and what groups them."""
+    """Cases with their final group, by the map, else by PatientID, else each its own; and what groups them.
+
+    A PatientID that all cases share is a placeholder, as anonymisation leaves it, and groups nothing.
+    """
     if patient_of:
         names = {case_id: f"patient {patient}" for case_id, patient in patient_of.items()}
         return [
             replace(case, group=hash_text(names.get(case.case_id, case.case_id), salt)) for case in cases
         ], "patient map"
-    cases = [case if case.group else replace(case, group=hash_text(case.case_id, salt)) for case in cases]
+    placeholder = len({case.group for case in cases}) == 1
+    cases = [
+        case if case.group and not placeholder else replace(case, group=hash_text(case.case_id, salt)) for case in cases
+    ]
     groups = len({case.group for case in cases})
     return cases, "PatientID" if groups < len(cases) else "nothing"
 

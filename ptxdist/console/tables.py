@@ -66,8 +66,8 @@ def _show_doubts(catalog: Catalog) -> None:
         say(f"warning: {doubt}")
     if leakage.grouped_by == "nothing":
         say(
-            "warning: patients are not known (every image has a PatientID of its own or none), so images of one "
-            "patient may be on both sides of the split; give --patients map.csv if there is a map"
+            "warning: patients are not known (every image has a PatientID of its own, none, or the same as all), so "
+            "images of one patient may be on both sides of the split; give --patients map.csv if there is a map"
         )
 
 

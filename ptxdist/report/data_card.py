@@ -38,8 +38,8 @@ def _leakage(catalog: Catalog) -> tuple[str, ...]:
     leakage = catalog.leakage
     if leakage.grouped_by == "nothing":
         grouping = (
-            "Patients are not known: every image has a PatientID of its own or none, and no map was given. So "
-            f"{UNKNOWN_PATIENTS}."
+            "Patients are not known: every image has a PatientID of its own, none, or the same as all, and no map was "
+            f"given. So {UNKNOWN_PATIENTS}."
         )
     else:
         grouping = (

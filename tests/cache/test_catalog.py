@@ -126,15 +126,20 @@ def people(folder: Path, write_dicom: Any, *ids: str) -> tuple[Path, Path]:
     return folder / "dicom", table(folder, *(f"1.{n},{'-1' if n % 3 else '9 2 6 2'}" for n in range(len(ids))))
 
 
-@pytest.mark.parametrize("mapped", [False, True])
-def test_images_that_are_all_of_one_patient_cannot_be_split(tmp_path: Path, write_dicom, mapped: bool) -> None:  # type: ignore[no-untyped-def]
+def test_images_that_are_all_of_one_patient_by_a_map_cannot_be_split(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     dicom, labels = people(tmp_path, write_dicom, *["QX7"] * 12)
     patients = tmp_path / "map.csv"
     patients.write_text("id,patient\n" + "".join(f"1.{number},QX7\n" for number in range(12)))
-    by = "patient map" if mapped else "PatientID"
-    with pytest.raises(CatalogError, match=rf"^all 12 images .* one patient by {by}, .* left for training") as caught:
-        built(dicom, labels, patients=patients if mapped else None)
+    with pytest.raises(CatalogError, match=r"^all 12 images .* one patient by patient map, .* for training") as caught:
+        built(dicom, labels, patients=patients)
     assert "QX7" not in str(caught.value)
+
+
+def test_a_patient_id_that_all_images_share_is_a_placeholder(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    catalog = built(*people(tmp_path, write_dicom, *["ANONYMOUS"] * 12))
+    assert catalog.leakage.grouped_by == "nothing"
+    assert {case.split for case in catalog.cases} == {"train", "val"}
+    assert len({case.group for case in catalog.cases}) == 12
 
 
 def test_the_only_image_cannot_be_split(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
