@@ -48,7 +48,7 @@ from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.dataset import Indices
-from ptxdist.train.device import choose_device, choose_precision
+from ptxdist.train.device import choose_device, choose_precision, keep_freed_memory
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.train.scoring import score_cases
 from ptxdist.train.unet import Output, build_unet, heads
@@ -204,6 +204,7 @@ def score_and_write(
     `known` is about the patients of all positions in their order; `complete` may add to the result, from the counts in
     that order. Rank 0 calls both, and writes; every rank returns the result.
     """
+    keep_freed_memory(device)
     started, store = time.perf_counter(), _store_of(catalog, cache, how.size_px)
     total, done = sum(len(indices) for _, indices in parts), 0
     thresholds = list(dict.fromkeys((how.threshold, *FIXED_THRESHOLDS)))
