@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -29,7 +26,6 @@ from ptxdist.predict.predictor import Predictor
 from ptxdist.records import EvaluationResult, OperatingPoint, Platt
 from ptxdist.report.report import write_report
 from ptxdist.rundir import (
-    CASES,
     EVALUATION,
     ORIGIN,
     PREDICTIONS,
@@ -217,7 +213,7 @@ def test_what_is_different_here_is_in_the_result(evaluated: tuple[Path, Evaluati
 
 
 def test_the_mean_of_two_models_and_models_without_fingerprints(
-    bundle: Path, finished_run: Path, other: Path, tmp_path: Path
+    bundle: Path, finished_run: Path, other: Path, evaluated: tuple[Path, EvaluationResult], tmp_path: Path
 ) -> None:
     old = tmp_path / "run"
     shutil.copytree(finished_run, old)
@@ -232,7 +228,7 @@ def test_the_mean_of_two_models_and_models_without_fingerprints(
     assert result.elsewhere is not None
     assert result.elsewhere.seen is None
     assert load_model(tmp_path / "old.ptxdist")[0].profile is None
-    alone = evaluate_elsewhere([bundle], other, folder=tmp_path / "alone")
+    alone = evaluated[1]
     assert result.auroc == pytest.approx(alone.auroc)  # twice the same network
     assert result.scores.kaggle_dice == pytest.approx(alone.scores.kaggle_dice, abs=0.01)
 
@@ -405,18 +401,3 @@ def test_a_run_that_was_evaluated_with_a_working_point_predicts_at_it_and_calibr
     odds = np.log(prediction.score / (1 - prediction.score))
     assert prediction.calibrated == pytest.approx(1 / (1 + np.exp(1 - 2 * odds)))
     assert Predictor.load(own, own, device="cpu").predict(next((other.parent / "dicom").iterdir())).calibrated is None
-
-
-def test_two_processes_of_torchrun_write_the_same_tables(
-    bundle: Path, other: Path, evaluated: tuple[Path, EvaluationResult], tmp_path: Path
-) -> None:
-    program = Path(sys.executable).with_name("torchrun")
-    words = ["--standalone", "--nproc-per-node", "2", "-m", "--", "ptxdist", "evaluate"]
-    done = subprocess.run(
-        [program, *words, bundle, "--data", other, "--out", tmp_path / "out", "--json"],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["scores"] == evaluated[1].scores.model_dump()
-    for name in (CASES, PREDICTIONS):
-        assert (tmp_path / "out" / name).read_text() == (evaluated[0] / name).read_text()
