@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.cache.catalog import Case, Catalog
-from ptxdist.cache.duplicates import MAX_BITS, SIDE_PX, Hashes, perceptual_hashes, thumbnail
+from ptxdist.cache.duplicates import SIDE_PX, Hashes, perceptual_hashes, thumbnail
 from ptxdist.cache.store import Store
 from ptxdist.errors import StoreError
 from ptxdist.records import Profile
@@ -32,6 +32,9 @@ COLUMNS = ("pixels", "look", "patient")
 _AT = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BLOCK = 256
 _SALT_DIGITS = 8
+# Without the images, nothing but the hash decides. Copies with another encoding, brightness or gamma differ in at most
+# 26 of 256 bits, different phantoms in 34 and different radiographs in 56 (measured on 60, 200 and 848 images).
+_MOST_BITS = 26
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Fingerprints:
             bits = np.zeros((len(block), len(training.looks)), np.uint16)
             for word in range(4):
                 bits += np.bitwise_count(block[:, word, None] ^ training.looks[None, :, word])
-            close[start : start + len(block)] = (bits <= MAX_BITS).any(1)
+            close[start : start + len(block)] = (bits <= _MOST_BITS).any(1)
         return equal, close & ~equal
 
     def patients_in(self, training: Fingerprints) -> npt.NDArray[np.bool_] | None:

@@ -103,7 +103,7 @@ def evaluate_elsewhere(
         Masks(
             size_px=card.size_px,
             threshold=card.operating_point.bottom,
-            min_area_px=card.operating_point.min_area_px,
+            min_area_px=card.evaluation.min_area_px,
             flip_averaging=card.flip_averaging,
             image_head=card.pipeline.model.image_head,
             precision=choose_precision(card.precision, device),

@@ -111,6 +111,8 @@ def test_tuned_points_are_cross_fitted_and_compared_with_the_models_own(
         low, high = (tuned.gain_intervals or {})["kaggle_dice"]
         assert low <= tuned.gains["kaggle_dice"] <= high
     assert set(result.at_other_thresholds) == {"0.5", "0.55"}
+    assert result.min_area_px == 0  # of fixed thresholds; the point's own smallest area is not theirs
+    assert (result.at_other_thresholds["0.5"].sensitivity or 0) >= (result.at_other_thresholds["0.55"].sensitivity or 0)
 
 
 def test_images_of_the_training_are_recognised_and_left_out_beside(
@@ -264,10 +266,10 @@ def test_fingerprints_are_the_same_for_any_order_and_damaged_ones_are_named() ->
     assert one.write() == other.write()
     again = Fingerprints.read(one.write(), "model")
     assert again.pixels == ("a" * 16, "b" * 16, "c" * 16)
-    near = looks[:1] ^ np.uint64(2**10 - 1)  # forty bits of 256
+    near = looks[:1] ^ np.uint64(2**6 - 1)  # 24 bits of 256
     equal, alike = Fingerprints(("d" * 16,), near, ("",)).seen_in(again)
     assert (equal.tolist(), alike.tolist()) == ([False], [True])
-    far = near ^ np.array([[2**20, 0, 0, 0]], np.uint64)
+    far = near ^ np.array([[2**20 * 7, 0, 0, 0]], np.uint64)
     assert not Fingerprints(("d" * 16,), far, ("",)).seen_in(again)[1].any()
     assert not one.seen_in(Fingerprints((), np.zeros((0, 4), np.uint64), ()))[1].any()
     new = Fingerprints(("e" * 16,) * 2, looks[:2], ("saltsaltb", "saltsaltz"))
