@@ -122,7 +122,7 @@ def train(store: Store, taught: np.ndarray, held_out: np.ndarray, asked: argpars
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
         minutes += cpu_minutes() - started
         network.eval()
         losses = []

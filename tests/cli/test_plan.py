@@ -20,10 +20,11 @@ MEASURED = "# Measured here"
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two cores and no weights, whatever this machine is; an encoder that trains in milliseconds."""
+    """Two cores and no weights, whatever this machine is; an encoder that trains in milliseconds, on few phantoms."""
     monkeypatch.setattr(timing, "this_machine", lambda: Machine(2, 8.0, (), False, ()))
     monkeypatch.setitem(encoders.ENCODERS, "resnet18", TINY)
     monkeypatch.setattr(advice, "_FIRST_EPOCHS", (1, 2))
+    monkeypatch.setattr(advice, "_PHANTOMS", 64)
 
 
 def plan(*arguments: object) -> Result:
