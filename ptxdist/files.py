@@ -17,6 +17,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ from typing import Any, Protocol
 from ptxdist.errors import PtxdistError, RunError, SettingsError
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
+_DRIVE = re.compile("[A-Za-z]:")  # as Windows has it before a name
 _MAX_NAME_BYTES = 230  # of 255; the rest is for what is appended
 
 Error = type[PtxdistError] | None  # class of the error that an OSError becomes; None: the OSError itself is raised
@@ -105,10 +107,78 @@ def write_whole(
         temporary.write_bytes(data)
 
 
-def write_json(path: Path, content: Mapping[str, Any] | _Model, *, sync: bool = True, error: Error = RunError) -> None:
-    """Write a mapping or a pydantic model as JSON, indented by two, atomically."""
+def write_json(
+    path: Path,
+    content: Mapping[str, Any] | _Model,
+    *,
+    beside: Iterable[str] = (),
+    sync: bool = True,
+    error: Error = RunError,
+) -> None:
+    """Write a mapping or a pydantic model as JSON, indented by two, atomically.
+
+    Its last entry, `sha256`, has the checksums by which `read_json` recognises damage: of the other entries, by the
+    name of the file, and of the files `beside` in the same folder, by their names.
+    """
     plain = content if isinstance(content, Mapping) else content.model_dump(mode="json")
-    write_whole(path, json.dumps(plain, indent=2) + "\n", sync=sync, error=error)
+    sums = {path.name: content_sum(plain), **{name: sha256(path.parent / name) for name in beside}}
+    text = json.dumps({**plain, "sha256": sums}, indent=2, allow_nan=False)
+    write_whole(path, text + "\n", sync=sync, error=error)
+
+
+def read_json(path: Path, remedy: str, *, error: type[PtxdistError] = RunError) -> dict[str, Any]:
+    """What `write_json` wrote. A file without `sha256`, of an older version, is not compared, nor are those beside it.
+
+    Raises `error`, which ends with the `remedy`, when the file or one beside it is damaged or cannot be read.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it is no JSON object")
+        sums = content.pop("sha256", None)
+        if sums is None:
+            return content
+        if not isinstance(sums, dict) or sums.get(path.name) != content_sum(content):
+            raise ValueError("it has another checksum than when it was written")
+    except OSError as failure:
+        raise error(f"{path} cannot be read: {failure.strerror or failure}; {remedy}") from failure
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{path} is damaged ({failure}); {remedy}") from failure
+    for name in sums.keys() - {path.name}:
+        beside = below(path.parent, name, error=error)
+        if found := damage_of(beside, sums[name]):
+            raise error(f"{beside} {found}; {remedy}")
+    return content
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The content of JSON in UTF-8; ValueError when it is malformed, nested too deeply, or has a number like NaN."""
+    try:
+        words = text if isinstance(text, str) else text.decode()
+        return json.loads(words, parse_constant=_finite, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
+
+
+def content_sum(content: Mapping[str, Any]) -> str:
+    """sha256 of the content of a JSON file, whatever its order and its blanks."""
+    return sha256(json.dumps(content, sort_keys=True).encode())
+
+
+def damage_of(path: Path, sha256_: object) -> str:
+    """What is wrong with a file that must have this sha256, as the rest of a sentence; "" for nothing."""
+    try:
+        return "" if sha256(path) == sha256_ else "has another checksum than when it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
 
 
 def write_table(
@@ -138,6 +208,26 @@ def move(source: Path, target: Path) -> None:
     """Rename a finished file or folder within a file system, over a former file; OSError when that fails."""
     target.parent.mkdir(parents=True, exist_ok=True)
     os.replace(source, target)
+
+
+def below(folder: Path, name: str, *, error: type[PtxdistError] = RunError) -> Path:
+    """The path in `folder` of a name from a file, an archive or a listing, which anybody may have written.
+
+    Such a name is relative and printable, with "/" between its parts. Raises `error` for any other: an absolute or
+    Windows-style one, one with "..", and one that leads out of the folder through a link to another folder.
+    """
+    if not is_relative(name):
+        raise error(f"{name!r} is not the name of a file in {folder}: such names are relative, without '..'")
+    path = folder / name
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        raise error(f"{name!r} leads out of {folder} through a link; remove that link")
+    return path
+
+
+def is_relative(name: object) -> bool:
+    """Whether a name has the form that `below` accepts."""
+    is_plain = isinstance(name, str) and name.isprintable() and "\\" not in name and not _DRIVE.match(name)
+    return is_plain and not {"", ".", ".."} & {*str(name).split("/")}
 
 
 def remove_leftovers(folder: Path, *, deep: bool = True) -> None:

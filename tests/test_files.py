@@ -27,8 +27,11 @@ from safetensors.numpy import load_file, save_file
 
 from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError, StorageError, StoreError
 from ptxdist.files import (
+    below,
     copy,
     move,
+    parse_json,
+    read_json,
     remove_leftovers,
     replacing,
     replacing_folder,
@@ -322,18 +325,108 @@ class Model(BaseModel):
     nothing: int | None = None
 
 
-def test_json_is_what_it_always_was(tmp_path: Path) -> None:
-    model = Model(name="é\udcff"[:1], values=(0.1, 1e-9, float("inf")))
+def test_json_is_what_it_always_was_and_a_checksum(tmp_path: Path) -> None:
+    model = Model(name="é\udcff"[:1], values=(0.1, 1e-9, -0.0))
     for content, plain in (({"b": 1, "a": ["é", None]},) * 2, (model, model.model_dump(mode="json")), ({}, {})):
         write_json(tmp_path / "x.json", content)
-        assert (tmp_path / "x.json").read_bytes() == (json.dumps(plain, indent=2) + "\n").encode()
+        found = json.loads((tmp_path / "x.json").read_bytes())
+        assert (tmp_path / "x.json").read_bytes() == (json.dumps(found, indent=2) + "\n").encode()
+        assert list(found.pop("sha256")) == ["x.json"]
+        assert found == plain == read_json(tmp_path / "x.json", "")
 
 
 def test_what_is_no_json_is_not_written(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "x.json", {"a": object()})
+    for value, kind in ((object(), TypeError), (float("nan"), ValueError), (float("inf"), ValueError)):
+        with pytest.raises(kind):
+            write_json(tmp_path / "x.json", {"a": value})
     assert names(tmp_path) == ["x.json"]
+
+
+def test_json_that_was_altered_is_refused_and_other_blanks_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    (tmp_path / "table.csv").write_bytes(b"a\n1\n2\n")
+    write_json(path, {"a": 0.5, "b": [1, "é"]}, beside=["table.csv"])
+    whole = path.read_text()
+    path.write_text(json.dumps(json.loads(whole)))
+    assert read_json(path, "") == {"a": 0.5, "b": [1, "é"]}
+    path.write_text(whole.replace("0.5", "0.6"))
+    with pytest.raises(
+        StoreError, match=r"x.json is damaged \(it has another checksum than when it was .*; do it again"
+    ):
+        read_json(path, "do it again", error=StoreError)
+    path.write_text(whole)
+    for content, words in ((b"a\n1\n", "has another checksum than when it was written"), (None, "is missing")):
+        (tmp_path / "table.csv").unlink()
+        if content:
+            (tmp_path / "table.csv").write_bytes(content)
+        with pytest.raises(RunError, match=f"table.csv {words}; do it again"):
+            read_json(path, "do it again")
+        (tmp_path / "table.csv").touch()
+
+
+def test_json_of_an_older_version_is_read_without_a_checksum(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"a": 1}')
+    assert read_json(tmp_path / "x.json", "") == {"a": 1}
+
+
+NO_JSON = {
+    "": "Expecting value",
+    "{": "Expecting property name",
+    '{"a": NaN}': "NaN is no number",
+    '{"a": -Infinity}': "-Infinity is no number",
+    '{"a": 1e999}': "1e999 is no number",
+    "\xff": "can't decode byte 0xff",
+    "[" * 100_000: "nested too deeply",
+    '{"a": ' * 100_000: "nested too deeply",
+    '{"a": ' + "9" * 10_000 + "}": "limit .* for integer string conversion",
+}
+
+
+@pytest.mark.parametrize("text", NO_JSON, ids=lambda text: text[:20])
+def test_what_is_no_json_is_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=NO_JSON[text]):
+        parse_json(text.encode("latin-1"))
+    with pytest.raises(RunError, match=r"x.json is damaged \(.*\); do it again"):
+        read_json(tmp_path / "x.json", "do it again")
+
+
+@pytest.mark.parametrize("text", ['{"sha256": 1}', '{"sha256": {}}', '{"sha256": {"y.json": "0"}}', "[]", "1", "null"])
+def test_json_with_another_form_is_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(RunError, match=r"x.json is damaged \(.*\); do it again"):
+        read_json(tmp_path / "x.json", "do it again")
+    for missing in (tmp_path / "y.json", tmp_path):
+        with pytest.raises(RunError, match=f"{missing} cannot be read: .*; do it again"):
+            read_json(missing, "do it again")
+
+
+OUTSIDE = (
+    "", "/etc/passwd", "//x", "..", "../x", "a/../../x", "a/..", ".", "./x", "a//b", "a/", "C:/x", "c:x", "a\\..\\x",
+    "\\\\host\\x", "a\0b", "a\nb", "a\x1b[31mb", "\udcff", None, 7, ["a"],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=repr)
+def test_names_that_lead_out_of_a_folder_are_refused(tmp_path: Path, name: Any) -> None:
+    with pytest.raises(StoreError, match="is not the name of a file in"):
+        below(tmp_path, name, error=StoreError)
+
+
+def test_names_below_a_folder_stay_there_whatever_its_links(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (folder / "out").symlink_to(tmp_path / "other")
+    (folder / "file").symlink_to(tmp_path / "other" / "file")
+    (tmp_path / "link").symlink_to(folder)
+    for name in ("x", "a/x", "a/new/x", "256.zarr/c/0", "é ö", "...", "a..b", ".hidden", "file"):
+        for base in (folder, tmp_path / "link"):  # a write to `file` replaces the link
+            assert below(base, name) == base / name
+    for name in ("out/x", "out/new/x"):
+        with pytest.raises(RunError, match=f"'{name}' leads out of .* through a link; remove that link"):
+            below(folder, name)
 
 
 @pytest.mark.parametrize("end", ["\r\n", "\n"])

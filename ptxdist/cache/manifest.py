@@ -6,7 +6,7 @@ Owns: `manifest.json` and its schema.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,10 @@ from ptxdist.errors import StoreError
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+# The files that a manifest lists beside the shards: tables, and what zarr writes around the shards.
+_NAME = re.compile(r"[a-z_]+(\.csv|\.jsonl)?|[1-9][0-9]{0,4}\.zarr/([a-z_]+/)?(zarr\.json|c/[0-9]{1,9})", re.ASCII)
+_SIZE = re.compile("[1-9][0-9]{0,4}", re.ASCII)
+_SUM, _SUMS = re.compile("[0-9a-f]+"), re.compile("([0-9a-f]{8})*")
 _SHARD_KEYS = ("shards", "staged")  # the second one is `StoreRecord.pending`
 
 
@@ -73,25 +77,47 @@ def read_manifest(cache: Path) -> Manifest:
 def parse_manifest(text: bytes, path: Path | str) -> Manifest:
     """As `read_manifest`, from the bytes of the file; errors name `path`."""
     try:
-        content = json.loads(text)
+        content = files.parse_json(text)
         if content["schema"] > SCHEMA:
             raise StoreError(f"{path} has schema {content['schema']}, this ptxdist knows {SCHEMA}: update ptxdist")
         if content["schema"] < SCHEMA:
             return Manifest()
-        if content.pop("sha256") != _content_sum(content):
+        if content.pop("sha256") != files.content_sum(content):
             raise ValueError("its checksum differs")
-        return Manifest({int(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for name, sum_ in content["files"].items():
+            _check(_NAME.fullmatch(name), f"it lists {name!r}, which is no file of a cache")
+            _check(_SUM.fullmatch(sum_), f"the checksum of {name} is none")
+        return Manifest(
+            {_size(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"]
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged ({error}); remove it and rerun `ptxdist preprocess`") from error
+
+
+def _size(text: str) -> int:
+    _check(_SIZE.fullmatch(text), f"{text!r} is no size")
+    return int(text)
 
 
 def _store_record(entry: dict[str, Any]) -> StoreRecord:
     shards, pending = (tuple(record and _shard_record(record) for record in entry.pop(key)) for key in _SHARD_KEYS)
-    return StoreRecord(**entry, shards=shards, pending=pending)
+    record = StoreRecord(**entry, shards=shards, pending=pending)
+    _check(type(record.complete) is bool and type(record.cases) is int, "a store is not described as one")
+    samples = sum(len(shard.image_crc32c) // 8 for shard in shards)
+    _check(not record.complete or samples == record.cases, f"{samples} checksums for {record.cases} cases")
+    return record
 
 
 def _shard_record(record: dict[str, Any]) -> ShardRecord:
-    return ShardRecord(**{**record, "rejects": tuple(map(tuple, record["rejects"]))})
+    found = ShardRecord(**{**record, "rejects": tuple(map(tuple, record["rejects"]))})
+    sums = found.image_crc32c, found.mask_crc32c
+    _check(all(map(_SUMS.fullmatch, sums)) and len(set(map(len, sums))) == 1, "the checksums of a shard are none")
+    return found
+
+
+def _check(is_right: object, what: str) -> None:
+    if not is_right:
+        raise ValueError(what)
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -101,13 +127,9 @@ def manifest_text(manifest: Manifest) -> str:
         entry["staged"] = entry.pop("pending")
     content = {"schema": SCHEMA, "sizes": sizes, "files": dict(sorted(manifest.files.items()))}
     content = json.loads(json.dumps(content))  # tuples become lists, as they will be when it is read
-    return json.dumps({**content, "sha256": _content_sum(content)}, indent=1)
+    return json.dumps({**content, "sha256": files.content_sum(content)}, indent=1)
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:
     """Write manifest.json atomically."""
     files.write_whole(cache / MANIFEST, manifest_text(manifest), error=None)
-
-
-def _content_sum(content: Mapping[str, Any]) -> str:
-    return files.sha256(json.dumps(content, sort_keys=True).encode())

@@ -46,21 +46,11 @@ def verify(
         Damage(name, reason)
         for name, sum_ in manifest.files.items()
         if not name.partition("/")[0].endswith(".zarr") or int(name.split(".")[0]) in sizes
-        if (reason := _damage_of(cache / name, sum_))
+        if (reason := files.damage_of(cache / name, sum_))
     ]
     with suppress(StoreError):
         damages += _compare(cache, manifest, sizes, shards(read_catalog(cache).labelled), on_progress)
     return damages
-
-
-def _damage_of(path: Path, sum_: str) -> str:
-    """What is wrong with a file that must have this sha256; "" for nothing."""
-    try:
-        return "" if files.sha256(path) == sum_ else "has another checksum than when it was written"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
 
 
 def _compare(

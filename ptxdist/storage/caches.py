@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections import Counter
@@ -38,7 +39,7 @@ from ptxdist.cache.store import ARRAYS, shard_path, store_path
 from ptxdist.cache.verify import verify
 from ptxdist.config import DataSettings
 from ptxdist.errors import BusyError, StoreError
-from ptxdist.storage.lease import LEASE, Lease
+from ptxdist.storage.lease import Lease
 from ptxdist.storage.remote import ConflictError, Remote, is_remote
 
 _GB = 10**9
@@ -126,8 +127,8 @@ def _fill(
 
 
 def _was_checked(folder: Path, token: str, sizes: Sequence[int]) -> bool:
-    with suppress(FileNotFoundError):
-        found = json.loads((folder / _CHECKED).read_text())
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = files.parse_json((folder / _CHECKED).read_bytes())
         return bool(found["token"] == token and set(sizes) <= set(found["sizes"]))
     return False
 
@@ -150,7 +151,8 @@ def working_cache(place: str | Path, on_progress: Progress = lambda step, done, 
             shutil.rmtree(folder, ignore_errors=True)
             names = remote.list()
             _free_space(folder, sum(size for size, _ in names.values()))
-            remote.fetch(names.keys() - {LEASE}, folder, lambda done, total: on_progress("copies", done, total))
+            wanted = [name for name in names if not name.startswith(".")]
+            remote.fetch(wanted, folder, lambda done, total: on_progress("copies", done, total))
             _note(folder, content)
         yield folder
         lease.check()
@@ -232,18 +234,14 @@ def _note(folder: Path, manifest: bytes) -> None:
 
 
 def _is_known(folder: Path, manifest: bytes) -> bool:
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, ValueError):
         return files.sha256(manifest) in (folder / _SENT).read_text().split()
     return False
 
 
 def use(name: str, data: DataSettings | None = None) -> Path:
     """The folder of this name for cached copies; no process deletes it until this one ends."""
-    given = (data and data.staging) or os.environ.get("PTXDIST_STAGING")
-    root = Path(given).absolute() if given else Path(tempfile.gettempdir(), f"ptxdist-{os.getuid()}")
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not given and root.stat().st_uid != os.getuid():
-        raise StoreError(f"{root} belongs to another user; set PTXDIST_STAGING to a folder of your own")
+    root = _root((data and data.staging) or os.environ.get("PTXDIST_STAGING"))
     lock = _beside(root / name, "use")
     if lock not in _held:
         with ExitStack() as held:
@@ -251,6 +249,31 @@ def use(name: str, data: DataSettings | None = None) -> Path:
             _held[lock] = held.pop_all()
     os.utime(lock)
     return root / name
+
+
+def _root(given: str | None) -> Path:
+    """The folder for copies: the given one; in the temporary folder, and wherever everybody may write, one of our own.
+
+    Raises StoreError when that is a link, or when another user has made it or may write to it: it could hold anything.
+    """
+    root = Path(given or tempfile.gettempdir()).absolute()
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if given and not root.stat().st_mode & stat.S_IWOTH:
+            return root
+        root /= f"ptxdist-{os.getuid()}"
+        with suppress(FileExistsError):
+            root.mkdir(mode=0o700)
+        found = root.lstat()
+    except OSError as error:
+        raise StoreError(f"{root} cannot be used: {error.strerror}; set PTXDIST_STAGING to another folder") from error
+    is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or is_open:
+        raise StoreError(
+            f"{root} is a link, or another user has made it or may write to it; remove it, or set PTXDIST_STAGING to a "
+            "folder of your own"
+        )
+    return root
 
 
 def _beside(folder: Path, kind: str) -> Path:

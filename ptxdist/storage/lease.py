@@ -10,7 +10,9 @@ import secrets
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 
+from ptxdist import files
 from ptxdist.errors import BusyError, StorageError
 from ptxdist.storage.remote import ConflictError, Remote
 
@@ -33,9 +35,9 @@ class Lease:
 
     def __enter__(self) -> Lease:
         content, version = self._remote.read_version(LEASE)
-        there = json.loads(content) if content else {}
+        there = _parse(content) if content else {}
         self.former = str(there.get("token", ""))
-        if there and not there["released"] and self.former != self.token:
+        if there and there.get("released") is not True and self.former != self.token:
             time.sleep(_LEASE_S)
             if self._remote.read_version(LEASE)[1] != version:
                 raise self._busy()
@@ -74,3 +76,12 @@ class Lease:
 
     def _busy(self) -> BusyError:
         return BusyError(f"another ptxdist is writing to {self._remote.url}; wait for it or stop it")
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """The content of a lease; of a damaged one {"released": False}, so that it expires like that of a dead writer."""
+    with suppress(ValueError):
+        found = files.parse_json(content)
+        if isinstance(found, dict):
+            return found
+    return {"released": False}

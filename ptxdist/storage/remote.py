@@ -138,9 +138,10 @@ class Remote:
     def fetch(self, names: Iterable[str], folder: Path, on_fetched: OnCount = lambda done, total: None) -> None:
         """Read objects into files of the same names below `folder`, several at a time, each atomically.
 
-        Objects that do not exist are skipped.
+        Objects that do not exist are skipped. A name that leads out of `folder` is a StorageError, before any is read.
         """
-        for _ in _each(lambda name: self._fetch(name, folder / name), list(names), on_fetched):
+        paths = {name: files.below(folder, name, error=StorageError) for name in names}
+        for _ in _each(lambda name: self._fetch(name, paths[name]), paths, on_fetched):
             pass
 
     def delete(self, names: Iterable[str]) -> None:
@@ -241,7 +242,9 @@ def _refusal(error: Exception) -> str:
         return "there is no such bucket; create it or correct the address"
     if kind in ("PermissionDeniedError", "UnauthenticatedError"):
         return f"access is refused{_code(text)}; {_CREDENTIALS}"
-    if kind == "InvalidPathError" or status:
+    if kind == "InvalidPathError":
+        return "the name of an object there, or the address itself, has an empty part, '.' or '..'; remove or rename it"
+    if status:
         return f"the object store rejects the request{_code(text)}; check the address, AWS_ENDPOINT_URL and AWS_REGION"
     return ""
 

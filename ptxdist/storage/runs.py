@@ -26,7 +26,7 @@ from ptxdist.config import DataSettings
 from ptxdist.errors import BusyError, RunError, StorageError
 from ptxdist.rundir import CHECKPOINTS, EVALUATION, LOCK, RAY_LOG, RESULT, SETTINGS, stage_folder
 from ptxdist.storage.caches import alone, key_of, use
-from ptxdist.storage.lease import LEASE, Lease
+from ptxdist.storage.lease import Lease
 from ptxdist.storage.remote import Remote, is_remote
 
 EVALUATION_PART = f"{EVALUATION}/"
@@ -62,7 +62,7 @@ class Mirror:
         if self.remote is None:
             return
         with alone(self.base):
-            listed = {name: found for name, found in self.remote.list().items() if name != LEASE}
+            listed = {name: found for name, found in self.remote.list().items() if not name.startswith(".")}
             for part in parts:
                 known, there = self._known(part), self._local(part)
                 mine = {name: found for name, found in listed.items() if self._is_in(name, part)}
@@ -152,8 +152,8 @@ class Mirror:
         return inside and not (self._without and self._without in name)
 
     def _known(self, part: str) -> Known:
-        with suppress(FileNotFoundError, ValueError):
-            return dict(json.loads(self._journal(part).read_text()))
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            return dict(files.parse_json(self._journal(part).read_bytes()))
         return {}
 
     def _remember(self, part: str, known: Known) -> None:

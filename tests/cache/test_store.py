@@ -34,6 +34,7 @@ from ptxdist.cache.store import (
     write_metadata,
 )
 from ptxdist.errors import StoreError
+from ptxdist.files import content_sum
 
 Block = npt.NDArray[np.uint8]
 EDGES = [1, 15, 16, 17, 127, 128, 129, 143, 144, 145, 255, 256, 257]
@@ -400,6 +401,38 @@ def test_manifest_of_a_newer_version_or_damaged_is_refused(tmp_path: Path, text:
         open_store(tmp_path, 4)
     assert str(tmp_path / MANIFEST) in str(caught.value)
     assert expected in str(caught.value)
+
+
+SHARD = {"fingerprint": "a", "image_crc32c": "00000000", "mask_crc32c": "00000000", "rejects": []}
+STORE = {"complete": True, "cases": 1, "fingerprint": "f", "shards": [SHARD], "staged": []}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *({"sizes": {size: STORE}} for size in ("0", "-4", "../4", "4.0", "123456", "٤")),
+        *(
+            {"sizes": {"4": STORE | change}}
+            for change in ({"cases": "1"}, {"cases": 2}, {"cases": True}, {"complete": 1})
+        ),
+        *(
+            {"sizes": {"4": STORE | {"shards": [SHARD | change]}}}
+            for change in ({"image_crc32c": "0"}, {"rejects": [1]})
+        ),
+        *({"files": {name: "00"}} for name in ("/etc/x", "../x", "4.zarr/../x", "C:x", "salt\n", ".lock", MANIFEST)),
+        {"files": {"salt": 1}},
+        {"files": ["salt"]},
+        {"schema": float("nan")},
+    ],
+)
+def test_manifest_with_a_right_checksum_and_wrong_content_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    plain = {"schema": 2, "sizes": {"4": STORE}, "files": {"salt": "00", "4.zarr/image/c/0": "00"}}
+    for text, expected in ((plain, True), ({**plain, **content}, False)):
+        (tmp_path / MANIFEST).write_text(json.dumps({**text, "sha256": content_sum(text)}))
+        if expected:
+            assert read_manifest(tmp_path).store(4).cases == 1
+        else:
+            refused(tmp_path, 4, "manifest.json is damaged (")
 
 
 def test_manifest_of_a_former_version_is_as_none(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from object_store import BUCKET, KEY, SECRET, Proxy
 
+from ptxdist import files
 from ptxdist.cache.manifest import MANIFEST
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import verify
@@ -28,6 +30,7 @@ from ptxdist.storage import caches
 from ptxdist.storage.caches import local_cache, remote_digest, working_cache
 from ptxdist.storage.lease import LEASE, Lease
 from ptxdist.storage.remote import Remote
+from ptxdist.storage.runs import local_run
 
 
 @pytest.fixture
@@ -169,6 +172,49 @@ def test_damage_in_the_store_is_told_with_its_name_and_mended_by_sending_again(
     Remote(url).delete([name])
     send(three_shards, url)
     assert verify(local_cache(url)) == []
+
+
+def test_a_manifest_that_names_a_file_outside_of_the_cache_writes_nowhere(
+    s3: Proxy, url: str, three_shards: Path, tmp_path: Path
+) -> None:
+    """Anybody can compute the checksum of a manifest."""
+    send(three_shards, url)
+    outside, remote = tmp_path / "outside", Remote(url)
+    outside.write_text("mine")
+    whole = json.loads((three_shards / MANIFEST).read_text())
+    for name in (
+        str(outside),
+        "../../outside",
+        "32.zarr/../../../outside",
+        "C:\\outside",
+        "32.zarr/a\x1b[2Jb",
+        ".lock",
+    ):
+        plain = {**whole, "files": {**whole["files"], name: hashlib.sha256(b"hostile").hexdigest()}}
+        plain["sha256"] = files.content_sum({key: value for key, value in plain.items() if key != "sha256"})
+        remote.write(MANIFEST, json.dumps(plain).encode())
+        remote._store.put("outside", b"hostile")
+        done = run("verify", url)
+        assert done.exit_code == 7, done.output
+        assert f"it lists {name!r}, which is no file of a cache" in done.output.replace("\n", "")
+        assert outside.read_text() == "mine"
+    assert [path.name for path in (tmp_path / "staging").glob("cache-*")] == []
+
+
+@pytest.mark.parametrize("key", ["..%2f..%2foutside", "%2foutside", "C:%5coutside", "a%1b%5b2Jb", ".%2foutside"])
+def test_an_object_whose_name_leads_out_of_the_folder_writes_nowhere(
+    s3: Proxy, url: str, three_shards: Path, tmp_path: Path, key: str
+) -> None:
+    send(three_shards, url)
+    _forget(tmp_path / "staging", "work-*")
+    connection = http.client.HTTPConnection(s3.url.removeprefix("http://"))
+    connection.request("PUT", f"{url.removeprefix('s3:/')}/{key}", b"hostile")
+    assert connection.getresponse().status == 200
+    Remote(url).write("settings.json", b"{}")
+    for read in (lambda: local_run(url), lambda: working_cache(url).__enter__()):
+        with pytest.raises(StorageError, match=r"is not the name of a file in|has an empty part, '.' or '..'"):
+            read()
+    assert not list(tmp_path.rglob("outside*"))
 
 
 # --- many at once ---------------------------------------------------------------------------------------------------

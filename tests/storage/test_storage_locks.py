@@ -93,3 +93,33 @@ def test_who_fills_a_copy_waits_for_the_process_that_fills_it(root: Path) -> Non
         process.communicate()
         assert entered.wait(10)
     thread.join()
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("what", ["new", "own", "link", "open", "file"])
+def test_where_everybody_may_write_copies_are_in_a_folder_that_is_only_ours(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, given: bool
+) -> None:
+    shared, own = tmp_path / "shared", tmp_path / "shared" / f"ptxdist-{os.getuid()}"
+    shared.mkdir()
+    shared.chmod(0o777)
+    if given:
+        monkeypatch.setenv("PTXDIST_STAGING", str(shared))
+    else:
+        monkeypatch.delenv("PTXDIST_STAGING")
+        monkeypatch.setattr("tempfile.tempdir", str(shared))
+    if what in ("own", "open"):
+        own.mkdir()
+        own.chmod(0o700 if what == "own" else 0o777)
+    elif what == "link":
+        (tmp_path / "of somebody else").mkdir()
+        own.symlink_to(tmp_path / "of somebody else")
+    elif what == "file":
+        own.touch()
+    if what in ("new", "own"):
+        assert caches.use("mine") == own / "mine"
+        assert own.stat().st_mode & 0o777 == 0o700
+    else:
+        with pytest.raises(StoreError, match=r"ptxdist-\d+ is a link, or another user has made it or may write to it"):
+            caches.use("mine")
+        assert not list((tmp_path / "of somebody else").glob("*"))
