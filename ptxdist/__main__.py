@@ -1,6 +1,30 @@
-"""`python -m ptxdist` is `ptxdist`."""
+"""The program: `python -m ptxdist` is `ptxdist`."""
 
-from ptxdist.cli import main
+from __future__ import annotations
+
+import os
+import sys
+
+from ptxdist import interrupts
+
+
+def main() -> None:
+    """Run the command line; signals are handled from the start, also while it is imported."""
+    interrupts.install()
+    try:
+        from ptxdist.cli import cli
+
+        cli(prog_name="ptxdist")
+    except interrupts.Interrupted as error:
+        interrupts.say()
+        sys.exit(error.exit_code)
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            try:
+                stream.flush()
+            except OSError:  # nobody reads it any more; else the interpreter would end with a code of its own
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
 
 if __name__ == "__main__":
     main()

@@ -111,7 +111,8 @@ def processes(workers: int) -> Iterator[Executor]:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interruption
+    for number in (signal.SIGINT, signal.SIGHUP):  # of the terminal, to all processes; the parent handles them
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

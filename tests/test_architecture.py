@@ -20,6 +20,7 @@ RULES = {
     "files": ("errors", ""),
     "locks": ("errors", ""),
     "executor": ("errors", ""),
+    "interrupts": ("", ""),
     "config": ("errors", "pydantic"),
     "resolve": ("errors config", "pydantic"),
     "records": ("", "pydantic"),
@@ -48,11 +49,19 @@ RULES = {
     "cluster": ("base cache storage scores run", "ray torch requests packaging grpc"),
     "console": ("base cache scores", "rich"),
     "cli": ("base version cache storage phantoms scores train report predict run cluster console", "click"),
-    "__main__": ("cli", ""),
+    "__main__": ("interrupts cli", ""),
     "": ("base cache phantoms scores train report predict run", ""),  # the Python API, loaded on first use
 }
 KNOWN: set[tuple[str, str]] = set()  # (module, what it imports): imports that break the rule and are to go
-AT_START = {"", "version", "errors", "config", "cli", "__main__"}  # of ours, what the start of the command line loads
+AT_START = {
+    "",
+    "version",
+    "errors",
+    "config",
+    "interrupts",
+    "cli",
+    "__main__",
+}  # of ours, what the start of the command line loads
 HEAVY = {"torch", "ray"}  # it loads none of these
 MAX_LINES = 400
 

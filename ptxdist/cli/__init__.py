@@ -6,13 +6,14 @@ imports are inside the commands, so that `ptxdist --help` is fast.
 
 from __future__ import annotations
 
-import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from ptxdist import __version__
+from ptxdist import __version__, interrupts
 from ptxdist.cli.data import phantom, preprocess, verify
 from ptxdist.cli.demo import demo
 from ptxdist.cli.doctor import doctor
@@ -30,17 +31,27 @@ from ptxdist.errors import PtxdistError
 class _Commands(click.Group):
     """Prints a PtxdistError as one line and exits with its code; any other exception keeps its traceback."""
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _said():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
+        with _said():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _said() -> Iterator[None]:
+    try:
+        yield
+    except PtxdistError as error:
         from ptxdist import console
 
-        try:
-            return super().invoke(ctx)
-        except PtxdistError as error:
-            console.fail(str(error))
-            ctx.exit(error.exit_code)
-        except KeyboardInterrupt:
-            console.say("interrupted; finished work is kept, and is skipped when you rerun the command")
-            ctx.exit(130)
+        console.fail(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        interrupts.say()
+        sys.exit(getattr(error, "exit_code", 130))
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -68,9 +79,3 @@ for _command in (
     verify,
 ):
     cli.add_command(_command)
-
-
-def main() -> None:
-    """Entry point of the `ptxdist` command."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # lets `finally` clean up
-    cli(prog_name="ptxdist")

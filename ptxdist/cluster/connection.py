@@ -15,7 +15,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+from ptxdist import interrupts
 from ptxdist.config import TrainSettings
 from ptxdist.errors import ClusterError
 
@@ -33,12 +35,14 @@ def connection(address: str | None, *, cpus: int | None = None) -> Iterator[None
     """
     try:
         if address is None:
-            _start_local(cpus)
+            with _signals_stay_ours():
+                _start_local(cpus)
         else:
             _prepare_for(address)
             import ray
 
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            with _signals_stay_ours():
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "version mismatch" in str(error).lower():
@@ -93,6 +97,31 @@ def ray_for_training(train: TrainSettings) -> Iterator[bool]:
 def on_cluster() -> str | None:
     """The address of the cluster that this process has to use, which Ray sets in a job; None without a cluster."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+@contextmanager
+def _signals_stay_ours() -> Iterator[None]:
+    """Keep Ray from handling SIGTERM during the block.
+
+    Ray's own handlers end a driver with exit code 15, and the one of its C++ core, which `connect` installs, with 134
+    and a stack trace.
+    """
+    if not interrupts.installed():
+        yield
+        return
+    from ray._private import utils, worker
+
+    set_handler, connect = utils.set_sigterm_handler, worker.connect
+
+    def connect_without_handler(*args: Any, **extra: Any) -> None:
+        with interrupts.held():
+            connect(*args, **extra)
+
+    utils.set_sigterm_handler, worker.connect = lambda handler: None, connect_without_handler
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler, worker.connect = set_handler, connect
 
 
 def _start_local(cpus: int | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import refuse_unfit
@@ -28,6 +28,9 @@ from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.rundir import EVALUATION, read_evaluation, read_stage_result, stage_folder
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
 
 _POLL_S = 0.2
 _log = logging.getLogger(__name__)
@@ -123,7 +126,7 @@ class RayEngine:
         import ray
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
         from ray.train.v2.api.exceptions import (
             ControllerError,
             PreemptionError,
@@ -137,7 +140,7 @@ class RayEngine:
             needed = train.min_workers or "all"
             self._say(f"the cluster has capacity for {capacity} of {train.workers} workers, {needed} are needed")
         with _listen(self.on_event) as inbox:
-            trainer = TorchTrainer(
+            trainer = _trainer()(
                 work,
                 train_loop_config={"task": task.model_dump_json(), "inbox": inbox},
                 torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -169,6 +172,17 @@ class RayEngine:
             finally:
                 _free_capacity()
                 shutil.rmtree(folder / "ray", ignore_errors=True)
+
+
+def _trainer() -> type[TorchTrainer]:
+    """TorchTrainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait."""
+    from ray.train.torch import TorchTrainer
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+        def _register_sigint_handler(self, controller: Any) -> None:
+            """`ptxdist.interrupts` handles it."""
+
+    return Trainer
 
 
 def _free_capacity() -> None:

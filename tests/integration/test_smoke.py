@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from commands import INSIDE, ptxdist, train_words, wait_for, workers_of
 
+from ptxdist.interrupts import SENTENCE
 from ptxdist.labels import rle
 from ptxdist.run.pipeline import only_training
 from ptxdist.rundir import read_metrics, read_result, read_settings, read_stage_result, stage_folder
@@ -41,8 +42,8 @@ class Trained(NamedTuple):
 def trained(work: Path) -> Trained:
     """The smoke pipeline on two Ray workers, with three deaths.
 
-    A worker is killed inside an epoch, the command between the stages. Of the second command all workers are killed at
-    once.
+    A worker is killed inside an epoch, the command gets SIGTERM between the stages. Of the second command all workers
+    are killed at once.
     """
     run = work / "runs" / "smoke"
     words = [sys.executable, "-m", "ptxdist", *map(str, train_words(work, run, inside=True)), "--json"]
@@ -63,8 +64,9 @@ def trained(work: Path) -> Trained:
     wait_for(first / "checkpoints" / INSIDE, process, logs[0])
     os.kill(workers(process, logs[0])[-1], signal.SIGKILL)
     wait_for(first / "result.json", process, logs[0])
-    process.kill()
-    process.wait()
+    process.terminate()
+    assert process.wait(timeout=60) == 143, logs[0].read_text()
+    assert logs[0].read_text().splitlines()[-1] == SENTENCE
     assert read_stage_result(second) is None, "killed before the second stage was finished"
     written = (first / "result.json").stat().st_mtime_ns
 
