@@ -63,6 +63,8 @@ def interrupt(words: list[str], number: signal.Signals, moment_s: float, mark: s
 def main() -> None:
     cache, times, most_s = sys.argv[1], int((sys.argv[2:] or ["20"])[0]), float((sys.argv[3:] or ["20"])[0])
     chosen, wrong = random.Random(0), 0
+    for number in (signal.SIGINT, signal.SIGHUP):  # a background job ignores the one, nohup the other
+        signal.signal(number, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as folder:
         words = ["train", "--pipeline", "smoke", "--workers", "2", "--data", cache, "--run", f"{folder}/run"]
         words += ["--set", "model.encoder=small", "--set", "train.checkpoint_every_images=20"]
