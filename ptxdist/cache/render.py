@@ -20,16 +20,13 @@ from ptxdist.cache.manifest import ShardRecord
 from ptxdist.cache.scan import digest_of
 from ptxdist.cache.store import ARRAYS, crc32c, shard_path, shard_writer, store_path
 from ptxdist.config import fingerprint
+from ptxdist.dicom.guard import PassingError, guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import DicomError
 from ptxdist.labels import rle
 
 TRANSFORM = 2  # raised by every change of the transform, which rewrites every shard
-
-
-class PassingError(DicomError):
-    """A file that could be read when the catalog was built and may be readable again."""
 
 
 @dataclass(frozen=True)
@@ -111,17 +108,26 @@ def _samples(
         if not case.digest:
             continue
         try:
-            image = _read_image(case, shard.root / path)
+            with guarded():
+                samples = [*_of_case(case, shard.root / path, sizes_px)]
         except DicomError as error:
             rejects.append((case.case_id, error))
             continue
+        for sample in samples:
+            yield row, *sample
+
+
+def _of_case(case: Case, path: Path, sizes_px: Sequence[int]) -> Iterator[tuple[int, str, Pixels]]:
+    """(size, array, sample) of a case, without an empty mask."""
+    image = _read_image(case, path)
+    for size in sizes_px:
+        yield size, "image", resize(image, size)
+    del image
+    if case.masks:
+        # Runs go down columns: decoding and resizing the transposed mask keeps memory access in order.
+        mask = fit_square(rle.decode_columns(case.masks, case.rows, case.columns, value=255))
         for size in sizes_px:
-            yield row, size, "image", resize(image, size)
-        if case.masks:
-            # Runs go down columns: decoding and resizing the transposed mask keeps memory access in order.
-            mask = fit_square(rle.decode_columns(case.masks, case.rows, case.columns, value=255))
-            for size in sizes_px:
-                yield row, size, "mask", resize(mask, size).T
+            yield size, "mask", resize(mask, size).T
 
 
 def _read_image(case: Case, path: Path) -> Pixels:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import Header, read_bytes, read_header, read_start
 from ptxdist.errors import CatalogError, DicomError
@@ -78,9 +79,10 @@ def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tu
     for name in names:
         digest, header, reason, content = "", None, "", b""
         try:
-            content = read_bytes(root / name)
-            digest = digest_of(content)
-            header = read_header(content, salt, name)
+            with guarded():
+                content = read_bytes(root / name)
+                digest = digest_of(content)
+                header = read_header(content, salt, name)
         except DicomError as error:
             reason = str(error)
         files.append(ScannedFile(name, digest, header, reason, not reason or kind_of(content) != "object"))

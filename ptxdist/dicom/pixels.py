@@ -320,7 +320,7 @@ def to_uint8(stored: Stored, file: Tags) -> Pixels:
         unit = values / 255
     else:
         unit = _spread(values, stored, padding)
-    if not np.isfinite(unit).all():
+    if not (np.isfinite(values).all() and np.isfinite(unit).all()):
         raise DicomError("has a rescale or a window whose numbers are too large")
     table = np.rint(np.clip(unit, 0.0, 1.0) * 255).astype(np.uint8)
     if inverse:

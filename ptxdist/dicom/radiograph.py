@@ -28,7 +28,7 @@ _SIZES = {
     "Imager Pixel Spacing": tags.DETECTOR_SPACING,
     "Nominal Scanned Pixel Spacing": tags.SCANNED_SPACING,
 }
-MAX_BYTES = 1024 * 1024 * 1024
+MAX_BYTES = tags.MAX_INFLATED
 _MOST_ID_BYTES = 200  # of a PNG's name; other files are named by it
 CASE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # valid as a file name everywhere; every UID matches
 
@@ -214,9 +214,8 @@ def _word(text: str) -> str:
 def _age(text: str) -> int | None:
     """Years from an age string: `062Y` as in the standard or `62` as in the challenge; None if neither."""
     text = text.upper()
-    if not text.isascii():
+    found = re.fullmatch(r"0*(\d{1,4})([DWMY]?)", text, re.ASCII)
+    if found is None:
         return None
-    if text.endswith(("D", "W", "M")) and text[:-1].isdigit():
-        return int(text[:-1]) // {"D": 365, "W": 52, "M": 12}[text[-1]]
-    text = text.removesuffix("Y")
-    return int(text) if text.isdigit() and int(text) <= 120 else None
+    years = int(found[1]) // {"D": 365, "W": 52, "M": 12}.get(found[2], 1)
+    return years if years <= 120 else None

@@ -6,13 +6,12 @@ certify that nothing leaks (LabelError with the columns or the line, never with 
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ptxdist.errors import LabelError
-from ptxdist.labels.tables import image_id, open_text
+from ptxdist.labels.tables import image_id, open_text, table_rows
 
 _NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}(\.png)?$")  # NIH ChestX-ray14: the first eight digits are the patient
 # Names are compared in lower case, letters and digits only; earlier ones are preferred.
@@ -46,21 +45,21 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
     """
     patients: dict[str, str] = {}
     with open_text(path) as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
+        rows = table_rows(path, file)
+        _, header = next(rows, (0, []))
         image_column, patient_column = _columns(path, header)
-        for row in reader:
+        for line, row in rows:
             if not row:
                 continue
             if len(row) <= max(image_column, patient_column) or not (
                 row[image_column].strip() and row[patient_column].strip()
             ):
-                raise LabelError(f"{path}, line {reader.line_num}: expected an image id and a patient")
-            case_id, patient = image_id(path, reader.line_num, row[image_column]), row[patient_column].strip()
+                raise LabelError(f"{path}, line {line}: expected an image id and a patient")
+            case_id, patient = image_id(path, line, row[image_column]), row[patient_column].strip()
             match = _NIH_IMAGE.match(patient)
             patient = match.group(1) if match else patient
             if patients.setdefault(case_id, patient) != patient:
-                raise LabelError(f"{path}, line {reader.line_num}: {case_id} has two different patients")
+                raise LabelError(f"{path}, line {line}: {case_id} has two different patients")
     if not patients:
         raise LabelError(f"{path}: the patient map has no rows")
     named = header[patient_column].strip()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import os
 import re
 import zlib
@@ -34,6 +35,7 @@ _GREY = 1 / 4  # of the pixels; a soft edge has far fewer
 _FEW_VALUES, _MANY_VALUES = 4, 16
 _CLASSES = "these may be several classes: write 0 and 255, where 255 is what the model is to find"
 _SHOWN, _MOST_ID = 60, 255  # characters
+_END = "\x1c end of the file \x1c"  # an additional last line
 _NO_TEXT = {  # by the first two bytes
     b"PK": "it is a zip file or an Excel workbook; unpack it, or save it as CSV",
     b"\x1f\x8b": "it is compressed; add .gz to its name, or unpack it",
@@ -253,8 +255,8 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     """Line, image id and run-length text of each row, stripped of blanks."""
     csv.field_size_limit(2**31 - 1)
     with open_text(path) as file:
-        reader = csv.reader(file)
-        header = next(reader, None)
+        rows = table_rows(path, file)
+        _, header = next(rows, (0, None))
         if header is None:
             raise LabelError(f"{path}: the label table is empty")
         names = [name.strip().lower() for name in header]
@@ -265,12 +267,12 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             yield 1, header[0].strip(), header[1].strip()
         else:
             raise LabelError(_unexpected(path, header))
-        for row in reader:
+        for line, row in rows:
             if not row:
                 continue
             if len(row) <= max(id_column, mask_column) or not row[id_column].strip():
-                raise LabelError(f"{path}, line {reader.line_num}: expected an id and a run-length text")
-            yield reader.line_num, image_id(path, reader.line_num, row[id_column]), row[mask_column].strip()
+                raise LabelError(f"{path}, line {line}: expected an id and a run-length text")
+            yield line, image_id(path, line, row[id_column]), row[mask_column].strip()
 
 
 def _unexpected(path: Path, header: Sequence[str]) -> str:
@@ -291,6 +293,22 @@ def image_id(path: Path, line: int, text: str) -> str:
     if len(text) > _MOST_ID or "\n" in text:
         raise LabelError(f"{path}, line {line}: an image id has {len(text):,} characters; is a quote not closed?")
     return text
+
+
+def table_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """Number of the last line and values of each row of a CSV file; LabelError where the file ends within quotes.
+
+    Python's reader accepts such a row, whose last value then lacks its end, or contains the rows after the quote.
+    """
+    reader = csv.reader(itertools.chain(file, [_END]))
+    before = 0
+    for row in reader:
+        if row and row[-1].endswith(_END):
+            if len(row) == 1 and row[0] == _END:
+                return
+            raise LabelError(f"{path}, line {before + 1}: the file ends within quotes; is a quote not closed?")
+        yield reader.line_num, row
+        before = reader.line_num
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from io import BytesIO
 import numpy as np
 import numpy.typing as npt
 import pydicom
+from pydicom.multival import MultiValue
 from pydicom.uid import RE_VALID_UID, ExplicitVRLittleEndian, generate_uid
 
 from ptxdist import __version__
@@ -40,13 +41,22 @@ def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Seq
     """The DICOM SEG file of a mask bool (rows, columns) with at least one pixel, for the radiograph in `content`.
 
     `models` are the sha256 of the weights, which ids and description depend on. Raises DicomError when the source is a
-    PNG, or has no valid instance, series and study UID to refer to.
+    PNG, has no valid instance, series and study UID to refer to, or a header that cannot be copied from.
     """
+    try:
+        source = _read_source(content)
+        return _encode(source, mask, models)
+    except DicomError:
+        raise
+    except Exception as error:  # highdicom and pydicom raise almost anything for odd headers
+        raise DicomError(f"has a header from which no DICOM SEG can be made ({type(error).__name__})") from error
+
+
+def _encode(source: pydicom.Dataset, mask: npt.NDArray[np.bool_], models: Sequence[str]) -> bytes:
     import highdicom as hd
     from pydicom.sr.codedict import codes
     from pydicom.sr.coding import Code
 
-    source = _read_source(content)
     algorithm = hd.AlgorithmIdentificationSequence(
         name=_NAME,
         family=codes.cid7162.ArtificialIntelligence,
@@ -62,33 +72,30 @@ def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Seq
         algorithm_identification=algorithm,
     )
     origin = [str(source.SOPInstanceUID), *models]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about invalid values in the source
-            result = hd.seg.Segmentation(
-                source_images=[source],
-                pixel_array=mask.astype(np.uint8)[None],
-                segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-                segment_descriptions=[segment],
-                series_instance_uid=generate_uid(entropy_srcs=["series", *origin]),
-                series_number=_SERIES_NUMBER,
-                sop_instance_uid=generate_uid(entropy_srcs=[*origin, mask.tobytes().hex()]),
-                instance_number=1,
-                manufacturer="ptxdist",
-                manufacturer_model_name="ptxdist",
-                software_versions=__version__,
-                device_serial_number=models[0][:16],
-                content_label="PNEUMOTHORAX",
-                content_description="Research use only",
-                series_description="Pneumothorax, research use only",
-                transfer_syntax_uid=ExplicitVRLittleEndian,
-            )
-            if "PatientOrientation" not in result:  # required without a plane orientation; empty when unknown
-                result.PatientOrientation = source.get("PatientOrientation") or []
-            file = BytesIO()
-            result.save_as(file, enforce_file_format=True)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # from highdicom and pydicom, for odd headers
-        raise DicomError(f"has a header from which no DICOM SEG can be made ({type(error).__name__})") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about invalid values in the source
+        result = hd.seg.Segmentation(
+            source_images=[source],
+            pixel_array=mask.astype(np.uint8)[None],
+            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=[segment],
+            series_instance_uid=generate_uid(entropy_srcs=["series", *origin]),
+            series_number=_SERIES_NUMBER,
+            sop_instance_uid=generate_uid(entropy_srcs=[*origin, mask.tobytes().hex()]),
+            instance_number=1,
+            manufacturer="ptxdist",
+            manufacturer_model_name="ptxdist",
+            software_versions=__version__,
+            device_serial_number=models[0][:16],
+            content_label="PNEUMOTHORAX",
+            content_description="Research use only",
+            series_description="Pneumothorax, research use only",
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+        )
+        if "PatientOrientation" not in result:  # required without a plane orientation; empty when unknown
+            result.PatientOrientation = source.get("PatientOrientation") or []
+        file = BytesIO()
+        result.save_as(file, enforce_file_format=True)
     return file.getvalue()
 
 
@@ -110,6 +117,7 @@ def _read_source(content: bytes) -> pydicom.Dataset:
     if not re.fullmatch(r"\d{3}[DWMY]", age):
         source.PatientAge = f"{int(age):03d}Y" if re.fullmatch(r"\d{1,3}", age) else ""
     for name in ("PixelSpacing", "ImagerPixelSpacing"):
-        if name in source and not all(float(value) > 0 for value in source[name].value or [0]):
+        value = source.get(name)
+        if name in source and not (isinstance(value, MultiValue) and len(value) == 2 and min(map(float, value)) > 0):
             del source[name]
     return source

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from ptxdist import files, locks
+from ptxdist.dicom.guard import guarded
 from ptxdist.errors import CatalogError, DicomError, RunError
 from ptxdist.executor import Executor, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
@@ -191,7 +192,11 @@ def _predict(
         item, prediction = pair
         if isinstance(prediction, DicomError):
             return item, str(prediction)
-        return item, write_case(options.out, prediction, item.digest, outputs=options.outputs, weights=weights)
+        try:
+            with guarded():
+                return item, write_case(options.out, prediction, item.digest, outputs=options.outputs, weights=weights)
+        except DicomError as error:
+            return item, str(error)
 
     def reader(item: FoundInput) -> Callable[[], tuple[bytes, str]]:
         return lambda: (item.source.read(), item.source.name)

@@ -10,7 +10,6 @@ size that a radiograph may have. Zip files inside zip files are skipped.
 from __future__ import annotations
 
 import zipfile
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from ptxdist.cache.scan import choose_images, digest_of, find_files
+from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import read_bytes, read_header, read_start
 from ptxdist.dicom.tags import MAX_INFLATED
@@ -98,9 +98,10 @@ def read_headers(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundIn
     found = []
     for source in inputs:
         try:
-            content = source.read()
-            case_id = read_header(content, b"", source.name).case_id
-            found.append(FoundInput(source, digest_of(content), case_id))
+            with guarded():
+                content = source.read()
+                case_id = read_header(content, b"", source.name).case_id
+                found.append(FoundInput(source, digest_of(content), case_id))
         except DicomError as error:
             found.append(FoundInput(source, reason=str(error)))
     return start, found
@@ -139,8 +140,8 @@ def _images_in_zip(path: Path) -> tuple[list[Input], int]:
         for number, item in enumerate(_open(str(path)).infolist()):
             if not item.is_dir() and "__MACOSX" not in item.filename:
                 members.setdefault(item.filename, []).append(number)
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise CatalogError(f"{path}: this zip file cannot be read: {error}") from error
+    except Exception as error:  # zipfile raises almost anything for a damaged directory
+        raise CatalogError(f"{path}: this zip file cannot be read ({type(error).__name__})") from error
 
     def start_of(name: str) -> bytes | None:
         number = members[name][0]
@@ -165,7 +166,9 @@ def _read_member(path: str, number: int, size: int = MAX_INFLATED + 1) -> bytes:
             content = file.read(size)  # zipfile stops at the declared size and checks the checksum
     except NotImplementedError as error:
         raise DicomError("is compressed in its zip file by a method that is not supported; unpack it first") from error
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, IndexError, RuntimeError) as error:
+    except DicomError:
+        raise
+    except Exception as error:  # zipfile and its decompressors raise almost anything
         raise DicomError("is damaged in its zip file, or was changed meanwhile") from error
     if not content:
         raise DicomError("is empty (0 bytes)")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ptxdist.cache.render import fit_square, resize
+from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import CheckpointError, DicomError
@@ -129,8 +130,10 @@ class Predictor:
 
     def predict_content(self, content: bytes, name: str = "") -> Prediction:
         """Predict the bytes of a file; a PNG needs the `name` of its file. Raises DicomError as `predict` does."""
-        item = self._load(content, name)
-        return next(iter(self._run([item], fewest=1)))
+        result = next(iter(self._run([self._load(content, name)], fewest=1)))
+        if isinstance(result, DicomError):
+            raise result
+        return result
 
     def predict_many(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, Prediction | DicomError]]:
         """Predict many files, in their order; each path with its prediction, or with the DicomError.
@@ -147,7 +150,8 @@ class Predictor:
 
         def load(item: tuple[Item, Callable[[], tuple[bytes, str]]]) -> tuple[Item, _Loaded | DicomError]:
             try:
-                return item[0], self._load(*item[1]())
+                with guarded():
+                    return item[0], self._load(*item[1]())
             except DicomError as error:
                 return item[0], error
 
@@ -166,17 +170,32 @@ class Predictor:
         return _Loaded(radiograph.header.case_id, radiograph.pixels, squares, content)
 
     @torch.inference_mode()
-    def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction]:
+    def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction | DicomError]:
         found = {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
         share = {size: sum(card.size_px == size for card in self.cards) / len(self.cards) for size in self._sizes}
         for row, item in enumerate(items):
-            rows, columns = item.pixels.shape
-            parts = [to_original(found[size][0][row], rows, columns) * share[size] for size in self._sizes]
-            probability = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
-            score = sum(float(found[size][1][row]) * share[size] for size in self._sizes)
-            whole = probability.float().cpu().numpy()
-            mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
-            yield Prediction(item.case_id, item.pixels, whole, mask, score, item.content, self._calibrated(score))
+            result: Prediction | DicomError
+            try:
+                with guarded():
+                    parts = [(found[size][0][row], float(found[size][1][row]), share[size]) for size in self._sizes]
+                    result = self._predicted(item, parts)
+            except DicomError as error:
+                result = error
+            yield result
+
+    def _predicted(self, item: _Loaded, parts: Sequence[tuple[Tensor, float, float]]) -> Prediction:
+        """The prediction from the map, the score and the share of each size."""
+        rows, columns = item.pixels.shape
+        probability: Tensor | None = None
+        for square, _, share in parts:
+            part = to_original(square, rows, columns).contiguous()  # a wide image does not keep its square
+            part = part if share == 1 else part.mul_(share)
+            probability = part if probability is None else probability.add_(part)
+        assert probability is not None
+        score = sum(score * share for _, score, share in parts)
+        whole = probability.float().cpu().numpy()
+        mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
+        return Prediction(item.case_id, item.pixels, whole, mask, score, item.content, self._calibrated(score))
 
     def _calibrated(self, score: float) -> float | None:
         platt = self.cards[0].evaluation.platt if len(self.cards) == 1 else None  # that of one model's scores

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cache_files import Renewal, digests, rejects_of
 
+from ptxdist.cache import render, scan
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.preprocess import preprocess
 from ptxdist.cache.store import open_store
@@ -72,6 +74,40 @@ def test_file_that_changes_meanwhile_is_tried_again_by_the_next_run(small_datase
     again = preprocess(dicom, small_dataset.labels, out, sizes_px=(32,))
     assert (again.written, again.catalog.rejects) == (1, ())
     assert open_store(out, 32).sample(0)[0].any()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError, RecursionError, lambda text: UnicodeDecodeError("utf-8", b"", 0, 1, text)]
+)
+def test_whatever_goes_wrong_with_a_file_is_its_own_reject_until_the_next_run(  # type: ignore[no-untyped-def]
+    small_dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Callable[[str], Exception]
+) -> None:
+    out, files = tmp_path / "cache", sorted(small_dataset.dicom.rglob("*.dcm"))[:2]
+    contents = [path.read_bytes() for path in files]
+
+    def failing(number: int, function):  # type: ignore[no-untyped-def]
+        def read(content: bytes, *args, **named):  # type: ignore[no-untyped-def]
+            if content == contents[number]:
+                raise error("Quagmire")
+            return function(content, *args, **named)
+
+        return read
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scan, "read_header", failing(0, scan.read_header))
+        patched.setattr(render, "read_radiograph", failing(1, render.read_radiograph))
+        result = preprocess(small_dataset.dicom, small_dataset.labels, out, sizes_px=(32,))
+        patched.setattr(scan, "read_header", failing(0, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)))
+        with pytest.raises(KeyboardInterrupt):
+            preprocess(small_dataset.dicom, small_dataset.labels, out, sizes_px=(32,))
+    assert len(result.catalog.rejects) == 2
+    reasons = rejects_of(out)
+    for path, module in zip(files, ("scan", "render"), strict=True):
+        reason = reasons[path.relative_to(small_dataset.dicom).as_posix()]
+        assert f"({type(error('')).__name__} in {module}.py, line " in reason
+        assert "Quagmire" not in reason
+    again = preprocess(small_dataset.dicom, small_dataset.labels, out, sizes_px=(32,))
+    assert (again.written, again.catalog.rejects) == (1, ())
 
 
 @pytest.mark.parametrize("damage", ["header", "pixels"])

@@ -172,7 +172,16 @@ def test_a_window_below_one_is_exact_where_it_spans_several_values(file_of) -> N
 
 
 def test_numbers_beyond_all_bounds_are_refused(file_of) -> None:  # type: ignore[no-untyped-def]
-    refused(file_of(TWELVE, RAW, bits=12, RescaleSlope="1e306", RescaleIntercept=0), "numbers are too large")
+    narrow = {"WindowCenter": 100, "WindowWidth": 1}  # without a bound, it makes two levels of infinite values
+    for pixels, given in (
+        (TWELVE, {}),
+        (SIGNED, {}),
+        (SIGNED, narrow),
+        (SIGNED, narrow | {"VOILUTFunction": "SIGMOID"}),
+    ):
+        for slope in ("1e306", "1e308", "-1e308"):
+            tags = {"RescaleSlope": slope, "RescaleIntercept": 0, **given}
+            refused(file_of(pixels, RAW, bits=12, **tags), "numbers are too large")
 
 
 # --- look-up tables -------------------------------------------------------------------------------------------------

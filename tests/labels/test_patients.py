@@ -52,6 +52,7 @@ def test_columns_are_found_by_their_names(tmp_path: Path, header: str, row: str)
         ("id\na\n", "expected two columns, image id and patient, found 1"),
         ("id,patient\n", "has no rows"),
         ("id,patient\na,1\na,2\n", "line 3: a has two different patients"),
+        ('id,patient\na,1\nb,"2\nc,3\n', "line 3: the file ends within quotes"),
         ("id,patient\na,\n", "line 2: expected an image id and a patient"),
         ("id,x,patient\na,1\n", "line 2: expected an image id and a patient"),
         (b"id,patient\n\xff,1\n", "cannot be read as a CSV file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -24,6 +25,8 @@ from ptxdist.errors import BusyError, CatalogError, RunError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
 from ptxdist.predict import folder as command
+from ptxdist.predict import inputs
+from ptxdist.predict import predictor as predictor_module
 from ptxdist.predict.folder import Finding, predict_files
 from ptxdist.predict.inputs import find_inputs, read_headers
 from ptxdist.records import OperatingPoint
@@ -286,6 +289,63 @@ def test_one_id_with_two_contents_and_ids_that_are_no_uid(
     finding = json.loads((tmp_path / "out" / "findings" / "ID_0011fe81e.json").read_text())
     assert "no valid SOPInstanceUID" in finding["seg_reason"]
     assert not (tmp_path / "out" / "seg").exists()
+
+
+@pytest.mark.parametrize("where", ["header", "decoding", "map", "files"])
+def test_whatever_goes_wrong_with_a_file_is_its_own_reject(
+    predictor: Predictor,
+    finished_run: Path,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    module, name = {
+        "header": (inputs, "read_header"),
+        "decoding": (predictor_module, "read_radiograph"),
+        "map": (predictor_module, "to_original"),
+        "files": (command, "write_case"),
+    }[where]
+    function, calls = getattr(module, name), []
+
+    def fail(*args, **named):  # type: ignore[no-untyped-def]
+        calls.append(name)
+        if len(calls) == 2:
+            raise MemoryError("Quagmire") if where == "map" else RecursionError("Quagmire")
+        return function(*args, **named)
+
+    monkeypatch.setattr(module, name, fail)
+    paths = [images / f"study{number}" for number in range(5)]
+    result = predict_files(paths, tmp_path / "out", predictor, [finished_run], outputs=())
+    assert (result.predicted, result.rejected) == (4, 1)
+    [reason] = [row[1] for row in read_table(tmp_path / "out" / "rejects.csv")[1:]]
+    assert f"Error in {module.__name__.rpartition('.')[2]}.py, line" in reason
+    assert "Quagmire" not in reason
+
+
+def test_odd_headers_and_names_stop_nothing(
+    finished_run: Path, tmp_path: Path, write_dicom: Callable[..., Path]
+) -> None:
+    """An age of 5,000 digits, a PNG whose name is not UTF-8, and spacings of one value, of none, and of text."""
+    pixels = cv2.GaussianBlur(np.random.default_rng(3).integers(0, 256, (64, 64), dtype=np.uint8), (9, 9), 0)
+    common = {"StudyInstanceUID": "1.2.7", "SeriesInstanceUID": "1.2.8"}
+    for number, tags in enumerate(({"PatientAge": "9" * 5000}, {"PixelSpacing": "0.14"}, {"PixelSpacing": [0, 1]})):
+        write_dicom(tmp_path / "in" / f"{number}.dcm", pixels, f"1.2.{number}", **common, **tags)
+    odd = write_dicom(tmp_path / "in" / "text.dcm", pixels, "1.2.9", PixelSpacing=[0.25, 0.25], **common)
+    odd.write_bytes(odd.read_bytes().replace(b"0.25\\0.25", b"0x25\\a.25"))
+    name = tmp_path / "in" / os.fsdecode(b"r\xf6ntgen.png")
+    name.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
+    always = Predictor.load(finished_run, device="cpu", operating_point=ALWAYS)
+    result = predict_files([tmp_path / "in", name], tmp_path / "out", always, [finished_run], outputs=("seg",))
+    assert (result.predicted, result.rejected) == (4, 1)
+    assert sorted(path.stem for path in (tmp_path / "out" / "seg").iterdir()) == ["1.2.0", "1.2.1", "1.2.2"]
+    reason = json.loads((tmp_path / "out" / "findings" / "1.2.9.json").read_text())["seg_reason"]
+    assert reason.startswith("has a header from which no DICOM SEG can be made (")
+    assert b"r\xf6ntgen.png" in (tmp_path / "out" / "rejects.csv").read_bytes()
+    done = CliRunner().invoke(
+        cli, ["predict", str(finished_run), str(name), str(tmp_path / "in"), "--out", str(tmp_path / "other"), "--json"]
+    )
+    assert (done.exit_code, json.loads(done.stdout)["rejected"]) == (0, 1)
 
 
 def test_bad_input_is_refused_and_leaves_nothing(

@@ -1,0 +1,43 @@
+"""One file never ends the work on many: whatever goes wrong with it becomes its reason.
+
+Owns: the sentence about an exception that nobody expected. It has kind and place, and never the message, which may
+contain values of the file.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ptxdist.errors import DicomError, PtxdistError
+
+_PACKAGE = str(Path(__file__).resolve().parents[1])
+
+
+class PassingError(DicomError):
+    """A file that may be readable another time: with more memory, a newer ptxdist, or when nobody writes to it."""
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Any exception of the block becomes a PassingError; ptxdist's own errors, and those that end a process, pass."""
+    try:
+        yield
+    except PtxdistError:
+        raise
+    except MemoryError as error:
+        raise PassingError(f"needs more memory than there is ({place_of(error)})") from error
+    except Exception as error:
+        raise PassingError(
+            f"cannot be used because of a defect in ptxdist ({place_of(error)}); please report it"
+        ) from error
+
+
+def place_of(error: BaseException) -> str:
+    """Kind of an exception, and file and line of ptxdist where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
+    where = (own or frames)[-1:]
+    return type(error).__name__ + "".join(f" in {Path(frame.filename).name}, line {frame.lineno}" for frame in where)
