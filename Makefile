@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. PYTHON may name another interpreter (3.11 to 3.13).
+# Two commands do everything: `make demo` and `make test`. PYTHON may name another interpreter (3.11 to 3.14).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,7 +19,7 @@ lint: install
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "ptxdist needs Python 3.11 to 3.13; this is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 14) else "ptxdist needs Python 3.11 to 3.14; this is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import simplejpeg
+from imagecodecs import jpeg2k_encode
+from jpeg_ls import encode_jpeg_ls
 from pydicom import uid
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -103,20 +105,25 @@ def _encoded(content: bytes, dtype: np.dtype[np.generic], shape: tuple[int, ...]
             return _jpeg_lossless(pixels, bits)
         case uid.HTJ2K | uid.HTJ2KLossless | uid.HTJ2KLosslessRPCL:
             return _HTJ2K
-    options: dict[str, dict[str, object]] = {uid.JPEGLSNearLossless: {"jls_error": 2}, uid.JPEG2000: {"j2k_cr": [4]}}
-    plugin = {uid.RLELossless: "pydicom", uid.JPEG2000: "pylibjpeg", uid.JPEG2000Lossless: "pylibjpeg"}
+        case uid.JPEGLSLossless | uid.JPEGLSNearLossless:
+            near = 2 * (syntax == uid.JPEGLSNearLossless)
+            return encode_jpeg_ls((pixels.astype(int) % 2**bits).tolist(), bits, near)
+        case uid.JPEG2000Lossless:
+            return bytes(jpeg2k_encode(pixels, codecformat="J2K", bitspersample=bits, reversible=True))
+        case uid.JPEG2000:
+            return bytes(jpeg2k_encode(pixels, 50, codecformat="J2K", bitspersample=bits))
+    rows, columns = pixels.shape
     encoded = get_encoder(syntax).encode(
         pixels,
-        encoding_plugin=plugin.get(syntax, "pyjpegls"),
-        rows=pixels.shape[0],
-        columns=pixels.shape[1],
+        encoding_plugin="pydicom",
+        rows=rows,
+        columns=columns,
         samples_per_pixel=1,
         number_of_frames=1,
         bits_allocated=8 * pixels.dtype.itemsize,
         bits_stored=bits,
         pixel_representation=int(pixels.dtype.kind == "i"),
         photometric_interpretation="MONOCHROME2",
-        **options.get(syntax, {}),
     )
     return bytes(encoded)
 
@@ -168,14 +175,15 @@ def _jpeg_of_blocks(pixels: Image) -> bytes:
 
 
 def _jpeg(marker: int, rows: int, columns: int, bits: int, parts: list[str], end: bytes, extra: bytes) -> bytes:
-    counts = bytes(_CODE_LENGTHS.count(length) for length in range(1, 17))
+    lengths = _CODE_LENGTHS[: 17 if marker == 0xC3 else 16]
+    counts = bytes(lengths.count(length) for length in range(1, 17))
     padded = [text + "1" * (-len(text) % 8) for text in parts]
     scans = [int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0") for text in padded]
     scan = b"".join(part + bytes([0xFF, 0xD0 + number % 8]) for number, part in enumerate(scans))[:-2]
     return (
         b"\xff\xd8"
         + _segment(marker, struct.pack(">BHHB", bits, rows, columns, 1) + b"\1\x11\0")
-        + _segment(0xC4, b"\0" + counts + bytes(range(17)))
+        + _segment(0xC4, b"\0" + counts + bytes(range(len(lengths))))
         + extra
         + _segment(0xDA, b"\1\1\0" + end)
         + scan

@@ -27,7 +27,7 @@ RULES = {
     "events": ("records", ""),
     "rundir": ("errors config records files", "pydantic"),
     "base": ("", ""),
-    "dicom": ("base", "numpy PIL pydicom simplejpeg"),
+    "dicom": ("base", "numpy PIL pydicom imagecodecs simplejpeg"),
     "labels": ("base dicom", "numpy nibabel"),
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),

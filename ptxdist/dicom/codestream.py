@@ -154,6 +154,8 @@ def read_jpeg_2000(frame: bytes) -> Stream:
     )
     if not (tile_width and tile_height and right > left and bottom > top) or size[35:] != b"\1\1":
         raise DicomError("has damaged JPEG 2000 data (its size is invalid)")
+    if frame.find(b"\xff\xd9", start) < 0:
+        raise DicomError("has JPEG 2000 data that are cut off (the end mark is missing)")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
     components, bits, signed = int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, size[34] > 127
     return Stream(bottom - top, right - left, components, bits, tiles=tiles, signed=signed)

@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from pydicom.uid import UID_dictionary
-
 from ptxdist.dicom.png import SIGNATURE
 
 START_BYTES = 1024  # enough for the SOP class, which comes first
@@ -28,5 +26,9 @@ def kind_of(start: bytes) -> Literal["image", "object", "png", ""]:
     bare = found is not None and start.startswith((b"DICM", b"\2\0", b"\10\0"))
     if start[128:132] != b"DICM" and not bare:
         return ""
-    name = UID_dictionary.get(found[1].decode(), ("Image",))[0] if found else "Image"
+    if found is None:
+        return "image"
+    from pydicom.uid import UID_dictionary
+
+    name = UID_dictionary.get(found[1].decode(), ("Image",))[0]
     return "image" if "Image" in name else "object"

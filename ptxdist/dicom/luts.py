@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import pydicom
 
 from ptxdist.errors import DicomError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
 
 DESCRIPTOR, DATA = 0x00283002, 0x00283006
 _FULL = frozenset(2**bits - 1 for bits in range(8, 17))
@@ -31,13 +34,13 @@ class Lut:
     entries: npt.NDArray[np.uint16]
 
 
-def has_table(item: pydicom.Dataset) -> bool:
+def has_table(item: Dataset) -> bool:
     """Whether an item has a look-up table; some programs write an empty one for "none"."""
     elements = (item.get_item(tag) for tag in (DESCRIPTOR, DATA) if tag in item)
     return any(element is not None and element.value for element in elements)
 
 
-def read_lut(item: pydicom.Dataset, inputs: tuple[float, float], *, signed: bool, little: bool) -> Lut:
+def read_lut(item: Dataset, inputs: tuple[float, float], *, signed: bool, little: bool) -> Lut:
     """The table of an item of a LUT sequence, for input values from `inputs[0]` to `inputs[1]`.
 
     `signed` says whether the first input is signed where its VR does not. `bits` is what the entries show where the

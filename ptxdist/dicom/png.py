@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import PIL
-from PIL import Image
 
 from ptxdist.errors import DicomError
 
@@ -96,6 +95,8 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
 
 
 def _by_pillow(content: bytes) -> npt.NDArray[Any]:
+    from PIL import Image  # late: most data sets have no PNG
+
     with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=("PNG",)) as image:
         return np.asarray(image)
 

@@ -1,8 +1,8 @@
 """Reading one DICOM or PNG file as a `Radiograph`: 8-bit pixels and the header fields that ptxdist uses.
 
 Owns: what counts as a radiograph, and which header fields are kept. Refuses: everything but one single-frame grayscale
-image, with a reason that is written to rejects.csv. `tags` parses the file, `pixels` decodes it and computes the grey
-levels, `codestream` checks compressed images, and `png` reads PNG files.
+image, with a reason that is written to rejects.csv. `tags` parses the file, `decoding` decodes it, `codestream` checks
+compressed images, `pixels` computes the grey levels, and `png` reads PNG files.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptxdist.dicom import tags
-from ptxdist.dicom.pixels import Pixels, decode, decoder_of, to_uint8
+from ptxdist.dicom.pixels import Pixels, to_uint8
 from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header, refuse_not_square
+from ptxdist.dicom.syntax import decoder_of
 from ptxdist.dicom.tags import Tags, read_tags
 from ptxdist.errors import DicomError
 
@@ -132,6 +133,8 @@ def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiog
     if content.startswith(SIGNATURE):
         header = _png_header(content, name)
         return Radiograph(header, to_uint8(decode_png(content), Tags("")))
+    from ptxdist.dicom.decoding import decode  # late: headers need no decoder
+
     file = read_tags(content, pixels=True)
     header = _header(file, salt)
     return Radiograph(header, to_uint8(decode(file, header.rows, header.columns), file))

@@ -21,19 +21,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from math import isfinite
-
-import pydicom
-from pydicom.dataelem import DataElement, RawDataElement
-from pydicom.filereader import read_dataset
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
+from typing import TYPE_CHECKING
 
 from ptxdist.dicom.luts import Lut, has_table, read_lut
+from ptxdist.dicom.syntax import BIG_ENDIAN, DEFLATED, EXPLICIT, IMPLICIT
 from ptxdist.errors import DicomError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+    from pydicom.dataelem import DataElement, RawDataElement
 
 TRANSFER_SYNTAX = 0x00020010
 SOP_CLASS, SOP_INSTANCE = 0x00080016, 0x00080018
@@ -97,6 +93,10 @@ class Tags:
     modality_lut: Lut | None = None
     voi_lut: Lut | None = None
 
+    def bits_stored(self) -> int:
+        """Number of bits of a stored value."""
+        return self.whole(BITS_STORED, self.whole(BITS_ALLOCATED, 0))
+
     def text(self, tag: int) -> str:
         """Value as text, stripped of blanks and zero bytes; "" when it is missing."""
         return bytes(self.values.get(tag, b"")).decode("latin-1").strip(" \0")
@@ -154,10 +154,10 @@ def read_tags(content: bytes, *, pixels: bool) -> Tags:
     Raises DicomError when the content is not DICOM, ends too early, or inflates to more than `MAX_INFLATED` bytes.
     """
     syntax, start = _file_meta(content)
-    if syntax == DeflatedExplicitVRLittleEndian:
+    if syntax == DEFLATED:
         content, start = _inflate(content[start:]), 0
     last = PIXEL_DATA if pixels else SIGNED
-    plain = syntax not in (ImplicitVRLittleEndian, ExplicitVRBigEndian)
+    plain = syntax not in (IMPLICIT, BIG_ENDIAN)
     tags = _walk(content, start, last, syntax) if plain else None
     tags = _by_pydicom(content, start, last, syntax) if tags is None else tags
     if not tags.values.keys() >= (_ALWAYS | {PIXEL_DATA} if pixels else _ALWAYS):
@@ -206,7 +206,7 @@ def _guess_syntax(content: bytes) -> str:
     if len(content) < 256 or content[:2] != b"\10\0" or content[3] != 0:
         raise refusal
     explicit = content[4:6] in _SHORT_VRS
-    syntax = str(ExplicitVRLittleEndian if explicit else ImplicitVRLittleEndian)
+    syntax = EXPLICIT if explicit else IMPLICIT
     try:
         tags = _by_pydicom(content, 0, SIGNED, syntax)
     except DicomError:
@@ -286,7 +286,9 @@ def _goes_on(content: bytes, position: int, length: int) -> bool:
 
 
 def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
-    implicit, little = syntax == ImplicitVRLittleEndian, syntax != ExplicitVRBigEndian
+    from pydicom.filereader import read_dataset  # late: few files need it, and its import takes long
+
+    implicit, little = syntax == IMPLICIT, syntax != BIG_ENDIAN
     stream = BytesIO(content)
     stream.seek(start)
     try:
@@ -316,6 +318,8 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
 
 
 def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
+    from pydicom.dataelem import RawDataElement
+
     if not isinstance(element, RawDataElement):  # a text that pydicom has already converted
         return str((element and element.value) or "").encode()
     value = element.value or b""
@@ -324,13 +328,13 @@ def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
     return value
 
 
-def _group_items(dataset: pydicom.Dataset) -> list[pydicom.Dataset]:
+def _group_items(dataset: Dataset) -> list[Dataset]:
     """Items within the functional groups that say how grey levels and pixels of a frame are meant (PS3.3 C.7.6.16)."""
     groups = [group for tag in (SHARED_GROUPS, FRAME_GROUPS) if tag in dataset for group in dataset[tag].value or ()]
     return [item for group in groups for macro in _MACROS if macro in group for item in group[macro].value or ()]
 
 
-def _with_groups(tags: Tags, items: Sequence[pydicom.Dataset]) -> Tags:
+def _with_groups(tags: Tags, items: Sequence[Dataset]) -> Tags:
     """Tags with the values of the items, which stand for those at the top; DicomError where two values differ."""
     values = dict(tags.values)
     for item in items:
@@ -344,7 +348,7 @@ def _with_groups(tags: Tags, items: Sequence[pydicom.Dataset]) -> Tags:
     return replace(tags, values=values)
 
 
-def _with_luts(tags: Tags, datasets: Sequence[pydicom.Dataset]) -> Tags:
+def _with_luts(tags: Tags, datasets: Sequence[Dataset]) -> Tags:
     """Tags with the first table of each kind."""
     bits = min(max(tags.whole(BITS_STORED, tags.whole(BITS_ALLOCATED, 16)), 1), 16)
     signed = tags.whole(SIGNED, 0) == 1

@@ -15,8 +15,8 @@ e   limits: JPEG decoding alone from memory by the faster of simplejpeg and cv2 
 
 Without --dicom, N phantoms are drawn (200 if not given). With it, all labelled files are used with the table as it is,
 or the first N of them with their rows of it. DIR and CSV are laid out as the challenge's: file names are image ids.
-`pip install monai torchxrayvision` beside ptxdist adds b and c, `pip install python-gdcm` the plugin that pydicom
-prefers; none of them is a dependency of ptxdist, and a way whose package is missing is left out and named.
+`pip install torchxrayvision` adds c, the extra `dev` has monai for b and python-gdcm, the plugin that pydicom prefers;
+a way whose package is missing is left out and named.
 
 How it is measured: each run in a process of its own, to a new folder below the temporary one (TMPDIR), ways in turn and
 each round in another order, first round dropped; after each run its output is removed and the disk synchronised. Files
@@ -66,8 +66,8 @@ import pytest
 SIZES_PX = (512, 256)
 SHARD_CASES = 128  # samples in a file of e3, as in ours
 MOST_IN_MEMORY = 1000  # files that e1 decodes
-PACKAGES = """ptxdist numpy opencv-python-headless pydicom pillow pylibjpeg pylibjpeg-libjpeg python-gdcm simplejpeg
-              zarr torch monai torchxrayvision"""
+PACKAGES = """ptxdist numpy opencv-python-headless pydicom pillow imagecodecs pylibjpeg pylibjpeg-libjpeg python-gdcm
+              simplejpeg zarr torch monai torchxrayvision"""
 
 
 @dataclass(frozen=True)

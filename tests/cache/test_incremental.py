@@ -16,7 +16,7 @@ from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.cache.store import ARRAYS, open_store
 from ptxdist.cache.verify import verify
-from ptxdist.dicom import pixels
+from ptxdist.dicom import syntax
 from ptxdist.errors import StoreError
 
 
@@ -136,14 +136,14 @@ def test_other_decoder_rewrites_the_shards_of_its_files(renewal: Renewal, write_
     def newer(package: str) -> str:
         return "99.0" if package == "pydicom" else version(package)
 
-    monkeypatch.setattr("ptxdist.dicom.pixels.version", newer)
-    pixels.decoder_of.cache_clear()
+    monkeypatch.setattr("ptxdist.dicom.syntax.version", newer)
+    syntax.decoder_of.cache_clear()
     try:
         assert renewal.changed() == shard_names(1)
         assert {case.decoder for case in read_catalog(renewal.cache).cases[130:131]} == {"pydicom 99.0"}
         assert renewal.changed() == set()
     finally:
-        pixels.decoder_of.cache_clear()
+        syntax.decoder_of.cache_clear()
 
 
 def test_other_transform_rewrites_all(renewal: Renewal, monkeypatch: pytest.MonkeyPatch) -> None:

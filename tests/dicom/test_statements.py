@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from ptxdist.dicom import luts
-from ptxdist.dicom.pixels import decode
+from ptxdist.dicom.decoding import decode
 from ptxdist.dicom.radiograph import read_header, read_radiograph
 from ptxdist.dicom.tags import read_tags
 from ptxdist.errors import DicomError

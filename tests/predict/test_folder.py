@@ -16,7 +16,9 @@ import numpy as np
 import pydicom
 import pytest
 from click.testing import CliRunner
+from imagecodecs import jpeg2k_encode
 from locking import NO_LOCKS, failing, held
+from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
 from ptxdist import Predictor
@@ -52,7 +54,8 @@ def images(tmp_path_factory: pytest.TempPathFactory, write_dicom: Callable[..., 
         path = write_dicom(folder / f"study{number}" / f"{number}.dcm", wide, uid, raw=number in (1, 3), **tags)
         if number == 3:
             file = pydicom.dcmread(path)
-            file.compress(JPEG2000Lossless, encoding_plugin="pylibjpeg", generate_instance_uid=False)
+            file.PixelData = encapsulate([jpeg2k_encode(wide, codecformat="J2K", reversible=True)])
+            file["PixelData"].VR, file.file_meta.TransferSyntaxUID = "OB", JPEG2000Lossless
             file.save_as(path)
     whole = write_dicom(folder / "broken.dcm", np.full((64, 64), 80, np.uint8), "1.2.6", **common)
     whole.write_bytes(whole.read_bytes()[:-300])

@@ -1,0 +1,246 @@
+"""Decoding of pixel data to stored values.
+
+Owns: how the pixel data of each transfer syntax are decoded and checked. Refuses: pixel data that are detectably
+damaged or truncated, and images of another size than the header says.
+
+Stored values are the Bits Stored below High Bit (PS3.5 8.1.1); what lies above and below, such as overlays, is cleared.
+
+The decoders are fixed and not left to pydicom. Of those with a permissive licence that never crashed or hung on damaged
+streams, the ones chosen detected the most damage: gdcm aborts the process, pylibjpeg-rle panics, imagecodecs ignores
+libjpeg's warnings. Therefore simplejpeg decodes JPEG Baseline, and `codestream` checks the other JPEG streams.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from textwrap import shorten
+
+import numpy as np
+import simplejpeg
+
+from ptxdist.dicom import codestream, syntax, tags
+from ptxdist.dicom.codestream import Stream
+from ptxdist.dicom.pixels import Stored
+from ptxdist.dicom.tags import Tags
+from ptxdist.errors import DicomError
+
+# Accepted frame markers. Progressive images occur as Baseline, and its decoder is strict with them as well.
+_PROCESSES = {
+    syntax.BASELINE: {*codestream.SOF_SEQUENTIAL, codestream.SOF_PROGRESSIVE},
+    syntax.EXTENDED: codestream.SOF_SEQUENTIAL,
+    **dict.fromkeys((syntax.LOSSLESS, syntax.LOSSLESS_SV1), frozenset((codestream.SOF_LOSSLESS,))),
+    **dict.fromkeys(syntax.JPEG_LS, frozenset((codestream.SOF_JPEG_LS,))),
+}
+
+
+def decode(file: Tags, rows: int, columns: int) -> Stored:
+    """Stored values (rows, columns) of a single-frame grayscale image: uint8, int8, uint16 or int16.
+
+    Raises DicomError when the pixel data are missing, cut off, damaged, or of another size.
+    """
+    if not len(file.values.get(tags.PIXEL_DATA, b"")):
+        raise DicomError("has no pixel data")
+    if file.encapsulated == (file.syntax in syntax.NATIVE):
+        found = "compressed" if file.encapsulated else "not compressed"
+        raise DicomError(f"contradicts itself: its pixel data are {found}, its transfer syntax says otherwise")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            warnings.filterwarnings("error", "The decoded RLE segment")  # … is not of the expected length
+            if not file.encapsulated:
+                return _native(file, rows, columns)
+            return _compressed(file, rows, columns)
+    except DicomError:
+        raise
+    except Exception as error:  # each decoder raises errors of its own
+        reason = shorten((str(error).splitlines() or ["no reason given"])[-1], 200, placeholder=" …")
+        raise DicomError(
+            f"has pixel data that cannot be decoded ({syntax.name_of(file.syntax)}: {reason}): they are damaged, or "
+            f"of a kind that {syntax.DECODERS[file.syntax]} does not read"
+        ) from error
+
+
+def _native(file: Tags, rows: int, columns: int) -> Stored:
+    row_bytes = columns * file.whole(tags.BITS_ALLOCATED, 0) // 8
+    there, expected = len(file.values[tags.PIXEL_DATA]), rows * row_bytes
+    if there < expected:
+        raise DicomError(f"is cut off: it has {there:,} of {expected:,} bytes of pixel data")
+    excess = bytes(file.values[tags.PIXEL_DATA][expected + expected % 2 : 2 * expected])
+    # Padding is to be accepted (PS3.5 8.1.1, note): any up to a row, more if it is one value. Else the size is wrong.
+    if there >= 2 * expected or (len(excess) > row_bytes and excess[2:] != excess[:-2]):
+        raise DicomError(f"has {there:,} bytes of pixel data, but {columns}x{rows} pixels take {expected:,}")
+    return _words(file, bytes(file.values[tags.PIXEL_DATA][: expected + expected % 2]), rows, columns)
+
+
+def _words(file: Tags, data: bytes, rows: int, columns: int) -> Stored:
+    """Stored values of an image that is kept in words of Bits Allocated."""
+    allocated, bits = file.whole(tags.BITS_ALLOCATED, 0), file.bits_stored()
+    below = _bits_below(file)
+    if not below:
+        return _by_pydicom(file, data, rows, columns)
+    words = _by_pydicom(file, data, rows, columns, allocated, allocated)
+    plain = _field(words, 0, bits)
+    unsigned = words.view(f"u{words.dtype.itemsize}")
+    # Some devices state a High Bit of 15 for values in the lower bits. Then all words fit these, and use the lowest.
+    fits = np.array_equal(plain, words) or unsigned.max() < 2**bits
+    return plain if fits and (unsigned & (2**below - 1)).any() else _field(words, below, bits)
+
+
+def _field(words: Stored, below: int, bits: int) -> Stored:
+    """The `bits` bits of each word above the `below` lowest ones; with their sign where words are signed."""
+    size = 8 * words.dtype.itemsize
+    return np.asarray((words << (size - below - bits)) >> (size - bits))
+
+
+def _bits_below(file: Tags) -> int:
+    """Number of bits of a word below its stored value (PS3.5 8.1.1)."""
+    bits = file.bits_stored()
+    return file.whole(tags.HIGH_BIT, bits - 1) + 1 - bits
+
+
+def _compressed(file: Tags, rows: int, columns: int) -> Stored:
+    frame = file.frame()
+    if file.syntax == syntax.RLE:
+        # pydicom unpacks all runs before it counts; a valid stream is at most twice as long as its content.
+        if len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64:
+            raise DicomError("has more run-length data than its size allows")
+        return _run_lengths(file, frame, rows, columns)
+    stream = codestream.read_jpeg_2000(frame) if file.syntax in syntax.JPEG_2000 else codestream.read_jpeg(frame)
+    _check(stream, file, rows, columns)
+    if file.syntax in syntax.JPEG_2000:
+        return _decoded(file, frame, stream, rows, columns)
+    regular = codestream.with_regular_scan(frame, stream)
+    try:
+        return _decoded(file, frame if file.syntax == syntax.BASELINE else regular, stream, rows, columns)
+    except Exception:  # each decoder raises errors of its own
+        for other in [regular] * (regular != frame) + codestream.without_zeros(regular, stream):
+            with suppress(Exception):
+                return _decoded(file, other, codestream.read_jpeg(other), rows, columns)
+        raise
+
+
+def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
+    """Stored values of an RLE image, which more zeros may follow than the one that makes its length even."""
+    from pydicom.encaps import encapsulate
+
+    plain = frame.rstrip(b"\0")
+    for data in (frame, plain, plain + bytes(1)):  # the image may end with a zero
+        with suppress(Exception):
+            return _words(file, encapsulate([data], has_bot=False), rows, columns)
+    return _words(file, encapsulate([frame], has_bot=False), rows, columns)
+
+
+def _decoded(file: Tags, frame: bytes, stream: Stream, rows: int, columns: int) -> Stored:
+    """Stored values of a compressed image that has been checked; each decoder raises errors of its own."""
+    if file.syntax == syntax.BASELINE:
+        # strict: what libjpeg only warns about (too few or too many bytes, unknown codes) is an error.
+        pixels = simplejpeg.decode_jpeg(frame, colorspace="GRAY", strict=True)[:, :, 0]
+        return _as_stated(np.asarray(pixels.view(np.int8) if file.whole(tags.SIGNED, 0) == 1 else pixels), stream, file)
+    words = _by_imagecodecs(file, frame)
+    if words.shape != (rows, columns):
+        raise DicomError("has damaged pixel data (they decode to another size)")
+    whole = True
+    if stream.process == codestream.SOF_LOSSLESS:
+        whole = codestream.lossless_is_whole(frame, stream, words)
+    elif stream.process in codestream.SOF_SEQUENTIAL:
+        whole = codestream.sequential_is_whole(frame, stream)
+    if not whole:
+        raise DicomError("has damaged JPEG data (its codes do not fill its length)")
+    # How values are stored follows from the stream, since headers are often wrong about it.
+    if file.whole(tags.SIGNED, 0) == 1:
+        words = _field(words.view(f"i{words.dtype.itemsize}"), 0, stream.bits)
+    elif stream.signed:
+        words = words & words.dtype.type(2**stream.bits - 1)
+    return _as_stated(words, stream, file)
+
+
+def _by_imagecodecs(file: Tags, frame: bytes) -> Stored:
+    """Unsigned words (rows, columns) of a compressed image, those of signed values with all their upper bits set."""
+    import imagecodecs
+
+    if file.syntax in syntax.JPEG_2000:
+        values = imagecodecs.jpeg2k_decode(frame)
+    else:
+        values = imagecodecs.jpegls_decode(frame) if file.syntax in syntax.JPEG_LS else imagecodecs.jpeg8_decode(frame)
+    return np.asarray(values.view(f"u{values.dtype.itemsize}"))
+
+
+def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
+    """Decoded values as the header means them, where the stream has another number of bits than Bits Stored.
+
+    Only JPEG 2000 keeps the sign of its values. Those of other streams were sign-extended from the highest bit of the
+    stream, which is not the sign when the stream is deeper. Raises DicomError where header and stream cannot both be
+    true.
+    """
+    bits, below, signed = file.bits_stored(), _bits_below(file), file.whole(tags.SIGNED, 0) == 1
+    overlay = file.whole(tags.OVERLAY_BIT, 0) >= bits
+    # Equal bits leave one doubt: values that are signed in the stream only.
+    if not (stream.signed and not signed) and (stream.bits == bits or not (below or signed or overlay)):
+        return pixels
+    words = pixels.view(f"u{pixels.dtype.itemsize}")
+    if below and stream.bits > bits:
+        clear = stream.bits == below + bits
+    elif stream.signed:
+        sign = words.dtype.type(2 ** (stream.bits - 1))
+        # Some encoders mark unsigned words as signed. Then the unsigned values are the smoother image.
+        meant = stream.bits == bits and _roughness(words) <= _roughness(words ^ sign)
+        clear = signed or words.max() < sign or meant
+    else:
+        clear = stream.bits > bits or not signed or pixels.min() >= 0
+    if not clear:
+        raise DicomError(
+            f"contradicts itself: its header says {'signed' if signed else 'unsigned'} values of {bits} bits with High "
+            f"Bit {below + bits - 1}, its compressed image has {'signed ' * stream.signed}values of {stream.bits} bits"
+        )
+    # Values that all fit the stated bits have their sign there; bits above these are overlays, if any are stated.
+    inside = signed and not stream.signed and words.max() < 2**bits
+    if stream.bits > bits and (below or inside or overlay):
+        return _field(pixels, below, bits)
+    return pixels
+
+
+def _roughness(words: Stored) -> float:
+    """Mean difference of neighbours in a row."""
+    return float(np.abs(np.diff(words.astype(np.int32), axis=1)).mean()) if words.shape[1] > 1 else 0.0
+
+
+def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:
+    """Raise DicomError when a compressed image contradicts the header."""
+    if (stream.rows, stream.columns) != (rows, columns):
+        raise DicomError(f"contains {stream.columns}x{stream.rows} pixels, but its header says {columns}x{rows}")
+    if stream.tiles > codestream.MAX_TILES:
+        raise DicomError(f"has damaged JPEG 2000 data ({stream.tiles:,} tiles)")
+    if stream.components != 1:
+        raise DicomError(f"is not grayscale (its compressed image has {stream.components} samples per pixel)")
+    if stream.process not in _PROCESSES.get(file.syntax, {0}):
+        raise DicomError(f"has the transfer syntax {syntax.name_of(file.syntax)}, but its image is encoded otherwise")
+    if stream.process == codestream.SOF_LOSSLESS and stream.shift:
+        raise DicomError("is JPEG Lossless without its lowest bits (point transform), which is not supported")
+    allowed = 8 if file.syntax == syntax.BASELINE else file.whole(tags.BITS_ALLOCATED, 0)
+    if not 2 <= stream.bits <= allowed:
+        raise DicomError(f"contains an image of {stream.bits} bits per pixel, but at most {allowed} are allowed")
+
+
+def _by_pydicom(
+    file: Tags, data: bytes, rows: int, columns: int, allocated: int | None = None, stored: int | None = None
+) -> Stored:
+    from pydicom.pixels import get_decoder  # late, as imagecodecs: most radiographs need neither
+    from pydicom.uid import UID
+
+    values, _ = get_decoder(UID(file.syntax)).as_array(
+        data,
+        decoding_plugin="pydicom" if file.syntax == syntax.RLE else "",
+        raw=True,
+        rows=rows,
+        columns=columns,
+        number_of_frames=1,
+        samples_per_pixel=1,
+        photometric_interpretation="MONOCHROME2",
+        bits_allocated=allocated or file.whole(tags.BITS_ALLOCATED, 0),
+        bits_stored=stored or file.bits_stored(),
+        pixel_representation=file.whole(tags.SIGNED, 0),
+        pixel_keyword="PixelData",
+        pixel_vr=file.pixel_vr,
+        allow_excess_frames=False,
+    )
+    return np.asarray(values.astype(values.dtype.newbyteorder("="), copy=False))
