@@ -37,7 +37,7 @@ def guarded() -> Iterator[None]:
 
 def place_of(error: BaseException) -> str:
     """Kind of an exception, and file and line of ptxdist where it was raised."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
     where = (own or frames)[-1:]
     return type(error).__name__ + "".join(f" in {Path(frame.filename).name}, line {frame.lineno}" for frame in where)
