@@ -5,15 +5,18 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
+from ptxdist.cli.train import ray_log
 from ptxdist.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split
+    from ptxdist.records import EvaluationResult
+    from ptxdist.run.evaluation import EvaluationTask
     from ptxdist.scores.working import Kind
 
 _TARGET = click.FloatRange(0, 1, min_open=True)
@@ -38,6 +41,7 @@ _TARGET = click.FloatRange(0, 1, min_open=True)
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Share of positive images for which PPV and NPV are stated.  [default: that of the images]",
 )
+@click.option("--workers", type=click.IntRange(1), help="Evaluate on so many Ray workers.  [default: in this process]")
 @json_option
 def evaluate(
     runs: tuple[Path | str, ...],
@@ -48,54 +52,84 @@ def evaluate(
     sensitivity: tuple[float, ...],
     specificity: tuple[float, ...],
     prevalence: float | None,
+    workers: int | None,
     as_json: bool,
 ) -> None:
-    """Evaluate finished runs on the cases that each has held out, on this machine.
+    """Evaluate finished runs on the cases that each has held out.
 
     Runs of one fold are an ensemble, whose probabilities are averaged; runs of several folds are pooled. With --data,
     runs and bundles are evaluated on another cache, at the operating point that they have; several are an ensemble.
 
-    A working point flags images by their score, and `predict --at sensitivity=0.95` uses it. Processes of torchrun
-    divide the cases.
+    A working point flags images by their score, and `predict --at sensitivity=0.95` uses it. Ray workers, or processes
+    of torchrun, divide the cases.
 
     \b
     Examples: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
               ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
     from ptxdist import console
-    from ptxdist.predict.elsewhere import evaluate_elsewhere
+    from ptxdist.run.evaluation import EvaluationTask
     from ptxdist.rundir import read_stages
     from ptxdist.scores.working import Wanted
-    from ptxdist.storage.runs import local_run
-    from ptxdist.train.distributed import process_group, rank
-    from ptxdist.train.evaluate import evaluate_runs
 
     targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
     targets += [("specificity", value) for value in specificity]
     if prevalence is not None and not targets:
         raise SettingsError("--prevalence goes with --sensitivity or --specificity")
-    working = Wanted(tuple(targets), prevalence)
     if split != "all" and data is None:
         raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
     if out is None and (data is not None or isinstance(runs[0], str)):
         reason = "" if data is not None else f"{runs[0]} is only read; "
         raise RunError(f"{reason}name a folder for the evaluation with --out")
-    folders = [local_run(run) for run in runs]
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
-    with process_group("auto", ranks) as device, console.progress() as update:
-        more: Any = {"patients": patients, "working": working, "device": device if ranks > 1 else None}
-        more["on_cases"] = partial(update, "images") if rank() == 0 else lambda done, total: None
-        if data is None:
-            evaluation = evaluate_runs(folders, folder=out, **more)
-        else:
-            assert out is not None
-            evaluation = evaluate_elsewhere(folders, data, folder=out, split=split, **more)
-        if rank() > 0:
-            return
+    task = EvaluationTask(
+        models=tuple(map(_absolute, runs)),
+        data=None if data is None else _absolute(data),
+        split=split,
+        out=None if out is None else _absolute(out),
+        patients=None if patients is None else _absolute(patients),
+        working=Wanted(tuple(targets), prevalence),
+    )
+    evaluation = _evaluated(task, workers)
+    if evaluation is None:
+        return
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
-        console.show_result(read_stages(folders[0]) if out is None else (), evaluation)
+        console.show_result(read_stages(Path(runs[0])) if out is None else (), evaluation)
+
+
+def _absolute(place: Path | str) -> str:
+    return place if isinstance(place, str) else os.path.abspath(place)
+
+
+def _evaluated(task: EvaluationTask, workers: int | None) -> EvaluationResult | None:
+    """The result of an evaluation on Ray workers, or of this process; None if it is another than torchrun's first."""
+    from ptxdist import console
+    from ptxdist.config import TrainSettings
+    from ptxdist.events import Event, Progress
+    from ptxdist.run.evaluation import evaluate_models
+    from ptxdist.train.distributed import process_group, rank
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+    with console.progress() as update:
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Progress):
+                update("images", event.done, event.total)
+
+        if workers is not None:
+            from ptxdist.cluster.engine import evaluate_on_workers
+
+            with ray_log(task.folder if task.out else task.folder.parent):
+                return evaluate_on_workers(task, TrainSettings(workers=workers), on_event)
+        with process_group("auto", ranks) as device:
+            is_first = rank() == 0
+            result = evaluate_models(
+                task,
+                device=device if ranks > 1 else None,
+                on_cases=partial(update, "images") if is_first else lambda done, total: None,
+            )
+    return result if is_first else None
 
 
 @click.command()

@@ -107,14 +107,23 @@ def train(
 @contextmanager
 def _ray_with_log(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[Engine]:
     """The Ray engine, with the output of Ray in RUN/ray.log."""
-    from ptxdist import console
     from ptxdist.cluster.engine import ray_engine
+
+    with ray_log(mirror.folder), ray_engine(settings, mirror, on_event) as engine:
+        yield engine
+
+
+@contextmanager
+def ray_log(folder: Path) -> Iterator[None]:
+    """Write the output of Ray to a file in `folder`, which errors name."""
+    from ptxdist import console
     from ptxdist.rundir import RAY_LOG
 
-    log = mirror.folder / RAY_LOG
+    log = folder / RAY_LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with console.divert(log), ray_engine(settings, mirror, on_event) as engine:
-            yield engine
+        with console.divert(log):
+            yield
     except PtxdistError as error:
         raise type(error)(f"{error} (the output of Ray is in {log})") from error
 

@@ -21,10 +21,10 @@ from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.cluster.inbox import Inbox
 from ptxdist.cluster.nodes import ray_nodes
-from ptxdist.config import Settings
+from ptxdist.config import Settings, TrainSettings
 from ptxdist.errors import PtxdistError, TrainingError
 from ptxdist.events import Message, OnEvent, decode_event
-from ptxdist.records import EvaluationResult, StageResult
+from ptxdist.records import EvaluationResult, Record, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.rundir import EVALUATION, read_evaluation, read_stage_result, stage_folder
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
@@ -32,10 +32,12 @@ from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
+    from ptxdist.run.evaluation import EvaluationTask
+
 _POLL_S = 0.2
 _log = logging.getLogger(__name__)
 
-Work = Callable[[dict[str, Any]], None]  # of `worker`: train_stage or evaluate_run
+Work = Callable[[dict[str, Any]], None]  # a function of `worker`
 
 
 class _LostError(Exception):
@@ -53,23 +55,37 @@ def ray_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterato
     With RAY_ADDRESS, as in a Ray job, it checks the nodes of that cluster and uses it; else it starts Ray on this
     machine.
     """
+    place = mirror.remote.url if mirror.remote else mirror.folder
+    with _started(settings.train, place, settings.data.cache, on_event) as workers:
+        yield RayEngine(mirror, workers)
+
+
+def evaluate_on_workers(task: EvaluationTask, train: TrainSettings, on_event: OnEvent) -> EvaluationResult:
+    """Evaluate finished models on `train.workers` workers; the result is what rank 0 wrote into the task's folder."""
+    from ptxdist.cluster.worker import evaluate_finished
+
+    with _started(train, task.folder, task.data, on_event) as workers:
+        workers.work(evaluate_finished, task, task.folder, "the evaluation", "restarts")
+    return read_evaluation(task.folder)
+
+
+@contextmanager
+def _started(train: TrainSettings, place: Path | str, cache: str | None, on_event: OnEvent) -> Iterator[Workers]:
+    """Ray's workers, which write to `place`."""
     on_event(Message(text="Ray starts"))
-    with ray_for_training(settings.train) as use_gpu:
+    with ray_for_training(train) as use_gpu:
         if on_cluster():
             with ray_nodes() as nodes:
-                place = mirror.remote.url if mirror.remote else mirror.folder
-                refuse_unfit(place, settings.data.cache, nodes)
-        yield RayEngine(settings, mirror, use_gpu, on_event)
+                refuse_unfit(place, cache, nodes)
+        yield Workers(train, use_gpu, on_event)
 
 
 @dataclass(frozen=True)
 class RayEngine:
-    """Trains and evaluates with Ray Train's workers."""
+    """Trains and evaluates a run with Ray Train's workers."""
 
-    settings: Settings
     mirror: Mirror
-    use_gpu: bool
-    on_event: OnEvent
+    workers: Workers
 
     def nodes(self) -> list[dict[str, float]]:
         """CPUs, GPUs and kinds of accelerator of each living node of Ray."""
@@ -85,7 +101,7 @@ class RayEngine:
 
         number, size_px = task.number, task.stage.size_px
         folder = stage_folder(self.mirror.folder, number, size_px)
-        self._work(train_stage, task, folder, f"stage {number}", "resumes from its last checkpoint")
+        self.workers.work(train_stage, task, folder, f"stage {number}", "resumes from its last checkpoint")
         self.mirror.pull(stage_part(number, size_px))  # rank 0 may have been on another node
         result = read_stage_result(folder)
         if result is None:
@@ -99,16 +115,25 @@ class RayEngine:
         from ptxdist.cluster.worker import evaluate_run
 
         folder = self.mirror.folder / EVALUATION
-        self._work(evaluate_run, task, folder, "the evaluation", "restarts")
+        self.workers.work(evaluate_run, task, folder, "the evaluation", "restarts")
         self.mirror.pull(EVALUATION_PART)
         return read_evaluation(folder)
 
-    def _work(self, work: Work, task: StageTask, folder: Path, what: str, again: str) -> None:
+
+@dataclass(frozen=True)
+class Workers:
+    """Ray Train's workers, which are started for each piece of work."""
+
+    train: TrainSettings
+    use_gpu: bool
+    on_event: OnEvent
+
+    def work(self, work: Work, task: Record, folder: Path, what: str, again: str) -> None:
         """Call `work` on workers, and on new ones when they are lost; an exception of their own is a TrainingError."""
-        limit, failures = self.settings.train.max_worker_failures, 0
+        limit, failures = self.train.max_worker_failures, 0
         while True:
             try:
-                return self._work_once(work, task, folder, what)
+                return self._once(work, task, folder, what)
             except _LostError as error:
                 if error.preempted:  # does not count as a failure
                     self._say(f"{error}; {what} {again} with new workers")
@@ -121,7 +146,7 @@ class RayEngine:
     def _say(self, text: str) -> None:
         self.on_event(Message(text=text))
 
-    def _work_once(self, work: Work, task: StageTask, folder: Path, what: str) -> None:
+    def _once(self, work: Work, task: Record, folder: Path, what: str) -> None:
         """Call `work` on the workers of one TorchTrainer; _LostError when they are lost, else TrainingError."""
         import ray
         from ray.exceptions import RayError
@@ -134,7 +159,7 @@ class RayEngine:
             WorkerGroupError,
         )
 
-        train, use_gpu = self.settings.train, self.use_gpu
+        train, use_gpu = self.train, self.use_gpu
         capacity = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
         if capacity < train.workers:
             needed = train.min_workers or "all"
@@ -153,7 +178,7 @@ class RayEngine:
                 run_config=RunConfig(
                     name=f"{folder.name}-{time.time_ns()}",
                     storage_path=str(folder / "ray"),
-                    failure_config=FailureConfig(max_preemption_failures=0),  # `_work` restarts the workers and logs it
+                    failure_config=FailureConfig(max_preemption_failures=0),  # `work` restarts the workers and logs it
                 ),
             )
             try:

@@ -1,6 +1,7 @@
-"""What runs on Ray's workers: one rank of a stage or of the evaluation.
+"""What runs on Ray's workers: one rank of a stage or of an evaluation.
 
-Tasks come and events are sent as JSON (`StageTask`, `events.encode_event`). `cluster.engine` starts the workers.
+Tasks come and events are sent as JSON (`StageTask`, `EvaluationTask`, `events.encode_event`). `cluster.engine`
+starts the workers.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import ray.train
 import ray.train.torch
 from ray.train.v2._internal.execution.context import get_train_context
 
-from ptxdist.events import Event, Message, encode_event
+from ptxdist.events import Event, Message, Progress, encode_event
 from ptxdist.records import EpochMetrics
 from ptxdist.run.engine import StageTask
-from ptxdist.run.stage import run_evaluation, run_stage
+from ptxdist.run.evaluation import EvaluationTask, evaluate_models
+from ptxdist.run.stage import Throttled, run_evaluation, run_stage, share_cores
 from ptxdist.scores.names import DICES
 
-Config = dict[str, Any]  # from `cluster.engine`: `task`, a StageTask as JSON text, and `inbox`, an actor `Inbox`
+Config = dict[str, Any]  # from `cluster.engine`: `task` as JSON text, and `inbox`, an actor `Inbox`
 
 
 def train_stage(config: Config) -> None:
@@ -59,6 +61,17 @@ def evaluate_run(config: Config) -> None:
         ranks_here=ray.train.get_context().get_local_world_size(),
         on_event=_Sender(config["inbox"]),
     )
+
+
+def evaluate_finished(config: Config) -> None:
+    """Evaluate finished models as one rank, on a Ray Train worker; the `task` is an EvaluationTask."""
+    device, send = ray.train.torch.get_device(), Throttled(_Sender(config["inbox"]))
+    share_cores(device, ray.train.get_context().get_local_world_size())
+
+    def on_cases(done: int, total: int) -> None:
+        send(Progress(stage=0, step="evaluate", epoch=0, done=done, total=total))
+
+    evaluate_models(EvaluationTask.model_validate_json(config["task"]), device=device, on_cases=on_cases)
 
 
 class _Sender:

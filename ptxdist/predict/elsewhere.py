@@ -84,7 +84,7 @@ def evaluate_elsewhere(
     def complete(result: EvaluationResult, counts: CaseCounts) -> EvaluationResult:
         found, here = look_at(store, catalog, indices, read_salt(cache))
         about = Elsewhere(
-            data=str(data),
+            data=str(data) if is_remote(str(data)) else str(Path(data).absolute()),
             split=split,
             models=tuple(card.name for card in cards),
             weights_sha256=tuple(card.weights_sha256 for card in cards),

@@ -50,7 +50,7 @@ def run_stage(
     Progress events; `preempted` is as for `loop.fit`.
     """
     settings, stage = task.settings, task.stage
-    _share_cores(device, ranks_here)
+    share_cores(device, ranks_here)
     torch.manual_seed(settings.pipeline.seed)
     with _run_of(task, stage_part(task.number, stage.size_px)) as run:
         started, folder = time.perf_counter(), stage_folder(run, task.number, stage.size_px)
@@ -106,7 +106,7 @@ def run_evaluation(
 ) -> EvaluationResult:
     """Evaluate the stage of `task.result` as one rank; every rank calls `on_event` with Progress, and returns."""
     assert task.result is not None
-    _share_cores(device, ranks_here)
+    share_cores(device, ranks_here)
     on_event = Throttled(on_event)
 
     def on_cases(done: int, total: int) -> None:
@@ -159,7 +159,7 @@ def _cache_of(task: StageTask) -> Path:
     return local_cache(data.cache, [task.stage.size_px], data=data, token=task.token)
 
 
-def _share_cores(device: torch.device, ranks_here: int | None) -> None:
+def share_cores(device: torch.device, ranks_here: int | None) -> None:
     """Give each of the ranks on this machine its part of the cores, since Ray and torchrun give each one thread."""
     if device.type == "cpu" and ranks_here:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))

@@ -87,7 +87,7 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
         left = ray.util.placement_group([{"CPU": 0.5}])  # as a trainer leaves it that could not end in order
         assert left.wait(30)
         with pytest.raises(TrainingError, match="stage 1 stopped: a worker failed with KeyError: 'absent'"):
-            engine._work(mistaken, task, tmp_path / "run" / "stage", "stage 1", "resumes")
+            engine.workers.work(mistaken, task, tmp_path / "run" / "stage", "stage 1", "resumes")
         end = time.monotonic() + 30
         while (free := ray.available_resources().get("CPU")) != ray.cluster_resources()["CPU"]:
             assert time.monotonic() < end, f"of the CPUs {free} are free"

@@ -187,3 +187,13 @@ def test_evaluate_report_and_inspect_work_on_the_finished_run(work: Path, traine
     cache = json.loads(ptxdist("inspect", work / "cache", "--json").stdout)
     assert cache["reconciliation"]["labelled"] == 39
     assert Path(cache["contact_sheet"]).stat().st_size > 10_000
+
+
+def test_two_ray_workers_evaluate_on_a_cache_as_one_process_does(work: Path, trained: Trained) -> None:
+    words = ["evaluate", trained.run, "--data", work / "cache", "--sensitivity", 0.9]
+    ptxdist(*words, "--out", work / "one")
+    printed = json.loads(ptxdist(*words, "--out", work / "two", "--workers", 2, "--json").stdout)
+    assert (printed["scores"]["cases"], len(printed["working"])) == (39, 1)
+    for name in ("cases.csv", "predictions.csv", "histograms.safetensors"):
+        assert (work / "one" / name).read_bytes() == (work / "two" / name).read_bytes(), name
+    assert (work / "two" / "ray.log").is_file()
