@@ -22,7 +22,7 @@ GOLDEN = json.loads(facts.GOLDEN.read_text())
 ADDED_OPTIONS = {
     "preprocess": ["--patient-key"],
     "train": ["--init"],
-    "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence"],
+    "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence", "--workers"],
     "export": ["--point", "--at"],
     "predict": ["--at"],
     "serve": ["--at"],
