@@ -20,14 +20,24 @@ SIDE = "Side of the images in pixels; may be repeated."
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed gives other images.")
 @click.option("--positive-share", type=float, default=0.2215, show_default=True, help="Share with a pneumothorax.")
 @click.option("--labels", type=FILE, help="Draw images for the ids and masks of this label table.")
+@click.option("--bedside", is_flag=True, help="Another hospital, that images in bed: all views AP, and darker.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @json_option
 def phantom(
-    out: Path, cases: int, seed: int, positive_share: float, labels: Path | None, workers: int, as_json: bool
+    out: Path,
+    cases: int,
+    seed: int,
+    positive_share: float,
+    labels: Path | None,
+    bedside: bool,
+    workers: int,
+    as_json: bool,
 ) -> None:
     """Write a synthetic SIIM-like data set to OUT.
 
-    Example: ptxdist phantom phantoms --cases 300 --seed 0
+    \b
+    Examples: ptxdist phantom phantoms --cases 300 --seed 0
+              ptxdist phantom elsewhere --seed 1 --bedside --positive-share 0.05
     """
     from ptxdist import console
     from ptxdist.phantoms.dataset import write_phantoms
@@ -39,6 +49,7 @@ def phantom(
             seed=seed,
             positive_share=positive_share,
             labels=labels,
+            bedside=bedside,
             workers=workers,
             on_image=lambda done, total: update("images", done, total),
         )

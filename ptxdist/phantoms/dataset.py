@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -34,6 +34,7 @@ CHUNK = 16
 UNLABELLED_SHARE = 0.004
 LABEL_HEADER = ("ImageId", " EncodedPixels")  # with the blank of the challenge's table
 
+_UNDEREXPOSED = np.round(255 * (np.arange(256) / 255) ** 1.5).astype(np.uint8)
 _SPACINGS_MM = ("0.139", "0.143", "0.168", "0.171", "0.194311")
 
 
@@ -59,6 +60,7 @@ class _Task:
     rows: bool = True
     image_id: str | None = None
     texts: tuple[str, ...] | None = None
+    bedside: bool = False
 
 
 def write_phantoms(
@@ -68,6 +70,7 @@ def write_phantoms(
     seed: int = 0,
     positive_share: float = 0.2215,
     labels: Path | None = None,
+    bedside: bool = False,
     workers: int = 1,
     on_image: Callable[[int, int], None] | None = None,
 ) -> PhantomResult:
@@ -75,7 +78,8 @@ def write_phantoms(
 
     `positive_share` of the labelled images show a pneumothorax; about 0.4 % of the files (at least one of 20 or more)
     have no row in the table. With `labels`, a label table (CSV, may be .gz), images are drawn for its ids and masks
-    instead: all of them when `cases` is 0, else the first `cases`. `on_image` is called with (images done, images).
+    instead: all of them when `cases` is 0, else the first `cases`. With `bedside`, all views are AP and darker, as from
+    another hospital that images in bed. `on_image` is called with (images done, images).
     The files are the same for any number of `workers`. They are written beside `out` and renamed at the end. Raises
     SettingsError for an invalid number, LabelError for an invalid table, and RunError when `out` is not empty.
     """
@@ -84,6 +88,7 @@ def write_phantoms(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} exists and is not an empty folder; delete it or give another one; nothing was written")
     tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
+    tasks = [replace(task, bedside=bedside) for task in tasks]
     with files.replacing_folder(out, error=None) as folder:
         rows = _draw_all(folder / "dicom-images", tasks, seed, workers, on_image)
         labelled = [(name, text) for name, texts in rows for text in texts]
@@ -188,7 +193,7 @@ def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
     uid = f"1.2.276.0.7230010.3.1.{{}}.8323329.{node}.{second}.{{}}"
     study, series, image = (uid.format(kind, 100_000 + 3 * task.index + kind) for kind in (2, 3, 4))
     name = task.image_id or image
-    view = "PA" if rng.random() < 0.6 else "AP"
+    view = "PA" if rng.random() < 0.6 and not task.bedside else "AP"
     chest = anatomy.pose(rng, view)
     if task.texts is None:
         masks = anatomy.draw_masks(rng, chest) if task.positive else []
@@ -197,7 +202,8 @@ def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
         texts = list(task.texts)
         masks = [rle.decode(texts, SIZE_PX, SIZE_PX)] if task.positive else []
     union = np.maximum.reduce(masks) if masks else np.zeros((SIZE_PX, SIZE_PX), np.uint8)
-    data = _encode(greys.draw_image(rng, chest, union))
+    grey = greys.draw_image(rng, chest, union)
+    data = _encode(cv2.LUT(grey, _UNDEREXPOSED) if task.bedside else grey)
     path = folder / study / series / f"{name}.dcm"
     path.parent.mkdir(parents=True)
     with (

@@ -233,9 +233,10 @@ def working_points(evaluation: EvaluationResult) -> tuple[Table, ...]:
 
 
 def profiles(about: Elsewhere) -> tuple[Block, ...]:
-    """The evaluated images beside the training images: a forest plot for each property, numbers, and views."""
+    """The evaluated images beside the training images: in words, a forest plot for each property, numbers, views."""
+    words = Facts(tuple(f"{line[:1].upper()}{line[1:]}." for line in different(about)))
     if about.there is None:
-        return (Facts(tuple(different(about))),)
+        return (words,)
     sides = (("evaluated here", about.here), ("trained on", about.there))
     found: list[Block] = []
     for name, field, form in (
@@ -267,7 +268,7 @@ def profiles(about: Elsewhere) -> tuple[Block, ...]:
         Row(name, (f"{side.images:,}", f"{100 * side.positives / side.images:.1f} %", *cells))
         for (name, side), cells in zip(sides, share, strict=True)
     ]
-    return *found, Table("Images, positive images and views", ("", "images", "positive", *views), tuple(rows))
+    return words, *found, Table("Images, positive images and views", ("", "images", "positive", *views), tuple(rows))
 
 
 def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:

@@ -84,6 +84,15 @@ def test_files_are_what_the_challenge_ships(written: dataset.PhantomResult) -> N
     assert seen == written.images == CASES
 
 
+def test_bedside_images_of_another_hospital_are_ap_and_darker(written: dataset.PhantomResult, tmp_path: Path) -> None:
+    other = dataset.write_phantoms(tmp_path / "other", cases=4, seed=3, bedside=True)
+    means = []
+    for result in (written, other):
+        means.append(np.mean([ds.pixel_array.mean() for _, ds in list(files(result))[:4]]))
+    assert {ds.ViewPosition for _, ds in files(other)} == {"AP"}
+    assert means[1] < means[0] - 15
+
+
 def test_patient_id_is_a_new_uuid_in_every_file_so_grouping_on_it_does_nothing(written: dataset.PhantomResult) -> None:
     ids = [(str(ds.PatientID), str(ds.PatientName)) for _, ds in files(written)]
     assert all(uuid.UUID(patient).version == 4 and patient == name for patient, name in ids)

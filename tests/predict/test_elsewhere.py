@@ -295,6 +295,8 @@ def test_the_report_shows_what_is_different_and_names_images_of_the_training(
     for words in (
         "The model was trained on some of these images or patients.",
         "What is different here",
+        "Different: ",
+        "views 100 % AP here, 100 % PA in the training",
         "trained on</th>",
         "mean grey level of an image",
         "The model&#39;s own point, from a test",
