@@ -320,7 +320,7 @@ def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
     assert done.exit_code == 0, done.stderr
     assert text.index("the model's own") < text.index("tuned pair")
     assert "the model was trained on some of these images: 0 have the same pixels as a training image, " in text
-    assert "median grey level: " in text
+    assert "median grey level " in text
     assert "gain over the own point: Kaggle " in text
     for words, code, message in (
         (("--data", other), 8, "name a folder for the evaluation with --out"),
