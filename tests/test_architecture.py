@@ -28,7 +28,7 @@ RULES = {
     "rundir": ("errors config records files", "pydantic"),
     "base": ("", ""),
     "dicom": ("base", "numpy PIL pydicom imagecodecs simplejpeg"),
-    "labels": ("base dicom", "numpy nibabel"),
+    "labels": ("base dicom", "numpy nibabel PIL pydicom"),
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),
     "phantoms": ("base labels cache", "numpy cv2 pydicom"),

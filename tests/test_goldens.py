@@ -21,7 +21,7 @@ from ptxdist.config import ModelSettings, StageSettings, TrainSettings, complete
 GOLDEN = json.loads(facts.GOLDEN.read_text())
 ADDED_OPTIONS = {
     "phantom": ["--bedside"],
-    "preprocess": ["--patient-key"],
+    "preprocess": ["--patient-key", "--match"],
     "train": ["--init"],
     "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence", "--workers"],
     "export": ["--point", "--at"],

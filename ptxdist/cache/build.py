@@ -14,12 +14,15 @@ from ptxdist.cache.catalog import REMOVED, Case, Catalog, Reconciliation, Reject
 from ptxdist.cache.scan import DICOM_SUFFIXES, ScannedFile, scan
 from ptxdist.cache.split import FOLDS, Leakage, assign_folds
 from ptxdist.dicom.radiograph import Header, hash_text
-from ptxdist.errors import CatalogError, LabelError, SettingsError
+from ptxdist.errors import CatalogError, LabelError
 from ptxdist.executor import Executor, serial
 from ptxdist.labels import rle
-from ptxdist.labels.dialect import Dialect, check_mask_images, detect_dialect, parse_dialect, to_siim
+from ptxdist.labels.dialect import Dialect, check_mask_files, detect_dialect, parse_dialect, to_siim
+from ptxdist.labels.found import stem_of
+from ptxdist.labels.names import name_of
 from ptxdist.labels.patients import read_patients
-from ptxdist.labels.tables import line_of, read_labels, read_mask_folder
+from ptxdist.labels.reader import Labels, read_any
+from ptxdist.labels.tables import line_of
 
 _SUFFIXES = (*DICOM_SUFFIXES, ".png", ".jpg")
 _MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
@@ -29,14 +32,14 @@ OnFile = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What was read: mask texts, sizes of mask images (None for a table), patients and usable files, all by image id.
+    """What was read: labels, patients and usable files, all by image id.
 
-    `rejects` are the other files, `duplicates` counts copies of usable ones. `files` counts all candidates, and
-    `other_files` what is no candidate.
+    `renamed` are ids of labels that are the names of files, by image id. `rejects` are the other files, `duplicates`
+    counts copies of usable ones. `files` counts all candidates, and `other_files` what is no candidate.
     """
 
-    masks: Mapping[str, tuple[str, ...]]
-    mask_sizes: Mapping[str, tuple[int, int]] | None
+    labels: Labels
+    renamed: Mapping[str, str]
     patient_of: Mapping[str, str]
     usable: Mapping[str, tuple[Header, ScannedFile]]
     rejects: tuple[Reject, ...]
@@ -66,6 +69,7 @@ def build_catalog(
     seed: int = 0,
     salt: bytes = b"",
     dialect: str | None = None,
+    match: str | None = None,
     skip: Collection[Path] = (),
     executor: Executor = serial,
     on_file: OnFile = lambda done, total: None,
@@ -73,15 +77,14 @@ def build_catalog(
     """Build the catalog of the files below `images`; also returns the path of each case's file below that folder.
 
     Without a `former` catalog the result depends on the content of the files only, not on their order; with one, cases
-    keep their rows and folds. `labels` is a table or a folder of mask images. The mask encoding of a table is detected
-    unless `dialect` names it. `skip` are folders to leave out. `on_file` is called with (files done, files).
-    Raises CatalogError when no usable file is found or a side of the split is empty, LabelError as `read_labels`,
-    `read_patients`, `detect_dialect` and `check_mask_images`, and for a mask that does not fit its image.
+    keep their rows and folds. `labels` is what `read_any` takes, with `match` for the names of mask files. The mask
+    encoding of a table is detected unless `dialect` names it. `skip` are folders to leave out. `on_file` is called with
+    (files done, files). Raises CatalogError when no usable file is found or a side of the split is empty, LabelError as
+    `read_any`, `read_patients`, `detect_dialect` and `check_mask_files`, and for a mask that does not fit its image.
     """
     encoding = parse_dialect(dialect) if dialect else None
-    if encoding and labels.is_dir():
-        raise SettingsError(f"{labels} holds mask images, which have no dialect; leave out --dialect {dialect}")
-    inputs = _read(images, labels, patients, salt, skip, executor, on_file)
+    found = read_any(labels, match=match, dialect=dialect, executor=executor)
+    inputs = _read(images, labels, found, patients, salt, skip, executor, on_file)
     labelled = _join(inputs, labels, encoding)
     cases, leakage = _split(labelled.cases, inputs.patient_of, former, folds, seed, salt)
     _refuse_empty_side(leakage, sum(case.masks is not None for case in labelled.cases))
@@ -90,7 +93,7 @@ def build_catalog(
         reconciliation=labelled.reconciliation,
         leakage=leakage,
         rejects=inputs.rejects,
-        missing=tuple(case_id for case_id in inputs.masks if case_id not in inputs.usable),
+        missing=tuple(case_id for case_id in inputs.labels.masks if case_id not in inputs.usable),
         dialect=labelled.dialect,
         dialect_proven=labelled.proven,
         evidence=labelled.evidence,
@@ -103,17 +106,16 @@ def build_catalog(
 def _read(
     images: Path,
     labels: Path,
+    found: Labels,
     patients: Path | None,
     salt: bytes,
     skip: Collection[Path],
     executor: Executor,
     on_file: OnFile,
 ) -> _Inputs:
-    """Read tables and headers; CatalogError or LabelError when they do not belong together."""
-    folder = read_mask_folder(labels, executor) if labels.is_dir() else None
-    masks = folder.masks if folder else read_labels(labels)
+    """Read patients and headers; CatalogError or LabelError when they do not belong together."""
     patient_of = read_patients(patients) if patients else {}
-    scanned, others = scan(images, salt=salt, skip=(*skip, labels), executor=executor, on_file=on_file)
+    scanned, others = scan(images, salt=salt, skip=(*skip, *found.skip), executor=executor, on_file=on_file)
     usable: dict[str, tuple[Header, ScannedFile]] = {}
     rejects: list[Reject] = []
     duplicates = 0
@@ -121,40 +123,63 @@ def _read(
         if file.header is None:
             rejects.append(Reject(file.path, file.reason))
             continue
-        case_id = file.header.case_id
-        _, first = usable.setdefault(case_id, (file.header, file))
+        header = file.header
+        if found.folders and header.case_id == Path(file.path).stem:  # a PNG
+            header = replace(header, case_id=name_of(file.path, found.folders))
+        case_id = header.case_id
+        _, first = usable.setdefault(case_id, (header, file))
         if first is not file and first.digest == file.digest:
             duplicates += 1
         elif first is not file:  # reasons are kept in the cache, so this one names no path
             rejects.append(Reject(file.path, f"has another content than the file used for its id {case_id}"))
     if not usable:
         raise CatalogError(f"{images}: none of {len(scanned)} files is usable; the first one {rejects[0].reason}")
-    if not usable.keys() & masks.keys():
-        stems = {Path(case_id).stem if Path(case_id).suffix.lower() in _SUFFIXES else "" for case_id in masks}
+    found, renamed = _by_image_id(found, usable)
+    if not usable.keys() & found.masks.keys():
+        stems = {Path(case_id).stem if Path(case_id).suffix.lower() in _SUFFIXES else "" for case_id in found.masks}
         hint = "write ids without .dcm or .png" if stems & usable.keys() else "do both belong to the same data set?"
+        ours, theirs = (", ".join(sorted(ids)[:3]) for ids in (usable, found.masks))
         raise CatalogError(
-            f"none of the {len(usable)} images in {images} has a row in {labels} (an id of an image: {min(usable)}; "
-            f"of a row: {min(masks)}): {hint}"
+            f"none of the {len(usable)} images in {images} has a label in {labels} (ids of images: {ours}; of labels: "
+            f"{theirs}): {hint}"
         )
     if patients and not usable.keys() & patient_of.keys():
         raise LabelError(f"{patients}: none of the {len(usable)} images in it; its image ids are others")
-    sizes = folder.sizes if folder else None
-    return _Inputs(masks, sizes, patient_of, usable, tuple(rejects), duplicates, len(scanned), others)
+    return _Inputs(found, renamed, patient_of, usable, tuple(rejects), duplicates, len(scanned), others)
+
+
+def _by_image_id(labels: Labels, usable: Mapping[str, tuple[Header, ScannedFile]]) -> tuple[Labels, Mapping[str, str]]:
+    """The labels by image id where they name files, as tools do that know no DICOM; also their former ids.
+
+    A name that several files have, or whose image is named by its id too, stays as it is.
+    """
+    named: dict[str, list[str]] = {}
+    for case_id, (_, file) in usable.items():
+        if case_id not in labels.masks:
+            named.setdefault(stem_of(Path(file.path).name), []).append(case_id)
+    unknown = [name for name in labels.masks if name not in usable and len(named.get(name, ())) == 1]
+    new = {name: named[name][0] for name in unknown}
+    masks = {new.get(name, name): texts for name, texts in labels.masks.items()}
+    sizes = labels.sizes and {new.get(name, name): size for name, size in labels.sizes.items()}
+    return replace(labels, masks=masks, sizes=sizes), {case_id: name for name, case_id in new.items()}
 
 
 def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
     """Join the files with their masks; LabelError for a mask that does not fit its image."""
-    masks = inputs.masks
+    masks = inputs.labels.masks
     sizes = {case_id: (header.rows, header.columns) for case_id, (header, _) in inputs.usable.items()}
-    if inputs.mask_sizes is not None:
-        _refuse_other_sizes(labels, inputs.mask_sizes, sizes)
-        found = check_mask_images(masks, sizes, labels)
-        encoding, name, proven = found.dialect, "mask images", found.proven
+    if inputs.labels.sizes is not None:
+        _refuse_other_sizes(labels, inputs.labels.sizes, sizes)
+        found = check_mask_files(masks, sizes, labels, inputs.labels.kind)
+        encoding, name, proven = found.dialect, inputs.labels.kind, found.proven
         both = len(masks.keys() & sizes.keys())
-        evidence: tuple[str, ...] = (f"{both:,} mask images have the size of their radiographs", *found.evidence)
+        evidence: tuple[str, ...] = (f"{both:,} {name} have the size of their radiographs", *found.evidence)
     else:
         detection = detect_dialect(
-            masks, sizes, encoding, lambda case_id, text: f"{labels}, line {line_of(labels, case_id, text)}"
+            masks,
+            sizes,
+            encoding,
+            lambda case_id, text: f"{labels}, line {line_of(labels, inputs.renamed.get(case_id, case_id), text)}",
         )
         encoding, evidence = detection.dialect, detection.evidence
         name, proven = encoding.name, detection.proven

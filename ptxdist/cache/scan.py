@@ -50,9 +50,9 @@ def scan(
 ) -> tuple[list[ScannedFile], int]:
     """Every candidate below `root` in the order of the paths, and the number of other files.
 
-    `skip` are folders to leave out. `on_file` is called with (files done, files). Headers are read on every run: this
-    takes a fraction of the time of hashing and shows when a file's decoder has changed. Raises CatalogError when there
-    is no candidate.
+    `skip` are folders and files to leave out. `on_file` is called with (files done, files). Headers are read on every
+    run: this takes a fraction of the time of hashing and shows when a file's decoder has changed. Raises CatalogError
+    when there is no candidate.
     """
     names, others = find_files(root, skip)
     starts = range(0, len(names), _FILES_A_TASK)
@@ -109,12 +109,13 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
 
     top = os.path.realpath(root)
     skipped = {os.path.realpath(path) for path in skip}
+    skipped |= {os.path.join(os.path.realpath(path.parent), path.name) for path in skip if path.is_file()}  # links too
     for folder, below, names in os.walk(top, onerror=unreadable):
         if skipped:
             below[:] = [name for name in below if os.path.join(folder, name) not in skipped]
         others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
         below_top = folder[len(top) :].lstrip(os.sep)
-        found += [os.path.join(below_top, name) for name in names]
+        found += [os.path.join(below_top, name) for name in names if os.path.join(folder, name) not in skipped]
     images, left = choose_images(found, lambda path: read_start(Path(top, path), START_BYTES))
     return images, others + left
 

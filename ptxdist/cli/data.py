@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, PLACE, executor_for, json_option
+from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, LABELS, MATCH, PLACE, executor_for, json_option
 from ptxdist.errors import SettingsError, StoreError
 
 SIDE = "Side of the images in pixels; may be repeated."
@@ -61,7 +61,8 @@ def phantom(
 
 @click.command()
 @click.option("--dicom", type=FOLDER, required=True, help="Folder of DICOM files or PNG images, also nested.")
-@click.option("--labels", type=FILE, required=True, help="CSV with ImageId, EncodedPixels; or a folder of mask PNGs.")
+@click.option("--labels", type=FILE, required=True, help=LABELS)
+@click.option("--match", help=MATCH)
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
 @click.option("--patients", type=FILE, help="CSV with columns ImageId and PatientID; no patient is in two folds.")
 @click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
@@ -76,6 +77,7 @@ def phantom(
 def preprocess(
     dicom: Path,
     labels: Path,
+    match: str | None,
     out: Path | str,
     patients: Path | None,
     patient_key: Path | None,
@@ -86,7 +88,7 @@ def preprocess(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Convert DICOM files and a label table to a training cache.
+    """Convert DICOM files and labels to a training cache.
 
     Rerun it after any change or interruption: finished and unchanged parts are skipped.
 
@@ -109,6 +111,7 @@ def preprocess(
             sizes_px=sizes,
             folds=folds,
             dialect=dialect,
+            match=match,
             executor=executor_for(workers, address),
             on_progress=update,
         )

@@ -28,6 +28,8 @@ class Place(click.Path):
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
 PLACE = Place(path_type=Path)
+LABELS = "Label table; file or folder of COCO, LabelMe, DICOM SEG; folder of mask images or NIfTI."
+MATCH = "Names of masks, such as '*_mask.png' or '*.2.mask.png=*.1.img.png'.  [default: usual ones]"
 CORES = "Number of processes.  [default: one per core]"
 ADDRESS = "Ray cluster that does the work; its nodes must share the storage.  [default: this machine]"
 Command = TypeVar("Command", bound=Callable[..., Any])

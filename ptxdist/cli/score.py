@@ -6,16 +6,16 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, json_option
+from ptxdist.cli.options import FILE, LABELS, MATCH, json_option
 
-TRUTH = "True masks: CSV with ImageId, EncodedPixels; or a folder of mask PNGs."
 THRESHOLD = "Pixels of probability images that reach it are inside.  [default: 0.5]"
 SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]"
 
 
 @click.command()
 @click.argument("predictions", type=FILE)
-@click.option("--truth", type=FILE, required=True, help=TRUTH)
+@click.option("--truth", type=FILE, required=True, help=f"True masks: {LABELS}")
+@click.option("--match", help=MATCH)
 @click.option("--patients", type=FILE, help="CSV with image id, patient; intervals are then by patient.")
 @click.option("--subset", is_flag=True, help="Score the images that are in both, if some are in one only.")
 @click.option("--threshold", type=float, help=THRESHOLD)
@@ -28,6 +28,7 @@ SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]
 def score(
     predictions: Path,
     truth: Path,
+    match: str | None,
     patients: Path | None,
     subset: bool,
     threshold: float | None,
@@ -56,6 +57,7 @@ def score(
             threshold=threshold,
             dialect=dialect,
             truth_dialect=truth_dialect,
+            match=match,
             size_px=size_px,
             subset=subset,
             surfaces=surfaces,

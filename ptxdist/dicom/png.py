@@ -94,6 +94,14 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
     return values.astype(np.uint16) if header.bits == 16 else values.astype(np.uint8)
 
 
+def refuse_damaged(content: bytes) -> None:
+    """Raise DicomError for a PNG of any colours that is damaged, animated, transparent, or of too many pixels."""
+    if len(content) < 33 or content[8:16] != b"\0\0\0\rIHDR" or not _sound(content, 8, 13):
+        raise DicomError(f"{_DAMAGED} (its header cannot be read)")
+    check_size(*reversed(struct.unpack_from(">LL", content, 16)))
+    _check_chunks(content, mask=True)
+
+
 def _by_pillow(content: bytes) -> npt.NDArray[Any]:
     from PIL import Image  # late: most data sets have no PNG
 

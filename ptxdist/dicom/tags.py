@@ -171,6 +171,14 @@ def with_preamble(content: bytes) -> bytes:
     return bytes(128) + content if content.startswith(b"DICM") else content
 
 
+def for_pydicom(content: bytes) -> bytes:
+    """The content with its preamble; DicomError for what is no DICOM, or inflates to more than `MAX_INFLATED` bytes."""
+    syntax, start = _file_meta(content)
+    if syntax == DEFLATED:
+        _inflate(content[start:])
+    return with_preamble(content)
+
+
 def _meta_start(content: bytes) -> int | None:
     """Position of the file meta information, which may lack its preamble and DICM; None where there is none."""
     if content[128:132] == b"DICM":

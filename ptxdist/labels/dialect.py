@@ -180,17 +180,20 @@ def _conclude(readings: Mapping[Dialect, Reading], option: str) -> Detection:
     )
 
 
-def check_mask_images(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], where: Path) -> Detection:
-    """Judge the masks of a folder of images by the evidence for tables; `masks` are texts of `rle` by image id.
+def check_mask_files(
+    masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], where: Path, kind: str = "mask images"
+) -> Detection:
+    """Judge masks of any format but tables by the evidence for tables; `masks` are texts of `rle` by image id.
 
-    `sizes` and the sample are as in `detect_dialect`. The folder has no dialect: rows mean transposed images. Raises
-    LabelError when the masks are transposed, upside down, inverted, or otherwise none; `where` is the folder.
+    `sizes` and the sample are as in `detect_dialect`. The masks have no dialect: rows mean transposed images. Raises
+    LabelError when the masks are transposed, upside down, inverted, or otherwise none; they are of this `kind`, from
+    `where`.
     """
     fit = fit_masks(masks, sizes, "relative")
     upright, transposed = (measure(each.name, each.order, fit) for each in DIALECTS[:2])
     if upright.fault:
         raise LabelError(
-            f"{where}: the mask images look wrong: {upright.fault}. Compare some with their radiographs and write them "
+            f"{where}: the {kind} look wrong: {upright.fault}. Compare some with their radiographs and write them "
             "again; if they are right, give them as a table with --dialect"
         )
     evidence = _describe(upright)

@@ -2,32 +2,32 @@
 
 Whether the PNG files of a folder are masks or probabilities is decided by their values, for all files together.
 
-nnU-Net writes 2-D masks as PNG with the values 0 and 1 (nnunetv2/imageio/natural_image_reader_writer.py), or as NIfTI.
-The first axis of a NIfTI file is x, the columns of the image, and the second is y, its rows: SimpleITK returns an array
-(y, x) of it (simpleitk_reader_writer.py), and NibabelIO transposes to the same (nibabel_reader_writer.py). A third axis
-has to be of length 1. Orientation and spacing of the file are not used, as in nnU-Net's own evaluation.
+nnU-Net writes 2-D masks as PNG with the values 0 and 1 (nnunetv2/imageio/natural_image_reader_writer.py), or as NIfTI,
+see `nifti`.
 """
 
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ptxdist.dicom.png import read_png_header
 from ptxdist.errors import DicomError, LabelError
 from ptxdist.files import require_extra
 from ptxdist.labels import rle
 from ptxdist.labels.evidence import Size
+from ptxdist.labels.found import place_of
+from ptxdist.labels.nifti import SUFFIXES as NIFTI
+from ptxdist.labels.nifti import read_values
+from ptxdist.labels.pictures import read_png
 from ptxdist.labels.rle import Spans
-from ptxdist.labels.tables import find_masks, place_of, read_png
 
-PNG, NIFTI = (".png",), (".nii.gz", ".nii")
+PNG = (".png",)
 _LOW = 0.1  # if no probability reaches it, the values are rather labels of several classes
 
 
@@ -105,7 +105,9 @@ class NiftiMasks:
         require_extra("nifti", "reading NIfTI files", "nibabel")
         self._folder, self._threshold = folder, threshold
         self._files = find_masks(folder, NIFTI)
-        self.sizes: Mapping[str, Size] = {case_id: self._read(path)[1] for case_id, path in self._files.items()}
+        self.sizes: Mapping[str, Size] = {
+            case_id: read_values(folder, path)[1] for case_id, path in self._files.items()
+        }
         self._between = False
 
     @property
@@ -113,31 +115,13 @@ class NiftiMasks:
         """The image ids."""
         return self._files
 
-    def _read(self, path: Path, *, pixels: bool = False) -> tuple[npt.NDArray[Any], Size]:
-        """Values (columns, rows), none unless asked for, and the size."""
-        import nibabel
-        from nibabel.filebasedimages import ImageFileError
-
-        try:
-            image = nibabel.load(path)
-            shape, values = image.shape, np.asarray(image.dataobj) if pixels else np.zeros((0, 0))
-        except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
-            reason = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
-            raise LabelError(f"{place_of(self._folder, path)} cannot be read as NIfTI: {reason}") from None
-        if len(shape) < 2 or any(length != 1 for length in shape[2:]):
-            raise LabelError(
-                f"{place_of(self._folder, path)} has the shape {'x'.join(map(str, shape))}; only single 2-D images are "
-                "scored, (x, y) or (x, y, 1)"
-            )
-        return values.reshape(shape[:2]) if pixels else values, (shape[1], shape[0])
-
     def prepare(self, sizes: Mapping[str, Size], on_file: Callable[[int, int], None]) -> None:
         """As in `masks.Masks`: nothing has to be found out."""
 
     def spans(self, case_id: str, size: Size) -> Spans:
         """As in `masks.Masks`."""
         path = self._files[case_id]
-        values, _ = self._read(path, pixels=True)
+        values, _ = read_values(self._folder, path, pixels=True)
         low, top = values.min(), values.max()
         if not (low >= 0 and top <= 1):  # also true of NaN
             raise LabelError(
@@ -150,3 +134,28 @@ class NiftiMasks:
     def describe(self) -> tuple[str, tuple[str, ...]]:
         """As in `masks.Masks`."""
         return f"NIfTI probabilities, threshold {self._threshold:g}" if self._between else "NIfTI masks", ()
+
+
+def find_masks(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Files `<image id><suffix>` in a folder or below it, by image id, in the order of their paths.
+
+    Hidden files do not count; the case of a suffix does not matter. Raises LabelError when there is none, when two have
+    the same id, and for a folder that cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:  # by default, os.walk skips folders that it cannot read
+        raise LabelError(f"{folder}: a folder in it cannot be read: {error.strerror}") from error
+
+    paths = sorted(
+        Path(where) / name
+        for where, _, names in os.walk(folder, onerror=unreadable)
+        for name in names
+        if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
+    )
+    if not paths:
+        raise LabelError(f"{folder}: there are no mask images (<image id>{suffixes[0]}) in it or below it")
+    names = [next(p.name[: -len(end)] for end in suffixes if p.name.lower().endswith(end)) for p in paths]
+    case_id, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise LabelError(f"{folder}: {count} mask images in it are named {case_id}; an image can have only one")
+    return dict(zip(names, paths, strict=True))

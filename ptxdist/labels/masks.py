@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Protocol
 
 from ptxdist.errors import LabelError, SettingsError
-from ptxdist.labels.dialect import SIIM, Dialect, check_mask_images, detect_dialect, parse_dialect, read_union
+from ptxdist.labels.dialect import SIIM, Dialect, check_mask_files, detect_dialect, parse_dialect, read_union
 from ptxdist.labels.evidence import Size
-from ptxdist.labels.images import NIFTI, PNG, NiftiMasks, PngMasks
+from ptxdist.labels.images import PNG, NiftiMasks, PngMasks
+from ptxdist.labels.nifti import SUFFIXES as NIFTI
+from ptxdist.labels.reader import read_any
 from ptxdist.labels.rle import Spans
-from ptxdist.labels.tables import line_of, read_labels, read_mask_folder
+from ptxdist.labels.tables import line_of, read_labels
 from ptxdist.rundir import FINDINGS, PREDICT_SETTINGS, SUBMISSION
 
 THRESHOLD = 0.5
-MASK_IMAGES = "mask images"
 OnFile = Callable[[int, int], None]
-_TABLES = (".csv", ".csv.gz", ".txt")
+_TABLES = (".csv", ".csv.gz", ".csv.zip", ".txt")
 
 
 class Masks(Protocol):
@@ -79,22 +80,21 @@ def open_predictions(path: Path, *, threshold: float | None = None, dialect: str
     return kind(path, THRESHOLD if threshold is None else threshold)
 
 
-def open_labels(path: Path, *, dialect: str | None = None, on_file: OnFile) -> Masks:
-    """The true masks: a label table or a folder of mask images, as `ptxdist preprocess --labels` takes them.
-
-    Raises LabelError as `read_labels` and `read_mask_folder`, SettingsError for a dialect that is unknown or has no
-    table. `on_file` is called with (files done, files) for a folder.
-    """
-    if not path.is_dir():
-        return _open_table(path, dialect, "--truth-dialect")
-    if dialect:
-        raise SettingsError(f"{path} is a folder, whose masks have no dialect; leave out --truth-dialect {dialect}")
-    folder = read_mask_folder(path, on_file=on_file)
-    return TextMasks(path, folder.masks, folder.sizes, words=MASK_IMAGES)
+def open_labels(path: Path, *, dialect: str | None = None, match: str | None = None, on_file: OnFile) -> Masks:
+    """The true masks: labels of any format that `ptxdist preprocess --labels` takes. Errors as `reader.read_any`."""
+    labels = read_any(path, match=match, dialect=dialect, option="--truth-dialect", on_file=on_file)
+    given = parse_dialect(dialect) if dialect else None
+    words = "" if labels.sizes is None else labels.kind
+    return TextMasks(
+        path, labels.masks, labels.sizes or {}, words=words, judged=True, dialect=given, option="--truth-dialect"
+    )
 
 
 class TextMasks:
-    """Masks as run-length texts. With `words`, these are in the challenge's dialect; else the dialect is detected."""
+    """Masks as run-length texts. With `words`, these are in the challenge's dialect; else the dialect is detected.
+
+    With `judged`, masks that are no table go through the evidence too.
+    """
 
     def __init__(
         self,
@@ -103,19 +103,20 @@ class TextMasks:
         sizes: Mapping[str, Size],
         *,
         words: str = "",
+        judged: bool = False,
         dialect: Dialect | None = None,
         option: str = "",
     ) -> None:
         self.ids, self.sizes = tuple(texts), sizes
         self._path, self._texts, self._words, self._option = path, texts, words, option
-        self._dialect, self._notes = dialect, tuple[str, ...]()
+        self._judged, self._dialect, self._notes = judged, dialect, tuple[str, ...]()
 
     def prepare(self, sizes: Mapping[str, Size], on_file: OnFile) -> None:
         """As in `Masks`: detects the dialect of a table, and judges mask images."""
         if self._words:
             self._dialect = SIIM
-            if self._words == MASK_IMAGES:
-                check_mask_images(self._texts, sizes, self._path)
+            if self._judged:
+                check_mask_files(self._texts, sizes, self._path, self._words)
             return
         found = detect_dialect(
             self._texts,

@@ -84,6 +84,7 @@ def score_predictions(
     threshold: float | None = None,
     dialect: str | None = None,
     truth_dialect: str | None = None,
+    match: str | None = None,
     size_px: int | None = None,
     subset: bool = False,
     surfaces: bool = False,
@@ -91,7 +92,8 @@ def score_predictions(
 ) -> ExternalScores:
     """Score masks of any tool against true masks, both by image id.
 
-    `predictions` and `truth` are as in `labels.masks.open_predictions` and `open_labels`, `patients` as in
+    `predictions` and `truth` are as in `labels.masks.open_predictions` and `open_labels`, with `match` for the names of
+    true masks, `patients` as in
     `labels.patients.read_patients`; an image that is not in it counts as one patient. Where neither side has images,
     each image has `size_px` rows and columns (None: 1024). Both sides must have the same images, unless `subset` allows
     to score those that are in both. `surfaces` adds `hd95_px` and `surface_dice`, which need the extra `surfaces`.
@@ -103,7 +105,7 @@ def score_predictions(
     if surfaces:
         require_surfaces()
     predicted = open_predictions(predictions, threshold=threshold, dialect=dialect)
-    true = open_labels(truth, dialect=truth_dialect, on_file=partial(on_progress, "truth"))
+    true = open_labels(truth, dialect=truth_dialect, match=match, on_file=partial(on_progress, "truth"))
     if size_px is not None and (predicted.sizes or true.sizes):
         raise SettingsError(f"the size of the images is known from their masks; leave out --size-px {size_px}")
     ids = _common(predicted.ids, true.ids, predictions, truth, subset)

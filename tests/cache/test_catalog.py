@@ -377,7 +377,7 @@ def test_folder_of_files_that_are_all_unusable_is_refused_with_the_first_reason(
 
 
 def test_table_of_another_data_set_is_refused(small_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(CatalogError, match=r"none of the 24 images in .* has a row in .*labels.csv"):
+    with pytest.raises(CatalogError, match=r"none of the 24 images in .* has a label in .*labels.csv"):
         built(small_dataset.dicom, table(tmp_path, "1.1,-1"))
 
 

@@ -143,7 +143,7 @@ def test_ids_of_another_kind_are_shown(small_dataset, tmp_path: Path) -> None:  
         table = tmp_path / "labels.csv"
         table.write_text("\n".join([header, *(row.replace(",", f"{end},", 1) for row in rows)]))
         with pytest.raises(
-            CatalogError, match=r"none of the 24 images in .* has a row in .* \(an id of an image: "
+            CatalogError, match=r"none of the 24 images in .* has a label in .* \(ids of images: "
         ) as caught:
             preprocess(small_dataset.dicom, table, tmp_path / "cache", sizes_px=(32,))
         assert str(caught.value).endswith(f"{end}): {hint}")

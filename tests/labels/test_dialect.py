@@ -19,7 +19,7 @@ from ptxdist.labels.dialect import (
     SIIM,
     Detection,
     Dialect,
-    check_mask_images,
+    check_mask_files,
     detect_dialect,
     parse_dialect,
     to_siim,
@@ -313,7 +313,7 @@ TURNS = {
 def test_masks_that_are_turned_or_inverted_are_refused_or_not_proven(pneumothoraces: list[Mask], name: str) -> None:
     turned = [TURNS[name](mask) for mask in pneumothoraces]
     with pytest.raises(LabelError, match=r"^labels: the mask images look wrong: .* write them again"):
-        check_mask_images(table_of(turned), sizes_of(turned), Path("labels"))
+        check_mask_files(table_of(turned), sizes_of(turned), Path("labels"))
     if name in ("transposed", "turned"):  # rows, it seems, and then upright or mirrored
         assert not detect(turned).proven
     else:
@@ -322,11 +322,11 @@ def test_masks_that_are_turned_or_inverted_are_refused_or_not_proven(pneumothora
 
 
 def test_upright_mask_images_are_proven_where_there_are_enough(pneumothoraces: list[Mask]) -> None:
-    found = check_mask_images(table_of(pneumothoraces), sizes_of(pneumothoraces), Path("labels"))
+    found = check_mask_files(table_of(pneumothoraces), sizes_of(pneumothoraces), Path("labels"))
     assert found.proven
     assert any("left and right are not told apart" in line for line in found.evidence)
     assert found.evidence[-1].startswith("not transposed: the masks lie on their side")
-    few = check_mask_images(table_of(pneumothoraces[:20]), sizes_of(pneumothoraces[:20]), Path("labels"))
+    few = check_mask_files(table_of(pneumothoraces[:20]), sizes_of(pneumothoraces[:20]), Path("labels"))
     assert not few.proven
     assert few.evidence[-1] == "not ruled out: transposed"
 
@@ -336,14 +336,14 @@ def test_few_masks_that_are_inverted_are_refused_too(pneumothoraces: list[Mask],
     masks = [1 - mask for mask in pneumothoraces[:count]]
     message = f"{count} of {count} positive images are covered by more than half"
     with pytest.raises(LabelError, match=message):
-        check_mask_images(table_of(masks), sizes_of(masks), Path("labels"))
+        check_mask_files(table_of(masks), sizes_of(masks), Path("labels"))
     with pytest.raises(LabelError, match=message):
         detect(masks)
 
 
 def test_one_inverted_mask_among_many_is_named_and_nothing_is_proven(pneumothoraces: list[Mask]) -> None:
     masks = [*pneumothoraces[:-1], 1 - pneumothoraces[-1]]
-    for found in (detect(masks), check_mask_images(table_of(masks), sizes_of(masks), Path("labels"))):
+    for found in (detect(masks), check_mask_files(table_of(masks), sizes_of(masks), Path("labels"))):
         assert not found.proven
         assert any(line.endswith("half of their image and may be inverted: 1.99") for line in found.evidence)
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
 
-import cv2
-import numpy as np
-import numpy.typing as npt
 import pytest
-from PIL import Image
 
 from ptxdist.errors import LabelError
-from ptxdist.executor import processes
-from ptxdist.labels import rle
-from ptxdist.labels.tables import MaskFolder, line_of, read_labels, read_mask_folder
+from ptxdist.labels import rle, tables
+from ptxdist.labels.tables import line_of, read_labels
 
 TABLE = {"a": ("5 3", "9 1"), "b": (), "c": ("0 2",)}
 
@@ -27,9 +22,9 @@ def write(folder: Path, content: str | bytes, name: str = "labels.csv") -> Path:
     return path
 
 
-def refused(path: Path, expected: str, read: object = read_labels) -> None:
+def refused(path: Path, expected: str) -> None:
     with pytest.raises(LabelError) as caught:
-        read(path)  # type: ignore[operator]
+        read_labels(path)
     assert str(caught.value).startswith(str(path))
     assert expected in str(caught.value)
     assert caught.value.exit_code == 4
@@ -44,12 +39,38 @@ def refused(path: Path, expected: str, read: object = read_labels) -> None:
         "\ufeffa,5 3\na, 9 1\nb,-1\nc,0 2",
         "EncodedPixels,view,ImageId\n5 3,PA,a\n9 1,PA,a\n-1,AP,b\n0 2,AP,c\n",
         '"ImageId","EncodedPixels"\n"a","5 3"\n\n"b","-1"\n"b","-1"\n"a","9 1"\n"c","0 2"\n',
+        'filename,SOPInstanceUID,Report,EncodedPixels\nP1_a,a,"two\nlines",5 3\nP1_a,a,,9 1\nP2_b,b,,-1\nP3_c,c,,0 2\n',
+        "anon_SOPUID,mask_rle\na,5 3\na,9 1\nb,-1\nc,0 2\n",
     ],
-    ids=["plain", "blanks", "bom-crlf", "bom-no-header", "other-columns", "quoted-unordered"],
+    ids=["plain", "blanks", "bom-crlf", "bom-no-header", "other-columns", "quoted-unordered", "candid", "candid-tube"],
 )
 def test_all_variants_of_the_table_are_read_alike(tmp_path: Path, text: str) -> None:
     assert read_labels(write(tmp_path, text)) == TABLE
     assert read_labels(write(tmp_path, gzip.compress(text.encode()), "labels.csv.gz")) == TABLE
+    for name in ("labels.csv.zip", "labels.csv"):  # Kaggle's client may leave out the suffix
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("train-rle.csv", text)
+            archive.writestr("__MACOSX/._train-rle.csv", "what a file manager adds")
+        assert read_labels(tmp_path / name) == TABLE
+
+
+def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "labels.csv.zip"
+    for names, expected in (
+        (["a.csv", "b.csv"], "is a zip file of 2 tables; unpack it"),
+        (["a.dcm"], "is a zip file of 0 tables; unpack it"),
+        (["[Content_Types].xml", "xl/sheet1.xml"], "is an Excel workbook; save it as CSV"),
+        (["../../a.csv"], "expected the columns"),  # nothing is written
+    ):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in names:
+                archive.writestr(name, "0" * 100_000)
+        refused(path, expected)
+    monkeypatch.setattr(tables, "MAX_UNPACKED", 9_999)
+    refused(path, "unpacks to more than the limit of 9,999 bytes")
+    refused(write(tmp_path, gzip.compress(bytes(10_000)), "labels.csv.gz"), "unpacks to more than the limit")
+    path.write_bytes(path.read_bytes()[:-30])
+    refused(path, "cannot be read as a CSV file: File is not a zip file")
 
 
 @pytest.mark.parametrize(
@@ -91,8 +112,7 @@ def test_all_variants_of_the_table_are_read_alike(tmp_path: Path, text: str) -> 
         ("ImageId,EncodedPixels\na," + "x" * 9999, "line 2, a: run-length text contains something"),
         ("ImageId,EncodedPixels\na,-1\n".encode("utf-16"), "it is UTF-16; save it as CSV in UTF-8"),
         ("ImageId,EncodedPixels\na,-1\n".encode("utf-16-le"), "expected the columns"),
-        (gzip.compress(b"ImageId,EncodedPixels\na,-1\n"), "it is compressed; add .gz to its name"),
-        (b"PK\3\4\x14\0\0\0\x08\0" + bytes(range(256)), "it is a zip file or an Excel workbook; unpack it"),
+        (b"PK\3\4\x14\0\0\0\x08\0" + bytes(range(256)), "cannot be read as a CSV file: File is not a zip file"),
     ],
 )
 def test_wrong_table_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
@@ -106,7 +126,7 @@ def test_wrong_table_is_refused_with_file_and_line(tmp_path: Path, content: str 
 
 def test_table_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere.csv", "No such file")
-    refused(write(tmp_path, "ImageId,EncodedPixels\na,-1\n", "plain.csv.gz"), "Not a gzipped file")
+    assert read_labels(write(tmp_path, "ImageId,EncodedPixels\na,-1\n", "plain.csv.gz")) == {"a": ()}
     packed = gzip.compress(b"ImageId,EncodedPixels\n" + b"a,-1\n" * 1000)
     refused(write(tmp_path, packed[: len(packed) // 2], "short.csv.gz"), "cannot be read as a CSV file")
 
@@ -119,183 +139,6 @@ def test_empty_fields_are_negative_where_the_whole_table_writes_them_so(tmp_path
 def test_line_of_finds_the_row_of_a_mask(tmp_path: Path) -> None:
     path = write(tmp_path, "ImageId,EncodedPixels\na,5 3\nb,9 1\na, 9 1\n")
     assert [line_of(path, "a", "5 3"), line_of(path, "a", "9 1"), line_of(path, "b", "5 3")] == [2, 4, 0]
-
-
-# --- a folder of mask images ----------------------------------------------------------------------------------------
-
-MASK = np.zeros((4, 6), np.uint8)
-MASK[1:3, 2:4] = 255
-
-
-def write_png(path: Path, values: npt.NDArray[np.generic]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(".png", values)[1].tobytes())
-    return path
-
-
-def test_mask_images_are_read_as_the_table_would_have_them(tmp_path: Path) -> None:
-    write_png(tmp_path / "b" / "1.2.30.png", MASK)
-    write_png(tmp_path / "a" / "1.2.31.PNG", np.zeros((5, 3), np.uint8))
-    (tmp_path / "a" / "._1.2.31.png").write_bytes(b"what a file manager leaves")
-    (tmp_path / "notes.txt").write_text("hand drawn")
-    found = read_mask_folder(tmp_path)
-    assert found == MaskFolder({"1.2.31": (), "1.2.30": ("9 2 2 2",)}, {"1.2.31": (5, 3), "1.2.30": (4, 6)})
-    assert list(found.masks) == ["1.2.31", "1.2.30"]
-    assert read_labels(tmp_path) == found.masks
-    assert np.array_equal(rle.decode(found.masks["1.2.30"], 4, 6) * 255, MASK)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [
-        MASK,
-        MASK // 255,
-        (MASK // 255).astype(bool),
-        np.where(MASK > 0, 128, 127).astype(np.uint8),
-        np.where(MASK > 0, 40_000, 30_000).astype(np.uint16),
-        np.repeat(MASK[:, :, None], 3, axis=2),
-    ],
-    ids=["black-white", "zero-one", "one-bit", "grays", "16-bit", "colour"],
-)
-def test_a_px_is_inside_from_half_brightness_on_or_where_a_mask_of_zeros_has_ones(
-    tmp_path: Path, values: npt.NDArray[np.generic]
-) -> None:
-    if values.dtype == bool:
-        Image.fromarray(values).save(tmp_path / "a.png")
-    else:
-        write_png(tmp_path / "a.png", values)
-    assert read_mask_folder(tmp_path).masks == {"a": ("9 2 2 2",)}
-
-
-DISK = np.zeros((256, 256), np.uint8)
-cv2.circle(DISK, (150, 90), 40, 255, -1)
-LUNGS = cv2.ellipse(np.zeros_like(DISK), ((140, 120), (150, 200), 0), 255, -1)
-
-
-def jpeg(values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
-    return cv2.imdecode(cv2.imencode(".jpg", values, [cv2.IMWRITE_JPEG_QUALITY, 60])[1], cv2.IMREAD_GRAYSCALE)
-
-
-@pytest.mark.parametrize(
-    "soft",
-    [
-        lambda mask: cv2.GaussianBlur(mask, (0, 0), 3),
-        lambda mask: cv2.resize(mask, (128, 128), interpolation=cv2.INTER_AREA),
-        lambda mask: cv2.resize(cv2.resize(mask, (90, 90), interpolation=cv2.INTER_AREA), (1024, 1024)),
-        lambda mask: cv2.resize(cv2.resize(mask, (128, 128), interpolation=3), (1024, 1024), interpolation=0),
-        jpeg,
-        lambda mask: jpeg(cv2.resize(mask, (1000, 1000), interpolation=cv2.INTER_CUBIC)),
-    ],
-    ids=["blurred", "halved", "enlarged", "enlarged-nearest", "jpeg", "jpeg-enlarged"],
-)
-def test_soft_edges_are_cut_at_half_brightness(tmp_path: Path, soft: Callable[[object], object]) -> None:
-    for name, mask in (("a", DISK), ("b", 0 * DISK), ("c", cv2.flip(DISK, 1))):
-        write_png(tmp_path / f"{name}.png", soft(mask))
-    found = read_mask_folder(tmp_path)
-    for name, mask in (("a", DISK), ("c", cv2.flip(DISK, 1))):
-        size = found.sizes[name]
-        expected = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_AREA) > 127
-        assert np.mean(rle.decode(found.masks[name], *size) != expected) < 0.005
-    assert found.masks["b"] == ()
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        (np.where(DISK > 0, 255, LUNGS // 255 * 128), "0, 128, 255"),
-        (np.where(cv2.dilate(DISK, np.ones((3, 3))) > DISK, 255, DISK // 255), "0, 1, 255"),  # 255: to be ignored
-        (np.where(DISK > 0, 255, LUNGS // 255 * 85), "0, 85, 255"),
-        (np.where(DISK > 0, 254, LUNGS // 255 * 255), "0, 254, 255"),
-    ],
-    ids=["lungs", "ignore", "dark-class", "close"],
-)
-def test_areas_of_a_third_value_are_refused(tmp_path: Path, values: npt.NDArray[np.generic], named: str) -> None:
-    write_png(tmp_path / "m" / "a.png", DISK)
-    write_png(tmp_path / "m" / "b.png", values.astype(np.uint8))
-    refused(tmp_path / "m", f"the mask image b.png has areas of more than two values ({named})", read_mask_folder)
-    large = cv2.resize(values.astype(np.uint8), (1024, 1024), interpolation=cv2.INTER_NEAREST)
-    write_png(tmp_path / "m" / "b.png", large.astype(np.uint16) * 257)
-    refused(tmp_path / "m", "has areas of more than two values", read_mask_folder)
-
-
-def test_masks_with_different_values_inside_are_refused(tmp_path: Path) -> None:
-    write_png(tmp_path / "a.png", DISK)
-    for inside, share in ((1, "0%"), (200, "78%")):
-        write_png(tmp_path / "b.png", DISK // 255 * inside)
-        refused(
-            tmp_path,
-            f"different values inside (b.png has {share} of the highest value, a.png has 100%)",
-            read_mask_folder,
-        )
-    Image.fromarray(DISK > 0).save(tmp_path / "b.png")  # one bit
-    write_png(tmp_path / "c.png", DISK.astype(np.uint16) * 257)
-    masks = read_mask_folder(tmp_path).masks
-    assert masks["a"] == masks["b"] == masks["c"]
-
-
-def test_a_radiograph_is_no_mask(tmp_path: Path) -> None:
-    grey = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
-    ramp = np.add.outer(2 * np.arange(64), 2 * np.arange(64)).astype(np.uint8)
-    for picture in (grey, ramp):
-        write_png(tmp_path / "m" / "a.png", picture)
-        refused(tmp_path / "m", "a.png is a picture in greys; a mask must be black and white", read_mask_folder)
-
-
-@pytest.mark.parametrize("value", [1, 255])
-def test_a_mask_without_a_black_pixel_is_refused(tmp_path: Path, value: int) -> None:
-    write_png(tmp_path / "m" / "a.png", np.full((4, 6), value, np.uint8))
-    refused(tmp_path / "m", f"a.png has no black pixel (its darkest one is {value}); a mask must", read_mask_folder)
-
-
-def test_a_folder_without_usable_masks_is_refused_without_the_names_of_its_folders(tmp_path: Path) -> None:
-    refused(tmp_path, "no mask images (<image id>.png) in it or below it", read_mask_folder)
-    person = tmp_path / "Quagmire^Zebulon"
-    content = write_png(person / "a.png", MASK).read_bytes()
-    for bad, reason in (
-        (content[:-20], "is a damaged PNG (it is cut off)"),
-        (content[:50] + bytes([content[50] ^ 1]) + content[51:], "is a damaged PNG (a checksum is wrong)"),
-        (b"", "is not a PNG"),
-        (b"BM" + content, "is not a PNG"),
-        (
-            cv2.imencode(".png", MASK // 2)[1].tobytes(),
-            "is dark (its brightest pixel is 127); a mask must be black and white",
-        ),
-        (cv2.imencode(".png", MASK.astype(np.uint16))[1].tobytes(), "is dark (its brightest pixel is 255)"),
-        (cv2.imencode(".png", np.stack((MASK, MASK, MASK // 3), axis=2))[1].tobytes(), "is a colour PNG"),
-    ):
-        (person / "a.png").write_bytes(bad)
-        refused(tmp_path, f"the mask image a.png {reason}", read_mask_folder)
-    (person / "a.png").write_bytes(content)
-    write_png(tmp_path / "other" / "a.png", MASK)
-    refused(tmp_path, "2 mask images in it are named a; an image can have only one", read_mask_folder)
-    with pytest.raises(LabelError) as caught:
-        read_mask_folder(tmp_path)
-    assert "Quagmire" not in str(caught.value)
-
-
-def test_more_masks_than_a_task_holds_are_read_in_order_by_processes_too(tmp_path: Path) -> None:
-    content = cv2.imencode(".png", MASK)[1].tobytes()
-    for number in range(150):
-        (tmp_path / f"1.{number:03}.png").write_bytes(content)
-    (tmp_path / "1.007.png").write_bytes(cv2.imencode(".png", 0 * MASK)[1].tobytes())
-    found = read_mask_folder(tmp_path)
-    assert list(found.masks) == [f"1.{number:03}" for number in range(150)]
-    assert [case_id for case_id, texts in found.masks.items() if not texts] == ["1.007"]
-    with processes(2) as executor:
-        assert read_mask_folder(tmp_path, executor) == found
-        (tmp_path / "1.149.png").write_bytes(b"nothing")
-        with pytest.raises(LabelError, match=r"the mask image 1\.149\.png is not a PNG"):
-            read_mask_folder(tmp_path, executor)
-
-
-def test_masks_of_the_png_mirror_are_the_tables(real_data: Path) -> None:
-    table = read_labels(real_data / "siim-real" / "train-rle.csv.gz")
-    found = read_mask_folder(real_data / "siim-png" / "masks")
-    assert (len(found.masks), sum(map(bool, found.masks.values()))) == (24, 16)
-    assert set(found.sizes.values()) == {(1024, 1024)}
-    for case_id, texts in found.masks.items():
-        union = rle.decode(table[case_id], 1024, 1024)
-        assert texts == ((rle.encode(union),) if table[case_id] else ())
 
 
 # --- the real tables ------------------------------------------------------------------------------------------------

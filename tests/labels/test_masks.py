@@ -251,7 +251,7 @@ def _touch(path: Path, content: bytes = b"") -> Path:
         (lambda path: _touch(_touch(path / "m/a.png").with_name("b.nii.gz")).parent, {}, "1 PNG and 1 NIfTI files"),
         (lambda path: _touch(path / "a.csv", b"a,b\n"), {}, "expected the columns ImageId and EncodedPixels"),
         (lambda path: _touch(path / "a.csv", b"ImageId,EncodedPixels\nx,1 2 3\n"), {}, "line 2, x: .* pairs"),
-        (lambda path: _touch(path / "a.csv.gz", b"x"), {}, "cannot be read as a CSV file"),
+        (lambda path: _touch(path / "a.csv.gz", b"\x1f\x8bx"), {}, "cannot be read as a CSV file"),
         (lambda path: _touch(path / "a.csv", b"ImageId,EncodedPixels\nx,-1\n"), {"dialect": "rle"}, "unknown mask enc"),
         (lambda path: _touch(path / "a.csv", b"ImageId,EncodedPixels\nx,-1\n"), {"threshold": 0.4}, "no probabilities"),
         (lambda path: _touch(path / "m" / "a.png").parent, {"dialect": "relative-rows"}, "masks have no dialect"),

@@ -1,0 +1,234 @@
+"""JSON files of annotation tools, COCO and LabelMe -> masks.
+
+COCO (cocodataset.org, "Data format"): `images` with their sizes, `annotations` of them with polygons, or run lengths in
+numbers or compressed to a text as pycocotools does. LabelMe: one file an image, with `shapes`. The masks of an image
+are united. An image without annotations, or a file without shapes, is negative: the file states it. Paths in these
+files are never opened; the name of the image, without its suffix, is its id.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from ptxdist.errors import LabelError
+from ptxdist.labels import rle
+from ptxdist.labels.evidence import Size
+from ptxdist.labels.found import FoundMask, bare_id, place_of, read_size, short
+from ptxdist.labels.polygons import fill, fill_circle, read_corners
+from ptxdist.labels.rle import Spans
+
+MAX_BYTES = 512 * 1024 * 1024  # COCO's own training set, 118,000 images, has 448 MB
+_UNUSABLE = ("point", "points", "line", "linestrip")
+
+
+def kind_of_json(content: object) -> Literal["COCO", "LabelMe", ""]:
+    """The tool whose file this is; "" for any other JSON."""
+    if not isinstance(content, dict):
+        return ""
+    if isinstance(content.get("images"), list) and isinstance(content.get("annotations"), list):
+        return "COCO"
+    return "LabelMe" if isinstance(content.get("shapes"), list) else ""
+
+
+def load_json(folder: Path, path: Path) -> Any:
+    """The content of a JSON file; LabelError when it cannot be read."""
+    place = place_of(folder, path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise LabelError(f"{place} has more than {MAX_BYTES:,} bytes")
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise LabelError(f"{place} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise LabelError(f"{place} is damaged: it is not whole JSON in UTF-8") from None
+
+
+def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
+    """The masks of all images of a COCO file, or of the one of a LabelMe file, in the order of the file.
+
+    Other JSON in a folder says nothing. Raises LabelError with the image's id, or the number of the annotation, for
+    what is missing, contradicts itself or cannot be an outline in its image.
+    """
+    place, content = place_of(folder, path), load_json(folder, path)
+    kind = kind_of_json(content)
+    if not kind and folder != path:
+        return []
+    if not kind:
+        raise LabelError(f"{place} is JSON of neither COCO (images, annotations) nor LabelMe (shapes)")
+    try:
+        return _coco(content) if kind == "COCO" else [_labelme(content, path.name)]
+    except LabelError as error:
+        raise LabelError(f"{place}: {error}") from None
+
+
+# --- COCO -----------------------------------------------------------------------------------------------------------
+
+
+def _coco(content: dict[str, Any]) -> list[FoundMask]:
+    names = {item.get("id"): _class(item.get("name")) for item in _dicts(content.get("categories") or [], "category")}
+    images: dict[object, tuple[str, Size]] = {}
+    spans: dict[object, list[Spans]] = {}
+    classes = Counter[str]()
+    for number, image in enumerate(_dicts(content["images"], "image")):
+        key, where = image.get("id"), f"image {number + 1}"
+        if not isinstance(key, int | str) or key in images:
+            raise LabelError(f"{where} has no id of its own")
+        with _about(where):
+            case_id = bare_id(_text(image.get("file_name"), "file_name"))
+            images[key] = case_id, read_size(image.get("height"), image.get("width"))
+    for number, item in enumerate(_dicts(content["annotations"], "annotation")):
+        key = item.get("image_id")
+        if not isinstance(key, int | str) or key not in images:
+            raise LabelError(f"annotation {number + 1} is of an image that is not in the file ({short(key)})")
+        case_id, size = images[key]
+        with _about(f"annotation {number + 1}, of {case_id},"):
+            spans.setdefault(key, []).append(_segmentation(item.get("segmentation"), size))
+            category = item.get("category_id")
+            name = names.get(category) if isinstance(category, int | str) else None
+            classes[name or _class(category)] += 1
+    inside = _one_class(classes)
+    return [
+        FoundMask.of_spans(rle.unite(spans.get(key, [])), size, inside, case_id, "COCO")
+        for key, (case_id, size) in images.items()
+    ]
+
+
+def _segmentation(found: object, size: Size) -> Spans:
+    if isinstance(found, list) and found:
+        polygons = [found] if not isinstance(found[0], list) else found
+        return rle.unite([fill(read_corners(polygon, *size), *size) for polygon in polygons])
+    if not isinstance(found, dict):
+        raise LabelError("has no outline (a box is not enough)")
+    if found.get("size") != list(size):
+        raise LabelError(f"has run lengths for another size than its image's, {size[1]}x{size[0]} pixels")
+    counts, area = found.get("counts"), size[0] * size[1]
+    if isinstance(counts, str):
+        numbers = _decompress(counts)
+    elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= area for count in counts):
+        numbers = np.array(counts, np.int64)
+    else:
+        raise LabelError("has run lengths that are no list of numbers")
+    ends = np.cumsum(numbers)
+    if (numbers < 0).any() or (numbers > area).any() or len(ends) == 0 or ends[-1] != area:
+        raise LabelError(f"has run lengths that do not add up to the {area:,} pixels of its image")
+    edges = ends[: len(ends) // 2 * 2].reshape(-1, 2)  # outside and inside in turn
+    return edges[edges[:, 0] < edges[:, 1]]
+
+
+def _decompress(text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Run lengths out of pycocotools' text: groups of five bits, the lowest first, in signs from '0'.
+
+    The sixth bit says that a group follows, the highest bit of the last group is the sign. From the fourth number on,
+    the difference to the number two before is stored.
+    """
+    signs = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64) - 48
+    if len(signs) == 0 or (signs < 0).any() or (signs > 63).any() or signs[-1] & 32:
+        raise LabelError("has compressed run lengths that are damaged")
+    last = np.flatnonzero(signs & 32 == 0)
+    first = np.concatenate(([0], last[:-1] + 1))
+    if (last - first).max() > 7:  # 40 bits
+        raise LabelError("has compressed run lengths that are damaged")
+    place = np.arange(len(signs)) - np.repeat(first, last - first + 1)
+    numbers = np.add.reduceat((signs & 31) << (5 * place), first)
+    numbers -= np.where(signs[last] & 16, np.int64(1) << (5 * (last - first + 1)), 0)
+    for start in (1, 2):
+        numbers[start::2] = np.cumsum(numbers[start::2])
+    return np.asarray(numbers, np.int64)
+
+
+# --- LabelMe --------------------------------------------------------------------------------------------------------
+
+
+def _labelme(content: dict[str, Any], name: str) -> FoundMask:
+    size = read_size(content.get("imageHeight"), content.get("imageWidth"))
+    case_id = bare_id(_text(content.get("imagePath") or name, "imagePath"))
+    spans, classes = [], Counter[str]()
+    for number, shape in enumerate(_dicts(content["shapes"], "shape")):
+        with _about(f"shape {number + 1}"):
+            spans.append(_shape(shape, size))
+            classes[_class(shape.get("label"))] += 1
+    return FoundMask.of_spans(rle.unite(spans), size, _one_class(classes), case_id, "LabelMe")
+
+
+def _shape(shape: dict[str, Any], size: Size) -> Spans:
+    kind, points = shape.get("shape_type") or "polygon", shape.get("points")
+    if kind in _UNUSABLE:
+        raise LabelError(f"is a {kind}, which has no area; draw a polygon, or delete it")
+    if kind in ("rectangle", "circle", "mask"):
+        corners = read_corners([*points, points[-1]] if isinstance(points, list) and points else points, *size)[:2]
+        if len(points or ()) != 2:
+            raise LabelError(f"is a {kind} of {len(points or ())} points; expected two")
+        (x, y), (right, bottom) = corners.tolist()
+        if kind == "circle":
+            return fill_circle((x, y), math.hypot(right - x, bottom - y), *size)
+        if kind == "mask":
+            return _mask(shape.get("mask"), round(x), round(y), size)
+        return fill(np.array([(x, y), (right, y), (right, bottom), (x, bottom)]), *size)
+    if kind not in ("polygon", "oriented_rectangle"):
+        raise LabelError(f"is of the unknown kind {short(kind)}; draw a polygon")
+    return fill(read_corners(points, *size), *size)
+
+
+def _mask(text: object, left: int, top: int, size: Size) -> Spans:
+    """A mask that is drawn pixel by pixel: a PNG in base64 of its box."""
+    try:
+        with Image.open(BytesIO(base64.b64decode(str(text), validate=True)), formats=("PNG",)) as image:
+            read_size(image.height, image.width)
+            box = np.asarray(image.convert("L")) != 0
+    except LabelError:
+        raise
+    except Exception as error:  # Pillow raises almost anything on damaged files
+        raise LabelError("has a mask that cannot be read") from error
+    if left < 0 or top < 0 or left + box.shape[1] > size[1] or top + box.shape[0] > size[0]:
+        raise LabelError(f"has a mask that leaves the image of {size[1]}x{size[0]} pixels")
+    whole = np.zeros(size, bool)
+    whole[top : top + box.shape[0], left : left + box.shape[1]] = box
+    return rle.spans_of(whole)
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _about(subject: str) -> Iterator[None]:
+    """Puts what a sentence is about before a LabelError of the block."""
+    try:
+        yield
+    except LabelError as error:
+        raise LabelError(f"{subject} {error}") from None
+
+
+def _dicts(items: object, what: str) -> Iterator[dict[str, Any]]:
+    for number, item in enumerate(items if isinstance(items, list) else ()):
+        if not isinstance(item, dict):
+            raise LabelError(f"{what} {number + 1} is no object with names and values")
+        yield item
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise LabelError(f"has no {name}")
+    return value
+
+
+def _class(name: object) -> str:
+    return " ".join(str("" if name is None else name).split()).casefold()
+
+
+def _one_class(classes: Counter[str]) -> str:
+    """The class of all masks, "" when there is none; LabelError when there are several."""
+    if len(classes) > 1:
+        listed = ", ".join(f"{short(name)} ({count:,})" for name, count in classes.most_common(10))
+        raise LabelError(f"has several classes: {listed}; keep only the one that the model is to find")
+    return next(iter(classes), "")

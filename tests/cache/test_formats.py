@@ -1,0 +1,302 @@
+"""The same phantoms with labels in every format give the same store, to the byte; wrong labels of each get a
+sentence."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import json
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import cv2
+import highdicom as hd
+import numpy as np
+import numpy.typing as npt
+import pydicom
+import pytest
+import SimpleITK as sitk  # noqa: N813  the name that its documentation uses
+from PIL import Image
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+
+from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.labels import rle
+from ptxdist.phantoms import anatomy, greys
+
+Mask = npt.NDArray[np.uint8]
+Write = Callable[[Path, "Phantoms"], Path]
+IDS = tuple(f"1.2.826.{number}" for number in range(1, 7))
+PATIENT = "Quagmire^Zebulon"
+SHAPE = (120, 128)  # oblong, so that no transposed mask fits
+
+
+class Phantoms:
+    """Six phantoms as DICOM files; four show a pneumothorax."""
+
+    def __init__(self, folder: Path, write_dicom: Any) -> None:
+        self.folder, self.masks, self.images = folder, dict[str, Mask](), dict[str, Mask]()
+        for number, case_id in enumerate(IDS):
+            rng = np.random.default_rng((5, number))
+            chest = anatomy.pose(rng, "PA")
+            drawn = anatomy.draw_masks(rng, chest) if number % 3 else []
+            mask = np.maximum.reduce(drawn) if drawn else np.zeros((1024, 1024), np.uint8)
+            image = cv2.resize(greys.draw_image(rng, chest, mask), (128, 128), interpolation=cv2.INTER_AREA)
+            self.images[case_id] = np.ascontiguousarray(image[:120])
+            self.masks[case_id] = np.ascontiguousarray(mask[::8, ::8][:120])
+            ids = {"StudyInstanceUID": f"1.2.826.8.{number}", "SeriesInstanceUID": f"1.2.826.9.{number}"}
+            needed = dict.fromkeys(
+                ("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"), ""
+            )
+            write_dicom(folder / f"file-{number}.dcm", self.images[case_id], case_id, raw=True, **ids, **needed)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory, write_dicom: Any) -> Phantoms:
+    return Phantoms(tmp_path_factory.mktemp("phantoms") / PATIENT, write_dicom)
+
+
+def build(images: Path, labels: Path, out: Path, **options: Any) -> PreprocessResult:
+    return preprocess(images, labels, out, sizes_px=(32,), folds=2, **options)
+
+
+def store_of(cache: Path, below: str = "") -> dict[str, bytes]:
+    """Content of the files of the store."""
+    folder = cache / "32.zarr" / below
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def expected(phantoms: Phantoms, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("expected")
+    result = build(phantoms.folder, write_table(folder, phantoms), folder / "cache")
+    assert [case.area_px for case in sorted(result.catalog.cases, key=lambda case: case.case_id)] == [
+        int(phantoms.masks[case_id].sum()) for case_id in IDS
+    ]
+    return store_of(folder / "cache")
+
+
+# --- writers --------------------------------------------------------------------------------------------------------
+
+
+def write_table(folder: Path, phantoms: Phantoms, header: tuple[str, str] = ("ImageId", " EncodedPixels")) -> Path:
+    path = folder / "train-rle.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("filename", *header, "Report"))
+        for case_id, mask in phantoms.masks.items():
+            writer.writerow(("P1_a", case_id, f" {rle.encode(mask)}", "No acute\nfinding."))
+    return path
+
+
+def write_zip(folder: Path, phantoms: Phantoms) -> Path:
+    with zipfile.ZipFile(folder / "train-rle.csv.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(write_table(folder, phantoms), "train-rle.csv")
+    return folder / "train-rle.csv.zip"
+
+
+def runs_of(mask: Mask) -> list[tuple[float, float, float, float]]:
+    """Left, top, right and bottom of each run down a column."""
+    return [
+        (column, first, column + 1, first + length)
+        for start, end in rle.spans_of(mask).tolist()
+        for column, first in [divmod(start, len(mask))]
+        for length in [end - start]
+    ]
+
+
+def polygons_of(mask: Mask) -> list[list[float]]:
+    """Polygons along the edges of pixels; no run of these masks reaches the next column."""
+    return [[left, top, right, top, right, bottom, left, bottom] for left, top, right, bottom in runs_of(mask)]
+
+
+def counts_of(mask: Mask) -> list[int]:
+    edges = rle.spans_of(mask).reshape(-1).tolist()
+    return np.diff([0, *edges, mask.size]).tolist()
+
+
+def compress(counts: list[int]) -> str:
+    """As pycocotools: groups of five bits, differences from the fourth number on."""
+    text = ""
+    for place, count in enumerate(counts):
+        number, more = count - (counts[place - 2] if place > 2 else 0), True
+        while more:
+            bits, number = number & 31, number >> 5
+            more = number != (-1 if bits & 16 else 0)
+            text += chr(48 + bits + 32 * more)
+    return text
+
+
+def coco(phantoms: Phantoms, segmentation: Callable[[Mask], object]) -> dict[str, Any]:
+    rows, columns = SHAPE
+    return {
+        "images": [
+            {"id": number, "file_name": f"C:\\{PATIENT}\\{case_id}.dcm", "height": rows, "width": columns}
+            for number, case_id in enumerate(IDS)
+        ],
+        "categories": [{"id": 1, "name": "Pneumothorax"}, {"id": 2, "name": "lung"}],
+        "annotations": [
+            {"id": 9, "image_id": number, "category_id": 1, "segmentation": segmentation(phantoms.masks[case_id])}
+            for number, case_id in enumerate(IDS)
+            if phantoms.masks[case_id].any()
+        ],
+    }
+
+
+def write_json(path: Path, content: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def write_coco(segmentation: Callable[[Mask], object]) -> Write:
+    return lambda folder, phantoms: write_json(folder / "instances.json", coco(phantoms, segmentation))
+
+
+def labelme(mask: Mask, case_id: str, shapes: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "version": "5.5.0", "flags": {}, "shapes": shapes, "imagePath": f"..\\{case_id}.dcm", "imageData": None,
+        "imageHeight": mask.shape[0], "imageWidth": mask.shape[1],
+    }  # fmt: skip
+
+
+def outlines(mask: Mask) -> list[dict[str, Any]]:
+    return [
+        {"label": "Pneumothorax ", "points": np.reshape(corners, (-1, 2)).tolist(), "shape_type": "polygon"}
+        if number % 2
+        else {"label": "pneumothorax", "points": [corners[:2], corners[4:6]], "shape_type": "rectangle"}
+        for number, corners in enumerate(polygons_of(mask))
+    ]
+
+
+def drawn(mask: Mask) -> list[dict[str, Any]]:
+    if not mask.any():
+        return []
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    file = BytesIO()
+    Image.fromarray(box > 0).save(file, "PNG")
+    points = [[float(columns[0]), float(rows[0])], [float(columns[-1]), float(rows[-1])]]
+    text = base64.b64encode(file.getvalue()).decode()
+    return [{"label": "pneumothorax", "points": points, "shape_type": "mask", "mask": text}]
+
+
+def write_labelme(shapes: Callable[[Mask], list[dict[str, Any]]]) -> Write:
+    def write(folder: Path, phantoms: Phantoms) -> Path:
+        for case_id, mask in phantoms.masks.items():
+            write_json(folder / "m" / f"{case_id}.json", labelme(mask, case_id, shapes(mask)))
+            Image.fromarray(phantoms.images[case_id]).save(folder / "m" / f"{case_id}.png")  # what was drawn on
+        write_json(folder / "m" / "classes.json", ["pneumothorax"])
+        return folder / "m"
+
+    return write
+
+
+def segmentation(phantoms: Phantoms, number: int, kind: str, name: str = "Pneumothorax") -> hd.seg.Segmentation:
+    source = pydicom.dcmread(phantoms.folder / f"file-{number}.dcm")
+    segment = hd.seg.SegmentDescription(
+        1, name, codes.SCT.MorphologicallyAbnormalStructure, Code("36118008", "SCT", name), "MANUAL"
+    )
+    mask = phantoms.masks[IDS[number]]
+    with warnings.catch_warnings(action="ignore"):  # an empty mask
+        return hd.seg.Segmentation(
+            source_images=[source], pixel_array=(mask if kind == "BINARY" else mask * 0.8)[None],
+            segmentation_type=kind, segment_descriptions=[segment], series_instance_uid=hd.UID(), series_number=1,
+            sop_instance_uid=hd.UID(), instance_number=1, manufacturer="a", manufacturer_model_name="b",
+            software_versions="c", device_serial_number="d",
+        )  # fmt: skip
+
+
+def write_seg(kind: str) -> Write:
+    def write(folder: Path, phantoms: Phantoms) -> Path:
+        (folder / "m").mkdir()
+        for number in range(len(IDS)):
+            segmentation(phantoms, number, kind).save_as(folder / "m" / f"seg-{number}")
+        return folder / "m"
+
+    return write
+
+
+def write_nifti(folder: Path, phantoms: Phantoms) -> Path:
+    (folder / "m").mkdir()
+    for case_id, mask in phantoms.masks.items():
+        sitk.WriteImage(sitk.GetImageFromArray(mask), str(folder / "m" / f"{case_id}.nii.gz"))
+    write_json(folder / "m" / "dataset.json", {"labels": {"background": 0, "pneumothorax": 1}})
+    return folder / "m"
+
+
+def palette(mask: Mask) -> Image.Image:
+    image = Image.fromarray(mask * np.uint8(4)).convert("P")
+    image.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255, 128, 0, 0])
+    return image
+
+
+def write_pictures(name: str, draw: Callable[[Mask], Image.Image]) -> Write:
+    def write(folder: Path, phantoms: Phantoms) -> Path:
+        (folder / "m").mkdir()
+        for case_id, mask in phantoms.masks.items():
+            draw(mask).save(folder / "m" / name.format(case_id))
+        return folder / "m"
+
+    return write
+
+
+def write_sides(folder: Path, phantoms: Phantoms) -> Path:
+    """As in the data set of Montgomery County, and in JSRT's: a left and a right lung, each in its folder."""
+    for case_id, mask in phantoms.masks.items():
+        for side, part in (("left", slice(None, 60)), ("right", slice(60, None))):
+            half = np.zeros_like(mask)
+            half[:, part] = mask[:, part]
+            (folder / "ManualMask" / f"{side}Mask").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(half > 0).save(folder / "ManualMask" / f"{side}Mask" / f"{case_id}.gif")
+    return folder / "ManualMask"
+
+
+def by_255(mask: Mask) -> Image.Image:
+    return Image.fromarray(mask * np.uint8(255))
+
+
+FORMATS: dict[str, tuple[Write, str]] = {
+    "zip": (write_zip, "relative-columns"),
+    "candid": (lambda *to: write_table(*to, header=("SOPInstanceUID", "EncodedPixels")), "relative-columns"),
+    "coco-polygons": (write_coco(polygons_of), "COCO annotations of 'pneumothorax'"),
+    "coco-counts": (
+        write_coco(lambda mask: {"size": list(SHAPE), "counts": counts_of(mask)}),
+        "COCO annotations of 'pneumothorax'",
+    ),
+    "coco-compressed": (
+        write_coco(lambda mask: {"size": list(SHAPE), "counts": compress(counts_of(mask))}),
+        "COCO annotations of 'pneumothorax'",
+    ),
+    "labelme": (write_labelme(outlines), "LabelMe annotations of 'pneumothorax'"),
+    "labelme-masks": (write_labelme(drawn), "LabelMe annotations of 'pneumothorax'"),
+    "seg": (write_seg("BINARY"), "DICOM SEG objects of 'pneumothorax'"),
+    "seg-fractional": (write_seg("FRACTIONAL"), "DICOM SEG objects of 'pneumothorax'"),
+    "nifti": (write_nifti, "NIfTI masks"),
+    "png-1": (write_pictures("{}.png", Image.fromarray), "mask images"),
+    "png-255": (write_pictures("{}.png", by_255), "mask images"),
+    "png-palette": (write_pictures("{}.png", palette), "mask images"),
+    "png-rgb": (write_pictures("{}_mask.PNG", lambda mask: palette(mask).convert("RGB")), "mask images named *_mask"),
+    "png-rgba": (write_pictures("{}-seg.png", lambda mask: palette(mask).convert("RGBA")), "mask images named *-seg"),
+    "tiff-1": (write_pictures("{}.tif", Image.fromarray), "mask images"),
+    "tiff-bit": (write_pictures("{}.tiff", lambda mask: Image.fromarray(mask > 0)), "mask images"),
+    "tiff-float": (write_pictures("{}.tif", lambda mask: Image.fromarray(mask.astype(np.float32))), "mask images"),
+    "sides": (write_sides, "mask images"),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_store(
+    phantoms: Phantoms, expected: Mapping[str, bytes], tmp_path: Path, name: str
+) -> None:
+    write, words = FORMATS[name]
+    result = build(phantoms.folder, write(tmp_path, phantoms), tmp_path / "cache")
+    assert store_of(tmp_path / "cache") == expected
+    assert result.catalog.dialect == words
+    assert result.catalog.reconciliation.unlabelled == 0
+    for path in (tmp_path / "cache").rglob("*"):
+        assert not path.is_file() or b"Quagmire" not in path.read_bytes()
