@@ -199,7 +199,7 @@ class StageSettings(Section):
     epoch: Literal["cases", "positives"] = added(
         "cases", description="as many cases as there are, or each positive case once and negatives to the share"
     )
-    threshold: Threshold = Field(0.5, description="probability from which a pixel counts as pneumothorax")
+    threshold: Threshold = Field(0.5, description="probability from which a pixel is in the mask")
     best_by: Literal["kaggle_dice", "positive_dice", "loss"] = Field(
         "kaggle_dice", description="validation score that selects the best weights"
     )

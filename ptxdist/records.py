@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ptxdist.finding import FindingType, unless_pneumothorax
+
 Intervals = dict[str, tuple[float, float]]
 
 
@@ -27,7 +29,7 @@ class Scores(Record):
     """Scores of a set of cases, each 0..1; None where they are not defined.
 
     `kaggle_dice`     mean Dice over all images, 1 where truth and prediction are empty, 0 where one of them is
-    `positive_dice`   mean Dice over the images with a pneumothorax; None without such images
+    `positive_dice`   mean Dice over the positive images; None without such images
     `pooled_dice`     Dice over the pixels of all images together; 1 when truth and prediction are empty
     `sensitivity`     share of positive images with at least one pixel predicted; None without positive images
     `specificity`     share of negative images without a predicted pixel; None without negative images
@@ -157,9 +159,9 @@ class Reliability(Record):
 
     They are "px", "images" by their scores, or "images, calibrated".
 
-    `predicted` is the mean probability in a bin, `observed` the share that is pneumothorax; empty bins are left out.
+    `predicted` is the mean probability in a bin, `observed` the share that is positive; empty bins are left out.
     `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015).
-    Predicting the share of pneumothorax for all would score 0. `interval` is in results of older versions only.
+    Predicting the positive share for all would score 0. `interval` is in results of older versions only.
     """
 
     things: str
@@ -290,8 +292,8 @@ class EvaluationResult(Record):
     `folds` are the folds whose cases were evaluated, `runs` is the number of runs. `image_head` says what the score of
     an image is: False: the highest probability of its map; True: also the image head's (`train.scoring.case_score`).
     `calibration` is that of pixels, of images by their scores, and of images by `platt`, cross-fitted. `roc` are points
-    (1 - specificity, sensitivity) of the score, `working` the points that were asked for.
-    Fields with a default are missing in results of older versions.
+    (1 - specificity, sensitivity) of the score, `working` the points that were asked for. `finding` is what the true
+    masks show. Fields with a default are missing in results of older versions.
     """
 
     threshold: float
@@ -312,6 +314,7 @@ class EvaluationResult(Record):
     subgroups: tuple[Subgroup, ...] = ()
     shared_patients: SharedPatients | None = None
     image_head: bool = Field(False, exclude_if=lambda value: not value)
+    finding: FindingType = unless_pneumothorax()
     elsewhere: Elsewhere | None = when_known()
     seconds: float
 
@@ -360,7 +363,8 @@ class ParentModel(Record):
     `fingerprint` (of its last stage: settings, code and data) and `images`, its number of training images, are None
     where they are not known. `fresh` are parts of the network that it lacked, `unused` those of its parts that the
     network lacks. `seen` is the number of held-out cases whose patient or, with `seen_by` "image", whose file it was
-    trained on; None: not known. `parent` is the model that it started from itself.
+    trained on; None: not known. `finding` is what it segments, if that is not the run's finding. `parent` is the model
+    that it started from itself.
     """
 
     kind: Literal["run", "bundle", "file"]
@@ -372,13 +376,18 @@ class ParentModel(Record):
     unused: tuple[str, ...] = ()
     seen: int | None
     seen_by: Literal["patient", "image"] | None
+    finding: FindingType | None = when_known()
     parent: ParentModel | None = None
 
 
 class Origin(Record):
-    """What the network of a run is made from: its training images, and the model it started from."""
+    """What the network of a run is made from: its training images, and the model it started from.
+
+    `finding` is what their masks show.
+    """
 
     images: int
     positives: int
+    finding: FindingType = unless_pneumothorax()
     parent: ParentModel | None = None
     profile: Profile | None = when_known()

@@ -21,7 +21,7 @@ from ptxdist.config import ModelSettings, StageSettings, TrainSettings, complete
 GOLDEN = json.loads(facts.GOLDEN.read_text())
 ADDED_OPTIONS = {
     "phantom": ["--bedside"],
-    "preprocess": ["--patient-key", "--match"],
+    "preprocess": ["--patient-key", "--match", "--finding"],
     "train": ["--init"],
     "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence", "--workers"],
     "export": ["--point", "--at"],
@@ -95,8 +95,8 @@ def test_training_at_a_fixed_seed(files: dict[str, Any]) -> None:
 def test_keys_of_every_json(data: Path) -> None:
     """As in 0.1.0, but the calibration error has no interval.
 
-    Added since are the ROC curve and the calibration of an evaluation, images without a patient, and settings, which
-    `--dry-run` shows.
+    Added since are the ROC curve and the calibration of an evaluation, what the masks of a cache show, images without
+    a patient, and settings, which `--dry-run` shows.
     """
     added = {
         f"{place}{name}"
@@ -112,7 +112,7 @@ def test_keys_of_every_json(data: Path) -> None:
         for name, keys in GOLDEN["json"].items()
     }
     for name in ("preprocess", "inspect cache"):
-        golden[name] = sorted([*golden[name], "reconciliation.without_patient"])
+        golden[name] = sorted([*golden[name], "finding", "reconciliation.without_patient"])
     for name, place in (("evaluate", ""), ("train", "evaluation."), ("inspect run", "evaluation.")):
         golden[name] = sorted([*golden[name], *(place + key for key in ("platt.intercept", "platt.slope", "roc[][]"))])
     wanted = {**golden, "train --dry-run": sorted({*GOLDEN["json"]["train --dry-run"], *added})}

@@ -16,6 +16,7 @@ from ptxdist.cache.split import FOLDS, Leakage, assign_folds
 from ptxdist.dicom.radiograph import Header, hash_text
 from ptxdist.errors import CatalogError, LabelError
 from ptxdist.executor import Executor, serial
+from ptxdist.finding import DEFAULT, Limits, load_finding
 from ptxdist.labels import rle
 from ptxdist.labels.dialect import Dialect, check_mask_files, detect_dialect, parse_dialect, to_siim
 from ptxdist.labels.found import stem_of
@@ -70,6 +71,7 @@ def build_catalog(
     salt: bytes = b"",
     dialect: str | None = None,
     match: str | None = None,
+    finding: str = DEFAULT,
     skip: Collection[Path] = (),
     executor: Executor = serial,
     on_file: OnFile = lambda done, total: None,
@@ -78,14 +80,16 @@ def build_catalog(
 
     Without a `former` catalog the result depends on the content of the files only, not on their order; with one, cases
     keep their rows and folds. `labels` is what `read_any` takes, with `match` for the names of mask files. The mask
-    encoding of a table is detected unless `dialect` names it. `skip` are folders to leave out. `on_file` is called with
-    (files done, files). Raises CatalogError when no usable file is found or a side of the split is empty, LabelError as
-    `read_any`, `read_patients`, `detect_dialect` and `check_mask_files`, and for a mask that does not fit its image.
+    encoding of a table is detected unless `dialect` names it. `finding` is a name or a file for `load_finding`. `skip`
+    are folders to leave out. `on_file` is called with (files done, files). Raises CatalogError when no usable file is
+    found or a side of the split is empty, LabelError as `read_any`, `read_patients`, `detect_dialect` and
+    `check_mask_files`, and for a mask that does not fit its image.
     """
+    shown, limits = load_finding(finding)
     encoding = parse_dialect(dialect) if dialect else None
     found = read_any(labels, match=match, dialect=dialect, executor=executor)
     inputs = _read(images, labels, found, patients, salt, skip, executor, on_file)
-    labelled = _join(inputs, labels, encoding)
+    labelled = _join(inputs, labels, encoding, limits)
     cases, leakage = _split(labelled.cases, inputs.patient_of, former, folds, seed, salt)
     _refuse_empty_side(leakage, sum(case.masks is not None for case in labelled.cases))
     catalog = Catalog(
@@ -99,6 +103,7 @@ def build_catalog(
         evidence=labelled.evidence,
         seed=seed,
         folds=folds,
+        finding=shown,
     )
     return catalog, {case_id: file.path for case_id, (_, file) in inputs.usable.items()}
 
@@ -164,13 +169,13 @@ def _by_image_id(labels: Labels, usable: Mapping[str, tuple[Header, ScannedFile]
     return replace(labels, masks=masks, sizes=sizes), {case_id: name for name, case_id in new.items()}
 
 
-def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
+def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None, limits: Limits) -> _Labelled:
     """Join the files with their masks; LabelError for a mask that does not fit its image."""
     masks = inputs.labels.masks
     sizes = {case_id: (header.rows, header.columns) for case_id, (header, _) in inputs.usable.items()}
     if inputs.labels.sizes is not None:
         _refuse_other_sizes(labels, inputs.labels.sizes, sizes)
-        found = check_mask_files(masks, sizes, labels, inputs.labels.kind)
+        found = check_mask_files(masks, sizes, labels, inputs.labels.kind, limits)
         encoding, name, proven = found.dialect, inputs.labels.kind, found.proven
         both = len(masks.keys() & sizes.keys())
         evidence: tuple[str, ...] = (f"{both:,} {name} have the size of their radiographs", *found.evidence)
@@ -180,6 +185,7 @@ def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None) -> _Labelled:
             sizes,
             encoding,
             lambda case_id, text: f"{labels}, line {line_of(labels, inputs.renamed.get(case_id, case_id), text)}",
+            limits=limits,
         )
         encoding, evidence = detection.dialect, detection.evidence
         name, proven = encoding.name, detection.proven

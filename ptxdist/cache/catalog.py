@@ -15,6 +15,7 @@ from typing import Any
 from ptxdist import files
 from ptxdist.cache.split import FOLDS, Leakage, measure_leakage
 from ptxdist.errors import StoreError
+from ptxdist.finding import PNEUMOTHORAX, FindingType
 from ptxdist.labels.dialect import SIIM
 
 SCHEMA = 2
@@ -84,7 +85,8 @@ class Catalog:
     """The cases of a cache: the labelled ones in the order of their rows in the stores, then the unlabelled ones.
 
     `missing` are ids of the table without a file. `dialect` is the mask encoding of the table; `dialect_proven` says
-    whether the masks rule out every other one, and `evidence` how. `seed` and `folds` are those of the split.
+    whether the masks rule out every other one, and `evidence` how. `seed` and `folds` are those of the split. `finding`
+    is what the masks show.
     """
 
     cases: tuple[Case, ...]
@@ -97,6 +99,7 @@ class Catalog:
     evidence: tuple[str, ...] = ()
     seed: int = 0
     folds: int = FOLDS
+    finding: FindingType = PNEUMOTHORAX
 
     @property
     def labelled(self) -> tuple[Case, ...]:
@@ -106,6 +109,7 @@ class Catalog:
     def summary(self) -> dict[str, Any]:
         """Reconciliation, split, leakage and rejects as plain JSON values."""
         return {
+            "finding": self.finding.name,
             "dialect": {"name": self.dialect, "proven": self.dialect_proven, "evidence": list(self.evidence)},
             "reconciliation": asdict(self.reconciliation),
             "split": self.sides(),
@@ -156,6 +160,7 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
         "evidence": catalog.evidence,
         "seed": catalog.seed,
         "folds": catalog.folds,
+        **({} if catalog.finding == PNEUMOTHORAX else {"finding": catalog.finding.model_dump()}),
     }
     lines = (json.dumps(record) + "\n" for record in (head, *map(vars, catalog.cases)))
     files.write_whole(path, "".join(lines), error=None)
@@ -187,6 +192,7 @@ def read_catalog(cache: Path) -> Catalog:
                 evidence=tuple(head["evidence"]),
                 seed=head["seed"],
                 folds=head["folds"],
+                finding=FindingType.model_validate(head["finding"]) if "finding" in head else PNEUMOTHORAX,
             )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); rerun `ptxdist preprocess`") from error

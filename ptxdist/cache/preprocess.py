@@ -47,6 +47,7 @@ from ptxdist.cache.store import (
 from ptxdist.config import fingerprint
 from ptxdist.errors import BusyError, CatalogError, StoreError
 from ptxdist.executor import Executor, processes
+from ptxdist.finding import DEFAULT, load_finding
 
 MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
@@ -86,6 +87,7 @@ def preprocess(
     seed: int = 0,
     dialect: str | None = None,
     match: str | None = None,
+    finding: str = DEFAULT,
     executor: AbstractContextManager[Executor] | None = None,
     workers: int = 1,
     on_progress: Progress = lambda step, done, total: None,
@@ -94,10 +96,11 @@ def preprocess(
 
     Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. The work is done by
     `executor`, or else by `workers` processes. `patient_key` is a file with a secret of the site, by which patients are
-    hashed: so they can be compared with those of other caches that were made with it. `on_progress` is called with a
-    step, and how much of it is done of how much. Raises as `build_catalog`; BusyError when another run holds the cache;
-    CatalogError when more than a tenth of the files cannot be used, or the key does not fit; StoreError when the disk
-    is full or a worker dies.
+    hashed: so they can be compared with those of other caches that were made with it. `finding` is what the masks show:
+    a name in `findings.toml`, or a file of this kind. `on_progress` is called with a step, and how much of it is done
+    of how much. Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more than a
+    tenth of the files cannot be used, or key or finding do not fit the cache; StoreError when the disk is full or a
+    worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
     is_new = not (out / locks.LOCK).is_file()
@@ -110,7 +113,9 @@ def preprocess(
             if patient_key is not None:
                 salt = _read_key(patient_key, out)
             former, was_there = _former(out), (out / FILE_NAME).is_file()
-            if former is None:
+            if former is not None:
+                _refuse_other_finding(former, finding, out)
+            else:
                 work.prepare(write_shard.__module__)  # there will be shards to write
             catalog, paths = build_catalog(
                 images,
@@ -122,6 +127,7 @@ def preprocess(
                 salt=salt,
                 dialect=dialect,
                 match=match,
+                finding=finding,
                 skip=[out] if out.resolve().is_relative_to(images.resolve()) else (),
                 executor=work,
                 on_file=lambda done, total: on_progress("headers", done, total),
@@ -136,6 +142,15 @@ def preprocess(
         raise StoreError(
             f"{out}: writing stopped: {error.strerror}; finished work is kept, rerun the same command to continue"
         ) from error
+
+
+def _refuse_other_finding(former: Catalog, finding: str, out: Path) -> None:
+    wanted, _ = load_finding(finding)
+    if wanted.is_other(former.finding):
+        raise CatalogError(
+            f"the masks in {out} show {former.finding.name}, not {wanted.name}: give --finding "
+            f"{former.finding.name!r}, or another cache with --out"
+        )
 
 
 def _former(out: Path) -> Catalog | None:

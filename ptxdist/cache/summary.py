@@ -12,11 +12,12 @@ _LARGE_GROUP, _LARGE_SHARE = 3, 0.2  # of one patient, more is doubtful; the rea
 
 def reconciliation(catalog: Catalog) -> tuple[tuple[str, str], ...]:
     """How the label table and the files fit together; a name that starts with a blank is part of the one above."""
+    shown = f" with {catalog.finding.one}"
     counts, areas = catalog.reconciliation, [case.area_px for case in catalog.cases if case.masks]
     return (
         ("rows of the label table", f"{counts.table_rows:,}"),
         ("images in the label table", f"{counts.table_images:,}"),
-        (" with a pneumothorax", f"{counts.table_positive:,}"),
+        (shown, f"{counts.table_positive:,}"),
         (" with several masks", f"{counts.table_several_masks:,}"),
         (" with overlapping masks, united", f"{counts.table_overlapping:,}"),
         (" without a file", f"{counts.ids_without_file:,}"),
@@ -25,7 +26,7 @@ def reconciliation(catalog: Catalog) -> tuple[tuple[str, str], ...]:
         (" copies of another file", f"{counts.duplicates:,}"),
         ("other files, not used", f"{counts.other_files:,}"),
         ("images with a label", f"{counts.labelled:,}"),
-        (" with a pneumothorax", f"{counts.positive:,} ({share(counts.positive, counts.labelled)})"),
+        (shown, f"{counts.positive:,} ({share(counts.positive, counts.labelled)})"),
         (" median mask area (5 % to 95 %)", f"{spread(areas)} pixels" if areas else "none"),
         ("images without a label, not used", f"{counts.unlabelled:,}"),
     )
@@ -40,7 +41,7 @@ def split_doubts(catalog: Catalog) -> tuple[str, ...]:
     train, val = sides["train"]["positive"], sides["val"]["positive"]
     doubts = []
     if bool(train) != bool(val):
-        doubts.append(f"no image for {'training' if val else 'validation'} has a pneumothorax")
+        doubts.append(f"no image for {'training' if val else 'validation'} has {catalog.finding.one}")
     if source == "nothing":
         return tuple(doubts)
     if leakage.groups == images:

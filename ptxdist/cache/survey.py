@@ -13,6 +13,7 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.store import open_store
 from ptxdist.errors import StoreError
+from ptxdist.finding import PNEUMOTHORAX, FindingType
 
 _LOOKED_AT = 256  # images whose grey levels are read, evenly spaced over the cases
 
@@ -33,7 +34,7 @@ class Survey:
     of fold 0. `patients` are groups of cases, and `grouped_by` is what is known of them ("patient map", "PatientID" or
     "nothing"). `mask_px` are the areas of the positive cases' masks in pixels of the original image, `mask_share` the
     same as a share of the image; None without positive cases. `brightness` is the mean grey level, 0..255, of images;
-    None without cases. `sizes_px` are the finished stores.
+    None without cases. `sizes_px` are the finished stores, `finding` is what the masks show.
     """
 
     cases: int
@@ -49,6 +50,7 @@ class Survey:
     mask_px: Spread | None
     mask_share: Spread | None
     brightness: Spread | None
+    finding: FindingType = PNEUMOTHORAX
 
 
 def survey(cache: Path) -> Survey:
@@ -77,6 +79,7 @@ def survey(cache: Path) -> Survey:
         mask_px=_spread([case.area_px for case in positive]),
         mask_share=_spread([case.area_px / (case.rows * case.columns) for case in positive]),
         brightness=_spread([float(store.sample(row)[0].mean()) for row in rows[::step]]),
+        finding=catalog.finding,
     )
 
 

@@ -57,7 +57,7 @@ def _said() -> Iterator[None]:
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="ptxdist")
 def cli() -> None:
-    """Pneumothorax segmentation, from DICOM files to numbers one can trust."""
+    """Segmentation of chest radiographs, by default of pneumothorax: from DICOM files to numbers one can trust."""
 
 
 for _command in (

@@ -11,6 +11,7 @@ import click
 from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, LABELS, MATCH, PLACE, executor_for, json_option
 from ptxdist.errors import SettingsError, StoreError
 
+FINDING = "What the masks show: pleural effusion, nodule, consolidation, lung; or FILE.toml."
 SIDE = "Side of the images in pixels; may be repeated."
 
 
@@ -64,6 +65,7 @@ def phantom(
 @click.option("--labels", type=FILE, required=True, help=LABELS)
 @click.option("--match", help=MATCH)
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
+@click.option("--finding", default="pneumothorax", show_default=True, help=FINDING)
 @click.option("--patients", type=FILE, help="CSV with columns ImageId and PatientID; no patient is in two folds.")
 @click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
 @click.option(
@@ -79,6 +81,7 @@ def preprocess(
     labels: Path,
     match: str | None,
     out: Path | str,
+    finding: str,
     patients: Path | None,
     patient_key: Path | None,
     sizes: tuple[int, ...],
@@ -106,6 +109,7 @@ def preprocess(
             dicom,
             labels,
             folder,
+            finding=finding,
             patients=patients,
             patient_key=patient_key,
             sizes_px=sizes,

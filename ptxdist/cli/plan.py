@@ -58,7 +58,12 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
     workers = f" --workers {len(machine.gpus)}" if len(machine.gpus) > 1 else ""
     command = f"ptxdist train --pipeline {out} --data {cache}{workers}"
     if as_json:
-        found = {"plan": out, "data": asdict(data), "machine": asdict(machine), "notes": advice.warnings}
+        found = {
+            "plan": out,
+            "data": {**asdict(data), "finding": data.finding.name},
+            "machine": asdict(machine),
+            "notes": advice.warnings,
+        }
         estimate = {"minutes": minutes, "stages": [asdict(speed) for speed in speeds]}
         decisions = [asdict(decision) for decision in advice.decisions]
         console.show_json({**found, "decisions": decisions, "estimate": estimate, "next": command})
@@ -87,11 +92,12 @@ def _data(data: Survey) -> list[tuple[str, str]]:
         low, middle, high = (f"{factor * value:,.{digits}f}" for value in found)
         return f"{middle} ({low} to {high}) {unit}"
 
+    shown = f"with {data.finding.one}"
     return [
         ("labelled cases", f"{data.cases:,}"),
-        (" with a pneumothorax", f"{data.positive:,} ({share(data.positive, data.cases)})"),
-        (" to train on, fold 0 held out", f"{data.train[0]:,} ({data.train[1]:,} with a pneumothorax)"),
-        (f"patients, by {data.grouped_by}", f"{data.patients:,} ({data.positive_patients:,} with a pneumothorax)"),
+        (f" {shown}", f"{data.positive:,} ({share(data.positive, data.cases)})"),
+        (" to train on, fold 0 held out", f"{data.train[0]:,} ({data.train[1]:,} {shown})"),
+        (f"patients, by {data.grouped_by}", f"{data.patients:,} ({data.positive_patients:,} {shown})"),
         ("mask area, median (5 % to 95 %)", spread(data.mask_px, 1, 0, "pixels")),
         (" of the image", spread(data.mask_share, 100, 2, "%")),
         ("mean grey level of an image", spread(data.brightness, 1, 0, "of 255")),

@@ -44,7 +44,7 @@ def predict(
     address: str | None,
     as_json: bool,
 ) -> None:
-    """Find pneumothorax in radiographs with MODEL, a finished run or a bundle.
+    """Segment radiographs with MODEL, a finished run or a bundle.
 
     Each PATH is a DICOM file, a folder of any layout, or a zip file. Written are submission.csv, findings (score,
     areas), masks, overlays, and rejects.csv; with `--write seg` also DICOM SEG files, which name the patient as the
@@ -91,7 +91,7 @@ def predict(
             str(out),
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
-                ("with a pneumothorax", f"{result.positive:,}"),
+                (f"with {predictor.cards[0].finding.one}", f"{result.positive:,}"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),
                 ("operating point", point.words),

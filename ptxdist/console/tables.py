@@ -31,9 +31,9 @@ def show_catalog(catalog: Catalog) -> None:
     """Print how label table and files fit together, the split, and what it leaks."""
     from ptxdist.cache.summary import percent, reconciliation
 
-    leakage = catalog.leakage
+    leakage, shown = catalog.leakage, f"with {catalog.finding.one}"
     sides = (
-        (f"split: {side}", f"{counts['cases']:,} ({counts['positive']:,} with a pneumothorax)")
+        (f"split: {side}", f"{counts['cases']:,} ({counts['positive']:,} {shown})")
         for side, counts in catalog.sides().items()
         if side in ("train", "val")
     )
@@ -41,7 +41,7 @@ def show_catalog(catalog: Catalog) -> None:
         ("encoding of the masks", catalog.dialect + ("" if catalog.dialect_proven else " (not proven)")),
         *reconciliation(catalog),
         *sides,
-        (f"groups by {leakage.grouped_by}", f"{leakage.groups:,} ({leakage.positive_groups:,} with a pneumothorax)"),
+        (f"groups by {leakage.grouped_by}", f"{leakage.groups:,} ({leakage.positive_groups:,} {shown})"),
         (" val images whose group is in train", f"{leakage.shared_cases:,}"),
         (
             " the same in a random split",

@@ -97,7 +97,7 @@ class TrainingDisplay:
         if stage.best.at_full.equals_all_empty and not settings.phantoms:
             say(
                 f"warning: stage {stage.stage} predicts nothing at all; its Kaggle Dice "
-                f"{stage.best.at_full.kaggle_dice:.4f} is the share of images without a pneumothorax"
+                f"{stage.best.at_full.kaggle_dice:.4f} is the share of negative images"
             )
         elif reason := why_not(stage.best.at_full, settings):
             say(f"the masks of stage {stage.stage} do not raise the Kaggle Dice: {reason}")

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from ptxdist.errors import LabelError, SettingsError
+from ptxdist.finding import PNEUMOTHORAX_LIMITS, Limits
 from ptxdist.labels import rle
-from ptxdist.labels.evidence import ENOUGH_IMAGES, UPPER, Order, Reading, Size, fit_masks, measure
+from ptxdist.labels.evidence import ENOUGH_IMAGES, Order, Reading, Size, fit_masks, measure
 from ptxdist.labels.rle import Spans, Starts
 
 
@@ -118,19 +119,22 @@ def detect_dialect(
     dialect: Dialect | None = None,
     where: Callable[[str, str], str] = lambda case_id, text: "the label table",
     option: str = "--dialect",
+    limits: Limits = PNEUMOTHORAX_LIMITS,
 ) -> Detection:
     """Find the dialect of a table from the raw texts of its masks by image id, and the (rows, columns) of the files.
 
     Masks of images without a file do not have to fit; they add evidence only if all files have the same size, which is
     then assumed for them. With too few masks to decide, the dialect nearest to the challenge's is chosen, and the
     evidence says so. A given `dialect` is not judged, but its masks have to fit. `where` returns the place of a mask
-    for an error message, from its image id and text; `option` is what gives a dialect. Raises LabelError without any
-    size, for a mask that does not fit where most do, and when the table fits no dialect.
+    for an error message, from its image id and text; `option` is what gives a dialect. `limits` are those of the
+    finding. Raises LabelError without any size, for a mask that does not fit where most do, and when the table fits no
+    dialect.
     """
     if not sizes:
         raise LabelError("the mask encoding of a label table cannot be detected without the size of any image")
     tried = (dialect,) if dialect else DIALECTS
-    fits = {starts: fit_masks(masks, sizes, starts) for starts in dict.fromkeys(each.starts for each in tried)}
+    found = dict.fromkeys(each.starts for each in tried)
+    fits = {starts: fit_masks(masks, sizes, starts, limits) for starts in found}
     best = min(tried, key=lambda each: len(fits[each.starts].misfits))  # the first of equals
     fit = fits[best.starts]
     if fit.misfits and (dialect or 2 * len(fit.misfits) <= fit.masks):
@@ -174,22 +178,26 @@ def _conclude(readings: Mapping[Dialect, Reading], option: str) -> Detection:
         given=False,
         starts_proven=not any(each in sound for each in others),
         order_proven=twin not in sound and chosen.order == "columns",
-        upright_proven=_is_upright(readings[chosen]),
+        upright_proven=readings[chosen].upright,
         evidence=(*_describe(readings[chosen]), *verdicts),
         readings=tuple(readings.values()),
     )
 
 
 def check_mask_files(
-    masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], where: Path, kind: str = "mask images"
+    masks: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, Size],
+    where: Path,
+    kind: str = "mask images",
+    limits: Limits = PNEUMOTHORAX_LIMITS,
 ) -> Detection:
     """Judge masks of any format but tables by the evidence for tables; `masks` are texts of `rle` by image id.
 
-    `sizes` and the sample are as in `detect_dialect`. The masks have no dialect: rows mean transposed images. Raises
-    LabelError when the masks are transposed, upside down, inverted, or otherwise none; they are of this `kind`, from
-    `where`.
+    `sizes`, `limits` and the sample are as in `detect_dialect`. The masks have no dialect: rows mean transposed images.
+    Raises LabelError when the masks are transposed, upside down, inverted, or otherwise none; they are of this `kind`,
+    from `where`.
     """
-    fit = fit_masks(masks, sizes, "relative")
+    fit = fit_masks(masks, sizes, "relative", limits)
     upright, transposed = (measure(each.name, each.order, fit) for each in DIALECTS[:2])
     if upright.fault:
         raise LabelError(
@@ -200,11 +208,7 @@ def check_mask_files(
     if upright.masks:
         evidence.append(f"not transposed: {transposed.fault}" if transposed.fault else "not ruled out: transposed")
     readings = (upright, transposed)
-    return Detection(SIIM, False, True, bool(transposed.fault), _is_upright(upright), tuple(evidence), readings)
-
-
-def _is_upright(reading: Reading) -> bool:
-    return reading.upper is not None and reading.upper > UPPER[1]
+    return Detection(SIIM, False, True, bool(transposed.fault), upright.upright, tuple(evidence), readings)
 
 
 def _describe(reading: Reading) -> list[str]:
@@ -226,12 +230,15 @@ def _describe(reading: Reading) -> list[str]:
         )
     if reading.upper is not None:
         found.append(f"{reading.upper:.0%} of a mask is in the upper half of its image (mean)")
-    if not _is_upright(reading):
+    if not reading.upright:
         found.append("not ruled out: upside down")
     if reading.huge:
         more = ", …" if len(reading.huge) > 3 else ""
         names = ", ".join(reading.huge[:3]) + more
-        found.append(f"{len(reading.huge):,} masks cover more than half of their image and may be inverted: {names}")
+        found.append(
+            f"{len(reading.huge):,} masks cover more than {reading.inverted_above} of their image and may be "
+            f"inverted: {names}"
+        )
     if reading.images < ENOUGH_IMAGES:
         found.append(f"too few positive images to judge areas and anatomy ({reading.images} of {ENOUGH_IMAGES})")
     return found

@@ -1,6 +1,7 @@
 """Measurements of a label table's masks when they are read in one dialect, and the faults that these show.
 
-Owns: the measures of a reading, and their limits.
+Owns: the measures of a reading. Their limits depend on the finding (`finding.Limits`); the values in comments here are
+those of the challenge's table.
 
 Reading masks in a wrong dialect raises no error: it gives masks in wrong places. Its signs are:
 - masks extend past their image, or their runs are not in order (distinguishes relative from absolute starts);
@@ -9,7 +10,8 @@ Reading masks in a wrong dialect raises no error: it gives masks in wrong places
 - one constant mask would fit them all, because every mask is at the start of the image;
 - the masks lie on their side: when read correctly, their mean shows two lungs side by side, similar to its left-right
   mirror and not to its up-down mirror (distinguishes columns from rows in square images, where all else is equal);
-- the masks are upside down: a pneumothorax is mostly in the upper half of the image, where the air rises to.
+- the masks are upside down: a pneumothorax is mostly in the upper half of the image, where the air rises to, and a
+  pleural effusion in the lower half.
 
 Masks that are mirrored left to right, and masks in columns from rows turned by 90 degrees, look alike in all of these.
 """
@@ -26,19 +28,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.errors import LabelError
+from ptxdist.finding import PNEUMOTHORAX_LIMITS, Limits
 from ptxdist.labels import rle
 from ptxdist.labels.rle import Spans, Starts
 
-# Limits, each with the value measured on the 2,669 positive images of the challenge's table. Of 5,000 random samples of
-# 50 (191) images, 97 % (100 %) were clearly upright, of samples of whole patients 82 % (99 %); none lay on its side.
 ENOUGH_IMAGES = 50  # fewer are not judged by areas, constant mask or anatomy
 ENOUGH_RUNS = 100  # fewer pairs of neighbours are not judged; one mask has 128 runs (median)
 LINE_SHARE = 0.5  # of neighbours start one line apart: 0.94 (0.82 along rows); 0.001 with wrong starts
-SMALL_AREA, LARGE_AREA = 1 / 2000, 1 / 4  # the median is 0.008 of the image, the ninth decile 0.03; 0.0001 if wrong
-CONSTANT_DICE = 0.5  # 0.14, in 50 images at most 0.41; with wrong starts 0.60 (0.68 along rows), at least 0.54
-MIRROR_LEAD = 0.4  # of the correlation with the left-right mirror, 0.91, over that with the up-down mirror, -0.12
-UPPER = (0.3, 0.7)  # share of a mask in the upper half of its image, 0.81 (of whole patients with 50 images 1 %: 0.46)
-HUGE = 1 / 2  # share of an image; the largest mask has 0.15. One is named, with any number of images
 VALLEY = 0.8  # the middle columns of the mean have 0.40 of the lower of the two peaks beside them
 _SAMPLE = 500
 _GRID, _CELLS = 64, 16
@@ -56,8 +52,9 @@ class Reading:
     `misfits` of `masks` do not fit their image. Measured on a sample of `images`: the share of neighbouring runs that
     start one line apart; the masks' share of their image (median and ninth decile); mean Dice of the best constant
     mask; correlation of the mean mask with its left-right and its up-down mirror; its value in the middle columns as a
-    share of the lower of the peaks on both sides; mean share of a mask in the upper half of its image. `huge` are the
-    ids of images that are covered by more than half. `fault` says why the dialect must be wrong; "" when nothing does.
+    share of the lower of the peaks on both sides; mean share of a mask in the upper half of its image. `upright` says
+    whether that proves that the masks are not upside down. `huge` are the ids of images of which more than the share
+    `inverted_above` is covered. `fault` says why the dialect must be wrong; "" when nothing does.
     """
 
     dialect: str
@@ -72,7 +69,9 @@ class Reading:
     up_down: float | None = None
     valley: float | None = None
     upper: float | None = None
+    upright: bool = False
     huge: Sequence[str] = ()
+    inverted_above: str = "half"
     fault: str = ""
 
 
@@ -91,7 +90,8 @@ class Fit:
     """The masks read with one kind of starts; the same for columns and rows.
 
     `masks` is their number, `misfits` are (image id, text, reason) of those that do not fit their image, `images` is a
-    sample of the images, `huge` are the ids of images that are covered by more than half, of `positives`.
+    sample of the images, `huge` are the ids of images of which more than `limits.inverted_above` is covered, of
+    `positives`.
     """
 
     masks: int
@@ -99,6 +99,7 @@ class Fit:
     images: Sequence[MaskedImage]
     huge: Sequence[str]
     positives: int
+    limits: Limits
 
     @cached_property
     def area_shares(self) -> list[float]:
@@ -111,7 +112,12 @@ class Fit:
         return _constant_dice(self.images)
 
 
-def fit_masks(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], starts: Starts) -> Fit:
+def fit_masks(
+    masks: Mapping[str, Sequence[str]],
+    sizes: Mapping[str, Size],
+    starts: Starts,
+    limits: Limits = PNEUMOTHORAX_LIMITS,
+) -> Fit:
     """Read the masks by image id for images of these (rows, columns), and sample up to 500 positive images.
 
     Masks of images with a size are counted, and all of them have to fit. The others only fill up the sample, and only
@@ -136,10 +142,10 @@ def fit_masks(masks: Mapping[str, Sequence[str]], sizes: Mapping[str, Size], sta
             continue
         positives += 1
         union = rle.unite(spans)
-        huge += [case_id] * bool(np.diff(union).sum() > HUGE * rows * columns)
+        huge += [case_id] * bool(np.diff(union).sum() > limits.inverted_above * rows * columns)
         if case_id in chosen:
             images.append(MaskedImage(rows, columns, spans, union))
-    return Fit(sum(len(masks[case_id]) for case_id in owned), misfits, images, huge, positives)
+    return Fit(sum(len(masks[case_id]) for case_id in owned), misfits, images, huge, positives, limits)
 
 
 def _spaced(names: Sequence[str], most: int) -> list[str]:
@@ -150,16 +156,19 @@ def _spaced(names: Sequence[str], most: int) -> list[str]:
 
 def measure(dialect: str, order: Order, fit: Fit) -> Reading:
     """Measure the masks in one order; `dialect` is its name. Masks that do not fit their image are a fault at once."""
-    reading = Reading(dialect, fit.masks, len(fit.misfits), len(fit.images), huge=fit.huge)
+    limits = fit.limits
+    most = "half" if limits.inverted_above == 0.5 else f"{limits.inverted_above:.0%}"
+    reading = Reading(dialect, fit.masks, len(fit.misfits), len(fit.images), huge=fit.huge, inverted_above=most)
     if fit.misfits:
         counts = f"{reading.misfits:,} of {reading.masks:,} masks do not fit their image"
         return replace(reading, fault=f"{counts} (the first one: {fit.misfits[0][2]})")
-    reading = replace(reading, line_share=_line_share(fit.images, order))
+    reading = replace(reading, line_share=_line_share(fit.images, order, limits.parts))
     if reading.images < ENOUGH_IMAGES:
-        return replace(reading, fault=_fault(reading, order, fit.positives))
+        return replace(reading, fault=_fault(reading, order, fit))
     median_area, large_area = np.quantile(fit.area_shares, (0.5, 0.9)).tolist()
     mean = _mean_mask(fit.images, order)
     left_right, up_down, valley = _stance(mean)
+    upper = float(mean[: _CELLS // 2].sum() / mean.sum()) if mean.any() else None
     reading = replace(
         reading,
         median_area=median_area,
@@ -168,50 +177,68 @@ def measure(dialect: str, order: Order, fit: Fit) -> Reading:
         left_right=left_right,
         up_down=up_down,
         valley=valley,
-        upper=float(mean[: _CELLS // 2].sum() / mean.sum()) if mean.any() else None,
+        upper=upper,
+        upright=upper is not None and _stand(upper, limits) > 0,
     )
-    return replace(reading, fault=_fault(reading, order, fit.positives, sideways=_stands(*_stance(mean.T))))
+    sideways = _stands(*_stance(mean.T), limits.mirror_lead)
+    return replace(reading, fault=_fault(reading, order, fit, sideways))
 
 
-def _fault(reading: Reading, order: Order, positives: int, sideways: bool = False) -> str:
+def _stand(upper: float, limits: Limits) -> int:
+    """1 for masks that are clearly upright, -1 for masks that are upside down, else 0."""
+    if limits.upper is None:
+        return 0
+    wrong, right = limits.upper
+    if wrong > right:  # of a finding in the lower half
+        upper, wrong, right = -upper, -wrong, -right
+    return 1 if upper > right else -1 if upper < wrong else 0
+
+
+def _fault(reading: Reading, order: Order, fit: Fit, sideways: bool = False) -> str:
+    limits = fit.limits
     if reading.line_share is not None and reading.line_share < LINE_SHARE:
         return f"only {reading.line_share:.0%} of neighbouring runs start one {order[:-1]} apart"
-    if reading.median_area is not None and reading.median_area < SMALL_AREA:
+    if reading.median_area is not None and reading.median_area < limits.median_area:
         return f"half of the masks cover less than {reading.median_area:.3%} of their image"
-    if reading.large_area is not None and reading.large_area > LARGE_AREA:
+    if reading.large_area is not None and reading.large_area > limits.large_area:
         return f"one in ten masks covers {reading.large_area:.0%} of its image or more"
-    if 2 * len(reading.huge) > positives:
-        count = f"{len(reading.huge):,} of {positives:,} positive images"
-        return f"{count} are covered by more than half, so the masks are probably inverted"
-    if reading.constant_dice is not None and reading.constant_dice > CONSTANT_DICE:
+    if 2 * len(reading.huge) > fit.positives:
+        count = f"{len(reading.huge):,} of {fit.positives:,} positive images"
+        return f"{count} are covered by more than {reading.inverted_above}, so the masks are probably inverted"
+    if reading.constant_dice is not None and reading.constant_dice > limits.constant_dice:
         return f"one constant mask fits them all (mean Dice {reading.constant_dice:.2f})"
-    return _stance_fault(reading, sideways)
+    return _stance_fault(reading, sideways, limits)
 
 
-def _stance_fault(reading: Reading, sideways: bool) -> str:
+def _stance_fault(reading: Reading, sideways: bool, limits: Limits) -> str:
     if sideways:
         return (
             f"the masks lie on their side: their mean correlates {reading.up_down:.2f} with its up-down mirror and "
             f"{reading.left_right:.2f} with its left-right mirror; for two lungs it is the other way round"
         )
-    if reading.upper is not None and reading.upper < UPPER[0]:
-        return f"the masks are upside down: {1 - reading.upper:.0%} of a mask is in the lower half of its image (mean)"
+    if reading.upper is not None and _stand(reading.upper, limits) < 0:
+        share, half = max((1 - reading.upper, "lower"), (reading.upper, "upper"))
+        return f"the masks are upside down: {share:.0%} of a mask is in the {half} half of its image (mean)"
     return ""
 
 
-def _line_share(images: Sequence[MaskedImage], order: Order) -> float | None:
+def _line_share(images: Sequence[MaskedImage], order: Order, parts: int) -> float | None:
     """Share of neighbouring runs that start one line apart, within a sixteenth; in oblong images if there are enough.
 
-    A line has as many pixels as the image has rows when they are numbered down the columns.
+    A line has as many pixels as the image has rows when they are numbered down the columns. If it may cross several
+    `parts` of a mask, one of so many runs before is enough.
     """
     near, pairs = {True: 0, False: 0}, {True: 0, False: 0}
     for image in images:
         line = image.rows if order == "columns" else image.columns
         oblong = abs(image.rows - image.columns) > (image.rows + image.columns) / 16
         for mask in image.masks:
-            steps = np.diff(mask[:, 0])
-            near[oblong] += int((np.abs(steps - line) <= line / 16).sum())
-            pairs[oblong] += len(steps)
+            starts = mask[:, 0]
+            apart = np.zeros(max(0, len(starts) - 1), bool)
+            for before in range(1, min(parts, len(apart)) + 1):
+                apart[before - 1 :] |= np.abs(starts[before:] - starts[:-before] - line) <= line / 16
+            near[oblong] += int(apart.sum())
+            pairs[oblong] += len(apart)
     if pairs[True] >= ENOUGH_RUNS:
         return near[True] / pairs[True]
     return sum(near.values()) / sum(pairs.values()) if sum(pairs.values()) >= ENOUGH_RUNS else None
@@ -266,6 +293,6 @@ def _stance(mean: Floats) -> tuple[float, float, float]:
     )
 
 
-def _stands(left_right: float, up_down: float, valley: float) -> bool:
+def _stands(left_right: float, up_down: float, valley: float, lead: float) -> bool:
     """Whether a mean mask clearly shows two lungs side by side."""
-    return left_right - up_down >= MIRROR_LEAD and valley < VALLEY
+    return left_right - up_down >= lead and valley < VALLEY

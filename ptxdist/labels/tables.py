@@ -56,7 +56,7 @@ def read_labels(path: Path) -> dict[str, tuple[str, ...]]:
             empty_line, minus_line = (empty_line, minus_line or line) if text else (empty_line or line, minus_line)
         if found and case_id in negative:
             raise LabelError(
-                f"{path}, line {line}: {case_id} has a row without a mask (no pneumothorax) and one with a mask; "
+                f"{path}, line {line}: {case_id} has a row without a mask (a negative image) and one with a mask; "
                 "remove one"
             )
     _check_empty_fields(path, empty_line, minus_line, bool(masks), len(negative) < len(masks))
@@ -69,11 +69,11 @@ def _check_empty_fields(path: Path, empty_line: int, minus_line: int, rows: bool
         raise LabelError(f"{path}: the label table has no rows")
     if empty_line and minus_line:
         raise LabelError(
-            f"{path}, line {empty_line}: the field for the mask is empty, while line {minus_line} has '-1' for no "
-            "pneumothorax; write '-1', or remove the row of an image without a label"
+            f"{path}, line {empty_line}: the field for the mask is empty, while line {minus_line} has '-1' for a "
+            "negative image; write '-1', or remove the row of an image without a label"
         )
     if empty_line and not positive:
-        raise LabelError(f"{path}: the field for the mask is empty in every row; write '-1' for no pneumothorax")
+        raise LabelError(f"{path}: the field for the mask is empty in every row; write '-1' for a negative image")
 
 
 def line_of(path: Path, case_id: str, text: str) -> int:

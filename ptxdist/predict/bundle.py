@@ -19,7 +19,7 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,8 +29,16 @@ import safetensors.torch
 from ptxdist import files
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, fingerprint, without_removed
-from ptxdist.errors import CheckpointError, RunError, SettingsError
-from ptxdist.records import EvaluationResult, OperatingPoint, ParentModel, Profile, Record, when_known
+from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError
+from ptxdist.finding import PNEUMOTHORAX, FindingType, unless_pneumothorax
+from ptxdist.records import (
+    EvaluationResult,
+    OperatingPoint,
+    ParentModel,
+    Profile,
+    Record,
+    when_known,
+)
 from ptxdist.report.model_card import made_from as in_words
 from ptxdist.rundir import TRAINING_IMAGES, read_origin, read_result, read_settings
 from ptxdist.train import encoders
@@ -49,11 +57,13 @@ class ModelCard(Record):
     `preprocessing` is the version of the transform from a file to the network's square (`cache.render.TRANSFORM`).
     `fingerprint` is that of the last stage: settings, code and every image and mask it was trained on. `pipeline`
     contains no path: `model.init` is the sha256 of its weights. `training_images`, `made_from`, the model that the
-    network started from, and `profile`, what the training images are like, are left out where they are not known.
+    network started from, and `profile`, what the training images are like, are left out where they are not known, and
+    `finding`, what the model segments, where that is pneumothorax.
     """
 
     format: Literal["ptxdist bundle 1"] = "ptxdist bundle 1"
     name: str
+    finding: FindingType = unless_pneumothorax()
     size_px: int
     preprocessing: int
     precision: str
@@ -87,6 +97,7 @@ def describe_run(run: Path) -> tuple[ModelCard, Path]:
     point, origin = _operating_point(result.evaluation)
     card = ModelCard(
         name=pipeline.name,
+        finding=made.finding if made else PNEUMOTHORAX,
         size_px=stage.size_px,
         preprocessing=TRANSFORM,
         precision=settings.train.precision,
@@ -155,6 +166,16 @@ def local_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tu
         f"the {best.kind} tuned on {scores.cases:,} images ({scores.positives:,} positive) of other data, whose "
         f"cross-fitted Kaggle Dice is {best.estimate.kaggle_dice:.4f}"
     )
+
+
+def refuse_other_findings(cards: Sequence[ModelCard], error: type[PtxdistError]) -> None:
+    """Raise the `error` when models that are to be used together segment different findings."""
+    for card in cards[1:]:
+        if card.finding.is_other(cards[0].finding):
+            raise error(
+                f"{cards[0].name} segments {cards[0].finding.name} and {card.name} {card.finding.name}; use models of "
+                "one finding together"
+            )
 
 
 def load_model(path: Path) -> tuple[ModelCard, UNet]:
@@ -283,11 +304,11 @@ def _readme(card: ModelCard) -> str:
     elif card.made_from:
         start = "from another model (below)"
     made_from = f"- **Made from**: {' '.join(in_words(card.made_from))}\n" if card.made_from else ""
-    return f"""# Pneumothorax segmentation: {card.name}
+    return f"""# {card.finding.title} segmentation: {card.name}
 
 Research use only; not a medical device. Made with ptxdist: `ptxdist predict FILE.ptxdist IMAGES --out DIR`.
 
-- **What it does**: finds the px of a pneumothorax in one frontal chest radiograph (grayscale DICOM or PNG).
+- **What it does**: finds the px of {card.finding.one} in one frontal chest radiograph (grayscale DICOM or PNG).
 - **Network**: U-Net on a {encoder}, decoder {"-".join(map(str, model.decoder_channels))}, {card.size_px} px{head},
   {start}; {"image and mirror image averaged" if card.flip_averaging else "one pass"}.
 - **Operating point** (from {card.operating_point_from}): a mask is empty unless {needed} of the original

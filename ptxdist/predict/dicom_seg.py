@@ -25,8 +25,8 @@ from ptxdist import __version__
 from ptxdist.dicom.png import SIGNATURE
 from ptxdist.dicom.tags import with_preamble
 from ptxdist.errors import DicomError
+from ptxdist.finding import PNEUMOTHORAX, FindingType
 
-_NAME = "ptxdist pneumothorax segmentation"
 _SERIES_NUMBER = 9001  # far from those of acquisitions; no standard defines one
 
 _REFERENCES = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
@@ -37,37 +37,40 @@ _TYPE_2 = (
 )  # fmt: skip
 
 
-def encode_segmentation(content: bytes, mask: npt.NDArray[np.bool_], models: Sequence[str]) -> bytes:
+def encode_segmentation(
+    content: bytes, mask: npt.NDArray[np.bool_], models: Sequence[str], finding: FindingType = PNEUMOTHORAX
+) -> bytes:
     """The DICOM SEG file of a mask bool (rows, columns) with at least one pixel, for the radiograph in `content`.
 
-    `models` are the sha256 of the weights, which ids and description depend on. Raises DicomError when the source is a
-    PNG, has no valid instance, series and study UID to refer to, or a header that cannot be copied from.
+    `models` are the sha256 of the weights, which ids and description depend on. `finding` gives codes and texts. Raises
+    DicomError when the source is a PNG, has no valid instance, series and study UID to refer to, or a header that
+    cannot be copied from.
     """
     try:
         source = _read_source(content)
-        return _encode(source, mask, models)
+        return _encode(source, mask, models, finding)
     except DicomError:
         raise
     except Exception as error:  # highdicom and pydicom raise almost anything for odd headers
         raise DicomError(f"has a header from which no DICOM SEG can be made ({type(error).__name__})") from error
 
 
-def _encode(source: pydicom.Dataset, mask: npt.NDArray[np.bool_], models: Sequence[str]) -> bytes:
+def _encode(source: pydicom.Dataset, mask: npt.NDArray[np.bool_], models: Sequence[str], finding: FindingType) -> bytes:
     import highdicom as hd
     from pydicom.sr.codedict import codes
     from pydicom.sr.coding import Code
 
     algorithm = hd.AlgorithmIdentificationSequence(
-        name=_NAME,
+        name=f"ptxdist {finding.name} segmentation",
         family=codes.cid7162.ArtificialIntelligence,
         version=__version__,
         parameters={"weights": ",".join(digest[:16] for digest in models)},
     )
     segment = hd.seg.SegmentDescription(
         segment_number=1,
-        segment_label="Pneumothorax",
-        segmented_property_category=Code("49755003", "SCT", "Morphologically Abnormal Structure"),
-        segmented_property_type=Code("36118008", "SCT", "Pneumothorax"),
+        segment_label=finding.title,
+        segmented_property_category=Code(finding.category[0], "SCT", finding.category[1]),
+        segmented_property_type=Code(finding.code[0], "SCT", finding.code[1]),
         algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
         algorithm_identification=algorithm,
     )
@@ -87,9 +90,9 @@ def _encode(source: pydicom.Dataset, mask: npt.NDArray[np.bool_], models: Sequen
             manufacturer_model_name="ptxdist",
             software_versions=__version__,
             device_serial_number=models[0][:16],
-            content_label="PNEUMOTHORAX",
+            content_label=re.sub("[^A-Z0-9 ]", "_", finding.name.upper())[:16].strip(),
             content_description="Research use only",
-            series_description="Pneumothorax, research use only",
+            series_description=f"{finding.title}, research use only",
             transfer_syntax_uid=ExplicitVRLittleEndian,
         )
         if "PatientOrientation" not in result:  # required without a plane orientation; empty when unknown

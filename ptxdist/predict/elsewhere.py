@@ -4,7 +4,7 @@ Scored first is the operating point that the models have. Points tuned on these 
 patient. Images that a model was trained on are recognised by their fingerprints, and scores without them are given.
 
 Owns: which models go together, and which cases are scored. Refuses: caches without the models' size (StoreError),
-models of different sizes or kinds (RunError).
+models of different sizes, kinds or findings, and masks of another finding (RunError).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError, StoreError
 from ptxdist.labels.patients import read_patients
-from ptxdist.predict.bundle import ModelCard, load_model, read_members
+from ptxdist.predict.bundle import ModelCard, load_model, read_members, refuse_other_findings
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
 from ptxdist.rundir import SETTINGS, TRAINING_IMAGES
 from ptxdist.scores.counts import CaseCounts
@@ -68,6 +68,11 @@ def evaluate_elsewhere(
     device = device or choose_device("auto")
     cache = local_cache(data, [card.size_px], data=DataSettings(cache=str(data)))
     catalog = read_catalog(cache)
+    if card.finding.is_other(catalog.finding):
+        raise RunError(
+            f"{card.name} segments {card.finding.name}, and the masks in {data} show {catalog.finding.name}; give a "
+            f"cache whose masks show {card.finding.name}"
+        )
     _refuse_without_size(cache, card)
     if not is_remote(str(data)):  # the copy of a remote one has just been compared
         refuse_damaged(cache, [card.size_px])
@@ -119,6 +124,7 @@ def evaluate_elsewhere(
 
 
 def _refuse_different(cards: Sequence[ModelCard]) -> None:
+    refuse_other_findings(cards, RunError)
     first = cards[0]
     for card in cards[1:]:
         if card.size_px != first.size_px:

@@ -182,7 +182,7 @@ def encode(network: nn.Module, card: ModelCard, suffix: str) -> bytes:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # contains paths of this machine
     if suffix == ONNX:
-        return _translate(program, f"Pneumothorax segmentation: {card.name}. Research use only.", about)
+        return _translate(program, f"{card.finding.title} segmentation: {card.name}. Research use only.", about)
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about weights in channels_last, which are stored completely

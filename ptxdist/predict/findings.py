@@ -21,7 +21,9 @@ from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
 from ptxdist.dicom.spacing import Spacing, read_spacing
 from ptxdist.errors import DicomError
+from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.labels import rle
+from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.predictor import Prediction
 from ptxdist.records import Record, when_known
@@ -37,10 +39,11 @@ class Finding(Record):
     `calibrated` is the probability that the image is positive, left out where the model has no calibration.
     `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
     "detector", where anatomy is slightly magnified. `seg_reason` says why a DICOM SEG that was requested is missing.
-    `digest` is a hash of the file's bytes.
+    `digest` is a hash of the file's bytes. `finding` is what was looked for; None for pneumothorax.
     """
 
     case_id: str
+    finding: str | None = when_known()
     digest: str
     rows: int
     columns: int
@@ -71,12 +74,13 @@ def measure(prediction: Prediction, spacing: Spacing) -> dict[str, Any]:
 
 
 def write_case(
-    out: Path, prediction: Prediction, digest: str, *, outputs: Sequence[str], weights: Sequence[str]
+    out: Path, prediction: Prediction, digest: str, *, outputs: Sequence[str], models: Sequence[ModelCard]
 ) -> Finding:
-    """Write the files of a case, the finding last; `weights` are the sha256 of the models.
+    """Write the files of a case, the finding last; `models` are the cards of the models.
 
     Raises RunError when a file cannot be written.
     """
+    weights, sought = [card.weights_sha256 for card in models], models[0].finding
     case_id, mask, reason = prediction.case_id, prediction.mask, ""
     contents: dict[str, bytes] = {}
     if "masks" in outputs:
@@ -88,11 +92,12 @@ def write_case(
         try:
             if not mask.any():
                 raise DicomError("nothing is predicted")
-            contents["seg"] = encode_segmentation(prediction.content, mask, weights)
+            contents["seg"] = encode_segmentation(prediction.content, mask, weights, sought)
         except DicomError as error:
             reason = str(error)
     measured = measure(prediction, read_spacing(prediction.content))
-    finding = Finding(case_id=case_id, digest=digest, seg_reason=reason, **measured)
+    other = None if sought == PNEUMOTHORAX else sought.name
+    finding = Finding(case_id=case_id, finding=other, digest=digest, seg_reason=reason, **measured)
     contents[FINDINGS] = (finding.model_dump_json(indent=2) + "\n").encode()
     for name, content in contents.items():
         files.write_whole(_path(out, name, case_id), content, sync=False)

@@ -186,7 +186,7 @@ def _predict(
     predictor: Predictor, options: Options, items: Sequence[FoundInput]
 ) -> Iterator[tuple[FoundInput, Finding | str]]:
     """The items in their order; files are decoded and written in threads while the network runs."""
-    weights = [card.weights_sha256 for card in predictor.cards]
+    models = predictor.cards
 
     def write(pair: tuple[FoundInput, Prediction | DicomError]) -> tuple[FoundInput, Finding | str]:
         item, prediction = pair
@@ -194,7 +194,7 @@ def _predict(
             return item, str(prediction)
         try:
             with guarded():
-                return item, write_case(options.out, prediction, item.digest, outputs=options.outputs, weights=weights)
+                return item, write_case(options.out, prediction, item.digest, outputs=options.outputs, models=models)
         except DicomError as error:
             return item, str(error)
 

@@ -28,7 +28,7 @@ from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import CheckpointError, DicomError
-from ptxdist.predict.bundle import ModelCard, load_model, point_at
+from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_other_findings
 from ptxdist.records import OperatingPoint
 from ptxdist.scores.working import calibrated
 from ptxdist.train.device import Device, autocast, choose_device, choose_precision
@@ -97,6 +97,7 @@ class Predictor:
                 f"of {self.cards[0].name} and {others[0]} only one has an image head, so their scores differ in "
                 "meaning; use models with the same model.image_head together"
             )
+        refuse_other_findings(self.cards, CheckpointError)
         self.models = tuple(model.to(device).to(memory_format=torch.channels_last).eval() for model in models)
         self.operating_point = operating_point or self.cards[0].operating_point
         self.flip_averaging = self.cards[0].flip_averaging
@@ -113,9 +114,9 @@ class Predictor:
         """Load finished runs (folders) or bundles (files).
 
         Without an `operating_point`, that of the first model is used, as is its flip averaging; with `at`, a working
-        point that is stored with it. `auto` takes a GPU if
-        there is one. Raises RunError; CheckpointError, also for models with and without an image head together; or
-        SettingsError for a device that does not exist.
+        point that is stored with it. `auto` takes a GPU if there is one. Raises RunError; CheckpointError, also for
+        models of different findings, or with and without an image head, together; or SettingsError for a device that
+        does not exist.
         """
         if not models:
             raise CheckpointError("no model to predict with: give a finished run or a bundle")

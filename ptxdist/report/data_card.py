@@ -44,10 +44,10 @@ def _leakage(catalog: Catalog) -> tuple[str, ...]:
     else:
         grouping = (
             f"Patients are known from the {leakage.grouped_by}: {leakage.groups:,}, of them "
-            f"{leakage.positive_groups:,} with a pneumothorax. {leakage.shared_cases:,} of {leakage.val_cases:,} "
-            f"held-out images share a patient with training; in a random split of this size "
-            f"{percent(leakage.random_shared)} of them would, and {percent(leakage.random_shared_positive)} of the "
-            "positive ones."
+            f"{leakage.positive_groups:,} with {catalog.finding.one}. "
+            f"{leakage.shared_cases:,} of {leakage.val_cases:,} held-out images share a patient with training; in a "
+            f"random split of this size {percent(leakage.random_shared)} of them would, and "
+            f"{percent(leakage.random_shared_positive)} of the positive ones."
         )
     return (
         grouping,
@@ -87,7 +87,7 @@ def _sides(catalog: Catalog) -> Table:
     rows = [row("images", lambda part: f"{len(part):,}")]
     if catalog.leakage.grouped_by != "nothing":
         rows.append(row("patients", lambda part: f"{len({case.group for case in part}):,}"))
-    rows.append(row("with a pneumothorax", share_of(lambda case: bool(case.masks))))
+    rows.append(row(f"with {catalog.finding.one}", share_of(lambda case: bool(case.masks))))
     rows.append(row("with several masks", share_of(lambda case: len(case.masks or ()) > 1)))
     for field in ("view", "sex"):
         values = Counter(str(getattr(case, field)) for part in parts for case in part)

@@ -119,12 +119,12 @@ def size_against_dice(rows: Sequence[CaseRow]) -> list[Chart]:
         Series("missed: no pixel predicted", 2, (tuple(missed),), line=False),
     )
     words = (
-        f"Scatter plot of {len(positive)} images with a pneumothorax: Dice over the area of the true mask, "
+        f"Scatter plot of {len(positive)} positive images: Dice over the area of the true mask, "
         f"{min(areas):,.0f} to {max(areas):,.0f} pixels; {len(missed)} are missed. {_thirds(found + missed)}"
     )
     return [
         Chart(
-            "Dice of each image with a pneumothorax",
+            "Dice of each positive image",
             plot(x, linear_axis("Dice", 0, 1), series, words=words),
             tuple(Legend(item.style, item.name, line=False) for item in series),
             note=_thirds(found + missed),

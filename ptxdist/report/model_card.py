@@ -12,14 +12,15 @@ from typing import Any
 from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.summary import percent, share, split_doubts
 from ptxdist.config import Settings, StageSettings
+from ptxdist.finding import FindingType
 from ptxdist.records import Origin, ParentModel, PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
 from ptxdist.train import augment, encoders, losses
 
 _IMAGE_HEAD = (
-    "An image head predicts from the encoder's coarsest features whether the image has a pneumothorax. The score of an "
-    "image is the mean of its probability and of that of the highest pixels."
+    "An image head predicts from the encoder's coarsest features whether the image is positive. The score of an image "
+    "is the mean of its probability and of that of the highest pixels."
 )
 _FEW_POSITIVES = 100  # below, the interval of a mean Dice is some tenths wide
 
@@ -34,7 +35,7 @@ def model_card(
     """A list of sentences for each heading; `origin` is None for runs of older versions."""
     parent = origin.parent if origin else None
     return (
-        Facts(_use(), "Intended use"),
+        Facts(_use(catalog.finding), "Intended use"),
         Facts(_model(settings, result, environment, parent), "Model"),
         Facts(tuple(_stages(settings, result)), "Training"),
         Facts(_training_data(catalog), "Training data"),
@@ -42,12 +43,12 @@ def model_card(
     )
 
 
-def _use() -> tuple[str, ...]:
+def _use(finding: FindingType) -> tuple[str, ...]:
     return (
-        "Intended for research on the segmentation of pneumothorax on frontal chest radiographs.",
+        f"Intended for research on {finding.name} segmentation on frontal chest radiographs.",
         "Not intended for diagnosis, triage or any other decision about a patient. It is not a medical device, and no "
         "authority has reviewed it.",
-        "Its output is a mask of the pixels that look like a pneumothorax, and a score of the image. It says nothing "
+        f"Its output is a mask of the pixels that look like {finding.one}, and a score of the image. It says nothing "
         "about other findings.",
     )
 
@@ -61,6 +62,8 @@ def made_from(parent: ParentModel) -> tuple[str, ...]:
         images = "an unknown number of" if parent.images is None else f"{parent.images:,}"
         data = f"trained on {images} images, data fingerprint {parent.fingerprint}"
     found = [f"The whole network started from the {what}{name}: weights sha256 {parent.weights_sha256}, {data}."]
+    if parent.finding:
+        found.append(f"It was trained for another finding: {parent.finding.name}.")
     if parent.fresh:
         found.append(f"It had no {' and no '.join(parent.fresh)}; that started from random weights.")
     if parent.unused:
@@ -162,10 +165,11 @@ def _training_data(catalog: Catalog) -> tuple[str, ...]:
     positive = sum(bool(case.masks) for case in cases)
     grouped = catalog.leakage.grouped_by
     patients = f" of {len({case.group for case in cases}):,} patients ({grouped})" if grouped != "nothing" else ""
+    one = catalog.finding.one
     return (
-        f"{len(cases):,} radiographs{patients}, {positive:,} with a pneumothorax ({share(positive, len(cases))}).",
-        "The masks were drawn by readers, who differ in the outline of a pneumothorax; treat them as a reference, not "
-        "as the exact truth.",
+        f"{len(cases):,} radiographs{patients}, {positive:,} with {one} ({share(positive, len(cases))}).",
+        f"The masks were drawn by readers, who differ in the outline of {one}; treat them as a reference, not as the "
+        "exact truth.",
     )
 
 
@@ -179,7 +183,7 @@ def _limits(result: PipelineResult, catalog: Catalog) -> tuple[str, ...]:
     if scores.equals_all_empty:
         found.append("This model finds nothing: no pixel is predicted in any held-out image.")
     if scores.positives < _FEW_POSITIVES:
-        found.append(f"Only {scores.positives} held-out images have a pneumothorax, so the intervals are wide.")
+        found.append(f"Only {scores.positives} held-out images have {catalog.finding.one}, so the intervals are wide.")
     if leakage.grouped_by == "nothing":
         found.append(f"Patients are not known, so {UNKNOWN_PATIENTS}.")
     elif leakage.shared_cases:

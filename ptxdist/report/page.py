@@ -161,9 +161,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything a page shows."""
+    """Everything a page shows; `finding` is the name of what is segmented."""
 
     name: str
+    finding: str
     purpose: str
     sections: tuple[Section, ...]
     foot: str

@@ -70,6 +70,7 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
         galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)
         page = Page(
             name=settings.pipeline.name,
+            finding=catalog.finding.name,
             purpose=settings.pipeline.purpose,
             sections=tuple(
                 sections(RunData(settings, result, metrics, environment, catalog, rows, galleries, read_origin(run)))
@@ -90,6 +91,7 @@ def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewher
         galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)
         page = Page(
             name=" + ".join(about.models),
+            finding=catalog.finding.name,
             purpose=f"evaluated on {Path(about.data).name}, data from elsewhere",
             sections=sections_elsewhere(evaluation, catalog, rows, galleries),
             foot=_FOOT.format("evaluation"),

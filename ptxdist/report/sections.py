@@ -42,7 +42,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
     """The sections of a run's report; those without blocks are not shown."""
     result, evaluation, catalog = run.result, run.result.evaluation, run.catalog
     return (
-        _result(evaluation, _warnings(evaluation, catalog)),
+        _result(evaluation, catalog, _warnings(evaluation, catalog)),
         *_about_scores(evaluation, run.rows, run.galleries),
         Section(
             "training",
@@ -55,7 +55,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
         ),
         Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
         Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment, run.origin)),
-        Section("definitions", "Definitions", (_definitions(evaluation),)),
+        Section("definitions", "Definitions", (_definitions(evaluation, catalog),)),
     )
 
 
@@ -66,7 +66,7 @@ def sections_elsewhere(
     about = evaluation.elsewhere
     assert about is not None
     return (
-        _result(evaluation, [*_seen(about), *_warnings(evaluation, catalog)]),
+        _result(evaluation, catalog, [*_seen(about), *_warnings(evaluation, catalog)]),
         Section(
             "differences",
             "What is different here",
@@ -76,7 +76,7 @@ def sections_elsewhere(
         ),
         *_about_scores(evaluation, rows, galleries),
         Section("data", "Data", data_card(catalog, None)),
-        Section("definitions", "Definitions", (_definitions(evaluation),)),
+        Section("definitions", "Definitions", (_definitions(evaluation, catalog),)),
     )
 
 
@@ -105,9 +105,9 @@ def _seen(about: Elsewhere) -> list[Notice]:
     ]
 
 
-def _result(evaluation: EvaluationResult, warnings: Sequence[Notice]) -> Section:
+def _result(evaluation: EvaluationResult, catalog: Catalog, warnings: Sequence[Notice]) -> Section:
     blocks: tuple[Block, ...] = (*warnings, *tables.tiles(evaluation), tables.score_table(evaluation))
-    return Section("result", "Result", blocks, lead=_lead(evaluation))
+    return Section("result", "Result", blocks, lead=_lead(evaluation, catalog))
 
 
 def _about_scores(
@@ -148,7 +148,7 @@ def _about_scores(
     )
 
 
-def _lead(evaluation: EvaluationResult) -> str:
+def _lead(evaluation: EvaluationResult, catalog: Catalog) -> str:
     scores, folds = evaluation.scores, evaluation.folds
     how = f"{'with' if evaluation.flip_averaging else 'without'} horizontal-flip averaging"
     if evaluation.runs > 1:
@@ -157,7 +157,7 @@ def _lead(evaluation: EvaluationResult) -> str:
         how += f"; {len(folds)} folds together, each scored by the run that was not trained on it"
     images = "held-out images" if evaluation.elsewhere is None else "images from elsewhere"
     return (
-        f"{scores.cases:,} {images}, {scores.positives:,} with a pneumothorax, at their original resolution, "
+        f"{scores.cases:,} {images}, {scores.positives:,} with {catalog.finding.one}, at their original resolution, "
         f"{how}. Bars: 95 % intervals by patient. Dashed: the value without a model."
     )
 
@@ -168,8 +168,8 @@ def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
         found.append(
             Notice(
                 f"{name} equals predicting nothing.",
-                "No pixel is predicted in any of the images. The Kaggle Dice is the share of images without a "
-                "pneumothorax and says nothing about the model.",
+                "No pixel is predicted in any of the images. The Kaggle Dice is the share of negative images "
+                "and says nothing about the model.",
             )
         )
     elif scores.kaggle_dice <= scores.all_empty_dice:
@@ -218,9 +218,10 @@ def _learning(run: RunData) -> list[Notice]:
     return found
 
 
-def _definitions(evaluation: EvaluationResult) -> Terms:
+def _definitions(evaluation: EvaluationResult, catalog: Catalog) -> Terms:
     return Terms(
         (
+            ("Positive image", f"An image with {catalog.finding.one}; it has a mask."),
             *((score.name, score.definition) for score in (*SCORES.values(), AUROC, ECE)),
             (
                 "95 % interval",

@@ -3,7 +3,9 @@
     rule                  looks at                      chooses
     ------------------    --------------------------    --------------------------------------------------------------
     encoder               ImageNet weights at hand      a light one on CPUs, ResNet-34 on GPUs; random if there are none
-    phantoms first        positive cases, cores         a stage on phantoms where they are few and the budget allows
+    phantoms first        positive cases, cores         a stage on phantoms where they are few and the budget allows;
+                                                        for pneumothorax only, which is what phantoms show
+    image head            negative cases                if there are any
     next stage            sizes of the cache            the largest size up to 256 px
     last stage            what the former one leaves    the largest size up to 512 px, if it gets four epochs at least
     epochs                cores or GPUs, cases          the budget of image passes divided by the training cases
@@ -29,6 +31,7 @@ from ptxdist.cache.survey import Survey
 from ptxdist.config import PipelineSettings
 from ptxdist.errors import StoreError
 from ptxdist.files import install_command
+from ptxdist.finding import PNEUMOTHORAX
 
 WRITTEN_BY = "# Written by `ptxdist plan`"
 FEW_POSITIVE = 10  # below this number of training cases a model learns next to nothing
@@ -130,7 +133,7 @@ def advise(data: Survey, machine: Machine) -> Advice:
             "what predicting nothing scores on the held-out cases",
         ),
     ]
-    model = list(_model(machine))
+    model = list(_model(data, machine))
     stages = [
         decision for number, stage in enumerate(_stages(data, machine), start=1) for decision in _stage(number, *stage)
     ]
@@ -168,7 +171,7 @@ def _pre_trained(machine: Machine) -> str | None:
     return next((name for name in (_ON_GPU if machine.gpus else _ON_CPU) if name in machine.encoders), None)
 
 
-def _model(machine: Machine) -> Iterator[Decision]:
+def _model(data: Survey, machine: Machine) -> Iterator[Decision]:
     if encoder := _pre_trained(machine):
         yield Decision("model.encoder", encoder, "its ImageNet weights are on this machine")
         yield Decision("model.encoder_weights", "imagenet", "with few positives worth more than anything else")
@@ -180,7 +183,9 @@ def _model(machine: Machine) -> Iterator[Decision]:
         yield Decision(
             "model.decoder_channels", _NARROW, "half the usual width: with this encoder, half the arithmetic"
         )
-    yield Decision("model.image_head", True, "whether there is a pneumothorax is better seen on the whole image")
+    if data.train[1] < data.train[0]:
+        reason = f"whether there is {data.finding.one} is better seen on the whole image"
+        yield Decision("model.image_head", True, reason)
 
 
 @dataclass(frozen=True)
@@ -193,6 +198,7 @@ class _Stage:
     batch: int
     why_batch: str
     steps: int
+    negatives: bool
     share: tuple[float, float] | None
     why_share: str
 
@@ -207,7 +213,8 @@ def _stages(data: Survey, machine: Machine) -> Iterator[tuple[_Stage, float]]:
     least, most = _FIRST_EPOCHS
     rest: float = budget
     first = _PHANTOMS * _PHANTOM_EPOCHS * cost
-    if data.train[1] < _PHANTOMS_BELOW and first <= _PHANTOM_SHARE * budget:
+    drawn = not data.finding.is_other(PNEUMOTHORAX)
+    if drawn and data.train[1] < _PHANTOMS_BELOW and first <= _PHANTOM_SHARE * budget:
         reason = f"{first:,.0f} of {budget:,} passes for {who}"
         yield _stage_of(data, machine, size, _PHANTOM_EPOCHS, reason, phantoms=_PHANTOMS), _RATE
         rest -= first
@@ -240,6 +247,7 @@ def _stage_of(data: Survey, machine: Machine, size: int, epochs: int, why_epochs
         batch=batch,
         why_batch=f"takes at most about {needed[batch]:.0f} of {memory:.0f} GiB",
         steps=epochs * -(-(phantoms or data.train[0]) // batch),
+        negatives=data.train[1] < data.train[0],
         share=_SHARE if present < _SHARE[1] else None,
         why_share=f"{100 * present:.0f} % in the data: too few for a mask to pay off",
     )
@@ -263,8 +271,9 @@ def _stage(number: int, stage: _Stage, rate: float) -> Iterator[Decision]:
     yield decide("augmentation", "strong", "shift, scale, rotation, distortion and grey levels")
     if stage.phantoms:
         return
-    yield decide("image_weight", 0.5, "of the image head's loss")
-    yield decide("negative_weight", 0.0, "positive cases teach where, the image head whether")
+    if stage.negatives:
+        yield decide("image_weight", 0.5, "of the image head's loss")
+        yield decide("negative_weight", 0.0, "positive cases teach where, the image head whether")
     if stage.share:
         yield decide("positive_share", stage.share, stage.why_share)
     yield decide("threshold", 0.25, "image and mirror image seldom agree on a pixel: half of both is too much")
@@ -287,6 +296,8 @@ def _warnings(data: Survey, machine: Machine) -> Iterator[str]:
         yield "fold 0 holds out no positive case, so no Dice can be measured; use fewer `--folds`"
     elif data.val[1] < 100:
         yield f"fold 0 holds out {data.val[1]} positive cases, so its scores are rough; `--fold all` scores all cases"
+    if data.finding.is_other(PNEUMOTHORAX):
+        yield f"the recipe was measured with pneumothorax only, and not with {data.finding.name}"
     if data.grouped_by == "nothing":
         yield "patients are not known, so scores may be too good; `ptxdist preprocess --patients` takes a map"
     if not _pre_trained(machine):

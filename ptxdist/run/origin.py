@@ -60,9 +60,11 @@ def origin_of(settings: Settings, cache: Path, catalog: Catalog) -> Origin:
             unused=unused,
             seen=seen[0] if seen else None,
             seen_by=seen[1] if seen else None,
+            finding=source.card.finding if source.card and source.card.finding.is_other(catalog.finding) else None,
             parent=before.parent if before else source.card.made_from if source.card else None,
         )
-    return Origin(images=len(train), positives=sum(bool(case.masks) for case in train), parent=parent)
+    positives = sum(bool(case.masks) for case in train)
+    return Origin(images=len(train), positives=positives, finding=catalog.finding, parent=parent)
 
 
 def load_init(network: nn.Module, place: str, sha256: str) -> None:

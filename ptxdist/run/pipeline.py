@@ -140,8 +140,8 @@ def run_pipeline(
         with _opened(engine, plan, emit) as opened:
             if is_first:
                 files.write_json(plan.run / ENVIRONMENT, environment(opened.nodes()))
-                if plan.origin.parent:
-                    emit(Message(text=" ".join(made_from(plan.origin.parent))))
+                if parent := plan.origin.parent:
+                    emit(Message(text=("warning: " if parent.finding else "") + " ".join(made_from(parent))))
             results: list[StageResult] = []
             for number in range(1, len(plan.fingerprints) + 1):
                 result = _stage(plan, number, results, opened, emit)

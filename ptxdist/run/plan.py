@@ -20,6 +20,7 @@ from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import PipelineSettings, Settings, fingerprint
 from ptxdist.errors import CheckpointError, ClusterError, SettingsError, StoreError
+from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.records import Origin, StageResult
 from ptxdist.run.engine import StageTask
 from ptxdist.run.origin import origin_of
@@ -95,7 +96,7 @@ def plan_run(
     catalog = read_catalog(cache)
     _refuse_empty_sides(cache, catalog, settings.pipeline.fold)
     origin = origin_of(settings, cache, catalog)
-    _refuse_phantoms_without_masks(settings.pipeline, cache, catalog)
+    _refuse_unfit_phantoms(settings.pipeline, cache, catalog)
     fingerprints = _fingerprints(settings.pipeline, cache, catalog, origin)
     if not is_remote(place):  # a copy of a remote one has just been checked
         refuse_damaged(cache, sorted(sizes), on_progress=on_progress)
@@ -125,9 +126,14 @@ def _refuse_empty_sides(cache: Path, catalog: Catalog, fold: int) -> None:
             )
 
 
-def _refuse_phantoms_without_masks(pipeline: PipelineSettings, cache: Path, catalog: Catalog) -> None:
+def _refuse_unfit_phantoms(pipeline: PipelineSettings, cache: Path, catalog: Catalog) -> None:
     train, _ = split_indices(catalog.labelled, pipeline.fold)
     for number, stage in enumerate(pipeline.stages, start=1):
+        if stage.phantoms and catalog.finding.is_other(PNEUMOTHORAX):
+            raise SettingsError(
+                f"stages.{number}.phantoms draws radiographs with a pneumothorax, and the masks in {cache} show "
+                f"{catalog.finding.name}; leave this stage out, or set stages.{number}.phantoms = 0"
+            )
         if stage.phantoms and not any(catalog.labelled[index].masks for index in train):
             raise SettingsError(
                 f"stages.{number}.phantoms takes the masks of the training cases, and no training case of {cache} is "

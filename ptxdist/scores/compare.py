@@ -3,7 +3,7 @@
 Everything is computed from the cases.csv of each run. Differences are paired: each patient is left out of both runs at
 once, so that cases which are hard for every run cancel out.
 
-Refuses: evaluations without a common case, or with different masks (RunError).
+Refuses: evaluations without a common case, or with different masks or findings (RunError).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from ptxdist.errors import RunError
+from ptxdist.finding import PNEUMOTHORAX, FindingType
 from ptxdist.records import Compared, Comparison, DataComparison
-from ptxdist.rundir import CASES, SETTINGS, read_evaluation, read_settings
+from ptxdist.rundir import CASES, EVALUATION, RESULT, SETTINGS, read_evaluation, read_settings
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
 from ptxdist.scores.names import DICES, Score
@@ -26,8 +27,9 @@ def compare(runs: Sequence[Path]) -> Comparison:
     """Scores of each run on the cases that all runs have evaluated, and differences from the first run.
 
     A run may also be the folder of an evaluation of several runs. Raises RunError when a run has no evaluation, when
-    the runs have no common case, or when their true masks differ.
+    the runs have no common case, or when their true masks differ or show different findings.
     """
+    _refuse_other_findings(runs)
     tables = [{row.case_id: row for row in read_cases(run)} for run in runs]
     common = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
     if not common:
@@ -57,6 +59,7 @@ def by_data(runs: Sequence[Path]) -> tuple[DataComparison, ...]:
 
     In each, models are named, so that one can be found in all of them. Errors as for `compare`.
     """
+    _refuse_other_findings(runs)
     groups: list[tuple[set[str], list[Path]]] = []
     for run in runs:
         ids = {row.case_id for row in read_cases(run)}
@@ -76,6 +79,21 @@ def by_data(runs: Sequence[Path]) -> tuple[DataComparison, ...]:
         DataComparison(data=name, models=tuple(model for _, model in found), comparison=compare(members))
         for name, found, (_, members) in zip(_names(list(map(Path, places))), origins, groups, strict=True)
     )
+
+
+def _refuse_other_findings(runs: Sequence[Path]) -> None:
+    shown = [_finding(run) for run in runs]
+    for run, finding in zip(runs, shown, strict=True):
+        if finding.is_other(shown[0]):
+            raise RunError(
+                f"{run} is about {finding.name} and {runs[0]} about {shown[0].name}; compare runs of one finding"
+            )
+
+
+def _finding(run: Path) -> FindingType:
+    """What the true masks of an evaluation show."""
+    folder = next((place for place in (run / EVALUATION, run) if (place / CASES).is_file()), run)
+    return read_evaluation(folder).finding if (folder / RESULT).is_file() else PNEUMOTHORAX
 
 
 def _origin(run: Path) -> tuple[str, str]:

@@ -147,8 +147,8 @@ DEFINITIONS = {
     "positive_dice": _standard(
         "positive_dice",
         _positive,
-        "Papers that say that they score only images with a pneumothorax, and two readers of the same images. It does "
-        "not see false alarms.",
+        "Papers that say that they score only positive images, and two readers of the same images. It does not see "
+        "false alarms.",
     ),
     "pooled_dice": _standard(
         "pooled_dice",
@@ -202,7 +202,7 @@ DEFINITIONS = {
     "specificity": _standard("specificity", _negative, "Specificities per image, at this threshold."),
     "false_alarm_px": Definition(
         "False-alarm pixels",
-        "Mean number of predicted pixels in an image without a pneumothorax.",
+        "Mean number of predicted pixels in a negative image.",
         "Only images of the same size; a lower number is better.",
         false_alarm_px,
         _negative,

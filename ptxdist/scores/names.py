@@ -39,15 +39,15 @@ _ALL = (
     Score("kaggle_dice", "Kaggle Dice", "Kaggle", None,
           "Dice of each image at the original resolution, averaged over all images; both empty = 1, one empty = 0."),
     Score("positive_dice", "Positives-only Dice", "positives only", 0.0,
-          "The same average over the images that have a pneumothorax."),
+          "The same average over the positive images."),
     Score("pooled_dice", "Pooled Dice", "pooled", 0.0,
           "One Dice over the pixels of all images together."),
     Score("pooled_iou", "Pooled IoU", "IoU", 0.0,
           "Intersection over union of the pixels of all images together."),
     Score("sensitivity", "Sensitivity", "sensitivity", 0.0,
-          "Share of the images with a pneumothorax in which any pixel is predicted."),
+          "Share of the positive images in which any pixel is predicted."),
     Score("specificity", "Specificity", "specificity", 1.0,
-          "Share of the images without a pneumothorax in which no pixel is predicted."),
+          "Share of the negative images in which no pixel is predicted."),
 )  # fmt: skip
 SCORES = {score.field: score for score in _ALL}
 DICES = tuple(score for score in _ALL if score.field.endswith("_dice"))  # those that are shown for each epoch
@@ -57,7 +57,7 @@ TOO_FEW = "too few"  # patients: what stands in place of an interval
 # Scores of an evaluation that are not fields of `Scores`.
 AUROC = Score(
     "auroc", "AUROC", "AUROC", 0.5,
-    "Probability that an image with a pneumothorax has a higher score than one without.", "chance",
+    "Probability that a positive image has a higher score than a negative one.", "chance",
 )  # fmt: skip
 ECE = Score(
     "error", "ECE of images", "ECE", 0.0,

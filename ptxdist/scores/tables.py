@@ -5,7 +5,7 @@
     histograms.safetensors  `histograms`, int32 (case, 2, LEVELS): pixels by probability, see `counts`
 
 Owns: columns, writing and reading of these files. Refuses: damaged tables, and a cache that was split differently
-after the run was evaluated (RunError).
+after the run was evaluated, or shows another finding (RunError).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog
 from ptxdist.errors import RunError
-from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, PREDICTIONS
+from ptxdist.finding import PNEUMOTHORAX
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, PREDICTIONS, read_origin
 from ptxdist.scores.counts import Histograms
 
 FIXED_THRESHOLDS = (0.5, 0.55)  # those of the source, scored beside the run's own threshold
@@ -48,7 +49,7 @@ class CaseRow:
 
     @property
     def positive(self) -> bool:
-        """Whether the image has a pneumothorax."""
+        """Whether the image has a true mask."""
         return self.truth_px > 0
 
     @property
@@ -105,11 +106,19 @@ def read_predictions(run: Path) -> dict[str, str]:
 
 
 def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
-    """RunError when the cache was split differently after the run: its training images would be scored.
+    """RunError when the cache was split differently after the run, or its masks show another finding now.
+
+    With another split, training images would be scored.
 
     Cases that were added or removed do no harm; one that the run held out and that is in training now does. A run
     without an evaluation, or whose table of cases cannot be read, is not checked.
     """
+    trained = origin.finding if (origin := read_origin(run)) else PNEUMOTHORAX
+    if trained.is_other(catalog.finding):
+        raise RunError(
+            f"{run} segments {trained.name}, and the masks in its cache show {catalog.finding.name} now; make that "
+            "cache again with its own labels"
+        )
     path = run / EVALUATION / CASES
     if not path.is_file():
         return

@@ -99,7 +99,7 @@ def why_not(scores: Scores, stage: StageSettings) -> str | None:
     hit, false = scores.sensitivity or 0.0, 1 - (1.0 if scores.specificity is None else scores.specificity)
     words = f"{100 * hit:.0f} % of the positive and {100 * false:.0f} % of the negative images get a mask"
     if found.needed is None:
-        return f"{words}, and none meets a pneumothorax."
+        return f"{words}, and none meets a true mask."
     return (
         f"{words}, a ratio of {found.ratio or 0:.1f}. With a Dice of {found.dice or 0:.2f} on the positive ones, masks "
         f"raise the Kaggle Dice above a ratio of {found.needed:.1f}."

@@ -254,7 +254,9 @@ def score_and_write(
             point=how.point,
             working=working,
         )
-        result = complete(result, counts).model_copy(update={"seconds": time.perf_counter() - started})
+        result = complete(result, counts).model_copy(
+            update={"finding": catalog.finding, "seconds": time.perf_counter() - started}
+        )
         ids = [catalog.labelled[index].case_id for index in indices]
         predicted = [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)]
         write_tables(folder, rows, predicted, counts.histograms)

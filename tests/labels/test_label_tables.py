@@ -80,7 +80,7 @@ def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pyt
         ("ImageId,EncodedPixels\n", "has no rows"),
         ("id,mask\na,-1\n", "expected the columns ImageId and EncodedPixels, found: id, mask"),
         ("ImageId\na\n", "expected the columns ImageId and EncodedPixels, found: ImageId"),
-        ("ImageId,EncodedPixels\na,-1\nb,5 3\na,5 3\n", "line 4: a has a row without a mask (no pneumothorax) and"),
+        ("ImageId,EncodedPixels\na,-1\nb,5 3\na,5 3\n", "line 4: a has a row without a mask (a negative image) and"),
         ("ImageId,EncodedPixels\na,5 3\na,-1\n", "line 3: a has a row without a mask"),
         ("ImageId,EncodedPixels\na,5 3 4\n", "line 2, a: run-length text must be '-1' or pairs"),
         (

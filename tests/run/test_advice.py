@@ -10,6 +10,7 @@ import pytest
 
 from ptxdist.cache.survey import Spread, Survey
 from ptxdist.errors import StoreError
+from ptxdist.finding import load_finding
 from ptxdist.resolve import load_settings
 from ptxdist.run.advice import Machine, advise
 
@@ -36,6 +37,7 @@ REAL = Survey(
 FULL = replace(REAL, cases=12_047, positive=2_669, folds=10, train=(10_842, 2_402), val=(1_205, 267))
 
 
+LUNG, _ = load_finding("lung")
 PHANTOMS = (256, 3, 16)
 BOTH = [PHANTOMS, (256, 20, 16), (512, 6, 16)]
 
@@ -45,6 +47,7 @@ BOTH = [PHANTOMS, (256, 20, 16), (512, 6, 16)]
     [
         pytest.param(REAL, CPU, LITE0, BOTH, id="few cases on two cores"),
         pytest.param(REAL, replace(CPU, cores=1), LITE0, [(256, 20, 16)], id="one core"),
+        pytest.param(replace(REAL, finding=LUNG), CPU, LITE0, [(256, 20, 16), (512, 6, 16)], id="no pneumothorax"),
         pytest.param(REAL, replace(CPU, encoders=("resnet34",)), "resnet34", BOTH, id="ResNet cached"),
         pytest.param(REAL, replace(CPU, encoders=()), "resnet18", BOTH, id="no weights"),
         pytest.param(

@@ -143,7 +143,7 @@ def test_the_words_for_masks_that_do_not_pay() -> None:
         "positive ones, masks raise the Kaggle Dice above a ratio of 13.4."
     )
     assert why_not(rates(0.1, 0.1, 0), stage(2)) == (
-        "10 % of the positive and 10 % of the negative images get a mask, and none meets a pneumothorax."
+        "10 % of the positive and 10 % of the negative images get a mask, and none meets a true mask."
     )
 
 

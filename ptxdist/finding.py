@@ -1,0 +1,109 @@
+"""What the masks of a cache show, and what its models segment: pneumothorax, unless the user names another finding.
+
+Owns: `findings.toml`, its words, codes and limits. Refuses: unknown names, and files that do not describe a finding
+(SettingsError).
+
+Caches, runs and bundles name their finding only if it is another one, so those of older versions are of pneumothorax.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ptxdist.errors import SettingsError
+
+DEFAULT = "pneumothorax"
+_FILE = Path(__file__).with_name("findings.toml")
+
+# DICOM allows 64 characters, and some texts have "segmentation" or "a" beside the name.
+Name = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\\]*\S[^\x00-\x1f\\]*$")]
+Code = tuple[Annotated[str, Field(pattern=r"^\d{6,16}$")], Annotated[str, Field(min_length=1, max_length=64)]]
+
+
+class FindingType(BaseModel):
+    """A finding: its `name` ("lung"), `one` of it in a sentence ("a lung"), and its SNOMED CT codes with meanings.
+
+    Two are the same finding if their `code` is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    one: Name
+    code: Code
+    category: Code = ("49755003", "Morphologically Abnormal Structure")
+
+    @property
+    def title(self) -> str:
+        """The name at the start of a sentence."""
+        return self.name[:1].upper() + self.name[1:]
+
+    def is_other(self, than: FindingType) -> bool:
+        """Whether the two are different findings."""
+        return self.code[0] != than.code[0]
+
+
+class Limits(BaseModel):
+    """What is plausible of the masks of a finding, as `findings.toml` explains; the defaults hold for nearly any."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    median_area: float = 0.00002
+    large_area: float = 0.5
+    inverted_above: float = 0.5
+    constant_dice: float = 1.0
+    mirror_lead: float = 0.4
+    upper: tuple[float, float] | None = None
+    parts: int = Field(2, ge=1, le=4)
+
+
+def load_finding(name: str) -> tuple[FindingType, Limits]:
+    """A finding of `findings.toml` by its name, or the only one of another file of this kind.
+
+    SettingsError when there is no such name, or the file cannot be read or does not describe one finding.
+    """
+    if name.endswith(".toml"):
+        found = _read(Path(name))
+        if len(found) != 1:
+            raise SettingsError(f"{name} describes {len(found)} findings; a cache has one")
+        return next(iter(found.values()))
+    wanted = re.sub(r"[-_\s]+", " ", name).strip().lower()
+    if wanted not in _KNOWN:
+        raise SettingsError(f"unknown finding {name!r}; known are {', '.join(_KNOWN)}; or give a FILE.toml")
+    return _KNOWN[wanted]
+
+
+def _read(path: Path) -> dict[str, tuple[FindingType, Limits]]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingsError(f"{path} is not TOML: {error}") from error
+    return {name: _finding(path, name, table) for name, table in content.items()}
+
+
+def _finding(path: Path, name: str, table: Any) -> tuple[FindingType, Limits]:
+    if not isinstance(table, dict):
+        raise SettingsError(f"{path}: {name} stands outside a table, such as [{DEFAULT}]")
+    words = {key: value for key, value in table.items() if key != "masks"}
+    try:
+        return FindingType.model_validate({"name": name, **words}), Limits.model_validate(table.get("masks", {}))
+    except ValidationError as error:
+        kind, first = error.title, error.errors()[0]
+        place = ".".join(map(str, (name, *(["masks"] if kind == "Limits" else []), *first["loc"])))
+        raise SettingsError(f"{path}: {place}: {first['msg']}; docs/cache.md shows such a file") from error
+
+
+_KNOWN = _read(_FILE)
+PNEUMOTHORAX, PNEUMOTHORAX_LIMITS = _KNOWN[DEFAULT]
+
+
+def unless_pneumothorax() -> Any:
+    """A field of a record: pneumothorax by default, and then left out of JSON."""
+    return Field(PNEUMOTHORAX, exclude_if=lambda value: value == PNEUMOTHORAX)
