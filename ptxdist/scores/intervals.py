@@ -9,7 +9,8 @@ Efron and Stein 1981). Counting images instead would treat twenty images of one 
                              Student's t
     score of exactly 0 or 1  the exact bound of Clopper and Pearson (1934), with the effective number of patients as
                              sample size; of an AUROC the lower of those of both kinds: as many disjoint pairs there are
-    difference               value and error, with the quantile of t
+    difference               value and error, with the quantile of t for the degrees of freedom of this error, since few
+                             patients often make all of a difference; if none differs, the bound of Clopper and Pearson
 
 Effective patients (Kish 1965) are (sum of weights)² / sum of squares: patients that all have the same number of images
 count as one each. A score from fewer than FEWEST patients gets no interval. The binned calibration error gets none
@@ -31,6 +32,7 @@ from ptxdist.scores.counts import Counts
 from ptxdist.scores.metrics import image_dice
 
 FEWEST = 5  # patients
+_FEWEST_POOLED = 15  # effective patients, by pixels, of a difference of the pooled Dice
 _TAIL = 0.025
 _NORMAL = 1.959964  # quantile of the normal distribution
 _NO_ERROR = 1e-12  # rounding
@@ -70,20 +72,22 @@ def ratio_interval(
 def difference_intervals(before: Counts, after: Counts, groups: Sequence[str]) -> Intervals:
     """95 % intervals of `after` minus `before`, by score, on the same cases: what is hard for both cancels out.
 
-    Both are int64 (n, 3), in the order of `groups`. Missing entries as in `score_intervals`.
+    Both are int64 (n, 3), in the order of `groups`. Missing entries as in `score_intervals`; the pooled Dice, whose
+    differences are those of a few large masks, needs more patients.
     """
     group, names = _number(groups)
-    same, found = np.array_equal(before, after), {}
+    found: Intervals = {}
     for name, ratio in _ratios(before).items():
         other = _ratios(after)[name]
         used = np.bincount(group, ratio[1] + other[1], names) > 0
         first, second = (_ratio(*one, group, names, used) for one in (ratio, other))
-        if first is None or second is None:
+        if first is None or second is None or (name == "pooled_dice" and first.effective < _FEWEST_POOLED):
             continue
-        value = second.value - first.value
-        half = _student(first.effective - 1) * _error(second.without - first.without)
-        if half < _NO_ERROR and not same:  # not a case in which they differ
-            half = 1 - _TAIL ** (1 / first.effective)
+        value, without = second.value - first.value, second.without - first.without
+        error = _error(without)
+        half = 1 - _TAIL ** (1 / first.effective)
+        if error > _NO_ERROR:
+            half = _student(min(first.effective - 1, _freedom(without))) * error
         found[name] = max(-1.0, value - half), min(1.0, value + half)
     return found
 
@@ -117,6 +121,13 @@ def _error(without: Floats) -> float:
     """Standard error by the jackknife."""
     count = len(without)
     return math.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum()))
+
+
+def _freedom(without: Floats) -> float:
+    """Degrees of freedom of the squared error (Satterthwaite 1946): 2 n / (kurtosis - 1) - 1; n - 1 if normal."""
+    squares = (without - without.mean()) ** 2
+    kurtosis = len(squares) * float((squares**2).sum() / squares.sum() ** 2)
+    return 2 * len(squares) / max(kurtosis - 1, 1e-9) - 1
 
 
 def _student(freedom: float) -> float:

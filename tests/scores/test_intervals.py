@@ -84,7 +84,8 @@ def test_a_paired_difference_is_surer_than_two_intervals() -> None:
     low, high = difference_intervals(before, after, groups)["positive_dice"]
     improved = scores(after).positive_dice - scores(before).positive_dice  # type: ignore[operator]
     assert 0 < low < improved < high
-    assert difference_intervals(before, before, groups)["kaggle_dice"] == (0.0, 0.0)
+    bound = 1 - 0.025 ** (1 / 200)  # that no patient differs may be chance
+    assert difference_intervals(before, before, groups)["kaggle_dice"] == pytest.approx((-bound, bound))
     assert difference_intervals(before, after, ["one"] * 400) == {}
 
 
@@ -99,7 +100,10 @@ def test_a_difference_between_models_that_agree_on_few_patients_is_not_certain()
 
 
 def test_models_that_mark_different_images_are_compared() -> None:
-    """The pixels of a pooled Dice are those of other images then. The interval is that of a plain jackknife."""
+    """The pixels of a pooled Dice are those of other images then. The interval is that of a plain jackknife.
+
+    One image makes 71 % of the squared error, so that its degrees of freedom are three.
+    """
     before, after = cases(120, seed=14), cases(120, seed=14)
     after[:60, :2] = cases(120, seed=15)[:60, :2]
     after[:, 0] = np.minimum(after[:, 0], after[:, 1:].min(1))
@@ -107,7 +111,7 @@ def test_models_that_mark_different_images_are_compared() -> None:
     used = np.flatnonzero((before[:, 1:] + after[:, 1:]).sum(1))
     gains = [scores(np.delete(after, i, 0)).pooled_dice - scores(np.delete(before, i, 0)).pooled_dice for i in used]
     error = ((len(used) - 1) * np.var(gains)) ** 0.5
-    assert (found[1] - found[0]) / error == pytest.approx(2 * 2.0, rel=0.03)
+    assert (found[1] - found[0]) / error == pytest.approx(2 * 3.17, rel=0.01)
 
 
 @pytest.mark.parametrize(("wrong", "negatives"), [(0, 14), (0, 200), (14, 14)])
@@ -174,7 +178,10 @@ def test_a_ratio_of_other_counts() -> None:
 @pytest.mark.parametrize("cases_", [20, 87, 536])
 def test_intervals_hold_the_right_value_as_often_as_they_say(cases_: int) -> None:
     """Of patients with several images; nominal 95 %. Wider where there are five or six positive patients."""
-    held = bench_coverage.coverage(cases_, {20: 500, 87: 400, 536: 150}[cases_], seed=3)
+    count = {20: 500, 87: 400, 536: 150}[cases_]
+    held = bench_coverage.coverage(cases_, count, seed=3) | bench_coverage.difference_coverage(
+        cases_, count // 2, seed=3
+    )
     for name, (share, samples) in held.items():
         spread = 3 * (0.05 * 0.95 / samples) ** 0.5
         assert 0.93 - spread < share, name
