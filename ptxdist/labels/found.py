@@ -65,7 +65,7 @@ def bare_id(name: str) -> str:
     Raises LabelError, a sentence without a subject, for what cannot be an id.
     """
     stem = stem_of(PurePosixPath(name.replace("\\", "/")).name)
-    if not stem or not is_file_id(stem):
+    if not stem.strip(".") or not is_file_id(stem):
         raise LabelError(f"names an image {short(name)}, which is no file name")
     return stem
 

@@ -49,7 +49,7 @@ def read_picture(folder: Path, path: Path) -> list[FoundMask]:
     half = highest // 2
     if 1 < brightest <= half:
         distinct = np.unique(values).tolist()
-        listed = f"; its values are {', '.join(map(str, distinct))}, {CLASSES}" if 2 < len(distinct) <= 16 else ""
+        listed = f" (its values are {', '.join(map(str, distinct))}; {CLASSES})" if 2 < len(distinct) <= 16 else ""
         raise LabelError(
             f"{place} is dark (its brightest pixel is {brightest}); a mask must be black and white{listed}"
         )

@@ -89,12 +89,16 @@ def read_any(
         raise SettingsError(f"{path} holds {kind}, which have no dialect; leave out {option} {dialect}")
     if kind == NIFTI:
         require_extra("nifti", "reading NIfTI files", "nibabel")
-    found, names = files[kind], names or (usual_names(files[kind]) if kind in (IMAGES, NIFTI) else None)
-    ids = {each: _id_of(path, each, names) for each in found} if kind in (IMAGES, NIFTI) else dict.fromkeys(found, "")
+    named = kind in (IMAGES, NIFTI)
+    if names is None and named:
+        names = usual_names(files[kind])
+    ids = {each: _id_of(path, each, names) if named else "" for each in files[kind]}
+    if kind == SEG:  # an empty file says nothing of its kind
+        ids |= {each: "" for each in files.get("", ()) if each.stat().st_size == 0}
     chosen = [each for each, case_id in ids.items() if case_id is not None]
-    _refuse_same_names(path, {each: ids[each] or "" for each in chosen})
+    _refuse_same_names(path, {each: ids[each] or "" for each in chosen}, names)
     read = _read_all(path, kind, chosen, executor, on_file)
-    skip = _others(files, ids, names) if path.is_dir() and names else (path,) if kind in (IMAGES, NIFTI) else ()
+    skip = _others(files, ids, names) if path.is_dir() and names else (path,) if named else ()
     return _join(path, kind, {each: ids[each] or "" for each in chosen}, read, skip, names)
 
 
@@ -176,7 +180,7 @@ def _others(files: Mapping[str, Sequence[Path]], ids: Mapping[Path, str | None],
     return [path for paths in files.values() for path in paths if ids.get(path) or not names.is_image(path)]
 
 
-def _refuse_same_names(folder: Path, ids: Mapping[Path, str]) -> None:
+def _refuse_same_names(folder: Path, ids: Mapping[Path, str], names: Names | None) -> None:
     """LabelError when an image has two masks, unless these are a left and a right one in folders named so."""
     same = defaultdict[str, list[Path]](list)
     for path, case_id in ids.items():
@@ -186,8 +190,8 @@ def _refuse_same_names(folder: Path, ids: Mapping[Path, str]) -> None:
         sides = len(paths) == 2 and above[0] != above[1] and len({_SIDES.sub("", name) for name in above}) == 1
         if case_id and len(paths) > 1 and not sides:
             raise LabelError(
-                f"{folder}: {len(paths)} mask images in it are named {case_id}; an image can have only one, unless "
-                "--match says that the folder is a part of the name, as in '*/*.png'"
+                f"{folder}: {len(paths)} mask images in it are named {case_id}; an image can have only one. If their "
+                f"folders tell them apart, give --match '{f'*/{names.mask}=*/{names.image}' if names else '*/*'}'"
             )
 
 

@@ -25,7 +25,9 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.errors import CatalogError, LabelError
 from ptxdist.labels import rle
+from ptxdist.labels.reader import read_any
 from ptxdist.phantoms import anatomy, greys
 
 Mask = npt.NDArray[np.uint8]
@@ -300,3 +302,99 @@ def test_every_format_gives_the_same_store(
     assert result.catalog.reconciliation.unlabelled == 0
     for path in (tmp_path / "cache").rglob("*"):
         assert not path.is_file() or b"Quagmire" not in path.read_bytes()
+
+
+# --- masks beside their images ----------------------------------------------------------------------------------------
+
+
+def write_ptx_498(folder: Path, phantoms: Phantoms, sites: int = 1) -> Path:
+    """As PTX-498: image, mask and both in colours, and the first two as NIfTI; numbers start anew at each site."""
+    for place, (case_id, mask) in enumerate(phantoms.masks.items()):
+        site, number = divmod(place, len(IDS) // sites)
+        start = folder / "PTX-498" / f"Site{'ABC'[site]}" / str(number + 1)
+        start.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(phantoms.images[case_id])
+        image.save(f"{start}.1.img.png")
+        by_255(mask).save(f"{start}.2.mask.png")
+        Image.merge("RGB", (image, image, by_255(mask))).save(f"{start}.3.merge.png")
+        for part, array in (("4.img", phantoms.images[case_id]), ("5.mask", mask)):
+            sitk.WriteImage(sitk.GetImageFromArray(array), f"{start}.{part}.nii.gz")
+    return folder / "PTX-498"
+
+
+def write_pairs(folder: Path, phantoms: Phantoms) -> Path:
+    """As the Shenzhen set: images and masks with other names, in folders of one folder."""
+    for case_id, mask in phantoms.masks.items():
+        for name, image in ((f"CXR_png/{case_id}", phantoms.images[case_id]), (f"mask/{case_id}_mask", mask > 0)):
+            (folder / "pairs" / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / "pairs" / f"{name}.png")
+    return folder / "pairs"
+
+
+@pytest.mark.parametrize(
+    ("write", "match", "ids"),
+    [
+        (write_ptx_498, None, [f"{number}.1.img" for number in range(1, 7)]),
+        (
+            lambda *to: write_ptx_498(*to, sites=3),
+            "*/*.2.mask.png=*/*.1.img.png",
+            [f"Site{site}_{number}.1.img" for site in "ABC" for number in (1, 2)],
+        ),
+        (write_pairs, None, list(IDS)),
+        (write_pairs, "mask/*_mask.png", list(IDS)),
+    ],
+    ids=["ptx-498", "ptx-498-sites", "shenzhen", "shenzhen-match"],
+)
+def test_masks_beside_their_images(
+    phantoms: Phantoms, expected: Mapping[str, bytes], tmp_path: Path, write: Write, match: str | None, ids: list[str]
+) -> None:
+    folder = write(tmp_path, phantoms)
+    result = build(folder, folder, tmp_path / "cache", match=match)
+    cases = sorted(result.catalog.cases, key=lambda case: case.case_id)
+    assert [case.case_id for case in cases] == ids
+    assert [case.area_px for case in cases] == [int(mask.sum()) for mask in phantoms.masks.values()]
+    assert not result.catalog.rejects
+    assert "mask images named " in result.catalog.dialect
+    if ids == list(IDS):
+        assert {name: store_of(tmp_path / "cache", name) for name in ("image", "mask")} == {
+            name: {key.removeprefix(f"{name}/"): value for key, value in expected.items() if key.startswith(f"{name}/")}
+            for name in ("image", "mask")
+        }
+
+
+def test_files_are_found_by_name_where_labels_know_no_dicom(phantoms: Phantoms, tmp_path: Path) -> None:
+    """`file-N` is the name of a DICOM file, and not its SOPInstanceUID."""
+    (tmp_path / "m").mkdir()
+    for number, mask in enumerate(phantoms.masks.values()):
+        by_255(mask).save(tmp_path / "m" / f"file-{number}.png")
+    named = build(phantoms.folder, tmp_path / "m", tmp_path / "cache")
+    assert {case.case_id: case.area_px for case in named.catalog.cases} == {
+        case_id: int(mask.sum()) for case_id, mask in phantoms.masks.items()
+    }
+
+
+# --- wrong labels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["zip", "coco-compressed", "labelme", "seg", "nifti", "png-255", "tiff-1", "sides"])
+def test_labels_of_other_images_are_refused_with_three_ids_of_each(
+    phantoms: Phantoms, tmp_path: Path, write_dicom: Any, name: str
+) -> None:
+    labels = FORMATS[name][0](tmp_path, phantoms)
+    for number, case_id in enumerate(IDS):
+        write_dicom(tmp_path / "others" / f"{number}.dcm", phantoms.images[case_id], f"9.{number}", raw=True)
+        write_dicom(tmp_path / "smaller" / f"{number}.dcm", phantoms.images[case_id][:80], case_id, raw=True)
+    with pytest.raises(CatalogError, match=r"ids of images: 9\.0, 9\.1, 9\.2; of labels: 1.*\.1, 1.*\.2, 1.*\.3\)"):
+        build(tmp_path / "others", labels, tmp_path / "cache")
+    with pytest.raises(LabelError, match=r"must be of one size|fits no mask encoding|does not fit its image"):
+        build(tmp_path / "smaller", labels, tmp_path / "cache")
+    for path in [labels] if labels.is_file() else sorted(labels.rglob("*")):
+        if path.is_file() and path.name not in ("classes.json", "dataset.json"):
+            content = path.read_bytes()
+            for wrong in (content[: len(content) * 2 // 3], b""):
+                path.write_bytes(wrong)
+                with pytest.raises(LabelError) as caught:
+                    read_any(labels)
+                assert PATIENT not in str(caught.value)
+            path.write_bytes(content)
+            break

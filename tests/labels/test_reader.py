@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import cv2
+import nibabel
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from ptxdist.errors import LabelError
+from ptxdist.errors import LabelError, PtxdistError, SettingsError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
 from ptxdist.labels.reader import read_any
@@ -167,7 +168,7 @@ def test_a_folder_without_usable_masks_is_refused_without_the_names_of_its_folde
         refused(tmp_path, f"the mask image a.png {reason}")
     (person / "a.png").write_bytes(content)
     write_png(tmp_path / "other" / "a.png", MASK)
-    refused(tmp_path, "2 mask images in it are named a; an image can have only one")
+    refused(tmp_path, "2 mask images in it are named a; an image can have only one. If")
     with pytest.raises(LabelError) as caught:
         read_any(tmp_path)
     assert "Quagmire" not in str(caught.value)
@@ -196,3 +197,148 @@ def test_masks_of_the_png_mirror_are_the_tables(real_data: Path) -> None:
     for case_id, texts in found.masks.items():
         union = rle.decode(table[case_id], 1024, 1024)
         assert texts == ((rle.encode(union),) if table[case_id] else ())
+
+
+# --- colours, other kinds of files, names -----------------------------------------------------------------------------
+
+
+def save(path: Path, values: npt.NDArray[np.generic], palette: list[int] | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(values)
+    if palette:
+        image = image.convert("P")
+        image.putpalette(palette)
+    image.save(path)
+    return path
+
+
+RED, GREEN = (MASK[:, :, None] // 255 * np.array([colour], np.uint8) for colour in ([128, 0, 0], [0, 200, 0]))
+CORNER = np.zeros((4, 6, 1), np.uint8)
+CORNER[0, 0] = 1
+THREE = MASK // 255 + 2 * CORNER[:, :, 0]
+STEPS = np.arange(24, dtype=np.uint8).reshape(4, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "palette", "message"),
+    [
+        (
+            "a.png",
+            RED + CORNER * np.array([0, 200, 0], np.uint8),
+            None,
+            "has 3 colours (#000000, #00c800, #800000); these may be several",
+        ),
+        ("a.png", RED + 7, None, "has no black pixel (its colours are #070707, #870707); a mask must be black outside"),
+        ("a.tif", np.stack([STEPS, STEPS * 2, STEPS * 3], axis=2), None, "is a picture in colours; a mask must be"),
+        ("a.png", MASK // 255, [0, 0, 0, 0, 0, 0], "has several entries of its palette in one colour"),
+        ("a.png", THREE, [0, 0, 0, 0, 1, 0, 0, 2, 0], "has 3 colours (#000000, #000100, #000200)"),
+        ("a.png", np.dstack([RED, MASK]), None, "has transparency; a mask must be black and white, or of two"),
+        ("a.png", THREE, None, "its values are 0, 1, 2; these may be several classes"),
+        ("a.tif", STEPS.astype(np.float32) / 24, None, "has 24 values from 0 to 0.958333; a mask has 0 and 1"),
+        ("a.tif", STEPS.astype(np.int32) - 3, None, "has 24 values from -3 to 20; a mask has 0 and 1"),
+        ("a.bmp", np.dstack([MASK, MASK // 2, MASK]), None, ""),
+    ],
+)
+def test_pictures_of_two_colours_are_masks(
+    tmp_path: Path, name: str, values: npt.NDArray[np.generic], palette: list[int] | None, message: str
+) -> None:
+    save(tmp_path / "m" / name, values, palette)
+    if message:
+        refused(tmp_path / "m", f"the mask image {name} {message}" if message.startswith("has") else message)
+    else:
+        assert read_any(tmp_path / "m").masks == read_any(tmp_path / "m" / name).masks == {"a": ("9 2 2 2",)}
+
+
+def test_masks_in_different_colours_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", RED)
+    save(tmp_path / "b.png", GREEN)
+    refused(tmp_path, "several classes (a.png has '#800000', b.png has '#00c800'); keep the one to be found")
+    save(tmp_path / "b.png", MASK)
+    refused(tmp_path, "several classes (a.png has '#800000', b.png has black and white)")
+    save(tmp_path / "b.png", 0 * RED)
+    assert read_any(tmp_path).masks == {"a": ("9 2 2 2",), "b": ()}
+
+
+def test_pictures_of_several_pages_and_too_many_pixels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = [Image.fromarray(value < MASK) for value in (0, 99)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    refused(tmp_path, "a.tif has several pages; only single images are accepted")
+    monkeypatch.setattr("ptxdist.dicom.png.MAX_PIXELS", 20)
+    for name in ("a.tif", "b.png", "c.gif"):
+        refused(save(tmp_path / name, RED if name == "b.png" else MASK), "claims 6x4 pixels; at most 20 are accepted")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (STEPS % 3, "x.nii has the values 0, 1, 2; these may be several classes: write 0 and 1"),
+        (STEPS / 24, "x.nii has 24 values; a mask has 0 outside and one other value inside"),
+        (np.where(MASK > 0, np.nan, 0), "x.nii has 2 values; a mask has 0 outside"),
+        (MASK // 255 + 1, "x.nii has no pixel of 0 (its values are 1, 2)"),
+        (np.stack([MASK, MASK]), "x.nii has the shape 2x4x6; only single 2-D images are read"),
+    ],
+)
+def test_nifti_files_that_are_no_masks(tmp_path: Path, values: npt.NDArray[np.generic], message: str) -> None:
+    nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), tmp_path / "x.nii")
+    refused(tmp_path, message)
+
+
+def test_nifti_masks_with_different_values_are_refused(tmp_path: Path) -> None:
+    for name, value in (("x", 1), ("y", 2)):
+        mask = (MASK.T // 255 * value).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(mask, np.eye(4)), tmp_path / f"{name}.nii.gz")
+    refused(tmp_path, "the masks are of several classes (x.nii.gz has '1', y.nii.gz has '2')")
+    assert read_any(tmp_path / "x.nii.gz").masks == {"x": ("9 2 2 2",)}
+
+
+@pytest.mark.parametrize(
+    ("match", "names", "ids"),
+    [
+        (None, ("a_mask.png", "b_mask.png"), {"a", "b"}),
+        (None, ("a.png", "a-seg.png", "b-SEG.png", "c.png"), {"a", "b"}),
+        (None, ("leftMask/a.png", "rightMask/a.png", "leftMask/b.png"), {"a", "b"}),
+        ("*_lesion.png", ("a_lesion.png", "b.png", "a_lesion.tif"), {"a"}),
+        ("lesion_*", ("lesion_a.png", "b.png", "lesion_1.2.3.tif"), {"a", "1.2.3"}),
+        ("masks/*", ("masks/a.png", "images/a.png", "old/masks/b.png"), {"a", "b"}),
+        ("*/*_m=*/*", ("1/a_m.png", "2/a_m.png", "2/a.png"), {"1_a", "2_a"}),
+        ("*/m/*.png", ("x/1/m/a.png", "x/2/m/a.png"), {"1_a", "2_a"}),
+    ],
+)
+def test_names_of_masks_give_those_of_images(
+    tmp_path: Path, match: str | None, names: tuple[str, ...], ids: set[str]
+) -> None:
+    for name in names:
+        save(tmp_path / name, MASK)
+    assert set(read_any(tmp_path, match=match).masks) == ids
+
+
+@pytest.mark.parametrize(
+    ("match", "names", "message"),
+    [
+        (None, ("a_mask.png", "b.png"), r"1 files are named \*_mask, and 1 in another way \(b\); say with --match"),
+        ("*_x.png", ("a.png", "b.png"), r"no mask image is named \*_x.png; the first names: a.png, b.png"),
+        ("*_x", ("a_x.png", "a_x.nii"), r"1 mask images and 1 NIfTI masks; give .* --match with a suffix"),
+        (None, ("1/a.2.mask.png", "2/a.2.mask.png"), r"named a.1.img; .* give --match '\*/\*.2.mask.png=\*/\*.1.img"),
+        (None, ("left/a.png", "right/a.png", "heart/a.png"), r"3 mask images in it are named a"),
+        ("a.png", ("a.png",), r"--match 'a.png' is no pattern; give the name of a mask file with \* for the id"),
+        ("*_*=*", ("a.png",), r"is no pattern"),
+        ("*", ("a.json",), r"has no mask images|no mask image is named"),
+        ("*", ("a.csv",), r"no mask image is named"),
+    ],
+)
+def test_names_that_do_not_tell_masks_apart(
+    tmp_path: Path, match: str | None, names: tuple[str, ...], message: str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"not read")
+    with pytest.raises(PtxdistError, match=message):
+        read_any(tmp_path, match=match)
+
+
+def test_labels_that_name_their_images_have_no_pattern(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("ImageId,EncodedPixels\na,-1\n")
+    with pytest.raises(SettingsError, match=r"a.csv holds a table, which names its images; leave out --match"):
+        read_any(tmp_path / "a.csv", match="*_mask")
