@@ -21,8 +21,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813  the name that its documentation uses
 from PIL import Image
+from pydicom.encaps import encapsulate
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from pydicom.uid import JPEGLSLossless
 
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.errors import CatalogError, LabelError
@@ -206,7 +208,7 @@ def segmentation(phantoms: Phantoms, number: int, kind: str, name: str = "Pneumo
     mask = phantoms.masks[IDS[number]]
     with warnings.catch_warnings(action="ignore"):  # an empty mask
         return hd.seg.Segmentation(
-            source_images=[source], pixel_array=(mask if kind == "BINARY" else mask * 0.8)[None],
+            source_images=[source], pixel_array=(mask * 0.8 if kind == "FRACTIONAL" else mask)[None],
             segmentation_type=kind, segment_descriptions=[segment], series_instance_uid=hd.UID(), series_number=1,
             sop_instance_uid=hd.UID(), instance_number=1, manufacturer="a", manufacturer_model_name="b",
             software_versions="c", device_serial_number="d",
@@ -278,6 +280,7 @@ FORMATS: dict[str, tuple[Write, str]] = {
     "labelme-masks": (write_labelme(drawn), "LabelMe annotations of 'pneumothorax'"),
     "seg": (write_seg("BINARY"), "DICOM SEG objects of 'pneumothorax'"),
     "seg-fractional": (write_seg("FRACTIONAL"), "DICOM SEG objects of 'pneumothorax'"),
+    "seg-label-map": (write_seg("LABELMAP"), "DICOM SEG objects of 'pneumothorax'"),
     "nifti": (write_nifti, "NIfTI masks"),
     "png-1": (write_pictures("{}.png", Image.fromarray), "mask images"),
     "png-255": (write_pictures("{}.png", by_255), "mask images"),
@@ -398,3 +401,62 @@ def test_labels_of_other_images_are_refused_with_three_ids_of_each(
                 assert PATIENT not in str(caught.value)
             path.write_bytes(content)
             break
+
+
+Edit = Callable[[Any], object]
+
+
+def unreferenced(seg: Any) -> None:
+    del seg.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence
+    source = pydicom.Dataset()
+    source.ReferencedSOPInstanceUID = "1.2"
+    seg.ReferencedSeriesSequence[0].ReferencedInstanceSequence.append(source)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda seg: setattr(seg, "NumberOfFrames", 9), "has 9 frames, and says of 1 what they are"),
+        (lambda seg: setattr(seg, "NumberOfFrames", 5000), "has 5,000 frames of 128x120 pixels, which are too many"),
+        (lambda seg: setattr(seg, "Rows", 0), "does not say how many rows and columns its image has"),
+        (lambda seg: (setattr(seg, "Rows", 60_000), setattr(seg, "Columns", 60_000)), "claims 60000x60000 pixels"),
+        (
+            lambda seg: setattr(seg, "PixelData", seg.PixelData[:90]),
+            "is a damaged DICOM SEG: its frames cannot be read",
+        ),
+        (lambda seg: setattr(seg.file_meta, "TransferSyntaxUID", JPEGLSLossless), "is compressed as JPEG-LS Lossless"),
+        (unreferenced, "has a frame that does not say which image it is of (Source Image Sequence)"),
+    ],
+)
+def test_wrong_segmentations_are_refused(phantoms: Phantoms, tmp_path: Path, edit: Edit, message: str) -> None:
+    seg = segmentation(phantoms, 1, "BINARY")
+    if "compressed" in message:
+        seg.PixelData = encapsulate([seg.PixelData])
+    edit(seg)
+    with pytest.raises(LabelError) as caught:
+        read_any(saved(seg, tmp_path / "seg.dcm").parent)
+    assert str(caught.value).startswith(f"{tmp_path}: seg.dcm {message}")
+
+
+def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_path: Path) -> None:
+    seg, second = segmentation(phantoms, 1, "BINARY"), segmentation(phantoms, 2, "BINARY", "Lung")
+    saved(second, tmp_path / "2.dcm")
+    saved(seg, tmp_path / "1.dcm")
+    with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 2.dcm has 'lung'\)"):
+        read_any(tmp_path)
+    second.SegmentSequence[0].SegmentNumber = 2
+    seg.SegmentSequence.append(second.SegmentSequence[0])
+    assert list(read_any(saved(seg, tmp_path / "1.dcm")).masks) == [IDS[1]]  # nothing is in the second segment
+    other, identity = second.PerFrameFunctionalGroupsSequence[0], pydicom.Dataset()
+    identity.ReferencedSegmentNumber = 2
+    other.SegmentIdentificationSequence = pydicom.Sequence([identity])
+    seg.PerFrameFunctionalGroupsSequence.append(other)
+    seg.NumberOfFrames, seg.PixelData = 2, seg.PixelData + second.PixelData
+    with pytest.raises(LabelError, match=r"1.dcm has several classes: 'lung', 'pneumothorax'; keep only the one"):
+        read_any(saved(seg, tmp_path / "1.dcm"))
+
+
+def saved(seg: Any, path: Path) -> Path:
+    with warnings.catch_warnings(action="ignore"):
+        pydicom.dcmwrite(path, seg)
+    return path
