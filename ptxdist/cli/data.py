@@ -8,10 +8,9 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, CORES, FILE, FOLDER, LABELS, MATCH, PLACE, executor_for, json_option
+from ptxdist.cli.options import ADDRESS, CORES, FILE, FINDING, FOLDER, LABELS, MATCH, PLACE, executor_for, json_option
 from ptxdist.errors import SettingsError, StoreError
 
-FINDING = "What the masks show: pleural effusion, nodule, consolidation, lung; or FILE.toml."
 SIDE = "Side of the images in pixels; may be repeated."
 
 

@@ -25,6 +25,7 @@ class Place(click.Path):
         return value if "://" in str(value) else super().convert(value, param, ctx)
 
 
+FINDING = "What the masks show: pleural effusion, nodule, consolidation, lung; or FILE.toml."
 FOLDER = click.Path(file_okay=False, path_type=Path)
 FILE = click.Path(path_type=Path)
 PLACE = Place(path_type=Path)

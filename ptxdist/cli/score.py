@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, LABELS, MATCH, json_option
+from ptxdist.cli.options import FILE, FINDING, LABELS, MATCH, json_option
 
 THRESHOLD = "Pixels of probability images that reach it are inside.  [default: 0.5]"
 SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]"
@@ -16,6 +16,7 @@ SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]
 @click.argument("predictions", type=FILE)
 @click.option("--truth", type=FILE, required=True, help=f"True masks: {LABELS}")
 @click.option("--match", help=MATCH)
+@click.option("--finding", default="pneumothorax", show_default=True, help=FINDING)
 @click.option("--patients", type=FILE, help="CSV with image id, patient; intervals are then by patient.")
 @click.option("--subset", is_flag=True, help="Score the images that are in both, if some are in one only.")
 @click.option("--threshold", type=float, help=THRESHOLD)
@@ -29,6 +30,7 @@ def score(
     predictions: Path,
     truth: Path,
     match: str | None,
+    finding: str,
     patients: Path | None,
     subset: bool,
     threshold: float | None,
@@ -58,6 +60,7 @@ def score(
             dialect=dialect,
             truth_dialect=truth_dialect,
             match=match,
+            finding=finding,
             size_px=size_px,
             subset=subset,
             surfaces=surfaces,

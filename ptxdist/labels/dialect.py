@@ -35,6 +35,7 @@ class Dialect:
         return f"{self.starts}-{self.order}"
 
 
+OTHER_FINDING = "masks of another finding need --finding"
 SIIM = Dialect("relative", "columns")
 DIALECTS = (SIIM, Dialect("relative", "rows"), Dialect("absolute", "columns"), Dialect("absolute", "rows"))
 
@@ -160,7 +161,7 @@ def _conclude(readings: Mapping[Dialect, Reading], option: str) -> Detection:
         raise LabelError(
             "the label table fits no mask encoding: "
             + "; ".join(f"{reading.dialect}: {reading.fault}" for reading in readings.values())
-            + f". If you know the encoding of its masks, give it with {option}"
+            + f". If you know the encoding of its masks, give it with {option}; {OTHER_FINDING}"
         )
     chosen = sound[0]  # the nearest to the challenge's
     others = [each for each in DIALECTS if each.starts != chosen.starts]
@@ -202,7 +203,7 @@ def check_mask_files(
     if upright.fault:
         raise LabelError(
             f"{where}: the {kind} look wrong: {upright.fault}. Compare some with their radiographs and write them "
-            "again; if they are right, give them as a table with --dialect"
+            f"again; if they are right, give them as a table with --dialect; {OTHER_FINDING}"
         )
     evidence = _describe(upright)
     if upright.masks:

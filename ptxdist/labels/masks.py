@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ptxdist.errors import LabelError, SettingsError
+from ptxdist.finding import PNEUMOTHORAX_LIMITS, Limits
 from ptxdist.labels.dialect import SIIM, Dialect, check_mask_files, detect_dialect, parse_dialect, read_union
 from ptxdist.labels.evidence import Size
 from ptxdist.labels.images import PNG, NiftiMasks, PngMasks
@@ -58,19 +59,25 @@ class Masks(Protocol):
         """What the masks were taken for, and what is doubtful. LabelError if their values contradict each other."""
 
 
-def open_predictions(path: Path, *, threshold: float | None = None, dialect: str | None = None) -> Masks:
+def open_predictions(
+    path: Path,
+    *,
+    threshold: float | None = None,
+    dialect: str | None = None,
+    limits: Limits = PNEUMOTHORAX_LIMITS,
+) -> Masks:
     """Masks of a table, of a folder of PNG or NIfTI files, or of the folder of `ptxdist predict`.
 
     `threshold` makes masks of probabilities (None: 0.5; pixels that reach it are inside), `dialect` is that of a table
-    (None: detected). Raises LabelError for another suffix, an empty folder and files that cannot be read. Raises
-    SettingsError for a threshold that is not in (0, 1], a threshold without images, a dialect without a table, and a
-    missing extra.
+    (None: detected by the `limits` of the finding). Raises LabelError for another suffix, an empty folder and files
+    that cannot be read. Raises SettingsError for a threshold that is not in (0, 1], a threshold without images, a
+    dialect without a table, and a missing extra.
     """
     if threshold is not None and not 0 < threshold <= 1:
         raise SettingsError(f"--threshold {threshold:g} is not a probability above 0, up to 1")
     if not path.is_dir():
         _refuse_threshold(path, threshold)
-        return _open_table(path, dialect, "--dialect")
+        return _open_table(path, dialect, "--dialect", limits)
     if dialect:
         raise SettingsError(f"{path} is a folder, whose masks have no dialect; leave out --dialect {dialect}")
     if (path / SUBMISSION).is_file() and (path / PREDICT_SETTINGS).is_file():
@@ -80,13 +87,27 @@ def open_predictions(path: Path, *, threshold: float | None = None, dialect: str
     return kind(path, THRESHOLD if threshold is None else threshold)
 
 
-def open_labels(path: Path, *, dialect: str | None = None, match: str | None = None, on_file: OnFile) -> Masks:
+def open_labels(
+    path: Path,
+    *,
+    dialect: str | None = None,
+    match: str | None = None,
+    limits: Limits = PNEUMOTHORAX_LIMITS,
+    on_file: OnFile,
+) -> Masks:
     """The true masks: labels of any format that `ptxdist preprocess --labels` takes. Errors as `reader.read_any`."""
     labels = read_any(path, match=match, dialect=dialect, option="--truth-dialect", on_file=on_file)
     given = parse_dialect(dialect) if dialect else None
     words = "" if labels.sizes is None else labels.kind
     return TextMasks(
-        path, labels.masks, labels.sizes or {}, words=words, judged=True, dialect=given, option="--truth-dialect"
+        path,
+        labels.masks,
+        labels.sizes or {},
+        words=words,
+        judged=True,
+        dialect=given,
+        option="--truth-dialect",
+        limits=limits,
     )
 
 
@@ -106,17 +127,19 @@ class TextMasks:
         judged: bool = False,
         dialect: Dialect | None = None,
         option: str = "",
+        limits: Limits = PNEUMOTHORAX_LIMITS,
     ) -> None:
         self.ids, self.sizes = tuple(texts), sizes
         self._path, self._texts, self._words, self._option = path, texts, words, option
         self._judged, self._dialect, self._notes = judged, dialect, tuple[str, ...]()
+        self._limits = limits
 
     def prepare(self, sizes: Mapping[str, Size], on_file: OnFile) -> None:
         """As in `Masks`: detects the dialect of a table, and judges mask images."""
         if self._words:
             self._dialect = SIIM
             if self._judged:
-                check_mask_files(self._texts, sizes, self._path, self._words)
+                check_mask_files(self._texts, sizes, self._path, self._words, self._limits)
             return
         found = detect_dialect(
             self._texts,
@@ -124,6 +147,7 @@ class TextMasks:
             self._dialect,
             lambda case_id, text: f"{self._path}, line {line_of(self._path, case_id, text)}",
             self._option,
+            self._limits,
         )
         self._words = f"run-length table, {found.dialect.name} ({'given' if found.given else 'detected'})"
         if any(self._texts.values()) and not found.given and not found.proven:
@@ -142,7 +166,7 @@ class TextMasks:
         return self._words, self._notes
 
 
-def _open_table(path: Path, dialect: str | None, option: str) -> Masks:
+def _open_table(path: Path, dialect: str | None, option: str, limits: Limits) -> Masks:
     if not path.exists():
         raise LabelError(f"{path}: there is no such file or folder")
     if not path.name.lower().endswith(_TABLES):
@@ -151,7 +175,8 @@ def _open_table(path: Path, dialect: str | None, option: str) -> Masks:
             "NIfTI files named by image id"
         )
     texts = read_labels(path)
-    return TextMasks(path, texts, {}, dialect=parse_dialect(dialect) if dialect else None, option=option)
+    given = parse_dialect(dialect) if dialect else None
+    return TextMasks(path, texts, {}, dialect=given, option=option, limits=limits)
 
 
 def _open_predict_folder(path: Path) -> Masks:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.errors import LabelError, SettingsError
+from ptxdist.finding import DEFAULT, load_finding
 from ptxdist.labels import rle
 from ptxdist.labels.dialect import down_columns
 from ptxdist.labels.evidence import Size
@@ -85,6 +86,7 @@ def score_predictions(
     dialect: str | None = None,
     truth_dialect: str | None = None,
     match: str | None = None,
+    finding: str = DEFAULT,
     size_px: int | None = None,
     subset: bool = False,
     surfaces: bool = False,
@@ -93,7 +95,7 @@ def score_predictions(
     """Score masks of any tool against true masks, both by image id.
 
     `predictions` and `truth` are as in `labels.masks.open_predictions` and `open_labels`, with `match` for the names of
-    true masks, `patients` as in
+    true masks and `finding` for what is plausible of all masks (as in `preprocess`), `patients` as in
     `labels.patients.read_patients`; an image that is not in it counts as one patient. Where neither side has images,
     each image has `size_px` rows and columns (None: 1024). Both sides must have the same images, unless `subset` allows
     to score those that are in both. `surfaces` adds `hd95_px` and `surface_dice`, which need the extra `surfaces`.
@@ -104,8 +106,10 @@ def score_predictions(
     """
     if surfaces:
         require_surfaces()
-    predicted = open_predictions(predictions, threshold=threshold, dialect=dialect)
-    true = open_labels(truth, dialect=truth_dialect, match=match, on_file=partial(on_progress, "truth"))
+    _, limits = load_finding(finding)
+    predicted = open_predictions(predictions, threshold=threshold, dialect=dialect, limits=limits)
+    on_file = partial(on_progress, "truth")
+    true = open_labels(truth, dialect=truth_dialect, match=match, limits=limits, on_file=on_file)
     if size_px is not None and (predicted.sizes or true.sizes):
         raise SettingsError(f"the size of the images is known from their masks; leave out --size-px {size_px}")
     ids = _common(predicted.ids, true.ids, predictions, truth, subset)

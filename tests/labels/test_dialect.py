@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ptxdist.errors import LabelError, SettingsError
+from ptxdist.finding import load_finding
 from ptxdist.labels import rle
 from ptxdist.labels.dialect import (
     DIALECTS,
@@ -70,6 +71,22 @@ def pneumothoraces() -> list[Mask]:
         union = np.maximum.reduce(anatomy.draw_masks(rng, chest))
         masks.append(np.asarray(cv2.resize(union, (128, 128), interpolation=cv2.INTER_AREA)))
     return masks
+
+
+def lungs(index: int) -> list[npt.NDArray[np.uint8]]:
+    """The two lungs of a phantom, uint8 (128, 128) each."""
+    chest = anatomy.pose(np.random.default_rng((6, index)), "PA")
+    return [anatomy.fill(lung.outline(anatomy.ANGLES) / 8, 128) for lung in chest.lungs]
+
+
+def effusions(index: int) -> Mask:
+    """The lowest part of the right lung of a phantom, and often of the left one, uint8 (128, 128)."""
+    rng, mask = np.random.default_rng((7, index)), np.zeros((128, 128), np.uint8)
+    for lung in lungs(index)[: 1 + index % 3 // 2]:
+        rows = np.flatnonzero(lung.any(axis=1))
+        lung[: rows[0] + int(len(rows) * rng.uniform(0.5, 0.9))] = 0
+        mask |= lung
+    return mask[:, :: rng.choice((-1, 1))]
 
 
 @st.composite
@@ -388,3 +405,21 @@ def test_the_real_table_written_in_another_dialect_is_found_to_be_in_that_one(
     assert (found.dialect, found.starts_proven, found.order_proven) == (dialect, True, dialect == ABSOLUTE)
     for case_id, texts in written.items():
         assert tuple(to_siim(text, dialect, 1024, 1024) for text in texts) == real_table[case_id]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=NAMES)
+@pytest.mark.parametrize("finding", ["lung", "pleural effusion"])
+def test_other_findings_have_limits_of_their_own(finding: str, dialect: Dialect) -> None:
+    masks = [np.maximum(*lungs(number)) if finding == "lung" else effusions(number) for number in range(60)]
+    table, sizes, (_, limits) = table_of(masks, dialect), sizes_of(masks), load_finding(finding)
+    found = detect_dialect(table, sizes, limits=limits)
+    assert found.dialect == dialect
+    assert (found.starts_proven, found.order_proven) == (True, dialect.order == "columns")
+    assert found.upright_proven == (finding != "lung"), "lungs have no place of their own"
+    with pytest.raises(LabelError, match=r"fits no mask encoding: .*; masks of another finding need --finding"):
+        detect_dialect(table, sizes)
+    for name in ("transposed", "turned", "inverted", *(["upside down"] if finding != "lung" else [])):
+        turned = [TURNS[name](mask) for mask in masks]
+        with pytest.raises(LabelError, match="look wrong"):
+            check_mask_files(table_of(turned), sizes_of(turned), Path("labels"), limits=limits)
+    assert check_mask_files(table_of(masks), sizes, Path("labels"), limits=limits).order_proven
