@@ -40,7 +40,7 @@ def outline(
     for mask, colour, dashed in ((truth, TRUTH_RGB, False), (prediction, PREDICTION_RGB, True)):
         if mask is None or not np.any(mask):
             continue
-        binary = cv2.resize((mask != 0).astype(np.uint8), (side_px, side_px), interpolation=cv2.INTER_NEAREST)
+        binary = cv2.resize((mask != 0).view(np.uint8), (side_px, side_px), interpolation=cv2.INTER_NEAREST)
         contours, _ = cv2.findContours(binary, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         for contour in contours:
             points = contour[:, 0]

@@ -13,9 +13,7 @@ from __future__ import annotations
 import re
 
 from ptxdist.dicom import tags
-from ptxdist.dicom.png import SIGNATURE
-from ptxdist.dicom.radiograph import read_header
-from ptxdist.dicom.tags import read_tags
+from ptxdist.dicom.tags import Tags
 from ptxdist.errors import DicomError
 
 MODALITIES = ("CR", "DX", "RG")
@@ -34,14 +32,10 @@ _CHEST = frozenset({"CHEST", "LUNG", "LUNGS", "RIB", "RIBS", "THORAX"})
 _OTHER_VIEWS = frozenset({"LL", "RL", "LLO", "RLO", "LAT", "LATERAL", "OBLIQUE"})
 
 
-def refuse_other_than_chest(content: bytes) -> None:
-    """Raise DicomError, with the reason, unless a file's content is DICOM and may be a frontal chest radiograph."""
-    if not content:
-        raise DicomError("is empty (0 bytes)")
-    if content.startswith(SIGNATURE):
+def refuse_other_than_chest(file: Tags | None) -> None:
+    """Raise DicomError, with the reason, unless a header is that of a frontal chest radiograph; None is a PNG's."""
+    if file is None:
         raise DicomError("is a PNG, which does not say what it shows; give a DICOM file or use `ptxdist predict`")
-    read_header(content, b"")  # gives a more specific reason for what is no single grayscale image
-    file = read_tags(content, pixels=False)
     modality = file.text(tags.MODALITY).upper()
     if modality not in MODALITIES:
         said = f"is of modality {modality}" if modality in _OTHER_MODALITIES else "does not name a known modality"

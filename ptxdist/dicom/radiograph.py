@@ -8,18 +8,20 @@ compressed images, `pixels` computes the grey levels, and `png` reads PNG files.
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import stat
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptxdist.dicom import tags
+from ptxdist.dicom.parsing import read_tags
 from ptxdist.dicom.pixels import Pixels, to_uint8
 from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header, refuse_not_square
+from ptxdist.dicom.spacing import PNG, Spacing, pair, spacing_of
 from ptxdist.dicom.syntax import decoder_of
-from ptxdist.dicom.tags import Tags, read_tags
+from ptxdist.dicom.tags import Tags
 from ptxdist.errors import DicomError
 
 # Sizes of a pixel, down a column and along a row (PS3.3 10.7.1.3 and C.7.6.3.1.7).
@@ -54,10 +56,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Radiograph:
-    """One chest X-ray: `pixels` is uint8 (rows, columns), air dark, bone bright."""
+    """One chest X-ray: `pixels` is uint8 (rows, columns), air dark, bone bright; `spacing` the size of a pixel."""
 
     header: Header
     pixels: Pixels
+    spacing: Spacing
 
 
 def read_bytes(path: Path) -> bytes:
@@ -125,19 +128,24 @@ def is_file_id(stem: str) -> bool:
     return is_text and len(stem.encode()) <= _MOST_ID_BYTES
 
 
-def read_radiograph(content: bytes, salt: bytes = b"", name: str = "") -> Radiograph:
+def read_radiograph(
+    content: bytes, salt: bytes = b"", name: str = "", check: Callable[[Tags | None], None] = lambda file: None
+) -> Radiograph:
     """Decode a file's content by the rule at the top of `pixels`; the range of a 16-bit PNG's values becomes 0..255.
 
+    `check` is called with the parsed header, None for a PNG, before anything is decoded, and may refuse the file.
     Raises DicomError as `read_header`, and when pixel data are missing, truncated, damaged or of another size.
     """
     if content.startswith(SIGNATURE):
+        check(None)
         header = _png_header(content, name)
-        return Radiograph(header, to_uint8(decode_png(content), Tags("")))
+        return Radiograph(header, to_uint8(decode_png(content), Tags("")), PNG)
     from ptxdist.dicom.decoding import decode  # late: headers need no decoder
 
     file = read_tags(content, pixels=True)
     header = _header(file, salt)
-    return Radiograph(header, to_uint8(decode(file, header.rows, header.columns), file))
+    check(file)
+    return Radiograph(header, to_uint8(decode(file, header.rows, header.columns), file), spacing_of(file))
 
 
 def _png_header(content: bytes, name: str) -> Header:
@@ -196,17 +204,8 @@ def _refuse_other_images(file: Tags) -> None:
     if not stored - 1 <= high < allocated:
         raise DicomError(f"contradicts itself ({stored} bits stored of {allocated} with High Bit {high}); correct it")
     for name, tag in _SIZES.items():
-        if file.values.get(tag) and (size := _pair(file.text(tag))) is not None:
+        if file.values.get(tag) and (size := pair(file.text(tag))) is not None:
             refuse_not_square(name, *size)
-
-
-def _pair(text: str) -> tuple[float, float] | None:
-    """Two sizes; None when they are missing or are no sizes, as a spacing of 0 is."""
-    try:
-        height, width = map(float, text.split("\\"))
-    except ValueError:
-        return None
-    return (height, width) if min(height, width) > 0 and math.isfinite(height + width) else None
 
 
 def _word(text: str) -> str:

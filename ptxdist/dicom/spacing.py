@@ -11,16 +11,12 @@ captures, such as the challenge's, are often resized and keep the spacing of the
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
-from io import BytesIO
 
-import pydicom
-from pydicom.uid import SecondaryCaptureImageStorage
+from ptxdist.dicom import tags
+from ptxdist.dicom.tags import Tags
 
-from ptxdist.dicom.png import SIGNATURE
-from ptxdist.dicom.tags import with_preamble
-
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _CHEST_MM = (80.0, 600.0)  # from a detector for newborns to beyond the largest one (430 mm, tilted or stitched)
 
 
@@ -41,55 +37,39 @@ class Spacing:
         return None if self.row_mm is None or self.column_mm is None else area_px * self.row_mm * self.column_mm
 
 
-def read_spacing(content: bytes) -> Spacing:
-    """Spacing of a file that was read as a radiograph (DICOM or PNG); never raises."""
-    if content.startswith(SIGNATURE):
-        return Spacing(reason="a PNG does not say how large its pixels are")
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return spacing_of(pydicom.dcmread(BytesIO(with_preamble(content)), stop_before_pixels=True, force=True))
-    except Exception:  # pydicom raises almost anything on damaged files
-        return Spacing(reason="the header's spacing cannot be read")
+PNG = Spacing(reason="a PNG does not say how large its pixels are")
 
 
-def spacing_of(header: pydicom.Dataset) -> Spacing:
-    """Spacing from a header, by the rule at the top of this module."""
-    if str(header.get("SOPClassUID", "")).startswith(str(SecondaryCaptureImageStorage)):
+def spacing_of(file: Tags) -> Spacing:
+    """Spacing of a file that was read with its pixels, by the rule at the top of this module; never raises."""
+    if file.text(tags.SOP_CLASS).startswith(_SECONDARY_CAPTURE):
         return Spacing(reason="a Secondary Capture may have been resized, and its spacing then belongs to another size")
-    pixel, detector = _pair(header, "PixelSpacing"), _pair(header, "ImagerPixelSpacing")
-    calibrated = str(header.get("PixelSpacingCalibrationType", "") or "") in ("GEOMETRY", "FIDUCIAL")
-    if calibrated and pixel:
-        return _plausible(header, pixel, "patient")
+    pixel, detector = pair(file.text(tags.PIXEL_SPACING)), pair(file.text(tags.DETECTOR_SPACING))
+    if pixel and file.text(tags.CALIBRATION) in ("GEOMETRY", "FIDUCIAL"):
+        return _plausible(file, pixel, "patient")
     if detector is None:
         return Spacing(
             reason="Pixel Spacing without a calibration does not say in which plane it holds" if pixel else "no spacing"
         )
     if pixel and not all(math.isclose(*both, rel_tol=1e-3) for both in zip(pixel, detector, strict=True)):
         return Spacing(reason="Pixel Spacing and Imager Pixel Spacing differ, and nothing says why")
-    factor = _number(header.get("EstimatedRadiographicMagnificationFactor"))
-    if factor is not None and factor >= 1:
-        return _plausible(header, (detector[0] / factor, detector[1] / factor), "patient")
-    return _plausible(header, detector, "detector")
+    factor, _ = pair(file.text(tags.MAGNIFICATION) + "\\1") or (0.0, 1.0)
+    if factor >= 1:
+        return _plausible(file, (detector[0] / factor, detector[1] / factor), "patient")
+    return _plausible(file, detector, "detector")
 
 
-def _plausible(header: pydicom.Dataset, spacing: tuple[float, float], plane: str) -> Spacing:
-    height, width = header.Rows * spacing[0], header.Columns * spacing[1]
+def _plausible(file: Tags, spacing: tuple[float, float], plane: str) -> Spacing:
+    height, width = file.whole(tags.ROWS, 0) * spacing[0], file.whole(tags.COLUMNS, 0) * spacing[1]
     if not (_CHEST_MM[0] <= height <= _CHEST_MM[1] and _CHEST_MM[0] <= width <= _CHEST_MM[1]):
         return Spacing(reason=f"by its spacing the image would show {width:.0f} x {height:.0f} mm, which is no chest")
     return Spacing(spacing[0], spacing[1], plane)
 
 
-def _pair(header: pydicom.Dataset, name: str) -> tuple[float, float] | None:
-    value = header.get(name)
-    if value is None or isinstance(value, str) or len(value) != 2:
-        return None
-    numbers = [_number(item) for item in value]
-    return None if None in numbers else (numbers[0] or 0.0, numbers[1] or 0.0)
-
-
-def _number(value: object) -> float | None:
+def pair(text: str) -> tuple[float, float] | None:
+    """Two sizes; None when they are missing or are no sizes, as a spacing of 0 is."""
     try:
-        number = float(str(value))
+        height, width = map(float, text.split("\\"))
     except ValueError:
         return None
-    return number if math.isfinite(number) and number > 0 else None
+    return (height, width) if min(height, width) > 0 and math.isfinite(height + width) else None

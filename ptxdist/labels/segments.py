@@ -41,7 +41,7 @@ def read_segmentation(folder: Path, path: Path) -> list[FoundMask]:
     """
     import pydicom  # here, so that `ptxdist score` starts fast
 
-    from ptxdist.dicom.tags import for_pydicom
+    from ptxdist.dicom.parsing import for_pydicom
 
     place = place_of(folder, path)
     try:

@@ -22,8 +22,8 @@ from pydicom.multival import MultiValue
 from pydicom.uid import RE_VALID_UID, ExplicitVRLittleEndian, generate_uid
 
 from ptxdist import __version__
+from ptxdist.dicom.parsing import with_preamble
 from ptxdist.dicom.png import SIGNATURE
-from ptxdist.dicom.tags import with_preamble
 from ptxdist.errors import DicomError
 from ptxdist.finding import PNEUMOTHORAX, FindingType
 

@@ -19,7 +19,6 @@ import numpy as np
 from ptxdist import files
 from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
-from ptxdist.dicom.spacing import Spacing, read_spacing
 from ptxdist.errors import DicomError
 from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.labels import rle
@@ -57,9 +56,9 @@ class Finding(Record):
     encoded_pixels: str
 
 
-def measure(prediction: Prediction, spacing: Spacing) -> dict[str, Any]:
+def measure(prediction: Prediction) -> dict[str, Any]:
     """The fields that `Finding` and the viewer's `Answer` have in common."""
-    area = prediction.area_px
+    area, spacing = prediction.area_px, prediction.spacing
     return {
         "rows": prediction.mask.shape[0],
         "columns": prediction.mask.shape[1],
@@ -86,8 +85,8 @@ def write_case(
     if "masks" in outputs:
         contents["masks"] = encode((mask * np.uint8(255))[:, :, None], ".png")
     if "overlays" in outputs:
-        square, drawn = fit_square(prediction.pixels), fit_square(mask.astype(np.uint8))
-        contents["overlays"] = encode(outline(square, np.zeros_like(drawn), drawn, OVERLAY_PX), ".jpg")
+        square, drawn = fit_square(prediction.pixels), fit_square(mask.view(np.uint8))
+        contents["overlays"] = encode(outline(square, np.zeros((1, 1)), drawn, OVERLAY_PX), ".jpg")
     if "seg" in outputs:
         try:
             if not mask.any():
@@ -95,9 +94,8 @@ def write_case(
             contents["seg"] = encode_segmentation(prediction.content, mask, weights, sought)
         except DicomError as error:
             reason = str(error)
-    measured = measure(prediction, read_spacing(prediction.content))
     other = None if sought == PNEUMOTHORAX else sought.name
-    finding = Finding(case_id=case_id, finding=other, digest=digest, seg_reason=reason, **measured)
+    finding = Finding(case_id=case_id, finding=other, digest=digest, seg_reason=reason, **measure(prediction))
     contents[FINDINGS] = (finding.model_dump_json(indent=2) + "\n").encode()
     for name, content in contents.items():
         files.write_whole(_path(out, name, case_id), content, sync=False)

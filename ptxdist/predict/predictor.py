@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from ptxdist.cache.render import fit_square, resize
 from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.pixels import Pixels
-from ptxdist.dicom.radiograph import read_bytes, read_radiograph
+from ptxdist.dicom.radiograph import Radiograph, read_bytes, read_radiograph
+from ptxdist.dicom.spacing import Spacing
+from ptxdist.dicom.tags import Tags
 from ptxdist.errors import CheckpointError, DicomError
 from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_other_findings
 from ptxdist.records import OperatingPoint
@@ -49,7 +51,8 @@ class Prediction:
 
     `pixels` uint8 (rows, columns), air dark; `probability` float32 (rows, columns), 0..1; `mask` bool (rows, columns);
     `score` as `train.scoring.case_score` computes it, at the network's size; `calibrated` the probability that the
-    image is positive, from the score, if the model's evaluation has a calibration; `content` the bytes of the file.
+    image is positive, from the score, if the model's evaluation has a calibration; `content` the bytes of the file;
+    `spacing` the size of a pixel in mm where the file can be trusted with it.
     """
 
     case_id: str
@@ -58,6 +61,7 @@ class Prediction:
     mask: npt.NDArray[np.bool_] = field(repr=False)
     score: float
     content: bytes = field(repr=False)
+    spacing: Spacing
     calibrated: float | None = None
 
     @property
@@ -70,8 +74,7 @@ class Prediction:
 class _Loaded:
     """A file ready for the network: `squares` uint8 (size, size), by size."""
 
-    case_id: str
-    pixels: Pixels
+    radiograph: Radiograph
     squares: dict[int, Pixels]
     content: bytes
 
@@ -129,9 +132,14 @@ class Predictor:
         """Predict one DICOM or PNG file; DicomError when it is not a radiograph."""
         return self.predict_content(read_bytes(Path(path)), name=Path(path).name)
 
-    def predict_content(self, content: bytes, name: str = "") -> Prediction:
-        """Predict the bytes of a file; a PNG needs the `name` of its file. Raises DicomError as `predict` does."""
-        result = next(iter(self._run([self._load(content, name)], fewest=1)))
+    def predict_content(
+        self, content: bytes, name: str = "", check: Callable[[Tags | None], None] = lambda file: None
+    ) -> Prediction:
+        """Predict the bytes of a file; a PNG needs the `name` of its file. Raises DicomError as `predict` does.
+
+        `check` may refuse a file by its header, see `read_radiograph`.
+        """
+        result = next(iter(self._run([self._load(content, name, check)], fewest=1)))
         if isinstance(result, DicomError):
             raise result
         return result
@@ -164,11 +172,11 @@ class Predictor:
             for key, item in batch:
                 yield key, item if isinstance(item, DicomError) else next(predictions)
 
-    def _load(self, content: bytes, name: str) -> _Loaded:
-        radiograph = read_radiograph(content, name=name)
+    def _load(self, content: bytes, name: str, check: Callable[[Tags | None], None] = lambda file: None) -> _Loaded:
+        radiograph = read_radiograph(content, name=name, check=check)
         square = fit_square(radiograph.pixels)
         squares = {size: resize(square, size) for size in self._sizes}
-        return _Loaded(radiograph.header.case_id, radiograph.pixels, squares, content)
+        return _Loaded(radiograph, squares, content)
 
     @torch.inference_mode()
     def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction | DicomError]:
@@ -186,17 +194,22 @@ class Predictor:
 
     def _predicted(self, item: _Loaded, parts: Sequence[tuple[Tensor, float, float]]) -> Prediction:
         """The prediction from the map, the score and the share of each size."""
-        rows, columns = item.pixels.shape
+        radiograph = item.radiograph
+        rows, columns = radiograph.pixels.shape
         probability: Tensor | None = None
         for square, _, share in parts:
-            part = to_original(square, rows, columns).contiguous()  # a wide image does not keep its square
+            part = to_original(square, rows, columns)
+            part = part if rows == columns else part.clone()  # which does not keep the whole square
             part = part if share == 1 else part.mul_(share)
             probability = part if probability is None else probability.add_(part)
         assert probability is not None
         score = sum(score * share for _, score, share in parts)
         whole = probability.float().cpu().numpy()
         mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
-        return Prediction(item.case_id, item.pixels, whole, mask, score, item.content, self._calibrated(score))
+        return Prediction(
+            radiograph.header.case_id, radiograph.pixels, whole, mask, score, item.content, radiograph.spacing,
+            self._calibrated(score),
+        )  # fmt: skip
 
     def _calibrated(self, score: float) -> float | None:
         platt = self.cards[0].evaluation.platt if len(self.cards) == 1 else None  # that of one model's scores

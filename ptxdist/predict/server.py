@@ -65,8 +65,7 @@ def make_app(
 
     def predict(content: bytes, maps: bool) -> Response:
         try:
-            refuse_other_than_chest(content)
-            prediction = predictor.predict_content(content)
+            prediction = predictor.predict_content(content, check=refuse_other_than_chest)
             answer = answer_of(prediction, predictor.operating_point)
             if maps:
                 kind, body = with_maps(prediction, answer)

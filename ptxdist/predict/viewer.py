@@ -21,7 +21,6 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptxdist.cache.outlines import encode
-from ptxdist.dicom.spacing import read_spacing
 from ptxdist.predict.findings import measure
 from ptxdist.predict.predictor import Prediction, Predictor
 from ptxdist.records import OperatingPoint, Record
@@ -62,8 +61,8 @@ class Answer(Record):
 
 def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
     """The answer to one radiograph, whose mask was made at `point`."""
-    spacing = read_spacing(prediction.content)
-    return Answer(px_mm2=spacing.area_mm2(1), operating_point=point, rule=point.words, **measure(prediction, spacing))
+    px_mm2 = prediction.spacing.area_mm2(1)
+    return Answer(px_mm2=px_mm2, operating_point=point, rule=point.words, **measure(prediction))
 
 
 def thresholds_at(point: OperatingPoint) -> list[float]:

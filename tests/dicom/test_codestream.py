@@ -15,7 +15,7 @@ from pydicom import uid
 
 from ptxdist.dicom import codestream
 from ptxdist.dicom.codestream import lossless_is_whole, read_jpeg, read_jpeg_2000, sequential_is_whole
-from ptxdist.dicom.tags import read_tags
+from ptxdist.dicom.parsing import read_tags
 from ptxdist.errors import DicomError
 
 NOISE = np.random.default_rng(0).integers(0, 9, (36, 41))

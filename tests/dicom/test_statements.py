@@ -16,8 +16,8 @@ from pydicom.sequence import Sequence
 
 from ptxdist.dicom import luts
 from ptxdist.dicom.decoding import decode
+from ptxdist.dicom.parsing import read_tags
 from ptxdist.dicom.radiograph import read_header, read_radiograph
-from ptxdist.dicom.tags import read_tags
 from ptxdist.errors import DicomError
 
 RAW = uid.ExplicitVRLittleEndian

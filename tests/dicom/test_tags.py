@@ -18,10 +18,10 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from ptxdist.dicom import tags
+from ptxdist.dicom import parsing, tags
+from ptxdist.dicom.parsing import read_tags
 from ptxdist.dicom.radiograph import read_header, read_radiograph
-from ptxdist.dicom.spacing import read_spacing
-from ptxdist.dicom.tags import read_tags
+from ptxdist.dicom.spacing import Spacing
 from ptxdist.errors import DicomError
 
 IMAGE = np.add.outer(np.arange(40) * 3, np.arange(64)).astype(np.uint8)
@@ -34,13 +34,13 @@ ENCODINGS = (
 
 
 def walked(content: bytes, last: int) -> tags.Tags | None:
-    syntax, start = tags._file_meta(content)
-    return tags._walk(content, start, last, syntax)
+    syntax, start = parsing._file_meta(content)
+    return parsing._walk(content, start, last, syntax)
 
 
 def by_pydicom(content: bytes, last: int) -> tags.Tags:
-    syntax, start = tags._file_meta(content)
-    return tags._by_pydicom(content, start, last, syntax)
+    syntax, start = parsing._file_meta(content)
+    return parsing._by_pydicom(content, start, last, syntax)
 
 
 @given(
@@ -106,9 +106,9 @@ def test_unusual_data_sets_are_left_to_pydicom(file_of) -> None:  # type: ignore
     assert walked(swapped, tags.PIXEL_DATA) is None  # Columns before Rows
     assert np.array_equal(read_radiograph(swapped).pixels, IMAGE)
     implicit = file_of(IMAGE, uid.ImplicitVRLittleEndian)
-    start = tags._file_meta(implicit)[1]
+    start = parsing._file_meta(implicit)[1]
     liar = file_of(IMAGE, uid.ExplicitVRLittleEndian)
-    liar = liar[: tags._file_meta(liar)[1]] + implicit[start:]
+    liar = liar[: parsing._file_meta(liar)[1]] + implicit[start:]
     assert walked(liar, tags.PIXEL_DATA) is None  # says explicit and is implicit, as some devices write it
     assert np.array_equal(read_radiograph(liar).pixels, IMAGE)
 
@@ -116,12 +116,12 @@ def test_unusual_data_sets_are_left_to_pydicom(file_of) -> None:  # type: ignore
 @pytest.mark.parametrize("syntax", [uid.ImplicitVRLittleEndian, uid.ExplicitVRLittleEndian])
 def test_a_data_set_without_a_file_header_is_read_when_it_has_its_uids(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
     content = file_of(IMAGE, syntax)
-    bare = content[tags._file_meta(content)[1] :]
+    bare = content[parsing._file_meta(content)[1] :]
     assert np.array_equal(read_radiograph(bare).pixels, IMAGE)
     assert read_header(bare, b"") == read_header(content, b"")
     nameless = file_of(IMAGE, syntax, SOPInstanceUID=None)
     with pytest.raises(DicomError, match="is not a DICOM file"):
-        read_header(nameless[tags._file_meta(nameless)[1] :], b"")
+        read_header(nameless[parsing._file_meta(nameless)[1] :], b"")
     with pytest.raises(DicomError, match="is not a DICOM file"):
         read_header(b"\x08\0\x05\0" + bytes(range(256)) * 4, b"")
 
@@ -134,7 +134,7 @@ def test_file_meta_information_is_read_without_its_preamble(file_of, syntax: str
         found = read_radiograph(content[start:])
         assert found.header == whole.header
         assert np.array_equal(found.pixels, whole.pixels)
-        assert read_spacing(content[start:]) == read_spacing(content)
+        assert found.spacing == whole.spacing != Spacing(reason="no spacing")
 
 
 @pytest.mark.parametrize("name", ["Rows", "Columns", "BitsAllocated", "PatientID", "SOPInstanceUID"])
@@ -144,7 +144,7 @@ def test_elements_out_of_order_are_read(file_of, name: str) -> None:  # type: ig
     for syntax in (uid.ExplicitVRLittleEndian, uid.JPEGBaseline8Bit):
         content = file_of(IMAGE, syntax, **window)
         tag = struct.pack("<HH", *divmod(int(tag_for_keyword(name) or 0), 0x10000))
-        place = content.index(tag, tags._file_meta(content)[1])
+        place = content.index(tag, parsing._file_meta(content)[1])
         moved = content[:place] + b"\x40\0\x54\2LO\6\0CHEST " + content[place:]
         assert read_header(moved, b"") == read_header(content, b"")
         assert np.array_equal(read_radiograph(moved).pixels, read_radiograph(content).pixels)
@@ -178,7 +178,7 @@ def test_a_file_that_ends_within_a_value_is_reported_as_cut_off(file_of, syntax:
     content = file_of(IMAGE, syntax)
     with pytest.raises(DicomError, match="cut off"):
         read_radiograph(content[:-90])
-    start = tags._file_meta(content)[1]
+    start = parsing._file_meta(content)[1]
     with pytest.raises(DicomError, match=r"cut off|contains no image"):  # the latter where it is a value of no interest
         read_header(content[: start + 60], b"")
     with pytest.raises(DicomError, match=r"cut off|no Transfer Syntax UID"):
@@ -201,6 +201,58 @@ def test_sequences_in_sequences_without_end_are_refused(file_of) -> None:  # typ
     nest = b"\x08\x00\x40\x11SQ\0\0\xff\xff\xff\xff\xfe\xff\x00\xe0\xff\xff\xff\xff" * 5000
     with pytest.raises(DicomError):
         read_header(content[:start] + nest, b"")
+
+
+def element(tag: int, vr: bytes, value: bytes, explicit: bool = True) -> bytes:
+    long = vr in (b"SQ", b"UN", b"OB")
+    head = struct.pack("<HH", *divmod(tag, 0x10000))
+    if not explicit:
+        return head + struct.pack("<L", len(value)) + value
+    return head + vr + (struct.pack("<HL", 0, len(value)) if long else struct.pack("<H", len(value))) + value
+
+
+MANY = 9000
+PRIVATE = [element(0x00091000 + number, b"LO", b"") for number in range(MANY)]
+EMPTY_ITEM = b"\xfe\xff\x00\xe0\0\0\0\0"
+PATIENT, PIXELS, END = b"\x10\0\x20\0LO", b"\xe0\x7f\x10\0", b"\xfe\xff\xdd\xe0"
+# What is inserted, before what, and the reason.
+ATTACKS = {
+    "elements": (b"".join(PRIVATE), PATIENT, "has more than 100,000 elements"),
+    "elements in no order": (b"".join(PRIVATE[::-1]), PATIENT, "has more than 100,000 elements"),
+    "items": (b"\x08\0\x40\x11SQ\0\0\xff\xff\xff\xff" + EMPTY_ITEM * MANY, PATIENT, "has more than 100,000 elements"),
+    "tables": (element(tags.VOI_LUTS, b"SQ", EMPTY_ITEM * MANY), PIXELS, "has more than 100,000 elements"),
+    "groups": (element(tags.SHARED_GROUPS, b"SQ", EMPTY_ITEM * MANY), PIXELS, "has more than 100,000 elements"),
+    "fragments": (EMPTY_ITEM * MANY, END, "or more than 100,000 fragments"),
+    "a long value": (element(0x00091000, b"UN", bytes(300_000)), PATIENT, "has more than 33,554,432 bytes before"),
+    "meta information": (element(0x00020001, b"OB", b"") * MANY, b"\2\0\x10\0UI", "file meta information has no end"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_header_that_would_take_minutes_is_refused(  # type: ignore[no-untyped-def]
+    file_of, monkeypatch: pytest.MonkeyPatch, attack: str
+) -> None:
+    """With smaller limits than those in use, for a quick test."""
+    for name, limit in {"ELEMENTS": MANY // 3 - 1, "FRAGMENTS": MANY - 1, "HEADER": 2**18, "VALUE": 2**12}.items():
+        monkeypatch.setattr(parsing, f"MAX_{name}", limit)
+        monkeypatch.setattr(tags, f"MAX_{name}", limit)
+    inserted, before, reason = ATTACKS[attack]
+    content = file_of(IMAGE, uid.JPEGBaseline8Bit)
+    place = content.index(before)
+    with pytest.raises(DicomError, match=reason):
+        read_radiograph(content[:place] + inserted + content[place:])
+    below = inserted[: len(inserted) // 20 // 12 * 12]
+    if attack in ("elements", "fragments"):
+        assert np.array_equal(read_radiograph(content[:place] + below + content[place:]).pixels.shape, IMAGE.shape)
+
+
+@pytest.mark.parametrize("name", ["PatientID", "BodyPartExamined", "SOPInstanceUID", "PixelSpacing", "WindowCenter"])
+def test_a_value_beyond_all_measure_is_refused(file_of, name: str) -> None:  # type: ignore[no-untyped-def]
+    content = file_of(IMAGE, uid.ImplicitVRLittleEndian, **{name: "12"})
+    place = content.index(tag := struct.pack("<HH", *divmod(int(tag_for_keyword(name) or 0), 0x10000)), 300)
+    attacked = content[:place] + tag + struct.pack("<L", 80_000) + b"1\\" * 40_000 + content[place + 10 :]
+    with pytest.raises(DicomError, match=r"has a value of 80,000 bytes in \("):
+        read_radiograph(attacked)
 
 
 def test_damaged_numbers_are_refused_without_showing_them(file_of) -> None:  # type: ignore[no-untyped-def]

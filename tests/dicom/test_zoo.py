@@ -16,8 +16,8 @@ from pydicom import Dataset, dcmread
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 
 from ptxdist.dicom.decoding import decode
+from ptxdist.dicom.parsing import read_tags
 from ptxdist.dicom.radiograph import read_header, read_radiograph
-from ptxdist.dicom.tags import read_tags
 from ptxdist.errors import DicomError
 
 FILES = sorted((Path(pydicom.__file__).parent / "data" / "test_files").rglob("*.dcm"))

@@ -247,7 +247,7 @@ def test_several_at_a_time_get_their_own_answers(url: str, files: list[Path]) ->
 
 def test_a_defect_tells_its_place_and_no_value(files: list[Path]) -> None:
     class Broken(Predictor):
-        def predict_content(self, content: bytes, name: str = "") -> object:  # type: ignore[override]
+        def predict_content(self, content: bytes, name: str = "", check: object = None) -> object:  # type: ignore[override]
             raise ValueError("Quagmire")
 
     sound = make_predictor(OperatingPoint(top=0.5, min_area_px=0, bottom=0.5))
