@@ -327,7 +327,10 @@ def _items(dataset: Dataset, tag: int, reads: Iterator[int]) -> Sequence[Dataset
         return (element and element.value) or ()
     content = element.value or b""
     stream = _Stream(content, reads)
-    return read_sequence(stream, element.is_implicit_VR, element.is_little_endian, len(content), "iso8859")
+    found: Sequence[Dataset] = read_sequence(
+        stream, element.is_implicit_VR, element.is_little_endian, len(content), "iso8859"
+    )
+    return found
 
 
 def _group_items(dataset: Dataset, reads: Iterator[int]) -> list[Dataset]:
