@@ -278,7 +278,7 @@ def _stage(number: int, stage: _Stage, rate: float) -> Iterator[Decision]:
         yield decide("positive_share", stage.share, stage.why_share)
     yield decide("threshold", 0.25, "image and mirror image seldom agree on a pixel: half of both is too much")
     yield decide("mix", 0.6, "parts of other cases: so few positive ones are soon learnt by heart")
-    yield decide("best_by", "loss", "of masks and image head together")
+    yield decide("best_by", "loss", "of masks and image head together" if stage.negatives else "of the masks")
 
 
 def _rounded(steps: float) -> int:

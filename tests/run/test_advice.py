@@ -127,6 +127,15 @@ def test_the_file_has_a_reason_on_each_line_and_is_the_pipeline(machine: Machine
     assert tomllib.loads(text)["stages"][0]["epochs"] == keys["stages.1.epochs"]
 
 
+def test_lungs_are_in_every_image_so_there_is_no_image_head_and_the_recipe_is_said_to_be_untried() -> None:
+    plan = advise(replace(REAL, finding=LUNG, positive=848, train=(564, 564), val=(284, 284)), CPU)
+    pipeline = plan.settings("lungs")
+    assert not pipeline.model.image_head
+    assert {stage.negative_weight for stage in pipeline.stages} == {1.0}
+    assert "the recipe was measured with pneumothorax only, and not with lung" in plan.warnings
+    assert "image head" not in plan.toml()
+
+
 def test_small_is_the_plan_for_the_real_cases_on_two_cores() -> None:
     lines = (ROOT / "pipelines" / "small.toml").read_text().splitlines()
     assert [line for line in lines if not line.startswith("# Measured here")] == advise(REAL, CPU).toml().splitlines()
