@@ -72,10 +72,15 @@ def load_finding(name: str) -> tuple[FindingType, Limits]:
         if len(found) != 1:
             raise SettingsError(f"{name} describes {len(found)} findings; a cache has one")
         return next(iter(found.values()))
-    wanted = re.sub(r"[-_\s]+", " ", name).strip().lower()
-    if wanted not in _KNOWN:
+    if not known_name(name):
         raise SettingsError(f"unknown finding {name!r}; known are {', '.join(_KNOWN)}; or give a FILE.toml")
-    return _KNOWN[wanted]
+    return _KNOWN[known_name(name)]
+
+
+def known_name(name: str) -> str:
+    """The name in `findings.toml` that this is, also in capitals or with hyphens; "" when there is none."""
+    wanted = re.sub(r"[-_\s]+", " ", name).strip().lower()
+    return wanted if wanted in _KNOWN else ""
 
 
 def _read(path: Path) -> dict[str, tuple[FindingType, Limits]]:

@@ -87,7 +87,7 @@ def build_catalog(
     """
     shown, limits = load_finding(finding)
     encoding = parse_dialect(dialect) if dialect else None
-    found = read_any(labels, match=match, dialect=dialect, executor=executor)
+    found = read_any(labels, match=match, dialect=dialect, finding=shown.name, executor=executor)
     inputs = _read(images, labels, found, patients, salt, skip, executor, on_file)
     labelled = _join(inputs, labels, encoding, limits)
     cases, leakage = _split(labelled.cases, inputs.patient_of, former, folds, seed, salt)

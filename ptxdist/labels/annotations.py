@@ -11,8 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -55,7 +54,7 @@ def load_json(folder: Path, path: Path) -> Any:
 
 
 def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
-    """The masks of all images of a COCO file, or of the one of a LabelMe file, in the order of the file.
+    """The masks of all images of a COCO file, or of the one of a LabelMe file: one for each class of an image.
 
     Other JSON in a folder says nothing. Raises LabelError with the image's id, or the number of the annotation, for
     what is missing, contradicts itself or cannot be an outline in its image.
@@ -67,7 +66,7 @@ def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
     if not kind:
         raise LabelError(f"{place} is JSON of neither COCO (images, annotations) nor LabelMe (shapes)")
     try:
-        return _coco(content) if kind == "COCO" else [_labelme(content, path.name)]
+        return _coco(content) if kind == "COCO" else _labelme(content, path.name)
     except LabelError as error:
         raise LabelError(f"{place}: {error}") from None
 
@@ -78,8 +77,8 @@ def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
 def _coco(content: dict[str, Any]) -> list[FoundMask]:
     names = {item.get("id"): _class(item.get("name")) for item in _dicts(content.get("categories") or [], "category")}
     images: dict[object, tuple[str, Size]] = {}
-    spans: dict[object, list[Spans]] = {}
-    classes = Counter[str]()
+    spans: dict[object, dict[str, list[Spans]]] = {}
+    ids = set[str]()
     for number, image in enumerate(_dicts(content["images"], "image")):
         key, where = image.get("id"), f"image {number + 1}"
         if not isinstance(key, int | str) or key in images:
@@ -87,21 +86,21 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
         with _about(where):
             case_id = bare_id(_text(image.get("file_name"), "file_name"))
             images[key] = case_id, read_size(image.get("height"), image.get("width"))
+        spans[key] = {}
+        if case_id in ids:
+            raise LabelError(f"two images are named {case_id}")
+        ids.add(case_id)
     for number, item in enumerate(_dicts(content["annotations"], "annotation")):
         key = item.get("image_id")
         if not isinstance(key, int | str) or key not in images:
             raise LabelError(f"annotation {number + 1} is of an image that is not in the file ({short(key)})")
         case_id, size = images[key]
         with _about(f"annotation {number + 1}, of {case_id},"):
-            spans.setdefault(key, []).append(_segmentation(item.get("segmentation"), size))
             category = item.get("category_id")
             name = names.get(category) if isinstance(category, int | str) else None
-            classes[name or _class(category)] += 1
-    inside = _one_class(classes)
-    return [
-        FoundMask.of_spans(rle.unite(spans.get(key, [])), size, inside, case_id, "COCO")
-        for key, (case_id, size) in images.items()
-    ]
+            found = _segmentation(item.get("segmentation"), size)
+            spans[key].setdefault(name or _class(category), []).append(found)
+    return [mask for key, image in images.items() for mask in _by_class(spans[key], *image, "COCO")]
 
 
 def _segmentation(found: object, size: Size) -> Spans:
@@ -150,15 +149,14 @@ def _decompress(text: str) -> np.ndarray[Any, np.dtype[np.int64]]:
 # --- LabelMe --------------------------------------------------------------------------------------------------------
 
 
-def _labelme(content: dict[str, Any], name: str) -> FoundMask:
+def _labelme(content: dict[str, Any], name: str) -> list[FoundMask]:
     size = read_size(content.get("imageHeight"), content.get("imageWidth"))
     case_id = bare_id(_text(content.get("imagePath") or name, "imagePath"))
-    spans, classes = [], Counter[str]()
+    spans: dict[str, list[Spans]] = {}
     for number, shape in enumerate(_dicts(content["shapes"], "shape")):
         with _about(f"shape {number + 1}"):
-            spans.append(_shape(shape, size))
-            classes[_class(shape.get("label"))] += 1
-    return FoundMask.of_spans(rle.unite(spans), size, _one_class(classes), case_id, "LabelMe")
+            spans.setdefault(_class(shape.get("label")), []).append(_shape(shape, size))
+    return _by_class(spans, case_id, size, "LabelMe")
 
 
 def _shape(shape: dict[str, Any], size: Size) -> Spans:
@@ -226,9 +224,8 @@ def _class(name: object) -> str:
     return " ".join(str("" if name is None else name).split()).casefold()
 
 
-def _one_class(classes: Counter[str]) -> str:
-    """The class of all masks, "" when there is none; LabelError when there are several."""
-    if len(classes) > 1:
-        listed = ", ".join(f"{short(name)} ({count:,})" for name, count in classes.most_common(10))
-        raise LabelError(f"has several classes: {listed}; keep only the one that the model is to find")
-    return next(iter(classes), "")
+def _by_class(spans: Mapping[str, Sequence[Spans]], case_id: str, size: Size, tool: str) -> list[FoundMask]:
+    """A record for each class of an image; one of an empty mask when there is none."""
+    return [
+        FoundMask.of_spans(rle.unite(masks), size, name, case_id, tool) for name, masks in (spans or {"": []}).items()
+    ]

@@ -16,7 +16,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ptxdist.dicom.kind import START_BYTES
@@ -24,6 +24,7 @@ from ptxdist.dicom.radiograph import read_start
 from ptxdist.errors import LabelError, SettingsError
 from ptxdist.executor import Executor, serial
 from ptxdist.files import require_extra
+from ptxdist.finding import known_name
 from ptxdist.labels import nifti, pictures, rle
 from ptxdist.labels.annotations import kind_of_json, load_json, read_annotations
 from ptxdist.labels.evidence import Size
@@ -68,15 +69,17 @@ def read_any(
     match: str | None = None,
     dialect: str | None = None,
     option: str = "--dialect",
+    finding: str = "",
     executor: Executor = serial,
     on_file: OnFile = lambda done, total: None,
 ) -> Labels:
     """Read a label table, a file or a folder with masks of any known format.
 
-    `match` says how the name of a mask file gives the image's, see `names.Names`; `dialect` was given with `option`.
-    `on_file` is called with (files done, files) for a folder. Raises LabelError for labels that cannot be read,
-    contradict each other, or are of several classes; SettingsError for a `dialect` of anything but a table, a `match`
-    of what names its images itself, and a missing extra.
+    `match` says how the name of a mask file gives the image's, see `names.Names`; `dialect` was given with `option`. Of
+    several classes that JSON and DICOM SEG name, the one named `finding` is read; an image that JSON marks with others
+    only is negative. `on_file` is called with (files done, files) for a folder. Raises LabelError for labels that
+    cannot be read, contradict each other, or are of several classes; SettingsError for a `dialect` of anything but a
+    table, a `match` of what names its images itself, and a missing extra.
     """
     names = parse_match(match) if match else None
     files = _files_below(path) if path.is_dir() else {_kind_of_file(path): [path]}
@@ -89,17 +92,20 @@ def read_any(
         raise SettingsError(f"{path} holds {kind}, which have no dialect; leave out {option} {dialect}")
     if kind == NIFTI:
         require_extra("nifti", "reading NIfTI files", "nibabel")
-    named = kind in (IMAGES, NIFTI)
-    if names is None and named:
-        names = usual_names(files[kind])
-    ids = {each: _id_of(path, each, names) if named else "" for each in files[kind]}
-    if kind == SEG:  # an empty file says nothing of its kind
-        ids |= {each: "" for each in files.get("", ()) if each.stat().st_size == 0}
-    chosen = [each for each, case_id in ids.items() if case_id is not None]
-    _refuse_same_names(path, {each: ids[each] or "" for each in chosen}, names)
-    read = _read_all(path, kind, chosen, executor, on_file)
-    skip = _others(files, ids, names) if path.is_dir() and names else (path,) if named else ()
-    return _join(path, kind, {each: ids[each] or "" for each in chosen}, read, skip, names)
+    if kind in (IMAGES, NIFTI):
+        names = names or usual_names(files[kind])
+        ids = _ids(path, files[kind], names)
+    else:
+        empty = files.get("", ()) if kind == SEG else ()  # an empty file says nothing of its kind
+        ids = dict.fromkeys([*files[kind], *(each for each in empty if each.stat().st_size == 0)], "")
+    read, left_out = _of_finding(path, kind, _read_all(path, kind, list(ids), executor, on_file), finding)
+    labels = _join(path, kind, ids, read)
+    if left_out:
+        labels = replace(labels, kind=f"{labels.kind}, without other classes")
+    if names:
+        shown = f"{labels.kind} named {names.mask}"
+        return replace(labels, kind=shown, skip=_others(files, ids, names), folders=names.folders)
+    return replace(labels, skip=(path,)) if kind in (IMAGES, NIFTI) else labels
 
 
 def _kind_of_file(path: Path) -> str:
@@ -168,31 +174,33 @@ def _article(kind: str) -> str:
     return f"a {kind}" if kind == TABLE else kind
 
 
-def _id_of(folder: Path, path: Path, names: Names | None) -> str | None:
+def _others(files: Mapping[str, Sequence[Path]], ids: Mapping[Path, str], names: Names) -> Collection[Path]:
+    """The masks, and files that are neither masks nor images, where both lie in one folder."""
+    return [path for paths in files.values() for path in paths if path in ids or not names.is_image(path)]
+
+
+def _ids(folder: Path, paths: Sequence[Path], names: Names | None) -> dict[Path, str]:
+    """Ids of the images of those files that are masks.
+
+    LabelError when an image has two, unless these are a left and a right one in folders named so.
+    """
     try:
-        return names.id_of(path) if names else bare_id(path.name)
+        found = {path: names.id_of(path) if names else bare_id(path.name) for path in paths}
     except LabelError as error:
         raise LabelError(f"{folder}: a file {error}") from None
-
-
-def _others(files: Mapping[str, Sequence[Path]], ids: Mapping[Path, str | None], names: Names) -> Collection[Path]:
-    """Files that are neither masks nor images, where both lie in one folder, and the masks."""
-    return [path for paths in files.values() for path in paths if ids.get(path) or not names.is_image(path)]
-
-
-def _refuse_same_names(folder: Path, ids: Mapping[Path, str], names: Names | None) -> None:
-    """LabelError when an image has two masks, unless these are a left and a right one in folders named so."""
+    ids = {path: case_id for path, case_id in found.items() if case_id is not None}
     same = defaultdict[str, list[Path]](list)
     for path, case_id in ids.items():
         same[case_id].append(path)
     for case_id, paths in same.items():
         above = [path.parent.name.lower() for path in paths]
         sides = len(paths) == 2 and above[0] != above[1] and len({_SIDES.sub("", name) for name in above}) == 1
-        if case_id and len(paths) > 1 and not sides:
+        if len(paths) > 1 and not sides:
             raise LabelError(
                 f"{folder}: {len(paths)} mask images in it are named {case_id}; an image can have only one. If their "
                 f"folders tell them apart, give --match '{f'*/{names.mask}=*/{names.image}' if names else '*/*'}'"
             )
+    return ids
 
 
 def _read_all(
@@ -214,13 +222,32 @@ def _read_files(folder: Path, kind: str, start: int, paths: Sequence[Path]) -> t
     return start, [_READERS[kind](folder, path) for path in paths]
 
 
+def _of_finding(
+    folder: Path, kind: str, read: Sequence[Sequence[FoundMask]], finding: str
+) -> tuple[Sequence[Sequence[FoundMask]], bool]:
+    """The masks of the finding where classes are named, and whether others were left out.
+
+    LabelError when the only class is another known finding; any other name may mean this one.
+    """
+    classes = {str(mask.inside) for found in read for mask in found} - {""}
+    if kind not in (JSON, SEG) or not finding:
+        return read, False
+    if len(classes) == 1 and (other := known_name(classes.copy().pop())) not in ("", finding):
+        raise LabelError(f"{folder}: the masks are of the class {short(other)}; give --finding {short(other)}")
+    if len(classes) < 2 or finding not in classes:
+        return read, False
+    chosen = [[mask for mask in found if kind == JSON or mask.inside in ("", finding)] for found in read]
+    return [
+        [mask if mask.inside == finding else replace(mask, text=rle.EMPTY, inside="") for mask in found]
+        for found in chosen
+    ], True
+
+
 def _join(
     folder: Path,
     kind: str,
     ids: Mapping[Path, str],
     read: Sequence[Sequence[FoundMask]],
-    skip: Collection[Path],
-    names: Names | None,
 ) -> Labels:
     """All masks by image id; LabelError when they contradict each other."""
     masks: dict[str, tuple[str, ...]] = {}
@@ -230,7 +257,7 @@ def _join(
     for path, found in zip(ids, read, strict=True):
         for mask in found:
             case_id = mask.case_id or ids[path]
-            if case_id in masks and (mask.case_id or sizes[case_id] != mask.size):
+            if owners.get(case_id, path) != path and (mask.case_id or sizes[case_id] != mask.size):
                 raise LabelError(
                     f"{folder}: {case_id} has two masks, in {owners[case_id].name} and in {path.name}"
                     + ("; keep one of them" if mask.case_id else ", of different sizes")
@@ -246,9 +273,7 @@ def _join(
         kind = f"{next(mask.tool for found in read for mask in found)} annotations"
     if kind not in (IMAGES, NIFTI) and insides:
         kind += f" of {short(next(iter(insides)))}"
-    if names:
-        kind += f" named {names.mask}"
-    return Labels(masks, sizes, kind, skip, names.folders if names else 0)
+    return Labels(masks, sizes, kind)
 
 
 def _refuse_classes(folder: Path, insides: Mapping[str | float, Path]) -> None:
@@ -263,4 +288,7 @@ def _refuse_classes(folder: Path, insides: Mapping[str | float, Path]) -> None:
     if len(texts) + bool(shares) > 1:
         listed = [f"{path.name} has {value}" for value, path in texts[:5]]
         listed += [f"{next(iter(shares.values())).name} has black and white"] if shares else []
-        raise LabelError(f"{folder}: the masks are of several classes ({', '.join(listed)}); keep the one to be found")
+        raise LabelError(
+            f"{folder}: the masks are of several classes ({', '.join(listed)}); keep the one to be found, or name it "
+            "with --finding where the file names classes"
+        )

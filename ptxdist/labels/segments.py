@@ -1,15 +1,14 @@
 """DICOM Segmentation objects (PS3.3 A.51) -> masks, by the SOP instance that each frame was derived from.
 
-Binary, fractional (at half of the highest value) and label map objects are read. The frames of an instance are united.
-An instance that an object refers to without a frame stays unlabelled. A mask has the pixels of its radiograph;
-positions in space are not used, since a radiograph has none.
+Binary, fractional (at half of the highest value) and label map objects are read. The frames of an instance and a class
+are united. An instance that an object refers to without a frame stays unlabelled. A mask has the pixels of its
+radiograph; positions in space are not used, since a radiograph has none.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections import defaultdict
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import numpy.typing as npt
 from ptxdist.dicom.png import MAX_PIXELS
 from ptxdist.dicom.radiograph import CASE_ID, read_bytes
 from ptxdist.errors import DicomError, LabelError
-from ptxdist.labels.found import FoundMask, place_of, read_size, short
+from ptxdist.labels.found import FoundMask, place_of, read_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -37,7 +36,7 @@ def is_segmentation(start: bytes) -> bool:
 def read_segmentation(folder: Path, path: Path) -> list[FoundMask]:
     """The masks of the radiographs that one DICOM SEG refers to, in the order of its frames.
 
-    Raises LabelError for a damaged file, frames that do not say which image they are of, and several classes.
+    Raises LabelError for a damaged file, and frames that do not say which image they are of.
     """
     import pydicom  # here, so that `ptxdist score` starts fast
 
@@ -77,21 +76,16 @@ def _read(source: Dataset) -> list[FoundMask]:
     names = {int(item.SegmentNumber): _name(item) for item in source.SegmentSequence}
     kind = str(source.get("SegmentationType", ""))
     half = int(source.get("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else 0.5
-    masks: dict[str, npt.NDArray[np.bool_]] = {}
-    classes: dict[str, set[str]] = defaultdict(set)
+    masks: dict[tuple[str, str], npt.NDArray[np.bool_]] = {}
     for group, values in zip(groups, iter_pixels(source, raw=True), strict=True):
         instance = _instance(source, shared, group)
         mask = values >= half
-        masks[instance] = masks.get(instance, False) | mask
-        inside = np.unique(values[mask]).tolist()
-        numbers = inside if kind == "LABELMAP" else [_segment(shared, group)] if inside else []
-        classes[instance] |= {names.get(number, f"segment {number}") for number in numbers}
-    found = sorted(set().union(*classes.values()))
-    if len(found) > 1:
-        raise LabelError(
-            f"has several classes: {', '.join(map(short, found[:10]))}; keep only the one that the model is to find"
-        )
-    return [FoundMask.of(mask, found[0] if found else "", instance) for instance, mask in masks.items()]
+        numbers = np.unique(values[mask]).tolist() if kind == "LABELMAP" else [_segment(shared, group)]
+        for number in numbers or [0]:
+            part = values == number if kind == "LABELMAP" and number else mask
+            key = instance, names.get(number, f"segment {number}") if part.any() else ""
+            masks[key] = masks.get(key, False) | part
+    return [FoundMask.of(mask, name, instance) for (instance, name), mask in masks.items()]
 
 
 def _items(source: Any, *path: str) -> list[Any]:

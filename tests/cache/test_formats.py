@@ -452,8 +452,10 @@ def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_pa
     other.SegmentIdentificationSequence = pydicom.Sequence([identity])
     seg.PerFrameFunctionalGroupsSequence.append(other)
     seg.NumberOfFrames, seg.PixelData = 2, seg.PixelData + second.PixelData
-    with pytest.raises(LabelError, match=r"1.dcm has several classes: 'lung', 'pneumothorax'; keep only the one"):
+    with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 1.dcm has 'lung'\)"):
         read_any(saved(seg, tmp_path / "1.dcm"))
+    assert list(read_any(tmp_path / "1.dcm", finding="pneumothorax").masks) == [IDS[1]]
+    assert list(read_any(tmp_path / "1.dcm", finding="lung").masks) == [IDS[2]]
 
 
 def saved(seg: Any, path: Path) -> Path:

@@ -130,6 +130,21 @@ def test_an_image_without_annotations_is_negative_and_masks_are_united(tmp_path:
     assert (found.sizes, found.kind) == ({"a": (6, 8), "b": (6, 8)}, "COCO annotations of 'pneumothorax'")
 
 
+def test_of_several_classes_the_finding_is_read(tmp_path: Path) -> None:
+    lung = annotation(category_id=8, image_id=2)
+    path = write(tmp_path / "instances.json", coco(annotations=[annotation(), lung, annotation(category_id=8)]))
+    found = read_any(path, finding="pneumothorax")
+    assert found.masks == {"a": ("25 1 5 1",), "b": ()}
+    assert found.kind == "COCO annotations of 'pneumothorax', without other classes"
+    assert read_any(path, finding="lung").masks == {"a": ("25 1 5 1",), "b": ("25 1 5 1",)}
+    with pytest.raises(LabelError, match=r"several classes .*; keep the one to be found, or name it with --finding"):
+        read_any(path, finding="nodule")
+    alone = write(tmp_path / "lungs.json", coco(annotations=[lung]))
+    assert read_any(alone, finding="lung").kind == "COCO annotations of 'lung'"
+    with pytest.raises(LabelError, match=r"the masks are of the class 'lung'; give --finding 'lung'"):
+        read_any(alone, finding="pneumothorax")
+
+
 def test_a_labelme_file_without_shapes_is_negative(tmp_path: Path) -> None:
     write(tmp_path / "x.json", labelme(shape(), shape(label="PTX", shape_type=None), imagePath="..\\images\\a.png"))
     write(tmp_path / "b.json", labelme(imagePath=None))
@@ -153,7 +168,10 @@ HUGE = {"id": 3, "file_name": "c.png", "height": 100_000, "width": 100_000}
         ({"a": 1}, "is JSON of neither COCO (images, annotations) nor LabelMe (shapes)"),
         ([], "is JSON of neither COCO"),
         (coco(images=[], annotations=[]), "name no image"),
-        (coco(annotations=[annotation(), annotation(category_id=8)]), "classes: 'pneumothorax' (1), 'lung' (1)"),
+        (
+            coco(annotations=[annotation(), annotation(category_id=8)]),
+            "classes (a.json has 'pneumothorax', a.json has 'lung')",
+        ),
         (coco(annotations=[annotation(image_id=9)]), "annotation 1 is of an image that is not in the file ('9')"),
         (segment([]), "annotation 1, of a, has no outline (a box is not enough)"),
         (segment([[1, 2, 3, 4]]), "has an outline of 4 numbers; expected x and y"),
@@ -176,9 +194,12 @@ HUGE = {"id": 3, "file_name": "c.png", "height": 100_000, "width": 100_000}
         (coco(images=[{**HUGE, "file_name": "a\nb" * 99}]), "image 1 names an image 'a?ba?b"),
         (coco(images=[{**HUGE, "file_name": None}]), "image 1 has no file_name"),
         (coco(images=[{"file_name": "a"}]), "image 1 has no id of its own"),
-        (coco(images=[*coco()["images"], {**HUGE, "file_name": "a", "height": 6, "width": 8}]), "a has two masks"),
+        (
+            coco(images=[*coco()["images"], {**HUGE, "file_name": "a", "height": 6, "width": 8}]),
+            "two images are named",
+        ),
         (coco(annotations=[7]), "annotation 1 is no object with names and values"),
-        (labelme(shape(), shape(label="lung")), "several classes: 'ptx' (1), 'lung' (1)"),
+        (labelme(shape(), shape(label="lung")), "several classes (a.json has 'ptx', a.json has 'lung')"),
         (labelme(shape(shape_type="linestrip")), "shape 1 is a linestrip, which has no area; draw a polygon"),
         (labelme(shape(shape_type="spline")), "shape 1 is of the unknown kind 'spline'"),
         (labelme(shape(shape_type="rectangle")), "shape 1 is a rectangle of 4 points; expected two"),
