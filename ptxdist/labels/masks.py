@@ -92,11 +92,12 @@ def open_labels(
     *,
     dialect: str | None = None,
     match: str | None = None,
+    finding: str = "",
     limits: Limits = PNEUMOTHORAX_LIMITS,
     on_file: OnFile,
 ) -> Masks:
     """The true masks: labels of any format that `ptxdist preprocess --labels` takes. Errors as `reader.read_any`."""
-    labels = read_any(path, match=match, dialect=dialect, option="--truth-dialect", on_file=on_file)
+    labels = read_any(path, match=match, dialect=dialect, option="--truth-dialect", finding=finding, on_file=on_file)
     given = parse_dialect(dialect) if dialect else None
     words = "" if labels.sizes is None else labels.kind
     return TextMasks(

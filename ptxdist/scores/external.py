@@ -106,10 +106,10 @@ def score_predictions(
     """
     if surfaces:
         require_surfaces()
-    _, limits = load_finding(finding)
+    shown, limits = load_finding(finding)
     predicted = open_predictions(predictions, threshold=threshold, dialect=dialect, limits=limits)
     on_file = partial(on_progress, "truth")
-    true = open_labels(truth, dialect=truth_dialect, match=match, limits=limits, on_file=on_file)
+    true = open_labels(truth, dialect=truth_dialect, match=match, finding=shown.name, limits=limits, on_file=on_file)
     if size_px is not None and (predicted.sizes or true.sizes):
         raise SettingsError(f"the size of the images is known from their masks; leave out --size-px {size_px}")
     ids = _common(predicted.ids, true.ids, predictions, truth, subset)
