@@ -165,7 +165,7 @@ def _choose(folder: Path, files: Mapping[str, Sequence[Path]], names: Names | No
         others = ", ".join(f"{number} with the suffix {suffix}" for suffix, number in count.most_common(3))
         raise LabelError(
             f"{folder} has no mask images (<image id>.png), NIfTI masks, annotations in JSON or DICOM SEG objects in "
-            f"it or below it; {f'its files: {others}' if others else 'it is empty'}"
+            f"it or below it; {f'its files: {others}; give the file of a table' if others else 'it is empty'}"
         )
     return pictured[0]
 
