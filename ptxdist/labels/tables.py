@@ -155,7 +155,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
     except UnicodeDecodeError as error:
         what = _NO_TEXT.get(start, "it is not text in UTF-8; save it as CSV in UTF-8")
         raise LabelError(f"{path}: cannot be read as a CSV file: {what}") from error
-    except (OSError, EOFError, zlib.error, csv.Error, zipfile.BadZipFile) as error:
+    except zipfile.BadZipFile as error:  # its message may contain bytes of the file
+        raise LabelError(f"{path}: cannot be read as a CSV file: it is a damaged zip file") from error
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise LabelError(f"{path}: cannot be read as a CSV file: {reason}") from error
 

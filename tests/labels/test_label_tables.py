@@ -70,7 +70,7 @@ def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pyt
     refused(path, "unpacks to more than the limit of 9,999 bytes")
     refused(write(tmp_path, gzip.compress(bytes(10_000)), "labels.csv.gz"), "unpacks to more than the limit")
     path.write_bytes(path.read_bytes()[:-30])
-    refused(path, "cannot be read as a CSV file: File is not a zip file")
+    refused(path, "cannot be read as a CSV file: it is a damaged zip file")
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pyt
         ("ImageId,EncodedPixels\na," + "x" * 9999, "line 2, a: run-length text contains something"),
         ("ImageId,EncodedPixels\na,-1\n".encode("utf-16"), "it is UTF-16; save it as CSV in UTF-8"),
         ("ImageId,EncodedPixels\na,-1\n".encode("utf-16-le"), "expected the columns"),
-        (b"PK\3\4\x14\0\0\0\x08\0" + bytes(range(256)), "cannot be read as a CSV file: File is not a zip file"),
+        (b"PK\3\4\x14\0\0\0\x08\0" + bytes(range(256)), "cannot be read as a CSV file: it is a damaged zip file"),
     ],
 )
 def test_wrong_table_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
