@@ -100,13 +100,13 @@ def test_work_ahead_keeps_the_order_is_bounded_and_raises_at_its_turn() -> None:
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("ptxdist-ahead")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/predict.md"])
+@pytest.mark.parametrize(("page", "run"), [("README.md", "runs/first"), ("docs/predict.md", "runs/exp4")])
 def test_the_documented_lines_predict(
-    page: str, finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]
+    page: str, run: str, finished_run: Path, small_dataset: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = (Path(__file__).parents[2] / page).read_text().split("```python\n")[1].split("```")[0]
     path = next(iter(files(small_dataset).values()))
-    for name, real in (("runs/exp4", finished_run), ("image.dcm", path)):
+    for name, real in ((run, finished_run), ("image.dcm", path)):
         assert code.count(f'"{name}"') == 1
         code = code.replace(name, str(real))
     names: dict[str, Any] = {}
