@@ -41,6 +41,10 @@ DEFAULT_PIPELINE = "paper"
 
 Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
+Channels = Annotated[int, Field(ge=1, le=1024)]
+Precision = Literal["auto", "fp32", "bf16"]
+_MOST_VALUES = 2**28  # of an image in one layer of the decoder: 1 GiB
 
 
 _ADDED = "added after 0.1.0"
@@ -96,7 +100,7 @@ class TrainSettings(Section):
         None, ge=1, description="train with this many while nodes are missing; default: wait for all workers"
     )
     device: Literal["auto", "cpu", "gpu"] = Field("auto", description="auto: one GPU per worker if there are enough")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware supports it")
+    precision: Precision = Field("auto", description="auto: bf16 where the hardware supports it")
     sync_batch_norm: bool = Field(True, description="batch statistics over the global batch of all workers")
     micro_batch: int | None = Field(
         None, ge=1, description="cases per forward pass of a worker; gradients are accumulated over the global batch"
@@ -127,7 +131,7 @@ class ModelSettings(Section):
     input_mapping: Literal["repeat", "learned"] = Field(
         "repeat", description="grayscale to three channels: repeated, or by a learned 1x1 convolution"
     )
-    decoder_channels: tuple[int, int, int, int, int] = Field((256, 128, 64, 32, 16))
+    decoder_channels: tuple[Channels, Channels, Channels, Channels, Channels] = Field((256, 128, 64, 32, 16))
     image_head: bool = added(False, description="also predict from the pooled features whether the image is positive")
     init: str | None = added(
         None, min_length=1, description="a run, a bundle or a file with weights of the whole network"
@@ -163,9 +167,9 @@ Recipe = Annotated[str | tuple[Transform, ...], WrapValidator(_recipe)]
 class StageSettings(Section):
     """One training at one size."""
 
-    size_px: int = Field(ge=32, multiple_of=32, description="side of the square images, in pixels")
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1, description="cases per optimiser step over all workers together")
+    size_px: Side = Field(description="side of the square images, in pixels")
+    epochs: int = Field(ge=1, le=100_000)
+    batch_size: int = Field(ge=1, le=100_000, description="cases per optimiser step over all workers together")
     learning_rate: float = Field(1e-3, gt=0)
     weight_decay: float = added(0.0, ge=0, description="decoupled from the gradient, as in AdamW; 0: Adam")
     warmup_steps: int = added(0, ge=0, description="first optimiser steps, over which the learning rate rises from 0")
@@ -190,6 +194,7 @@ class StageSettings(Section):
     phantoms: int = added(
         0,
         ge=0,
+        le=1_000_000,
         description="train on so many phantoms with the masks of the training cases instead of on the cases, and keep "
         "the last epoch; 0: the cases",
     )
@@ -241,6 +246,14 @@ class PipelineSettings(Section):
     model: ModelSettings = ModelSettings()
     stages: tuple[StageSettings, ...] = Field(min_length=1)
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _fits_memory(self) -> PipelineSettings:
+        for stage in self.stages:
+            for halved, channels in enumerate(reversed(self.model.decoder_channels)):
+                if channels * (side := stage.size_px >> halved) ** 2 > _MOST_VALUES:
+                    raise ValueError(f"model.decoder_channels: {channels} at {side} pixels take over 1 GiB an image")
+        return self
 
     @model_validator(mode="after")
     def _tells_negatives(self) -> PipelineSettings:

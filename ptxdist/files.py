@@ -117,37 +117,39 @@ def write_json(
 ) -> None:
     """Write a mapping or a pydantic model as JSON, indented by two, atomically.
 
-    Its last entry, `sha256`, has the checksums by which `read_json` recognises damage: of the other entries, by the
-    name of the file, and of the files `beside` in the same folder, by their names.
+    Its entry `sha256` has the checksums by which `read_json` recognises damage: by their names, those of the files
+    `beside` in the same folder, and that of all other entries, by the name of the file.
     """
-    plain = content if isinstance(content, Mapping) else content.model_dump(mode="json")
-    sums = {path.name: content_sum(plain), **{name: sha256(path.parent / name) for name in beside}}
-    text = json.dumps({**plain, "sha256": sums}, indent=2, allow_nan=False)
+    plain = dict(content if isinstance(content, Mapping) else content.model_dump(mode="json"))
+    plain["sha256"] = sums = {name: sha256(path.parent / name) for name in beside}
+    sums[path.name] = content_sum(plain)
+    text = json.dumps(plain, indent=2, allow_nan=False)
     write_whole(path, text + "\n", sync=sync, error=error)
 
 
-def read_json(path: Path, remedy: str, *, error: type[PtxdistError] = RunError) -> dict[str, Any]:
-    """What `write_json` wrote. A file without `sha256`, of an older version, is not compared, nor are those beside it.
+def read_json(path: Path, remedy: str, *beside: str, error: type[PtxdistError] = RunError) -> dict[str, Any]:
+    """What `write_json` wrote; the files `beside`, whose checksums it has, are compared too.
 
-    Raises `error`, which ends with the `remedy`, when the file or one beside it is damaged or cannot be read.
+    Files of older versions have no `sha256`: what was not recorded is not compared.
+    Raises `error`, which ends with the `remedy`, when one of these files is damaged or cannot be read.
     """
     try:
         content = parse_json(path.read_bytes())
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
-        sums = content.pop("sha256", None)
+        sums = content.get("sha256")
         if sums is None:
             return content
-        if not isinstance(sums, dict) or sums.get(path.name) != content_sum(content):
+        if not isinstance(sums, dict) or sums.pop(path.name, None) != content_sum(content):
             raise ValueError("it has another checksum than when it was written")
+        del content["sha256"]
     except OSError as failure:
         raise error(f"{path} cannot be read: {failure.strerror or failure}; {remedy}") from failure
     except (ValueError, RecursionError) as failure:
         raise error(f"{path} is damaged ({failure}); {remedy}") from failure
-    for name in sums.keys() - {path.name}:
-        beside = below(path.parent, name, error=error)
-        if found := damage_of(beside, sums[name]):
-            raise error(f"{beside} {found}; {remedy}")
+    for name in beside:
+        if name in sums and (found := damage_of(path.parent / name, sums[name])):
+            raise error(f"{path.parent / name} {found}; {remedy}")
     return content
 
 

@@ -5,19 +5,25 @@ Owns: the content of these files (`rundir` has their names).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ptxdist.finding import FindingType, unless_pneumothorax
 
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+# A score's threshold: above that of all images, none is flagged.
+ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]
+# A path below a folder; no part begins with a dot.
+Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\z")]
 Intervals = dict[str, tuple[float, float]]
 
 
 class Record(BaseModel):
-    """A frozen record that is written as JSON."""
+    """A frozen record that is written as JSON; NaN and infinite values are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def when_known() -> Any:
@@ -36,14 +42,14 @@ class Scores(Record):
     `all_empty_dice`  the Kaggle Dice that empty masks for all images would score
     """
 
-    cases: int
-    positives: int
-    kaggle_dice: float
-    positive_dice: float | None
-    pooled_dice: float
-    sensitivity: float | None
-    specificity: float | None
-    all_empty_dice: float
+    cases: Count
+    positives: Count
+    kaggle_dice: Share
+    positive_dice: Share | None
+    pooled_dice: Share
+    sensitivity: Share | None
+    specificity: Share | None
+    all_empty_dice: Share
 
     @property
     def pooled_iou(self) -> float:
@@ -64,10 +70,10 @@ class OperatingPoint(Record):
     `image` is searched for models with an image head. At 0 any score reaches it, and it is left out of JSON.
     """
 
-    top: float
-    min_area_px: int
-    bottom: float
-    image: float = Field(0.0, exclude_if=lambda value: value == 0)
+    top: Share
+    min_area_px: Count
+    bottom: Share
+    image: ScoreThreshold = Field(0.0, exclude_if=lambda value: value == 0)
 
     def admits(self, score: float) -> bool:
         """Whether a score reaches `image`; rounded to six digits, as it is written for people."""
@@ -123,7 +129,7 @@ class StageResult(Record):
     seconds: float
     best: EpochMetrics
     history: tuple[EpochMetrics, ...]
-    weights: str
+    weights: Name
     weights_sha256: str
     reused_from: str | None = None
 
@@ -182,19 +188,19 @@ class WorkingPoint(Record):
     """
 
     kind: Literal["sensitivity", "specificity"]
-    target: float
-    threshold: float
-    hits: int
-    misses: int
-    alarms: int
-    rejections: int
-    sensitivity: float
-    specificity: float
+    target: Share
+    threshold: ScoreThreshold
+    hits: Count
+    misses: Count
+    alarms: Count
+    rejections: Count
+    sensitivity: Share
+    specificity: Share
     intervals: Intervals = {}
-    flagged: float
-    prevalence: float
-    ppv: float | None
-    npv: float | None
+    flagged: Share
+    prevalence: Share
+    ppv: Share | None
+    npv: Share | None
 
     @property
     def name(self) -> str:
@@ -296,14 +302,14 @@ class EvaluationResult(Record):
     masks show. Fields with a default are missing in results of older versions.
     """
 
-    threshold: float
-    min_area_px: int
+    threshold: Share
+    min_area_px: Count
     flip_averaging: bool
     runs: int = 1
     folds: tuple[int, ...] = (0,)
     point: OperatingPoint | None = when_known()
     scores: Scores
-    auroc: float | None = None
+    auroc: Share | None = None
     intervals: Intervals = {}
     at_other_thresholds: dict[str, Scores]
     tuned: tuple[TunedPoint, ...] = ()
@@ -355,6 +361,15 @@ class PipelineResult(Record):
     stages: tuple[StageResult, ...]
     evaluation: EvaluationResult
     seconds: float
+
+
+class Environment(Record):
+    """What is read of environment.json: versions of packages, and the commit of ptxdist."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    packages: dict[str, str] = {}
+    commit: str | None = None
 
 
 class ParentModel(Record):

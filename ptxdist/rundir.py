@@ -26,12 +26,13 @@ and of the folder of `ptxdist predict`, which `predict/folder.py` describes:
 
     OUT/submission.csv, predict.json, findings/
 
-Owns: these names; `records` has the content. Refuses: folders that are not runs (RunError).
+Owns: these names; `records` has the content. Refuses: folders that are not runs, and files that are damaged (RunError):
+each JSON file has a checksum, origin.json that of training-images.csv too, and the result of an evaluation those of its
+tables. What an older version wrote has none and is used as it is.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ from pydantic import ValidationError
 from ptxdist import files
 from ptxdist.config import Settings, differences, restore, snapshot
 from ptxdist.errors import RunError
-from ptxdist.records import EpochMetrics, EvaluationResult, Origin, PipelineResult, Record, StageResult
+from ptxdist.records import Environment, EpochMetrics, EvaluationResult, Origin, PipelineResult, Record, StageResult
 
 SETTINGS = "settings.json"
 ENVIRONMENT = "environment.json"
@@ -58,11 +59,13 @@ EVALUATION = "evaluation"
 CASES = "cases.csv"
 HISTOGRAMS = "histograms.safetensors"
 PREDICTIONS = "predictions.csv"
+TABLES = (CASES, PREDICTIONS, HISTOGRAMS)
 REPORT = "report"
 REPORT_PAGE = "report/index.html"
 SUBMISSION = "submission.csv"
 PREDICT_SETTINGS = "predict.json"
 FINDINGS = "findings"
+_ON_PURPOSE = "after a change on purpose, remove `sha256` from it"
 _Record = TypeVar("_Record", bound=Record)
 
 
@@ -76,9 +79,10 @@ def read_settings(run: Path) -> Settings:
     path = run / SETTINGS
     if not path.is_file():
         raise RunError(f"{run} is not a run folder (no {SETTINGS}); `ptxdist train --run {run}` makes one")
+    content = files.read_json(path, f"put it back from a copy; {_ON_PURPOSE}")
     try:
-        return restore(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+        return restore(content)
+    except (ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); the run cannot be continued") from error
 
 
@@ -123,12 +127,17 @@ def read_stages(run: Path) -> list[StageResult]:
     return stages
 
 
-def read_evaluation(folder: Path) -> EvaluationResult:
-    """Result of an evaluation's folder; RunError when there is none."""
+def write_evaluation(folder: Path, evaluation: EvaluationResult) -> None:
+    """Write the result of an evaluation, last: it has the checksums of the tables."""
+    files.write_json(folder / RESULT, evaluation, beside=TABLES)
+
+
+def read_evaluation(folder: Path, *tables: str) -> EvaluationResult:
+    """Result of an evaluation's folder; RunError when there is none, or when one of these `tables` is damaged."""
     path = folder / RESULT
     if not path.is_file():
         raise RunError(f"{folder} holds no evaluation; `ptxdist evaluate` makes one")
-    return _read(path, EvaluationResult, "rerun `ptxdist evaluate`")
+    return _read(path, EvaluationResult, "rerun `ptxdist evaluate`", *tables)
 
 
 def read_result(run: Path) -> PipelineResult:
@@ -137,26 +146,51 @@ def read_result(run: Path) -> PipelineResult:
     path = run / RESULT
     if not path.is_file():
         raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
-    return _read(path, PipelineResult, "rerun the same `ptxdist train`")
+    return _read(path, PipelineResult, "rerun the same `ptxdist train`, which writes it again")
 
 
 def read_origin(run: Path) -> Origin | None:
     """What the network of a run is made from; None for runs of older versions, which have no record of it."""
     path = run / ORIGIN
-    return _read(path, Origin, "rerun the same `ptxdist train`") if path.is_file() else None
+    return _read(path, Origin, _origin_remedy(path)) if path.is_file() else None
+
+
+def read_training_images(run: Path) -> bytes | None:
+    """Content of training-images.csv; None for runs of older versions. RunError when it is damaged or missing."""
+    origin, path = run / ORIGIN, run / TRAINING_IMAGES
+    if origin.is_file():
+        _read(origin, Origin, _origin_remedy(origin), TRAINING_IMAGES)
+    return path.read_bytes() if path.is_file() else None
+
+
+def _origin_remedy(path: Path) -> str:
+    return f"remove {path} and rerun the same `ptxdist train`, which writes it again"
+
+
+def read_environment(run: Path) -> Environment:
+    """The versions that a run was made with; an empty record where they are not known."""
+    path = run / ENVIRONMENT
+    return _read(path, Environment, f"remove {path}: the report does without it") if path.is_file() else Environment()
 
 
 def read_metrics(run: Path) -> list[EpochMetrics]:
-    """Lines of metrics.jsonl, in order; [] before the first epoch is finished."""
+    """Lines of metrics.jsonl, in order; [] before the first epoch is finished. RunError when it is damaged.
+
+    It is for people and other programs: the epochs of a finished stage are in its result too.
+    """
     path = run / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [EpochMetrics.model_validate_json(line) for line in lines]
-
-
-def _read(path: Path, kind: type[_Record], remedy: str) -> _Record:
     try:
-        return kind.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValidationError as error:
+        lines = path.read_bytes().decode().splitlines() if path.is_file() else []
+        return [EpochMetrics.model_validate(files.parse_json(line)) for line in lines]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged; the same epochs are in the results of the stages") from error
+
+
+def _read(path: Path, kind: type[_Record], remedy: str, *beside: str) -> _Record:
+    content = files.read_json(path, remedy, *beside)
+    try:
+        return kind.model_validate(content)
+    except (ValidationError, RecursionError) as error:
         raise RunError(f"{path} is damaged or of another version; {remedy}") from error
 
 

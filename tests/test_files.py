@@ -361,7 +361,8 @@ def test_json_that_was_altered_is_refused_and_other_blanks_are_not(tmp_path: Pat
         if content:
             (tmp_path / "table.csv").write_bytes(content)
         with pytest.raises(RunError, match=f"table.csv {words}; do it again"):
-            read_json(path, "do it again")
+            read_json(path, "do it again", "table.csv")
+        assert read_json(path, "") == read_json(path, "", "another.csv") == {"a": 0.5, "b": [1, "é"]}
         (tmp_path / "table.csv").touch()
 
 

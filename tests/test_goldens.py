@@ -68,7 +68,9 @@ def test_no_command_is_gone() -> None:
 
 @pytest.mark.parametrize("name", ["settings", "manifest", "run", "cache", "tensorboard"])
 def test_what_is_written(files: dict[str, Any], name: str) -> None:
-    """Added after 0.1.0: what a network is made from, and fingerprints of its training images."""
+    """Added after 0.1.0: what a network is made from, fingerprints of its training images, checksums of settings."""
+    if name == "settings":
+        assert list(files[name].pop("sha256")) == ["settings.json"]
     added = ["origin.json", "training-images.csv"] if name == "run" else []
     assert files[name] == (sorted([*GOLDEN["files"][name], *added]) if added else GOLDEN["files"][name])
 

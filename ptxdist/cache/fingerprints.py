@@ -55,10 +55,10 @@ class Fingerprints:
         return file.getvalue()
 
     @classmethod
-    def read(cls, text: str, source: str) -> Fingerprints:
+    def read(cls, text: str | bytes, source: str) -> Fingerprints:
         """The table in a text; StoreError, naming the `source`, when it is damaged."""
         try:
-            reader = csv.DictReader(io.StringIO(text))
+            reader = csv.DictReader(io.StringIO(text if isinstance(text, str) else text.decode()))
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
             rows = list(reader)

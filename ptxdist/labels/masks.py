@@ -10,13 +10,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from ptxdist.errors import LabelError, SettingsError
+from ptxdist import files
+from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.finding import PNEUMOTHORAX_LIMITS, Limits
 from ptxdist.labels.dialect import SIIM, Dialect, check_mask_files, detect_dialect, parse_dialect, read_union
 from ptxdist.labels.evidence import Size
@@ -184,9 +184,9 @@ def _open_predict_folder(path: Path) -> Masks:
     texts, sizes = read_labels(path / SUBMISSION), {}
     for case_id in texts:
         try:
-            finding = json.loads((path / FINDINGS / f"{case_id}.json").read_bytes())
+            finding = files.read_json(files.below(path / FINDINGS, f"{case_id}.json"), "")
             sizes[case_id] = (int(finding["rows"]), int(finding["columns"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (RunError, ValueError, KeyError, TypeError):
             raise LabelError(
                 f"{path}: {FINDINGS}/{case_id}.json is missing or damaged; rerun `ptxdist predict`, or give "
                 f"{path / SUBMISSION} alone"

@@ -25,10 +25,12 @@ from typing import Any, Literal
 
 import safetensors
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from ptxdist import files
 from ptxdist.cache.render import TRANSFORM
-from ptxdist.config import PipelineSettings, fingerprint, without_removed
+from ptxdist.config import PipelineSettings, Precision, Side, fingerprint, without_removed
 from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError
 from ptxdist.finding import PNEUMOTHORAX, FindingType, unless_pneumothorax
 from ptxdist.records import (
@@ -40,9 +42,9 @@ from ptxdist.records import (
     when_known,
 )
 from ptxdist.report.model_card import made_from as in_words
-from ptxdist.rundir import TRAINING_IMAGES, read_origin, read_result, read_settings
+from ptxdist.rundir import TRAINING_IMAGES, read_origin, read_result, read_settings, read_training_images
 from ptxdist.train import encoders
-from ptxdist.train.checkpoint import fill_model, load_weights
+from ptxdist.train.checkpoint import read_weights, refuse_other_model
 from ptxdist.train.unet import UNet, build_unet
 
 SUFFIX = ".ptxdist"
@@ -64,9 +66,9 @@ class ModelCard(Record):
     format: Literal["ptxdist bundle 1"] = "ptxdist bundle 1"
     name: str
     finding: FindingType = unless_pneumothorax()
-    size_px: int
+    size_px: Side
     preprocessing: int
-    precision: str
+    precision: Precision
     flip_averaging: bool
     operating_point: OperatingPoint
     operating_point_from: str
@@ -185,23 +187,29 @@ def load_model(path: Path) -> tuple[ModelCard, UNet]:
     """
     if path.is_dir():
         card, weights = describe_run(path)
-        model = _empty_model(card)
-        load_weights(model, weights, card.weights_sha256)
-        return card, model
+        return card, _filled(card, read_weights(weights, card.weights_sha256), weights)
     if not path.is_file():
         raise RunError(f"no model at {path}: give a run folder of `ptxdist train` or a bundle of `ptxdist export`")
     card, content = read_bundle(path)
-    model = _empty_model(card)
     try:
         state = safetensors.torch.load(content)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path}: its weights are damaged: {error}") from error
-    fill_model(model, state, str(path))
-    return card, model
+    return card, _filled(card, state, path)
 
 
-def _empty_model(card: ModelCard) -> UNet:
-    return build_unet(card.pipeline.model.model_copy(update={"encoder_weights": "none"}))
+def _filled(card: ModelCard, state: Mapping[str, Tensor], source: Path) -> UNet:
+    """The network of a card with these weights, which are compared before any memory is taken for it."""
+    model = card.pipeline.model.model_copy(update={"encoder_weights": "none"})
+    try:
+        with torch.device("meta"):
+            expected = build_unet(model).state_dict()
+    except SettingsError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    refuse_other_model(expected, state, str(source))
+    network = build_unet(model)
+    network.load_state_dict(state)
+    return network
 
 
 def write_bundle(model: Path, out: Path, point: tuple[OperatingPoint, str] | None = None) -> str:
@@ -219,8 +227,8 @@ def write_bundle(model: Path, out: Path, point: tuple[OperatingPoint, str] | Non
         if not path.is_file() or files.sha256(path) != card.weights_sha256:
             raise CheckpointError(f"{path} is missing or was altered after training; train its stage again")
         members = {README: b"", WEIGHTS: path.read_bytes()}
-        if (model / TRAINING_IMAGES).is_file():  # not in a run of an older version, whose bundle keeps its bytes
-            members[TRAINING_IMAGES] = (model / TRAINING_IMAGES).read_bytes()
+        if seen := read_training_images(model):  # None for a run of an older version, whose bundle keeps its bytes
+            members[TRAINING_IMAGES] = seen
     card = card.at(*point) if point else card
     members[README] = _readme(card).encode()
     plain = card.model_dump(mode="json")
@@ -265,22 +273,24 @@ def read_members(path: Path) -> tuple[ModelCard, dict[str, bytes]]:
 
 def _check(path: Path, content: bytes, members: Mapping[str, bytes]) -> ModelCard:
     try:
-        plain: Any = json.loads(content)
+        plain: Any = files.parse_json(content)
         sums = plain.pop("sha256")
         found = {name: files.sha256(member) for name, member in members.items()} | {CARD: fingerprint(plain)}
         altered = [name for name in found if sums[name] != found[name]]
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: its {CARD} cannot be read; get the file again") from error
     if altered:
         raise CheckpointError(f"{path} was altered after it was written: wrong checksum of {', '.join(altered)}")
     try:
         card = ModelCard.model_validate_json(json.dumps({**plain, "pipeline": without_removed(plain.get("pipeline"))}))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         first = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise CheckpointError(
             f"{path}: its {CARD} does not fit this version of ptxdist ({first}); "
             "use the version that wrote it, or export the run again"
         ) from error
+    if card.size_px != card.pipeline.stages[-1].size_px:
+        raise CheckpointError(f"{path}: its {CARD} has {card.size_px} pixels and another size in its last stage")
     if card.weights_sha256 != found[WEIGHTS]:
         raise CheckpointError(f"{path}: its weights are not those of its {CARD}")
     if card.preprocessing != TRANSFORM:

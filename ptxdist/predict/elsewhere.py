@@ -28,7 +28,7 @@ from ptxdist.errors import RunError, StoreError
 from ptxdist.labels.patients import read_patients
 from ptxdist.predict.bundle import ModelCard, load_model, read_members, refuse_other_findings
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
-from ptxdist.rundir import SETTINGS, TRAINING_IMAGES
+from ptxdist.rundir import SETTINGS, TRAINING_IMAGES, read_training_images
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import scores
@@ -187,9 +187,5 @@ def _seen(
 
 
 def _training_images(model: Path) -> Fingerprints | None:
-    if model.is_dir():
-        path = model / TRAINING_IMAGES
-        content = path.read_bytes() if path.is_file() else None
-    else:
-        content = read_members(model)[1].get(TRAINING_IMAGES)
-    return None if content is None else Fingerprints.read(content.decode(), str(model))
+    content = read_training_images(model) if model.is_dir() else read_members(model)[1].get(TRAINING_IMAGES)
+    return None if content is None else Fingerprints.read(content, str(model))

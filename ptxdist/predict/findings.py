@@ -19,7 +19,7 @@ import numpy as np
 from ptxdist import files
 from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
-from ptxdist.errors import DicomError
+from ptxdist.errors import DicomError, RunError
 from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import ModelCard
@@ -96,17 +96,17 @@ def write_case(
             reason = str(error)
     other = None if sought == PNEUMOTHORAX else sought.name
     finding = Finding(case_id=case_id, finding=other, digest=digest, seg_reason=reason, **measure(prediction))
-    contents[FINDINGS] = (finding.model_dump_json(indent=2) + "\n").encode()
     for name, content in contents.items():
         files.write_whole(_path(out, name, case_id), content, sync=False)
+    files.write_json(_path(out, FINDINGS, case_id), finding, sync=False)
     return finding
 
 
 def read_finished(out: Path, case_id: str, digest: str, outputs: Sequence[str]) -> Finding | None:
     """The finding of a case that has all its files, made from the same bytes; None when it has to be predicted."""
     try:
-        finding = Finding.model_validate_json(_path(out, FINDINGS, case_id).read_bytes())
-    except (OSError, ValueError):
+        finding = Finding.model_validate(files.read_json(_path(out, FINDINGS, case_id), ""))
+    except (RunError, ValueError):
         return None
     missing = [name for name in outputs if not _path(out, name, case_id).is_file()]
     if missing == ["seg"] and finding.seg_reason:

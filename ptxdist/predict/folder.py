@@ -14,14 +14,12 @@ nor on the executor.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -137,17 +135,14 @@ def _check_folder(out: Path, predictor: Predictor) -> None:
         "flip_averaging": predictor.flip_averaging,
     }
     path = out / PREDICT_SETTINGS
-    try:
-        before: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         if any(other.name != locks.LOCK for other in out.iterdir()):
             with suppress(OSError):
                 (out / locks.LOCK).unlink()
-            raise RunError(f"{out} holds other files and no predictions; give another folder with --out") from None
+            raise RunError(f"{out} holds other files and no predictions; give another folder with --out")
         files.write_json(path, plain)
         return
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); remove {out} and rerun the command") from error
+    before = files.read_json(path, f"remove {out} and rerun the command")
     if before != plain:
         changed = [name for name in plain if before.get(name) != plain[name]]
         raise RunError(

@@ -5,10 +5,8 @@ Everything comes from the files of the run and from the cache; no network is run
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from ptxdist import __version__, files
 from ptxdist.cache.catalog import hold_out, read_catalog
@@ -24,15 +22,16 @@ from ptxdist.report.sections import RunData, sections_elsewhere
 from ptxdist.report.sections import sections as all_sections
 from ptxdist.rundir import (
     CASES,
-    ENVIRONMENT,
+    EVALUATION,
     REPORT,
+    RESULT,
+    read_environment,
     read_evaluation,
-    read_metrics,
     read_origin,
     read_result,
     read_settings,
 )
-from ptxdist.scores.tables import read_cases, read_predictions, refuse_other_split
+from ptxdist.scores.tables import CaseRow, read_cases, read_predictions, refuse_other_split
 from ptxdist.storage.caches import local_cache
 
 _FOOT = f"Written by ptxdist {__version__} from the files of the {{}}. It fetches nothing and runs no script."
@@ -58,12 +57,10 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
     if fold:
         catalog = hold_out(catalog, fold, read_pairs(cache))
     store = _sharpest_store(cache, size_px)
-    rows, predictions, metrics, environment = (
-        read_cases(run),
-        read_predictions(run),
-        read_metrics(run),
-        _read_environment(run),
-    )
+    if (run / EVALUATION / RESULT).is_file() and read_evaluation(run / EVALUATION) != result.evaluation:
+        raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
+    (rows, predictions), environment = _read_tables(run), read_environment(run).model_dump()
+    metrics = [epoch for stage in result.stages for epoch in stage.history]
     with files.replacing_folder(run / REPORT) as folder:
         overlays = folder / "overlays"
         overlays.mkdir()
@@ -84,7 +81,7 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
 def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewhere) -> Path:
     cache = local_cache(about.data, data=DataSettings(cache=about.data))
     catalog, store = read_catalog(cache), _sharpest_store(cache, min(read_manifest(cache).sizes))
-    rows, predictions = read_cases(folder), read_predictions(folder)
+    rows, predictions = _read_tables(folder)
     with files.replacing_folder(folder / REPORT) as draft:
         overlays = draft / "overlays"
         overlays.mkdir()
@@ -100,12 +97,14 @@ def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewher
     return folder / REPORT / "index.html"
 
 
+def _read_tables(run: Path) -> tuple[list[CaseRow], dict[str, str]]:
+    rows, predictions = read_cases(run), read_predictions(run)
+    if {row.case_id for row in rows} != predictions.keys():
+        raise RunError(f"the tables of {run} are of different evaluations; `ptxdist evaluate {run}` writes both")
+    return rows, predictions
+
+
 def _sharpest_store(cache: Path, size_px: int) -> Store:
     """The largest complete store of a cache, for pictures; the last stage's own if there is no other."""
     there = {size: record for size, record in read_manifest(cache).sizes.items() if store_path(cache, size).is_dir()}
     return open_store(cache, max([size_px, *(size for size, record in there.items() if record.complete)]))
-
-
-def _read_environment(run: Path) -> dict[str, Any]:
-    path = run / ENVIRONMENT
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}

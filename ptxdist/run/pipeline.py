@@ -42,6 +42,7 @@ from ptxdist.rundir import (
     LOCK,
     RESULT,
     SETTINGS,
+    TABLES,
     read_evaluation,
     read_result,
     read_stage_result,
@@ -178,7 +179,7 @@ def _unchanged(plan: Plan) -> PipelineResult | None:
     with suppress(RunError):  # what is missing or wrong is made or refused later
         former = read_result(plan.run)
         stages = tuple(_own_stage(plan, number) for number in range(1, len(plan.fingerprints) + 1))
-        if stages == former.stages and read_evaluation(plan.run / EVALUATION) == former.evaluation:
+        if stages == former.stages and read_evaluation(plan.run / EVALUATION, *TABLES) == former.evaluation:
             return former
     return None
 

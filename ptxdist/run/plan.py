@@ -110,7 +110,8 @@ def plan_run(
             train, _ = split_indices(catalog.labelled, settings.pipeline.fold)
             seen, profile = look_at(last, catalog, train, read_salt(cache))
             files.write_whole(mirror.folder / TRAINING_IMAGES, seen.write())
-            files.write_json(mirror.folder / ORIGIN, origin.model_copy(update={"profile": profile}))
+            whole = origin.model_copy(update={"profile": profile})
+            files.write_json(mirror.folder / ORIGIN, whole, beside=(TRAINING_IMAGES,))
     return Plan(settings, mirror, token, fingerprints, origin)
 
 

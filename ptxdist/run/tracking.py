@@ -14,7 +14,6 @@ history: event files that differ from it are rewritten, and MLflow receives the 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -189,7 +188,7 @@ class _MLflow:
         self._metric, self._steps, record = Metric, dict[str, set[int]](), run / MLFLOW
         try:
             self._client = MlflowClient(tracking_uri=uri)
-            known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+            known = files.read_json(record, f"remove {record}") if record.is_file() else {}
             if known.get("uri") == uri:
                 self._id = known["run_id"]
                 self._client.update_run(self._id, status="RUNNING")

@@ -11,9 +11,11 @@ after the run was evaluated, or shows another finding (RunError).
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors.numpy import save_file
 
@@ -21,7 +23,7 @@ from ptxdist import files
 from ptxdist.cache.catalog import Catalog
 from ptxdist.errors import RunError
 from ptxdist.finding import PNEUMOTHORAX
-from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, PREDICTIONS, read_origin
+from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, PREDICTIONS, RESULT, read_evaluation, read_origin
 from ptxdist.scores.counts import Histograms
 
 FIXED_THRESHOLDS = (0.5, 0.55)  # those of the source, scored beside the run's own threshold
@@ -32,6 +34,8 @@ COLUMNS = (
     *(f"at_{threshold}_{what}_px" for threshold in FIXED_THRESHOLDS for what in ("predicted", "intersection")),
 )  # fmt: skip
 _PX, _FLOATS = ("intersection_px", "predicted_px", "truth_px"), ("kaggle_dice", "score")  # as in CaseRow
+_MASK = re.compile("-1|[0-9]+( [0-9]+)*", re.ASCII)  # as `labels.rle` writes it
+Row = TypeVar("Row")
 _PREDICTION_COLUMNS = ("ImageId", "EncodedPixels")
 
 
@@ -78,31 +82,44 @@ def write_tables(
 def read_cases(run: Path) -> list[CaseRow]:
     """Rows of the cases.csv of a run, or of the folder of an evaluation, in order.
 
-    RunError when there is none, or it is damaged.
+    RunError when there is none, when it is damaged, and when it has another number of cases than its evaluation.
     """
-    path = next((path for path in (run / EVALUATION / CASES, run / CASES) if path.is_file()), None)
-    if path is None:
-        raise RunError(f"{run} has no evaluation (no {EVALUATION}/{CASES}); `ptxdist evaluate {run}` makes one")
-    try:
-        return [
-            CaseRow(
-                row["case_id"], row["group"], *(int(row[name]) for name in _PX), *(float(row[name]) for name in _FLOATS)
-            )
-            for row in _read(path)
-        ]
-    except (KeyError, ValueError, TypeError) as error:
-        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate` rewrites it") from error
+    return _read_table(run, CASES, _case_row)
 
 
 def read_predictions(run: Path) -> dict[str, str]:
-    """The masks of a run as run-length text, by image id; RunError when the table is missing or damaged."""
-    path = next((path for path in (run / EVALUATION / PREDICTIONS, run / PREDICTIONS) if path.is_file()), None)
+    """The masks of a run as run-length text, by image id; errors as for `read_cases`."""
+    return dict(_read_table(run, PREDICTIONS, _prediction))
+
+
+def _read_table(run: Path, name: str, parse: Callable[[Mapping[str, str]], Row]) -> list[Row]:
+    path = next((path for path in (run / EVALUATION / name, run / name) if path.is_file()), None)
     if path is None:
-        raise RunError(f"{run / EVALUATION / PREDICTIONS} is missing; `ptxdist evaluate {run}` writes it")
+        raise RunError(f"{run} has no {EVALUATION}/{name}; `ptxdist evaluate {run}` makes it")
+    expected = None
+    if (path.parent / RESULT).is_file():
+        expected = read_evaluation(path.parent, name).scores.cases
+    remedy = f"`ptxdist evaluate {run}` rewrites it"
     try:
-        return {row["ImageId"]: row["EncodedPixels"] for row in _read(path)}
-    except (KeyError, ValueError) as error:
-        raise RunError(f"{path} is damaged or of another version; `ptxdist evaluate {run}` rewrites it") from error
+        rows = [parse(row) for row in _read(path)]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged or of another version; {remedy}") from error
+    if expected not in (None, len(rows)):  # cut between two lines; an older version has recorded no checksum
+        raise RunError(f"{path} has {len(rows):,} cases and its evaluation {expected:,}; {remedy}")
+    return rows
+
+
+def _case_row(row: Mapping[str, str]) -> CaseRow:
+    counts, shares = [int(row[name]) for name in _PX], [float(row[name]) for name in _FLOATS]
+    if min(counts) < 0 or not all(0 <= share <= 1 for share in shares):
+        raise ValueError("a number is out of its range")
+    return CaseRow(row["case_id"], row["group"], *counts, *shares)
+
+
+def _prediction(row: Mapping[str, str]) -> tuple[str, str]:
+    if not _MASK.fullmatch(row["EncodedPixels"]):
+        raise ValueError(f"the mask of {row['ImageId']} is none")
+    return row["ImageId"], row["EncodedPixels"]
 
 
 def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
@@ -124,7 +141,7 @@ def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
         return
     try:
         held_out = [row.get("case_id") for row in _read(path)]
-    except ValueError:  # `evaluate` is about to rewrite it
+    except (OSError, ValueError):  # `evaluate` is about to rewrite it
         return
     fold_of: dict[str | None, int] = {case.case_id: case.fold for case in catalog.labelled}
     if moved := sum(fold_of.get(case_id, -1) not in (-1, fold) for case_id in held_out):
@@ -139,6 +156,6 @@ def _read(path: Path) -> list[dict[str, str]]:
     """Rows by column; ValueError when the file is no CSV in UTF-8."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+            return list(csv.DictReader(file, strict=True))
     except csv.Error as error:
         raise ValueError(str(error)) from error

@@ -32,6 +32,7 @@ from ptxdist import files
 from ptxdist.errors import CheckpointError
 
 _STATE = "state.json"
+_DAMAGED = (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
@@ -52,14 +53,24 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
 
     Raises CheckpointError when the file is missing, damaged, not the one of `sha256`, or of another model.
     """
-    if sha256 is not None and (not path.is_file() or files.sha256(path) != sha256):
+    fill_model(model, read_weights(path, sha256), str(path))
+
+
+def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors in a file of `save_weights`; CheckpointError when it is missing, damaged, or not that of `sha256`."""
+    if sha256 is not None and files.damage_of(path, sha256):
         raise CheckpointError(f"{path} is missing or was altered after it was written; retrain its stage")
-    fill_model(model, _read(path), str(path))
+    return _read(path)
 
 
 def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict into a model; CheckpointError naming its `source` if it is of another model."""
-    expected = model.state_dict()
+    """Load a state dict into a model; CheckpointError naming its `source` if it is of another model, or has NaN."""
+    refuse_other_model(model.state_dict(), state, source)
+    model.load_state_dict(state)
+
+
+def refuse_other_model(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """CheckpointError unless `state` has finite values of the names and shapes of `expected`, which may be empty."""
     problems = [f"{key} is missing" for key in expected if key not in state]
     problems += [f"{key} is not known" for key in state if key not in expected]
     problems += [
@@ -67,9 +78,15 @@ def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
+    problems += [
+        f"{key} has values of {value.dtype}"
+        for key, value in state.items()
+        if key in expected and value.is_floating_point() != expected[key].is_floating_point()
+    ]
     if problems:
         raise CheckpointError(f"{source} does not fit the model of these settings: {'; '.join(problems[:3])}")
-    model.load_state_dict(state)
+    if faulty := [key for key, value in state.items() if not value.isfinite().all()]:
+        raise CheckpointError(f"{source} has values that are no numbers, in {', '.join(faulty[:3])}; it cannot be used")
 
 
 @dataclass
@@ -145,8 +162,9 @@ def _write_parts(draft: Path, state: TrainingState) -> None:
         "step": state.step,
         "param_groups": state.optimizer["param_groups"],
         "progress": state.progress,
-        "sha256": {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()},
     }
+    sums = {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()}
+    content["sha256"] = {**sums, _STATE: files.content_sum(content)}
     files.write_whole(draft / _STATE, json.dumps(content), error=CheckpointError)
 
 
@@ -155,7 +173,7 @@ def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda mes
     for path in reversed(checkpoints(folder)):
         try:
             return _load(path)
-        except (CheckpointError, OSError, ValueError, KeyError) as error:
+        except _DAMAGED as error:
             on_damaged(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
     return None
 
@@ -169,7 +187,7 @@ def await_checkpoint(path: Path, patience_s: float = 90.0) -> TrainingState:
     while True:
         try:
             return _load(path)
-        except (CheckpointError, OSError, ValueError, KeyError) as error:
+        except _DAMAGED as error:
             if time.monotonic() > end:
                 raise CheckpointError(
                     f"{path} cannot be read on this node, but rank 0 resumes from it ({error}); put the run on shared "
@@ -179,8 +197,11 @@ def await_checkpoint(path: Path, patience_s: float = 90.0) -> TrainingState:
 
 
 def _load(path: Path) -> TrainingState:
-    content = json.loads((path / _STATE).read_text())
-    for name, expected in content["sha256"].items():
+    content = json.loads((path / _STATE).read_bytes())
+    sums = content.pop("sha256")
+    if sums.pop(_STATE, None) not in (None, files.content_sum(content)):  # older versions recorded none
+        raise CheckpointError(f"{_STATE} has another checksum")
+    for name, expected in sums.items():
         if files.sha256(path / f"{name}.safetensors") != expected:
             raise CheckpointError(f"{name}.safetensors has another checksum")
     moments: dict[int, dict[str, Tensor]] = {}
@@ -192,7 +213,7 @@ def _load(path: Path) -> TrainingState:
         step=content["step"],
         model=_read(path / "model.safetensors"),
         optimizer={"state": moments, "param_groups": content["param_groups"]},
-        average=_read(path / "average.safetensors") if "average" in content["sha256"] else {},
+        average=_read(path / "average.safetensors") if "average" in sums else {},
         progress=content["progress"],
     )
 

@@ -39,6 +39,7 @@ from ptxdist.rundir import (
     read_evaluation,
     read_settings,
     read_stages,
+    write_evaluation,
 )
 from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
@@ -260,7 +261,7 @@ def score_and_write(
         ids = [catalog.labelled[index].case_id for index in indices]
         predicted = [(case_id, masks[int(index)]) for case_id, index in zip(ids, indices, strict=True)]
         write_tables(folder, rows, predicted, counts.histograms)
-        files.write_json(folder / RESULT, result)
+        write_evaluation(folder, result)
     barrier()
     return read_evaluation(folder)
 

@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import pickle
+import resource
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -56,6 +58,8 @@ def test_what_is_altered_is_named(bundle: Path, tmp_path: Path) -> None:
         ({"weights": bytes(weights)}, "wrong checksum of weights.safetensors"),
         ({"README": b"trust me"}, "wrong checksum of README.md"),
         ({"card": b"{}"}, "cannot be read"),
+        ({"card": b"[" * 100_000}, "cannot be read"),
+        ({"card": b"\xff"}, "cannot be read"),
     ):
         with pytest.raises(CheckpointError, match=words):
             read_bundle(altered(bundle, tmp_path / "altered", **members))
@@ -106,6 +110,55 @@ def forged(bundle: Path, out: Path, weights: bytes) -> Path:
     return altered(bundle, out, card=json.dumps(card).encode(), weights=weights)
 
 
+ABSURD = (
+    ({"size_px": 33}, "size_px"),
+    ({"size_px": 0}, "size_px"),
+    ({"size_px": -32}, "size_px"),
+    ({"size_px": 2**31}, "size_px"),
+    ({"size_px": 64}, "another size in its last stage"),
+    ({"precision": "int3"}, "precision"),
+    ({"operating_point": {"top": 1.5, "min_area_px": 0, "bottom": 0.5}}, "operating_point.top"),
+    ({"operating_point": {"top": 0.5, "min_area_px": -1, "bottom": 0.5}}, "operating_point.min_area_px"),
+    ({"operating_point": {"top": 0.5, "min_area_px": 0, "bottom": float("nan")}}, "cannot be read"),
+    ({"pipeline.model.decoder_channels": [60000] * 5}, "decoder_channels"),
+    ({"pipeline.model.decoder_channels": [0, 8, 8, 8, 8]}, "decoder_channels"),
+    ({"pipeline.model.decoder_channels": [-1, 8, 8, 8, 8]}, "decoder_channels"),
+    ({"pipeline.model.decoder_channels": [1024] * 5}, "does not fit the model of these settings"),
+    ({"pipeline.model.encoder": "nobody"}, "nobody"),
+    ({"pipeline.model.encoder": "timm/vit_giant_patch14_dinov2"}, "vit_giant"),
+    ({"pipeline.stages.0.size_px": 10**6}, "size_px"),
+    ({"pipeline.stages.0.batch_size": 10**12}, "batch_size"),
+    ({"pipeline.model": [[]]}, "pipeline.model"),
+    ({"evaluation.threshold": 7}, "evaluation.threshold"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "words"), ABSURD, ids=lambda value: str(value)[:40])
+def test_absurd_settings_with_right_checksums_are_refused_before_memory_is_taken(
+    bundle: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    with zipfile.ZipFile(bundle) as archive:
+        card = json.loads(archive.read(CARD))
+    for place, value in changes.items():
+        *groups, name = place.split(".")
+        inner = card
+        for group in groups:
+            inner = inner[int(group) if group.isdecimal() else group]
+        inner[name] = value
+    card["sha256"][CARD] = fingerprint({key: value for key, value in card.items() if key != "sha256"})
+    path, before = altered(bundle, tmp_path / "absurd", card=json.dumps(card).encode()), peak_memory()
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load_model(path)
+    assert str(path) in str(caught.value)
+    assert caught.value.exit_code == 9
+    assert peak_memory() - before < 2**28
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def test_loading_runs_no_code(bundle: Path, tmp_path: Path) -> None:
     trace, file = tmp_path / "trace", io.BytesIO()
     torch.save(Bomb(trace), file)
@@ -125,6 +178,8 @@ def test_forged_weights_have_to_fit_the_model(bundle: Path, tmp_path: Path) -> N
         ({key: value for key, value in state.items() if key != "head.bias"}, "head.bias is missing"),
         (state | {"extra": torch.zeros(1)}, "extra is not known"),
         (state | {"head.bias": torch.zeros(2)}, "head.bias has shape"),
+        (state | {"head.bias": torch.zeros(1, dtype=torch.int64)}, "head.bias has values of torch.int64"),
+        (state | {"head.bias": torch.tensor([float("nan")])}, "has values that are no numbers, in head.bias"),
     ):
         with pytest.raises(CheckpointError, match=words):
             load_model(forged(bundle, tmp_path / "forged", safetensors.torch.save(changed)))

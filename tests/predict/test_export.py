@@ -234,6 +234,7 @@ def with_cache(run: Path, copy: Path, cache: str, fold: int = 0) -> Path:
     settings = json.loads((copy / "settings.json").read_text())
     (copy / "settings.json").unlink()
     settings["data"]["cache"], settings["pipeline"]["fold"] = cache, fold
+    del settings["sha256"]
     (copy / "settings.json").write_text(json.dumps(settings))
     return copy
 

@@ -25,6 +25,7 @@ from ptxdist import Predictor
 from ptxdist.cli import cli
 from ptxdist.errors import BusyError, CatalogError, RunError
 from ptxdist.executor import processes
+from ptxdist.files import read_json
 from ptxdist.labels import rle
 from ptxdist.predict import folder as command
 from ptxdist.predict import inputs
@@ -108,7 +109,7 @@ def test_the_submission_is_the_challenges_and_says_what_the_masks_say(
         assert rows[uid] == rle.encode(mask)
         prediction = predictor.predict(images / f"study{number}" / f"{number}.dcm")
         assert np.mean(prediction.mask != (mask > 0)) < 1e-3, "a single image is rounded differently"
-        finding = Finding.model_validate_json((done / "findings" / f"{uid}.json").read_bytes())
+        finding = Finding.model_validate(read_json(done / "findings" / f"{uid}.json", ""))
         assert finding.area_px == np.count_nonzero(mask)
         assert finding.encoded_pixels == rows[uid]
         assert (finding.rows, finding.columns) == shape

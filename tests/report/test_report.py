@@ -378,6 +378,7 @@ def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) 
     empty = scores(np.array([[0, 0, area] for area in truth]))
     result = read_result(copy)
     evaluation = result.evaluation.model_copy(update={"scores": empty})
+    (copy / EVALUATION / RESULT).unlink()
     write_json(copy / RESULT, result.model_copy(update={"evaluation": evaluation}))
     root = read(write_report(copy))
     warning = next(item for item in root.all("p") if item.attributes.get("class") == "warning")
@@ -394,7 +395,8 @@ def test_a_stage_that_collapsed_and_one_whose_masks_do_not_pay_are_named_with_th
     """Runs of older versions too: the report finds it in the epochs."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*.safetensors"))
-    (copy / SETTINGS).write_text((copy / SETTINGS).read_text().replace('"epochs": 1', '"epochs": 6'))
+    settings = json.loads((copy / SETTINGS).read_text().replace('"epochs": 1', '"epochs": 6'))
+    write_json(copy / SETTINGS, settings)
     result = read_result(copy)
     poor, empty = scores(np.array([[5, 20, 20], [0, 9, 0], [0, 9, 0]])), scores(np.array([[0, 0, 20], [0, 0, 0]]))
     epochs = [
@@ -456,7 +458,8 @@ def test_a_run_of_an_older_version_has_a_report_that_says_what_is_missing(run: P
     old = json.loads((copy / RESULT).read_text())
     for name in ("auroc", "tuned", "calibration", "subgroups", "shared_patients"):
         del old["evaluation"][name]
-    (copy / RESULT).write_text(json.dumps(old))
+    (copy / EVALUATION / RESULT).unlink()
+    write_json(copy / RESULT, old)
     root = read(write_report(copy))
     warnings = [item.text for item in root.all("p") if item.attributes.get("class") == "warning"]
     assert any("`ptxdist evaluate RUN` adds them" in text for text in warnings)

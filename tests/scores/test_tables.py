@@ -57,7 +57,7 @@ def test_a_damaged_table_is_rejected_and_does_not_keep_evaluate_from_rewriting_i
 ) -> None:
     path = run / EVALUATION / CASES
     path.write_text(damage(path.read_text(encoding="utf-8")), encoding="latin-1")
-    with pytest.raises(RunError, match=r"cases\.csv is damaged .* `ptxdist evaluate` rewrites it"):
+    with pytest.raises(RunError, match=r"cases\.csv is damaged .* `ptxdist evaluate .*` rewrites it"):
         read_cases(run)
     refuse_other_split(run, read_catalog(cache), 0)
 

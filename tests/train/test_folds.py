@@ -62,12 +62,20 @@ def test_every_case_is_held_out_once(folds: Path, trained: tuple[Path, Result]) 
     assert second.reused_from is None
 
 
+def name_cache(run: Path, cache: Path) -> None:
+    """Let the settings of a run name another cache."""
+    settings = json.loads((run / "settings.json").read_text())
+    settings["data"]["cache"] = str(cache)
+    del settings["sha256"]
+    (run / "settings.json").write_text(json.dumps(settings))
+
+
 def test_the_report_of_a_fold_tells_who_trained_and_who_was_held_out(
     folds: Path, trained: tuple[Path, Result], tmp_path: Path
 ) -> None:
     cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
     shutil.copytree(trained[0] / "fold-1", run)
-    (run / "settings.json").write_text((run / "settings.json").read_text().replace(str(folds), str(cache)))
+    name_cache(run, cache)
     catalog = read_catalog(cache)
     cases = tuple(replace(case, view="LL" if case.fold == 1 else "PA") for case in catalog.cases)
     write_catalog(replace(catalog, cases=cases), cache / FILE_NAME)
@@ -107,9 +115,7 @@ def moved(folds: Path, trained: tuple[Path, Result], tmp_path: Path) -> tuple[Pa
     """A cache and a run of its fold 0, which a test may change."""
     cache, run = Path(shutil.copytree(folds, tmp_path / "cache")), tmp_path / "run"
     shutil.copytree(trained[0] / "fold-0", run)
-    settings = (run / "settings.json").read_text()
-    assert str(folds) in settings
-    (run / "settings.json").write_text(settings.replace(str(folds), str(cache)))
+    name_cache(run, cache)
     return cache, run
 
 

@@ -1,0 +1,145 @@
+"""A damaged file of a run is a sentence with exit code 8, whatever is wrong with it; or the command does without it.
+
+The run is the one of tests/goldens, as version 0.1.0 wrote it, and the same written anew with checksums.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from ptxdist import files
+from ptxdist.cli import cli
+from ptxdist.errors import RunError
+from ptxdist.rundir import TABLES, read_evaluation, write_evaluation
+
+ARCHIVE = Path(__file__).resolve().parents[1] / "goldens" / "made-by-0.1.0.tar.xz"
+Damage = Callable[[bytes], bytes | None]
+JSON = ("settings.json", "result.json", "environment.json", "evaluation/result.json", "stages/2-96px/result.json")
+CSV = ("evaluation/cases.csv", "evaluation/predictions.csv")
+
+
+def flip_digit(content: bytes) -> bytes:
+    """Another digit in the last number: what only a checksum finds."""
+    place = max(content.rfind(digit) for digit in b"23456789")
+    return content[:place] + b"1" + content[place + 1 :]
+
+
+DAMAGES: dict[str, Damage] = {
+    "digit": flip_digit,
+    "cut": lambda content: content[: len(content) // 2],
+    "cut between lines": lambda content: b"".join(content.splitlines(True)[: content.count(b"\n") // 2]),
+    "empty": lambda content: b"",
+    "missing": lambda content: None,
+    "0xff": lambda content: content[:40] + b"\xff" + content[41:],
+    "nested": lambda content: b"[" * 100_000,
+    "NaN": lambda content: content.replace(b'"seconds": ', b'"seconds": NaN, "s": ').replace(b",0.", b",nan", 1),
+}
+# What a command reads; the rest of a run may be damaged without a difference.
+READS = {
+    "report": ("settings.json", "result.json", "environment.json", "evaluation/result.json", *CSV),
+    "compare": ("evaluation/result.json", "evaluation/cases.csv"),
+    "inspect": ("settings.json", "result.json"),
+}
+WITHOUT = {  # missing, these files are done without
+    ("report", "environment.json"),
+    ("report", "evaluation/result.json"),
+    ("compare", "evaluation/result.json"),
+    ("inspect", "result.json"),  # a run that is not finished
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `cache`, `old` and `new`: the run as it was, and with checksums."""
+    folder = tmp_path_factory.mktemp("runs")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    (folder / "run").rename(folder / "old")
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    shutil.copytree(folder / "old", folder / "new")
+    (folder / "new/evaluation/histograms.safetensors").touch()
+    for name in JSON:
+        path = folder / "new" / name
+        files.write_json(path, json.loads(path.read_bytes()))
+    write_evaluation(folder / "new/evaluation", read_evaluation(folder / "new/evaluation"))
+    return folder
+
+
+@pytest.fixture
+def place(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder with the cache that the settings name, in which the process is, and `old` and `new` to be damaged."""
+    (tmp_path / "cache").symlink_to(runs / "cache")
+    for version in ("old", "new"):
+        shutil.copytree(runs / version, tmp_path / version, ignore=shutil.ignore_patterns("tensorboard"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ptxdist.report.report.draw_galleries", lambda *given: [])  # takes most of the time
+    return tmp_path
+
+
+def call(command: str, run: Path) -> Result:
+    words = ["--markdown", str(run)] if command == "compare" else [str(run)]
+    return CliRunner().invoke(cli, [command, str(run), *words][: None if command == "compare" else 2])
+
+
+@pytest.mark.parametrize("command", READS)
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_damage_of_any_file_of_a_run_is_a_sentence(place: Path, version: str, command: str) -> None:
+    run = place / version
+    whole = call(command, run)
+    assert whole.exit_code == 0, whole.output
+    for name in READS[command]:
+        content = (run / name).read_bytes()
+        for kind, damage in DAMAGES.items():
+            damaged = damage(content)
+            if damaged == content or (kind == "cut between lines" and name not in CSV):
+                continue
+            if damaged is None:
+                (run / name).unlink()
+            else:
+                (run / name).write_bytes(damaged)
+            done = call(command, run)
+            where = f"{command} {version} {name} {kind}: {done.output}"
+            assert done.exception is None or isinstance(done.exception, SystemExit), where
+            silent = kind == "digit" and version == "old"  # nothing was recorded
+            if (kind == "missing" and (command, name) in WITHOUT) or silent:
+                assert done.exit_code in (0, 8), where
+            else:
+                assert done.exit_code in (7, 8) if kind == "missing" else done.exit_code == 8, where
+                assert done.stderr.startswith("error: "), where
+                assert kind == "missing" or Path(name).name in done.stderr.replace("\n", ""), where
+                assert len(done.stderr) < 2500, where
+            (run / name).write_bytes(content)
+    assert call(command, run).output == whole.output
+
+
+def test_other_files_of_a_run_may_be_damaged(place: Path) -> None:
+    """Those that are for people and other programs: the epochs are in the results of the stages too."""
+    for name in ("metrics.jsonl", "lock", "evaluation/histograms.safetensors"):
+        (place / "new" / name).write_bytes(b"\xff")
+        assert call("report", place / "new").exit_code == 0
+
+
+def test_tables_and_result_of_different_evaluations_are_refused(place: Path) -> None:
+    """As after a kill of `evaluate` between its files; the tables alone are whole."""
+    run = place / "old"
+    table = run / "evaluation/predictions.csv"
+    table.write_bytes(table.read_bytes().replace(b"\n1.", b"\n2."))
+    done = call("report", run)
+    assert done.exit_code == 8
+    assert "are of different evaluations" in done.stderr.replace("\n", " ")
+    evaluation = read_evaluation(place / "new/evaluation").model_copy(update={"seconds": 1.0})
+    write_evaluation(place / "new/evaluation", evaluation)
+    done = call("report", place / "new")
+    assert done.exit_code == 8
+    assert "differ; `ptxdist evaluate" in done.stderr.replace("\n", " ")
+    (place / "new/evaluation/cases.csv").unlink()
+    with pytest.raises(RunError, match=r"cases.csv is missing; rerun `ptxdist evaluate`"):
+        read_evaluation(place / "new/evaluation", *TABLES)
