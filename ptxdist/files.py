@@ -13,6 +13,7 @@ since they end in `.tmp`.
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import importlib.util
 import io
@@ -23,14 +24,16 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from ptxdist import locks
 from ptxdist.errors import PtxdistError, RunError, SettingsError
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
 _DRIVE = re.compile("[A-Za-z]:")  # as Windows has it before a name
+_TRIES = 20
 _MAX_NAME_BYTES = 230  # of 255; the rest is for what is appended
 
 Error = type[PtxdistError] | None  # class of the error that an OSError becomes; None: the OSError itself is raised
@@ -72,27 +75,56 @@ def replacing(path: Path, *, sync: bool = True, mode: int = 0o666, error: Error 
 
 
 @contextmanager
-def replacing_folder(path: Path, *, error: Error = RunError) -> Iterator[Path]:
+def replacing_folder(
+    path: Path, *, over: bool = True, busy: str | None = None, error: Error = RunError
+) -> Iterator[Path]:
     """Write a folder at once: the block fills an empty temporary folder, which then replaces `path`.
 
-    A former folder `path` is removed after the new one is complete. Errors as in `replacing`.
+    A former folder is removed after the new one is complete; without `over`, only an empty one is replaced. With
+    `busy`, one process at a time does so: another one gets a BusyError of this text or, if it is "", waits; what a
+    killed one has left is removed. Errors as in `replacing`.
     """
     temporary, former = _temporary(path), _temporary(path)
     try:
-        with _failures(path, error):
+        with _failures(path, error), ExitStack() as held:
+            if busy is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(_alone(path, busy))
+                remove_leftovers(path.parent, deep=False, of=path)
             temporary.mkdir(parents=True)
             yield temporary
-            with suppress(FileNotFoundError):
-                os.replace(path, former)
-            try:
-                os.replace(temporary, path)
-            except OSError:
-                with suppress(OSError):
-                    os.replace(former, path)
-                raise
+            _put_in_place(temporary, path, former, over=over)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(former, ignore_errors=True)
+
+
+@contextmanager
+def _alone(path: Path, busy: str) -> Iterator[None]:
+    lock = path.with_name(f".{_shortened(path)}.lock")
+    with locks.only(lock, busy, error=None):
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                lock.unlink()
+
+
+def _put_in_place(folder: Path, path: Path, former: Path, *, over: bool) -> None:
+    """Rename a folder to `path`; with `over`, what is there goes to `former`, and back when that fails."""
+    for _ in range(_TRIES):
+        try:
+            os.replace(folder, path)
+            return
+        except OSError as failure:
+            if not over or failure.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        shutil.rmtree(former, ignore_errors=True)  # of the try before, when another process was faster
+        with suppress(FileNotFoundError):
+            os.replace(path, former)
+    with suppress(OSError):
+        os.replace(former, path)
+    raise OSError(errno.EBUSY, "other processes replace it all the time")
 
 
 def write_whole(
@@ -232,13 +264,16 @@ def is_relative(name: object) -> bool:
     return is_plain and not {"", ".", ".."} & {*str(name).split("/")}
 
 
-def remove_leftovers(folder: Path, *, deep: bool = True) -> None:
+def remove_leftovers(folder: Path, *, deep: bool = True, of: Path | None = None) -> None:
     """Remove temporary files and folders that killed processes have left in `folder`, and with `deep` below it.
 
-    To be called only while no other process writes there, that is, while holding the folder's lock.
+    With `of`, only those of this file or folder. To be called only while no other process writes there, that is, while
+    holding the folder's lock.
     """
     for parent, folders, names in os.walk(folder):
         for name in filter(_LEFTOVER.search, (*folders, *names)):
+            if of is not None and _LEFTOVER.sub("", name) != _shortened(of):
+                continue
             path = Path(parent, name)
             if name in folders:
                 shutil.rmtree(path, ignore_errors=True)
@@ -284,8 +319,11 @@ def _is_installed(module: str) -> bool:
 
 
 def _temporary(path: Path) -> Path:
-    name = os.fsdecode(os.fsencode(path.name)[:_MAX_NAME_BYTES])
-    return path.with_name(f"{name}.ptxdist-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f"{_shortened(path)}.ptxdist-{secrets.token_hex(4)}.tmp")
+
+
+def _shortened(path: Path) -> str:
+    return os.fsdecode(os.fsencode(path.name)[:_MAX_NAME_BYTES])
 
 
 @contextmanager

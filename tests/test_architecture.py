@@ -17,8 +17,8 @@ PACKAGE = "ptxdist"
 # `version` is the package itself, for its version.
 RULES = {
     "errors": ("", ""),
-    "files": ("errors", ""),
     "locks": ("errors", ""),
+    "files": ("errors locks", ""),
     "executor": ("errors", ""),
     "interrupts": ("", ""),
     "config": ("errors", "pydantic"),

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import pytest
 from pydantic import BaseModel
 from safetensors.numpy import load_file, save_file
 
-from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError, StorageError, StoreError
+from ptxdist.errors import BusyError, CheckpointError, PtxdistError, RunError, SettingsError, StorageError, StoreError
 from ptxdist.files import (
     below,
     copy,
@@ -293,6 +294,71 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_former_one(
         fill_folder(out, 4)
     assert (out / "b").read_bytes() == bytes(3)
     assert names(tmp_path) == ["out", "out/a", "out/b"]
+
+
+def write_folders(path: Path, number: int, busy: str | None, failed: Any) -> None:
+    try:
+        for _ in range(40):
+            with replacing_folder(path, busy=busy) as draft:
+                for name in "ab":
+                    (draft / name).write_text(str(number))
+    except BaseException as error:
+        failed.put(repr(error))
+
+
+def texts_in(folder: Path) -> tuple[str, str]:
+    """What is in `a` and `b` of a folder, also when another one is renamed to its place meanwhile."""
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        with (
+            open("a", opener=lambda name, flags: os.open(name, flags, dir_fd=place)) as first,
+            open("b", opener=lambda name, flags: os.open(name, flags, dir_fd=place)) as second,
+        ):
+            return first.read(), second.read()
+    finally:
+        os.close(place)
+
+
+@pytest.mark.parametrize("busy", [None, ""])
+def test_two_writers_of_one_folder_never_mix_and_none_fails(tmp_path: Path, busy: str | None) -> None:
+    out, failed, seen = tmp_path / "out", FORKS.Queue(), set()
+    fill_folder(out, 3)
+    writers = [FORKS.Process(target=write_folders, args=(out, number, busy, failed)) for number in (1, 2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        with suppress(FileNotFoundError):  # between two renames
+            seen.add(texts_in(out))
+    assert failed.empty(), failed.get()
+    assert seen <= {("a", "\0\0\0"), ("1", "1"), ("2", "2")}
+    assert names(tmp_path) == ["out", "out/a", "out/b"]
+
+
+def test_a_folder_that_is_written_alone_takes_away_what_a_killed_process_left(tmp_path: Path) -> None:
+    out = tmp_path / ("x" * 255)
+    others = ("other.ptxdist-01234567.tmp", f"{'x' * 229}.ptxdist-01234567.tmp", "x.tmp")
+    for name in (f"{'x' * 230}.ptxdist-01234567.tmp", *others):
+        (tmp_path / name).mkdir()
+    with replacing_folder(out, busy="it is written already") as draft:
+        assert len(os.listdir(tmp_path)) == len([draft, "lock", *others])
+        with (
+            pytest.raises(BusyError, match="it is written already"),
+            replacing_folder(out, busy="it is written already"),
+        ):
+            pass
+    assert sorted(os.listdir(tmp_path)) == sorted([out.name, *others])
+
+
+def test_only_an_empty_folder_is_replaced_where_nothing_may_be_lost(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with replacing_folder(tmp_path / "out", over=False) as draft:
+        (draft / "a").write_text("first")
+    with (
+        pytest.raises(RunError, match="out cannot be written: Directory not empty"),
+        replacing_folder(tmp_path / "out", over=False) as draft,
+    ):
+        (draft / "a").write_text("second")
+    assert ((tmp_path / "out" / "a").read_text(), names(tmp_path)) == ("first", ["out", "out/a"])
 
 
 def test_copy_names_the_file_that_is_missing(tmp_path: Path) -> None:

@@ -81,15 +81,22 @@ def write_phantoms(
     instead: all of them when `cases` is 0, else the first `cases`. With `bedside`, all views are AP and darker, as from
     another hospital that images in bed. `on_image` is called with (images done, images).
     The files are the same for any number of `workers`. They are written beside `out` and renamed at the end. Raises
-    SettingsError for an invalid number, LabelError for an invalid table, and RunError when `out` is not empty.
+    SettingsError for an invalid number, LabelError for an invalid table, RunError when `out` is not empty or cannot be
+    written, and BusyError when another process is writing it.
     """
     _check(cases, seed, positive_share, labels, workers)
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out} exists and is not an empty folder; delete it or give another one; nothing was written")
+    try:
+        out = out.resolve()
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise RunError(
+                f"{out} exists and is not an empty folder; delete it or give another one; nothing was written"
+            )
+    except OSError as error:
+        raise RunError(f"{out} cannot be written: {error.strerror}; give another folder") from error
     tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
     tasks = [replace(task, bedside=bedside) for task in tasks]
-    with files.replacing_folder(out, error=None) as folder:
+    busy = f"another `ptxdist phantom` is writing {out}; wait for it or stop it"
+    with files.replacing_folder(out, over=False, busy=busy) as folder:
         rows = _draw_all(folder / "dicom-images", tasks, seed, workers, on_image)
         labelled = [(name, text) for name, texts in rows for text in texts]
         owners = [(name, f"{task.patient:08d}") for task, (name, _) in zip(tasks, rows, strict=True)]

@@ -61,7 +61,7 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
         raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
     (rows, predictions), environment = _read_tables(run), read_environment(run).model_dump()
     metrics = [epoch for stage in result.stages for epoch in stage.history]
-    with files.replacing_folder(run / REPORT) as folder:
+    with files.replacing_folder(run / REPORT, busy="") as folder:
         overlays = folder / "overlays"
         overlays.mkdir()
         galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)
@@ -82,7 +82,7 @@ def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewher
     cache = local_cache(about.data, data=DataSettings(cache=about.data))
     catalog, store = read_catalog(cache), _sharpest_store(cache, min(read_manifest(cache).sizes))
     rows, predictions = _read_tables(folder)
-    with files.replacing_folder(folder / REPORT) as draft:
+    with files.replacing_folder(folder / REPORT, busy="") as draft:
         overlays = draft / "overlays"
         overlays.mkdir()
         galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)

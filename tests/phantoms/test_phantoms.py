@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import hashlib
 import uuid
@@ -15,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 import pytest
+from click.testing import CliRunner, Result
 
+from ptxdist.cli import cli
 from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.labels import rle
 from ptxdist.labels.patients import read_patients
@@ -260,6 +263,45 @@ def test_a_failure_leaves_nothing_half_written(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         dataset.write_phantoms(tmp_path / "out", cases=2, on_image=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def phantom(out: Path, *words: str) -> Result:
+    done = CliRunner().invoke(cli, ["phantom", str(out), "--cases", "1", "--workers", "1", *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done
+
+
+def test_places_where_nothing_can_be_written_are_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / ("x" * 300), tmp_path / ("x/" * 3000), tmp_path / "file" / "out", Path("/proc/out")):
+        done = phantom(out)
+        assert done.exit_code == 8, done.output
+        assert "cannot be written: " in done.stderr.replace("\n", " ")
+
+    def full(image: object) -> bytes:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dataset, "_encode", full)
+    done = phantom(tmp_path / "out")
+    assert done.exit_code == 8, done.output
+    assert "out cannot be written: No space left on device" in done.stderr.replace("\n", " ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_one_left_is_removed_and_a_second_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.ptxdist-01234567.tmp" / "dicom-images").mkdir(parents=True)
+    codes: list[int] = []
+
+    def nested(folder: Path, *given: object) -> list[tuple[str, list[str]]]:
+        codes.append(phantom(tmp_path / "out").exit_code)
+        return [("a", ["-1"])]
+
+    monkeypatch.setattr(dataset, "_draw_all", nested)
+    assert phantom(tmp_path / "out").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (phantom(tmp_path / "out").exit_code, codes) == (8, [12])
 
 
 def test_wrong_numbers_are_refused(tmp_path: Path) -> None:
