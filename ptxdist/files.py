@@ -32,6 +32,8 @@ from ptxdist import locks
 from ptxdist.errors import PtxdistError, RunError, SettingsError
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
+_FORMULA = re.compile("'*[-=+@\t\r\uff0d\uff1d\uff0b\uff20]")
+_NUMBER = re.compile("-[0-9]+([.][0-9]+)?(e[-+]?[0-9]+)?", re.ASCII)  # -1 is an empty mask
 _DRIVE = re.compile("[A-Za-z]:")  # as Windows has it before a name
 _TRIES = 20
 _MAX_NAME_BYTES = 230  # of 255; the rest is for what is appended
@@ -224,10 +226,39 @@ def write_table(
     sync: bool = True,
     error: Error = RunError,
 ) -> None:
-    """Write a CSV file atomically; lines end as in RFC 4180 unless `lineterminator` says otherwise."""
+    """Write a CSV file atomically; lines end as in RFC 4180 unless `lineterminator` says otherwise.
+
+    An apostrophe is put before text that a spreadsheet would run as a formula; `read_table` removes it.
+    """
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator=lineterminator).writerows([header, *rows])
+    harmless = ([_harmless(cell) for cell in row] for row in rows)
+    csv.writer(text, lineterminator=lineterminator).writerows([header, *harmless])
     write_whole(path, text.getvalue(), sync=sync, error=error)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a file of `write_table` by column; ValueError when it is damaged, OSError when it cannot be read."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError("a row has too few or too many columns")
+    return [{name: _as_it_was(cell) for name, cell in row.items()} for row in rows]
+
+
+def _harmless(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and is_formula(cell) else cell
+
+
+def _as_it_was(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and is_formula(cell) else cell
+
+
+def is_formula(cell: str) -> bool:
+    """Whether a spreadsheet would run the text of a cell, or take it for one that has been made harmless."""
+    return bool(_FORMULA.match(cell)) and not _NUMBER.fullmatch(cell)
 
 
 def copy(source: Path, target: Path, *, sync: bool = True, error: Error = RunError) -> None:

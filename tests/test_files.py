@@ -33,6 +33,7 @@ from ptxdist.files import (
     move,
     parse_json,
     read_json,
+    read_table,
     remove_leftovers,
     replacing,
     replacing_folder,
@@ -506,6 +507,27 @@ def test_tables_are_what_they_always_were(tmp_path: Path, end: str) -> None:
     assert (tmp_path / "x.csv").read_bytes() == text.getvalue().encode("utf-8", "surrogateescape")
     with open(tmp_path / "x.csv", encoding="utf-8", errors="surrogateescape", newline="") as file:
         assert list(csv.reader(file))[3][0] == rows[2][0]
+
+
+FORMULAS = ("=1+1", "@x", "+1", "-2+3", "-x", "\t=1", "\r=1", "'=1", "''=1", "\uff1d1", "-1e5x", "-", "--1")
+NO_FORMULAS = ("", "a", "1 2", "-1", "-0.5", "-1e-05", "1.2.3", "'", "'a", "it's", "a=1", " =1", "é")
+
+
+def test_formulas_are_made_harmless_for_spreadsheets_and_come_back_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    rows = [(text, number) for number, text in enumerate((*FORMULAS, *NO_FORMULAS))]
+    write_table(path, ("text", "number"), [*rows, ("end", -1)])
+    assert read_table(path) == [{"text": text, "number": str(number)} for text, number in [*rows, ("end", -1)]]
+    with open(path, newline="", encoding="utf-8") as file:
+        shown = [row["text"] for row in csv.DictReader(file)]
+    assert shown == [*(f"'{text}" for text in FORMULAS), *NO_FORMULAS, "end"]
+
+
+@pytest.mark.parametrize("text", ["a,b\n1\n", "a,b\n1,2,3\n", 'a,b\n1,"2\n', "a,b\n1,\xff\n"])
+def test_a_table_that_is_damaged_is_no_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.csv").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"."):
+        read_table(tmp_path / "x.csv")
 
 
 def test_text_keeps_its_line_ends(tmp_path: Path) -> None:

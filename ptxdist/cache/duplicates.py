@@ -12,7 +12,6 @@ mirrored ones are not.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy.typing as npt
 from ptxdist import files
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import SHARD_CASES, Samples, map_shard, shard_cases, shard_path, store_path
+from ptxdist.errors import StoreError
 
 FILE_NAME = "near_duplicates.csv"
 COLUMNS = ("ImageId", "other ImageId", "split", "other split", "same group")
@@ -89,5 +89,7 @@ def read_pairs(cache: Path) -> list[tuple[str, str]]:
     path = cache / FILE_NAME
     if not path.is_file():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [(row[COLUMNS[0]], row[COLUMNS[1]]) for row in csv.DictReader(file)]
+    try:
+        return [(row[COLUMNS[0]], row[COLUMNS[1]]) for row in files.read_table(path)]
+    except (OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{path} is damaged ({error}); rerun `ptxdist preprocess`") from error

@@ -141,7 +141,7 @@ def _plan_table(path: Path, cases: int, seed: int) -> list[_Task]:
     texts = read_labels(path)
     names = list(texts)[: cases or None]
     for name in names:
-        if name in (".", "..") or set(name) & set("/\\\0"):
+        if not files.is_relative(name) or "/" in name or files.is_formula(name):
             raise LabelError(f"{path}: the image id {name!r} cannot be a file name")
     positive = np.array([bool(texts[name]) for name in names])
     patients = _assign_patients(positive, np.random.default_rng((seed, 0, 1)))

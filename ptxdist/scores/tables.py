@@ -10,7 +10,6 @@ after the run was evaluated, or shows another finding (RunError).
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def _read_table(run: Path, name: str, parse: Callable[[Mapping[str, str]], Row])
         expected = read_evaluation(path.parent, name).scores.cases
     remedy = f"`ptxdist evaluate {run}` rewrites it"
     try:
-        rows = [parse(row) for row in _read(path)]
+        rows = [parse(row) for row in files.read_table(path)]
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged or of another version; {remedy}") from error
     if expected not in (None, len(rows)):  # cut between two lines; an older version has recorded no checksum
@@ -140,7 +139,7 @@ def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
     if not path.is_file():
         return
     try:
-        held_out = [row.get("case_id") for row in _read(path)]
+        held_out = [row.get("case_id") for row in files.read_table(path)]
     except (OSError, ValueError):  # `evaluate` is about to rewrite it
         return
     fold_of: dict[str | None, int] = {case.case_id: case.fold for case in catalog.labelled}
@@ -150,12 +149,3 @@ def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
             "held out are training images now, so images that it was trained on are held out. Run `ptxdist preprocess` "
             "as before (the same --patients and --folds), or train again"
         )
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    """Rows by column; ValueError when the file is no CSV in UTF-8."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file, strict=True))
-    except csv.Error as error:
-        raise ValueError(str(error)) from error

@@ -443,7 +443,7 @@ def test_report_and_compare_load_neither_torch_nor_ray(run: Path, tmp_path: Path
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("best.safetensors"))
     settings = copy / SETTINGS
-    settings.write_text(settings.read_text().replace('"tiny"', '"resnet34"'))
+    write_json(settings, json.loads(settings.read_text().replace('"tiny"', '"resnet34"')))
     words = [command, str(copy)] if command == "report" else [command, str(run), str(copy)]
     done = subprocess.run([sys.executable, "-X", "importtime", "-m", "ptxdist", *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
