@@ -16,9 +16,9 @@
     └── ExportError        15   an exported network that computes other values than its checkpoint
 
 Owns: the error classes and their exit codes. The command line prints the message of a PtxdistError and ends with its
-exit code. A message says what was found, what was expected, where, and what to do. Any other exception is a defect of
-ptxdist and keeps its traceback (exit code 1). Exit code 2 is click's, for a command line that does not parse; 130 is an
-interruption from the keyboard.
+exit code. A message says what was found, what was expected, where, and what to do. A disk or a permission that another
+command runs into is one line too, with exit code 1. Any other exception is a defect of ptxdist and keeps its traceback
+(exit code 1). Exit code 2 is click's, for a command line that does not parse; 130 is an interruption from the keyboard.
 """
 
 from __future__ import annotations

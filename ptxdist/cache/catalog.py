@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptxdist import files
+from ptxdist.cache.manifest import refuse_damaged_table
 from ptxdist.cache.split import FOLDS, Leakage, measure_leakage
 from ptxdist.errors import StoreError
 from ptxdist.finding import PNEUMOTHORAX, FindingType
@@ -166,18 +167,23 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
     files.write_whole(path, "".join(lines), error=None)
 
 
-def read_catalog(cache: Path) -> Catalog:
-    """Catalog of a cache; StoreError when it is missing, damaged or of another schema."""
+def read_catalog(cache: Path, *, as_it_is: bool = False) -> Catalog:
+    """Catalog of a cache; StoreError when it is missing, damaged or of another schema.
+
+    With `as_it_is`, it is not compared with its checksum.
+    """
     path = cache / FILE_NAME
     if not path.is_file():
         raise StoreError(f"{cache} is not a ptxdist cache (no {FILE_NAME}); make one with `ptxdist preprocess`")
+    if not as_it_is:
+        refuse_damaged_table(cache, FILE_NAME)
     try:
         with open(path, encoding="utf-8") as file:
-            head = json.loads(file.readline())
+            head = files.parse_json(file.readline())
             if head["schema"] != SCHEMA:
                 advice = "update ptxdist" if head["schema"] > SCHEMA else "rerun `ptxdist preprocess`"
                 raise StoreError(f"{path} has schema {head['schema']}, this ptxdist reads {SCHEMA}: {advice}")
-            cases, counts = tuple(_cases(map(json.loads, file))), Reconciliation(**head["reconciliation"])
+            cases, counts = tuple(_cases(map(files.parse_json, file))), Reconciliation(**head["reconciliation"])
             found = sum(case.split != "removed" for case in cases)
             if found != counts.labelled + counts.unlabelled:
                 raise ValueError(f"{found} cases instead of {counts.labelled + counts.unlabelled}")
@@ -194,7 +200,7 @@ def read_catalog(cache: Path) -> Catalog:
                 folds=head["folds"],
                 finding=FindingType.model_validate(head["finding"]) if "finding" in head else PNEUMOTHORAX,
             )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); rerun `ptxdist preprocess`") from error
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from ptxdist import files
 from ptxdist.cache.catalog import Case
+from ptxdist.cache.manifest import refuse_damaged_table
 from ptxdist.cache.store import SHARD_CASES, Samples, map_shard, shard_cases, shard_path, store_path
 from ptxdist.errors import StoreError
 
@@ -87,6 +88,7 @@ def find_duplicates(cases: Sequence[Case], cache: Path, size_px: int) -> tuple[i
 def read_pairs(cache: Path) -> list[tuple[str, str]]:
     """Image ids of the pairs that a cache lists; [] when it has no list."""
     path = cache / FILE_NAME
+    refuse_damaged_table(cache, FILE_NAME)
     if not path.is_file():
         return []
     try:

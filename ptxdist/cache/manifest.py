@@ -74,6 +74,16 @@ def read_manifest(cache: Path) -> Manifest:
     return parse_manifest(path.read_bytes(), path) if path.is_file() else Manifest()
 
 
+def refuse_damaged_table(cache: Path, name: str) -> None:
+    """Raise StoreError when a table of a cache is missing or has another checksum than its manifest lists.
+
+    While a cache is being written, its manifest lists none.
+    """
+    sum_ = read_manifest(cache).files.get(name)
+    if sum_ is not None and (found := files.damage_of(cache / name, sum_)):
+        raise StoreError(f"{cache / name} {found}; rerun `ptxdist preprocess`")
+
+
 def parse_manifest(text: bytes, path: Path | str) -> Manifest:
     """As `read_manifest`, from the bytes of the file; errors name `path`."""
     try:

@@ -80,7 +80,7 @@ def draw_contact_sheet(cache: Path) -> Path:
     used = [index for index, case in enumerate(cases) if case.split in ("train", "val")]
     positive, negative = ([index for index in used if bool(cases[index].masks) == wanted] for wanted in (True, False))
     positive = positive[: max(12, 24 - len(negative))]
-    pictures = [outline(*store.sample(index), side_px=256) for index in (*positive, *negative[: 24 - len(positive)])]
+    pictures = [outline(*store.checked(index), side_px=256) for index in (*positive, *negative[: 24 - len(positive)])]
     path = cache / "contact-sheet.png"
     save(grid(pictures), path)
     return path

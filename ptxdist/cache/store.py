@@ -21,7 +21,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist import files
-from ptxdist.cache.manifest import SCHEMA, read_manifest
+from ptxdist.cache.manifest import SCHEMA, ShardRecord, read_manifest
 from ptxdist.errors import StoreError
 
 SHARD_CASES = 128
@@ -192,6 +192,7 @@ class Store:
     fingerprint: str
     images: tuple[Samples, ...]
     masks: tuple[Samples, ...]
+    records: tuple[ShardRecord, ...] = field(default=(), kw_only=True)  # none for a store that is not a file
 
     def gather(self, indices: Sequence[int] | npt.NDArray[np.int64], image: Samples, mask: Samples) -> None:
         """Copy samples into `image` and `mask`, uint8 (>= len(indices), size, size), row by row."""
@@ -204,6 +205,19 @@ class Store:
         """Views of one image and one mask, uint8 (size, size), of the mapped file."""
         shard, offset = divmod(index, SHARD_CASES)
         return self.images[shard][offset], self.masks[shard][offset]
+
+    def checked(self, index: int) -> tuple[Samples, Samples]:
+        """As `sample`; StoreError when image or mask has another checksum than when it was written."""
+        shard, row = divmod(index, SHARD_CASES)
+        found = self.sample(index)
+        for record in self.records[shard : shard + 1]:
+            for array, sample, sums in zip(ARRAYS, found, (record.image_crc32c, record.mask_crc32c), strict=True):
+                if crc32c(sample) != sums[8 * row : 8 * row + 8]:
+                    raise StoreError(
+                        f"{shard_path(self.path, array, shard)} has another checksum than when it was written; "
+                        "`ptxdist verify` names all damage, and `ptxdist preprocess` repairs it"
+                    )
+        return found
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """One coordinate array, (case,): case_id, split, fold, has_mask, area_px, rows or columns."""
@@ -237,7 +251,7 @@ def open_store(cache: Path, size_px: int) -> Store:
         )
         for name in ARRAYS
     )
-    return Store(path, size_px, entry.cases, entry.fingerprint, images, masks)
+    return Store(path, size_px, entry.cases, entry.fingerprint, images, masks, records=entry.shards)
 
 
 def map_shard(path: Path, cases: int, size_px: int) -> tuple[Samples, Samples]:

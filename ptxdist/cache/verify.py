@@ -49,7 +49,7 @@ def verify(
         if (reason := files.damage_of(cache / name, sum_))
     ]
     with suppress(StoreError):
-        damages += _compare(cache, manifest, sizes, shards(read_catalog(cache).labelled), on_progress)
+        damages += _compare(cache, manifest, sizes, shards(read_catalog(cache, as_it_is=True).labelled), on_progress)
     return damages
 
 

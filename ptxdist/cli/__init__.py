@@ -6,6 +6,7 @@ imports are inside the commands, so that `ptxdist --help` is fast.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +28,18 @@ from ptxdist.cli.submit import submit
 from ptxdist.cli.train import train
 from ptxdist.errors import PtxdistError
 
+# What is wrong with a machine and not with ptxdist: a disk, permissions, limits.
+_ENVIRONMENT = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM),
+)
+
 
 class _Commands(click.Group):
-    """Prints a PtxdistError as one line and exits with its code; any other exception keeps its traceback."""
+    """Prints a PtxdistError as one line and exits with its code, and with 1 when a file cannot be read or written.
+
+    Any other exception keeps its traceback.
+    """
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
         with _said():
@@ -49,6 +59,18 @@ def _said() -> Iterator[None]:
 
         console.fail(str(error))
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        from ptxdist import console
+
+        vars(error)["message"] = console.plain(error.message)  # it repeats words of the command line
+        raise
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT:
+            raise
+        from ptxdist import console
+
+        console.fail(f"{error.filename or 'a file'}: {error.strerror}")
+        sys.exit(1)
     except KeyboardInterrupt as error:
         interrupts.say()
         sys.exit(getattr(error, "exit_code", 130))

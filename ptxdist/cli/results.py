@@ -11,7 +11,7 @@ import click
 
 from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
 from ptxdist.cli.train import ray_log
-from ptxdist.errors import RunError, SettingsError
+from ptxdist.errors import RunError, SettingsError, StoreError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split
@@ -155,17 +155,17 @@ def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None
         if as_json:
             console.show_json([part.model_dump(mode="json") for part in parts])
         elif markdown:
-            print(matrix_markdown(parts), end="")
+            print(console.plain(matrix_markdown(parts)), end="")
         else:
             for part in parts:
-                console.out.print(f"[bold]{part.data}[/bold]")
+                console.out.print(part.data, style="bold")
                 console.show_comparison(part.comparison)
         return
     comparison = parts[0].comparison
     if as_json:
         console.show_json(comparison.model_dump(mode="json"))
     elif markdown:
-        print(as_markdown(comparison), end="")
+        print(console.plain(as_markdown(comparison)), end="")
     else:
         console.show_comparison(comparison)
 
@@ -235,12 +235,14 @@ def _inspect_run(run: Path, as_json: bool) -> None:
 def _inspect_cache(cache: Path, as_json: bool) -> None:
     from ptxdist import console
     from ptxdist.cache.catalog import read_catalog
-    from ptxdist.cache.manifest import read_manifest
+    from ptxdist.cache.manifest import MANIFEST, read_manifest
     from ptxdist.cache.outlines import draw_contact_sheet
     from ptxdist.cache.store import open_store
     from ptxdist.cache.summary import split_doubts
 
     catalog = read_catalog(cache)
+    if not read_manifest(cache).sizes:
+        raise StoreError(f"{cache} has no stores ({MANIFEST} is missing or too old); rerun `ptxdist preprocess`")
     stores = [open_store(cache, size) for size in sorted(read_manifest(cache).sizes)]
     if as_json:
         rows = [{"size_px": item.size_px, "cases": item.cases, "fingerprint": item.fingerprint} for item in stores]

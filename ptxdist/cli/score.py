@@ -69,7 +69,7 @@ def score(
     if as_json:
         console.show_json(result.model_dump(mode="json"))
     elif markdown:
-        print(as_markdown(result), end="")
+        print(console.plain(as_markdown(result)), end="")
     else:
         console.show_external(result)
     for note in result.notes:

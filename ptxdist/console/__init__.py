@@ -11,7 +11,7 @@ from ptxdist.console.tables import (
     show_findings,
     show_pairs,
 )
-from ptxdist.console.terminal import divert, err, fail, out, progress, say, show_json
+from ptxdist.console.terminal import divert, err, fail, out, plain, progress, say, show_json
 from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "err",
     "fail",
     "out",
+    "plain",
     "progress",
     "say",
     "show_catalog",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
@@ -67,7 +67,7 @@ def _show_details(evaluation: EvaluationResult) -> None:
         name = score.name if score.name.isupper() else score.name[:1].lower() + score.name[1:]
         baseline = f"({score.without} {score.baseline_of(scores):g})"
         span = intervals.get(score.field)
-        bracket = f" \\[{span[0]:.2f}-{span[1]:.2f}]" if span else f" \\[{TOO_FEW}]" if value is not None else ""
+        bracket = f" [{span[0]:.2f}-{span[1]:.2f}]" if span else f" [{TOO_FEW}]" if value is not None else ""
         return f"{name} {number(value)}{bracket} {baseline}"
 
     images = "held-out images" if evaluation.elsewhere is None else f"images of {evaluation.elsewhere.data}"
@@ -98,7 +98,7 @@ def _working(point: WorkingPoint) -> str:
     shares = []
     for name in ("sensitivity", "specificity"):
         span = point.intervals.get(name)
-        bracket = f"\\[{span[0]:.2f}-{span[1]:.2f}]" if span else f"\\[{TOO_FEW}]"
+        bracket = f"[{span[0]:.2f}-{span[1]:.2f}]" if span else f"[{TOO_FEW}]"
         shares.append(f"{name} {number(getattr(point, name))} {bracket}")
     return (
         f"working point {point.name}: score from {point.threshold:g} on; on cases it was not chosen on "
@@ -113,7 +113,7 @@ def _gains(gains: Mapping[str, float], intervals: Intervals) -> str:
     for score in DICES:
         if score.field in gains:
             span = intervals.get(score.field)
-            bracket = f"\\[{span[0]:+.3f} to {span[1]:+.3f}]" if span else f"\\[{TOO_FEW}]"
+            bracket = f"[{span[0]:+.3f} to {span[1]:+.3f}]" if span else f"[{TOO_FEW}]"
             found.append(f"{score.short} {gains[score.field]:+.4f} {bracket}")
     return ", ".join(found)
 
@@ -132,10 +132,9 @@ def _show_elsewhere(about: Elsewhere) -> None:
             else f"; without them Kaggle Dice {number(without.kaggle_dice)}, "
             + (f"positives only {number(without.positive_dice)}")
         )
-        ids, more = ", ".join(map(escape, about.seen.case_ids[:3])), ", …" if len(about.seen.case_ids) > 3 else ""
-        out.print(
-            f"[bold]the model was trained on some of these images: {seen_before(about.seen)}[/bold]: {ids}{more}{rest}"
-        )
+        ids, more = ", ".join(about.seen.case_ids[:3]), ", …" if len(about.seen.case_ids) > 3 else ""
+        found = f"the model was trained on some of these images: {seen_before(about.seen)}"
+        out.print(Text.assemble((found, "bold"), f": {ids}{more}{rest}"))
     for line in different(about):
         out.print(line)
 
@@ -190,7 +189,7 @@ def show_external(result: ExternalScores) -> None:
     if result.only_predicted or result.only_true:
         out.print(f"left out: {result.only_predicted:,} images without truth, {result.only_true:,} without prediction")
     for score in result.scores.values():
-        out.print(f"\n[bold]{score.name}[/]: {score.definition}\n  Compare with: {score.compare}")
+        out.print(Text.assemble("\n", (score.name, "bold"), f": {score.definition}\n  Compare with: {score.compare}"))
 
 
 def _intervals(form: str, scores: Scores, intervals: Intervals) -> list[str]:

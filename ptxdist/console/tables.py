@@ -90,7 +90,11 @@ def show_damages(cache: Path, mended: Sequence[Damage], wrong: Sequence[Damage])
 
 def show_findings(findings: Sequence[tuple[str, str, str, str, str]]) -> None:
     """Print what `doctor` has found: rows of state (ok, warning, wrong), check, place, finding, and what to do."""
-    looks = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! warning[/]", "wrong": "[bold red]✗ wrong[/]"}
+    looks = {
+        "ok": Text("✓ ok", "green"),
+        "warning": Text("! warning", "yellow"),
+        "wrong": Text("✗ wrong", "bold red"),
+    }
     table = Table("", "check", "where", "found, and what to do", header_style="dim")
     for state, check, where, found, advice in findings:
         text = Text(found) if not advice else Text.assemble(found, "\n→ ", (advice, "bold"))

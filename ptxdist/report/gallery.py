@@ -69,7 +69,7 @@ def draw_galleries(
         pictures = []
         for number, row in enumerate(chosen[name][1], start=1):
             index = place[row.case_id]
-            case, image = cases[index], store.sample(index)[0]
+            case, image = cases[index], store.checked(index)[0]
             truth = fit_square(rle.decode(case.masks or (), case.rows, case.columns))
             prediction = fit_square(rle.decode((predictions[case.case_id],), case.rows, case.columns))
             save(outline(image, truth, prediction, SIDE_PX), overlays / f"{name}-{number}.png")

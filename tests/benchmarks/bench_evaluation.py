@@ -107,7 +107,7 @@ def make_run(folder: Path, evaluated: Evaluated) -> Path:
     )  # fmt: skip
     stage = StageResult(
         stage=1, size_px=64, fingerprint="", epochs=1, workers=1, seconds=1.0, best=epoch, history=(epoch,),
-        weights="", weights_sha256="",
+        weights="w", weights_sha256="",
     )  # fmt: skip
     pipeline = PipelineSettings(name="bench", stages=(StageSettings(size_px=64, epochs=1, batch_size=8),))
     write_json(run / SETTINGS, snapshot(Settings(data=DataSettings(cache=str(cache)), pipeline=pipeline)))

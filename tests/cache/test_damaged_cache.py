@@ -39,7 +39,7 @@ def test_damaged_table_is_made_anew(small_cache, small_dataset, tmp_path: Path, 
     if name == "catalog.jsonl":
         assert b'"fold": 7' in content
         path.write_bytes(content.replace(b'"fold": 7', b'"fold": 0'))
-        assert read_catalog(cache) != small_cache[1].catalog
+        assert read_catalog(cache, as_it_is=True) != small_cache[1].catalog
     else:
         path.write_bytes(content[:-3])
     result = preprocess(data.dicom, data.labels, cache, patients=data.patients, sizes_px=(64, 96))

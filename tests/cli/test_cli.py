@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import subprocess
 import sys
@@ -128,6 +130,46 @@ def test_bad_input_is_a_sentence_with_its_own_exit_code(
         assert word in done.stderr
     assert done.stderr.startswith("error: ")
     assert list(tmp_path.iterdir()) == [], "nothing half written"
+
+
+HOSTILE = "a\x1b]0;title\x07\x1b[2J\r\u202e[/red][bold]:smile:\udcff"
+HARMLESS = r"a\x1b]0;title\x1b[2J\u202e[/red][bold]:smile:\udcff"  # rich leaves out bell and return
+
+
+@pytest.mark.parametrize("words", [["report"], ["inspect"], ["verify"], ["phantom", "--cases"], ["--nothing"]])
+def test_control_characters_and_markup_of_file_names_do_not_reach_the_terminal(words: list[str]) -> None:
+    done = run(*words, HOSTILE)
+    assert done.exit_code in (2, 7, 8), done.output
+    shown = done.stdout + done.stderr
+    assert not {sign for sign in shown if not sign.isprintable()} - {"\n"}
+    assert words == ["--nothing"] or HARMLESS in re.sub(r"\n|\\x07|\\r", "", shown)
+
+
+def test_what_is_printed_is_plain_in_lines_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    from ptxdist import console
+
+    console.say(HOSTILE)
+    console.fail(HOSTILE)
+    console.out.print(HOSTILE, soft_wrap=True)
+    console.show_pairs(HOSTILE, [(HOSTILE, "1")])
+    shown = "".join(capsys.readouterr())
+    assert not {sign for sign in shown if not sign.isprintable()} - {"\n"}
+    assert shown.replace("\n", "").count("[/red][bold]:smile:") >= 4
+
+
+@pytest.mark.parametrize(("number", "sentence"), [(errno.ENOSPC, "No space left"), (errno.ENAMETOOLONG, "name too")])
+def test_a_disk_that_fails_is_a_line_and_a_defect_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    def fail(place: object) -> None:
+        raise OSError(number, os.strerror(number), "some/file")
+
+    monkeypatch.setattr("ptxdist.storage.runs.local_run", fail)
+    done = run("report", "x")
+    assert (done.exit_code, done.stderr.startswith("error: some/file: ")) == (1, True)
+    assert sentence in done.stderr
+    number = errno.EBADF
+    assert isinstance(run("report", "x").exception, OSError)
 
 
 def test_every_error_has_an_exit_code_of_its_own() -> None:

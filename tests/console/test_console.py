@@ -99,7 +99,7 @@ def test_masks_that_do_not_pay_are_said_once_at_the_end_of_the_stage(capsys: pyt
         display.show(
             StageResult(
                 stage=1, size_px=64, fingerprint="", epochs=1, workers=1, seconds=1, best=best, history=(best,),
-                weights="", weights_sha256="",
+                weights="w", weights_sha256="",
             )
         )  # fmt: skip
     assert capsys.readouterr().err.splitlines()[-1] == (

@@ -1,6 +1,6 @@
-"""A damaged file of a run is a sentence with exit code 8, whatever is wrong with it; or the command does without it.
+"""A damaged file of a run or a cache is a sentence, with exit code 8 or 7; or the command does without it.
 
-The run is the one of tests/goldens, as version 0.1.0 wrote it, and the same written anew with checksums.
+Run and cache are those of tests/goldens, as version 0.1.0 wrote them, and the run also written anew with checksums.
 """
 
 from __future__ import annotations
@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
 from ptxdist import files
+from ptxdist.cache.store import Store
+from ptxdist.cache.verify import refuse_damaged
 from ptxdist.cli import cli
-from ptxdist.errors import RunError
+from ptxdist.errors import RunError, StoreError
 from ptxdist.rundir import TABLES, read_evaluation, write_evaluation
 
 ARCHIVE = Path(__file__).resolve().parents[1] / "goldens" / "made-by-0.1.0.tar.xz"
@@ -55,6 +58,23 @@ WITHOUT = {  # missing, these files are done without
 }
 
 
+# A file of a cache, and the commands that read it; `docs/faults.md` has this table.
+CACHE_FILES = {
+    "manifest.json": ("verify", "train, evaluate", "inspect", "report"),
+    "catalog.jsonl": ("verify", "train, evaluate", "inspect", "report"),
+    "64.zarr/image/c/0/0/0": ("verify", "train, evaluate", "inspect"),  # the smallest size
+    "64.zarr/mask/c/0/0/0": ("verify", "train, evaluate", "inspect"),
+    "96.zarr/image/c/0/0/0": ("verify", "train, evaluate", "report"),  # the largest one
+    "96.zarr/mask/c/0/0/0": ("verify", "train, evaluate", "report"),
+    "near_duplicates.csv": ("verify", "train, evaluate", "report"),
+    "salt": ("verify", "train, evaluate"),
+    "missing.csv": ("verify", "train, evaluate"),
+    "rejects.csv": ("verify", "train, evaluate"),
+    "96.zarr/zarr.json": ("verify", "train, evaluate"),
+    "96.zarr/split/c/0": ("verify", "train, evaluate"),
+}
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `cache`, `old` and `new`: the run as it was, and with checksums."""
@@ -80,7 +100,8 @@ def place(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for version in ("old", "new"):
         shutil.copytree(runs / version, tmp_path / version, ignore=shutil.ignore_patterns("tensorboard"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ptxdist.report.report.draw_galleries", lambda *given: [])  # takes most of the time
+    for name, value in (("draw_galleries", []), ("render", "the page")):  # which take most of the time
+        monkeypatch.setattr(f"ptxdist.report.report.{name}", lambda *given, value=value: value)
     return tmp_path
 
 
@@ -143,3 +164,72 @@ def test_tables_and_result_of_different_evaluations_are_refused(place: Path) -> 
     (place / "new/evaluation/cases.csv").unlink()
     with pytest.raises(RunError, match=r"cases.csv is missing; rerun `ptxdist evaluate`"):
         read_evaluation(place / "new/evaluation", *TABLES)
+
+
+def check(command: str, cache: Path, run: Path) -> tuple[int, str]:
+    """Exit code of a command that reads the cache, and what it says."""
+    if command == "train, evaluate":  # what both do first
+        try:
+            refuse_damaged(cache, [64, 96])
+        except StoreError as error:
+            return error.exit_code, str(error)
+        return 0, ""
+    done = CliRunner().invoke(cli, [command, str(run if command == "report" else cache)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), (command, done.exception)
+    return done.exit_code, done.output.replace("\n", "")
+
+
+@pytest.mark.parametrize("name", CACHE_FILES)
+def test_no_command_accepts_damage_of_a_file_of_a_cache_that_it_reads(
+    place: Path, runs: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever the damage; a command that does not read the file says the same as before."""
+    (place / "cache").unlink()
+    cache, run = Path(shutil.copytree(runs / "cache", place / "cache")), place / "new"
+    settings = json.loads((run / "settings.json").read_bytes())
+    settings["pipeline"]["fold"] = 1  # fold 0 needs no near_duplicates.csv
+    files.write_json(run / "settings.json", settings)
+    monkeypatch.setattr("ptxdist.report.report.refuse_other_split", lambda *given: None)
+    monkeypatch.setattr("ptxdist.cache.outlines.outline", lambda *given, side_px: np.zeros((1, 1, 3), np.uint8))
+
+    def look(
+        rows: object, predictions: object, cases: Sequence[object], store: Store, overlays: object
+    ) -> list[object]:
+        for index in range(len(cases)):
+            store.checked(index)
+        return []
+
+    monkeypatch.setattr("ptxdist.report.report.draw_galleries", look)
+    commands = ("verify", "train, evaluate", "inspect", "report")
+    whole = {command: check(command, cache, run) for command in commands}
+    assert {code for code, _ in whole.values()} == {0}
+    path, content = cache / name, (cache / name).read_bytes()
+    damages = {kind: DAMAGES[kind] for kind in ("cut", "empty", "missing", "nested")}
+    damages["flip"] = lambda content: bytes([content[0] ^ 1]) + content[1:]
+    damages["NaN"] = lambda content: content.replace(b": 0,", b": NaN,", 1)
+    for kind, damage in damages.items():
+        damaged = damage(content)
+        if damaged == content:
+            continue
+        path.unlink(missing_ok=True)
+        if damaged is not None:
+            path.write_bytes(damaged)
+        for command in commands:
+            code, words = check(command, cache, run)
+            where = f"{command} {name} {kind}: {code} {words}"
+            if command == "inspect" and name.startswith("96.zarr/") and code:
+                assert (code, name in words) == (7, True), where  # it looks at the length of all shards
+            elif command in CACHE_FILES[name]:
+                assert code == 7, where
+                assert name in words or (name, kind) == ("manifest.json", "missing"), where
+            else:
+                assert (code, words) == whole[command], where
+    path.write_bytes(content)
+    assert {command: check(command, cache, run) for command in commands} == whole
+
+
+def test_the_documented_table_is_the_one_that_is_tested() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text(encoding="utf-8")
+    for name, commands in CACHE_FILES.items():
+        shown = [command for command in ("verify", "train, evaluate", "inspect", "report") if command in commands]
+        assert f"| `{name}` | {', '.join(shown)} |" in text
