@@ -13,9 +13,7 @@ from ptxdist.finding import FindingType, unless_pneumothorax
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
-# A score's threshold: above that of all images, none is flagged.
-ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]
-# A path below a folder; no part begins with a dot.
+ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]  # just above 1, no image is flagged
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\z")]
 Intervals = dict[str, tuple[float, float]]
 
@@ -325,35 +323,6 @@ class EvaluationResult(Record):
     seconds: float
 
 
-class Compared(Record):
-    """One run of a comparison: its scores on the common cases, and its differences from the first run.
-
-    `run` is the name of its folder, `cases` how many it evaluated itself; the first run has no differences.
-    """
-
-    run: str
-    cases: int
-    scores: Scores
-    intervals: Intervals = {}
-    differences: dict[str, float] = {}
-    difference_intervals: Intervals = {}
-
-
-class Comparison(Record):
-    """Scores of several runs on the `cases` images that all of them evaluated."""
-
-    cases: int
-    runs: tuple[Compared, ...]
-
-
-class DataComparison(Record):
-    """The comparison on one of several data sets; `models` are the names of its runs' models, in their order."""
-
-    data: str
-    models: tuple[str, ...]
-    comparison: Comparison
-
-
 class PipelineResult(Record):
     """Result of a finished pipeline."""
 
@@ -367,7 +336,6 @@ class Environment(Record):
     """What is read of environment.json: versions of packages, and the commit of ptxdist."""
 
     model_config = ConfigDict(extra="ignore")
-
     packages: dict[str, str] = {}
     commit: str | None = None
 

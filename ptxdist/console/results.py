@@ -14,7 +14,6 @@ from rich.text import Text
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import out
 from ptxdist.records import (
-    Comparison,
     Elsewhere,
     EvaluationResult,
     Intervals,
@@ -27,6 +26,7 @@ from ptxdist.scores.elsewhere import different, seen_before
 from ptxdist.scores.names import AUROC, DICES, SCORES, TOO_FEW, Score
 
 if TYPE_CHECKING:
+    from ptxdist.scores.compare import Comparison
     from ptxdist.scores.external import ExternalScores
 
 _HEADS = [score.short.replace(" ", "\n") for score in DICES]

@@ -15,12 +15,41 @@ import numpy as np
 
 from ptxdist.errors import RunError
 from ptxdist.finding import PNEUMOTHORAX, FindingType
-from ptxdist.records import Compared, Comparison, DataComparison
+from ptxdist.records import Intervals, Record, Scores
 from ptxdist.rundir import CASES, EVALUATION, RESULT, SETTINGS, read_evaluation, read_settings
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
 from ptxdist.scores.names import DICES, Score
 from ptxdist.scores.tables import read_cases
+
+
+class Compared(Record):
+    """One run of a comparison: its scores on the common cases, and its differences from the first run.
+
+    `run` is the name of its folder, `cases` how many it evaluated itself; the first run has no differences.
+    """
+
+    run: str
+    cases: int
+    scores: Scores
+    intervals: Intervals
+    differences: dict[str, float]
+    difference_intervals: Intervals
+
+
+class Comparison(Record):
+    """Scores of several runs on the `cases` images that all of them evaluated."""
+
+    cases: int
+    runs: tuple[Compared, ...]
+
+
+class DataComparison(Record):
+    """The comparison on one of several data sets; `models` are the names of its runs' models, in their order."""
+
+    data: str
+    models: tuple[str, ...]
+    comparison: Comparison
 
 
 def compare(runs: Sequence[Path]) -> Comparison:

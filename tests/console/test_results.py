@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ptxdist import console
-from ptxdist.records import Compared, Comparison, EvaluationResult, Intervals, Reliability, Scores
+from ptxdist.records import EvaluationResult, Intervals, Reliability, Scores
+from ptxdist.scores.compare import Compared, Comparison
 
 SCORES = Scores(
     cases=9, positives=3, kaggle_dice=0.75, positive_dice=None, pooled_dice=0.5, sensitivity=0.5, specificity=0.9,
@@ -37,9 +38,9 @@ def test_an_evaluation_is_shown_with_intervals_and_baselines(capsys: pytest.Capt
 
 
 def test_runs_are_shown_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    first = Compared(run="one", cases=9, scores=SCORES, intervals=INTERVALS)
+    first = Compared(run="one", cases=9, scores=SCORES, intervals=INTERVALS, differences={}, difference_intervals={})
     second = Compared(
-        run="two", cases=9, scores=SCORES, differences={"pooled_dice": -0.125},
+        run="two", cases=9, scores=SCORES, intervals={}, differences={"pooled_dice": -0.125},
         difference_intervals={"pooled_dice": (-0.25, 0.0)},
     )  # fmt: skip
     console.show_comparison(Comparison(cases=9, runs=(first, second)))
