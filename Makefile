@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test install lint clean
+.PHONY: demo test install lint audit clean
 
 demo: install
 	$(BIN)/ptxdist demo
@@ -15,6 +15,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit:  # known vulnerabilities of the pinned versions; needs the network
+	$(PYTHON) -m venv .venv-audit && .venv-audit/bin/pip install --quiet pip-audit && .venv-audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt
 
 install: $(VENV)/.installed
 
@@ -32,4 +35,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-s3 build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-s3 .venv-audit build dist demo .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -365,7 +365,9 @@ def _failures(path: Path, error: Error, verb: str = "written") -> Iterator[None]
         if error is None:
             raise
         kept = "; what was saved before is kept" if verb == "written" else ""
-        raise error(f"{path} cannot be {verb}: {failure.strerror or failure}{kept}") from failure
+        raise error(
+            f"{path} cannot be {verb}: {failure.strerror or str(failure).partition(chr(10))[0]}{kept}"
+        ) from failure
 
 
 def _sync_folder(folder: Path) -> None:

@@ -69,7 +69,7 @@ def _said() -> Iterator[None]:
             raise
         from ptxdist import console
 
-        console.fail(f"{error.filename or 'a file'}: {error.strerror}")
+        console.fail(f"{error.filename or 'output'}: {error.strerror}")
         sys.exit(1)
     except KeyboardInterrupt as error:
         interrupts.say()

@@ -9,6 +9,7 @@ index of the image), and not on the workers.
 
 from __future__ import annotations
 
+import io
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -213,10 +214,12 @@ def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
     data = _encode(cv2.LUT(grey, _UNDEREXPOSED) if task.bedside else grey)
     path = folder / study / series / f"{name}.dcm"
     path.parent.mkdir(parents=True)
+    file = io.BytesIO()
     with (
         pydicom.config.disable_value_validation()
     ):  # '62' is not a valid age and ID_… not a valid UID; the challenge has both
-        _dataset(rng, (study, series, name), view, task.patient, data).save_as(path, enforce_file_format=True)
+        _dataset(rng, (study, series, name), view, task.patient, data).save_as(file, enforce_file_format=True)
+    path.write_bytes(file.getvalue())  # not by pydicom, whose errors of a full disk have tracebacks in them
     return name, texts if task.rows else []
 
 

@@ -278,10 +278,10 @@ def test_places_where_nothing_can_be_written_are_a_sentence(tmp_path: Path, monk
         assert done.exit_code == 8, done.output
         assert "cannot be written: " in done.stderr.replace("\n", " ")
 
-    def full(image: object) -> bytes:
+    def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(dataset, "_encode", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     done = phantom(tmp_path / "out")
     assert done.exit_code == 8, done.output
     assert "out cannot be written: No space left on device" in done.stderr.replace("\n", " ")
