@@ -88,7 +88,7 @@ def _read(path: Path) -> dict[str, tuple[FindingType, Limits]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     return {name: _finding(path, name, table) for name, table in content.items()}
 

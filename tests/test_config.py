@@ -173,6 +173,12 @@ def test_wrong_assignment_is_named_with_the_way_out(assignment: str, named: str)
         ("model = 'unet'\n[[stages]]\nsize_px = 64", "'pipeline.model' must be a group of settings, found 'unet'"),
         ("seed = 1", "pipeline.stages: Field required"),
         ("seed == 1", "cannot be read as TOML"),
+        ("seed = " + "[" * 100_000, "cannot be read as TOML"),
+        ("[[stages]]\nsize_px = 64\nepochs = 1\nbatch_size = 8\nlearning_rate = nan", "learning_rate: Input should be"),
+        (
+            "[[stages]]\nsize_px = 8192\nepochs = 1\nbatch_size = 8",
+            "size_px: Input should be less than or equal",
+        ),
         (
             "[[stages]]\nsize_px = 64\nepochs = 2\nbatch_size = 8\nswa_epochs = 3",
             "swa_epochs (3) is more than epochs (2)",

@@ -54,7 +54,7 @@ def test_only_the_newest_are_kept_and_no_draft_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "altered", "gone"])
 def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, part: str, damage: str) -> None:
     for epoch in (1, 2):
         save_checkpoint(tmp_path, trained(epoch)[1], keep=2)
@@ -64,6 +64,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, part: str,
         path.unlink()
     elif damage == "truncated":
         path.write_bytes(content[: len(content) // 2])
+    elif damage == "altered":  # still JSON, or still tensors
+        path.write_bytes(content.replace(b'"epoch": 2', b'"epoch": 3') if part == "state.json" else content[:-1] + b"x")
     else:
         content[len(content) // 2] ^= 0xFF
         path.write_bytes(content)
