@@ -87,7 +87,7 @@ class _Processes:
     def _start(self) -> ProcessPoolExecutor:
         if self.pool is None:
             self.pool = ProcessPoolExecutor(
-                self._workers, multiprocessing.get_context("spawn"), initializer=_start_worker
+                self._workers, multiprocessing.get_context("spawn"), initializer=start_worker
             )
         return self.pool
 
@@ -110,7 +110,8 @@ def processes(workers: int) -> Iterator[Executor]:
         executor.pool.shutdown()
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """Make this spawned process leave interruptions to its parent, and end when its parent does."""
     for number in (signal.SIGINT, signal.SIGHUP):  # of the terminal, to all processes; the parent handles them
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -41,7 +41,8 @@ def serve(
 
     files.require_extra("serve", "the viewer", "fastapi", "uvicorn")
     from ptxdist.predict import server
-    from ptxdist.predict.predictor import Predictor
+    from ptxdist.predict.gate import DEFAULT
+    from ptxdist.predict.worker import Worker, predicting
     from ptxdist.storage.runs import local_run
 
     with server.listen(host, port) as listening:
@@ -50,13 +51,14 @@ def serve(
                 f"warning: anybody who can reach {host} can use this model; there is no password, and radiographs "
                 "are sent unencrypted. Put a proxy with both in front of it, or omit --host and use `ssh -L`"
             )
-        predictor = Predictor.load(*map(local_run, (model, *others)), device=device, at=at)  # type: ignore[arg-type]
-        url = server.url_of(listening)
-        if as_json:
-            console.show_json({"url": url, "models": [card.name for card in predictor.cards]})
-        else:
-            console.say(f"the viewer is at {url} (Ctrl-C ends it); research use only, not a medical device")
-        if open_page and click.launch(url) != 0:
-            console.say("no browser could be started; open the address yourself")
-        server.serve(predictor, listening, host, lambda where: console.say(f"a defect in ptxdist: {where}"))
+        models, limits = [local_run(place) for place in (model, *others)], DEFAULT
+        with Worker(predicting, models, device, at, limits.max_bytes, compute_s=limits.compute_s) as worker:
+            url = server.url_of(listening)
+            if as_json:
+                console.show_json({"url": url, "models": worker.about.names})
+            else:
+                console.say(f"the viewer is at {url} (Ctrl-C ends it); research use only, not a medical device")
+            if open_page and click.launch(url) != 0:
+                console.say("no browser could be started; open the address yourself")
+            server.serve(worker, listening, host, lambda where: console.say(f"a defect in ptxdist: {where}"))
         console.say("the viewer has ended; nothing was stored")

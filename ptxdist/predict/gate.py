@@ -1,4 +1,4 @@
-"""Which requests the viewer's server accepts: from whom, how large, how many.
+"""Which requests the viewer's server accepts: from whom, how large, how fast, how many.
 
 Owns: limits, security headers, and the check of host and origin. Refuses: pages of other origins, unknown host names,
 files that are too large or too slow, and too many requests, each with a status and a sentence.
@@ -10,7 +10,7 @@ import asyncio
 import ipaddress
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,17 +30,35 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
+    "Connection": "close",  # each connection carries one request, so that its times can be limited
 }
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Size and time of a request, requests at the same time, and requests a minute from one address."""
+    """Size and times of a request, and how many there may be, in all and from one address.
+
+    A head has to arrive within `head_s`. A file has `patience_s`, and a second more for each `least_rate` bytes that
+    have arrived, up to `upload_s`. `send_s` is how long an answer may take to be received.
+    """
 
     max_bytes: int = MAX_INFLATED
+    head_s: float = 10
+    patience_s: float = 5
+    least_rate: int = 100_000
     upload_s: float = 60
-    at_once: int = 4
+    compute_s: float = 60
+    send_s: float = 60
+    at_once: int = 8
+    at_once_each: int = 4
     a_minute: int = 60
+    connections: int = 64
+    connections_each: int = 32
+
+    @property
+    def longest_s(self) -> float:
+        """Longest time that a connection may be open."""
+        return self.head_s + self.upload_s + (self.at_once + 1) * self.compute_s + self.send_s
 
 
 DEFAULT = Limits()
@@ -50,7 +68,7 @@ class Gate:
     """Counts requests, and rejects those above the limits."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self._inside = limits, 0
+        self._limits, self._inside = limits, Counter[str]()
         self._times: dict[str, deque[float]] = {}
 
     @contextmanager
@@ -65,15 +83,17 @@ class Gate:
             wait = math.ceil(times[0] + 60 - now)
             words = f"More than {self._limits.a_minute} files in a minute; try again in {wait} s."
             raise HTTPException(429, words, {"Retry-After": str(wait)})
-        if self._inside >= self._limits.at_once:
-            words = f"{self._inside} files are in work, and no more can wait; try again in a few seconds."
+        here, all_ = self._inside[address], self._inside.total()
+        if here >= self._limits.at_once_each or all_ >= self._limits.at_once:
+            words = f"{all_} files are in work, and no more can wait; try again in a few seconds."
             raise HTTPException(503, words, {"Retry-After": "5"})
         self._times.setdefault(address, times).append(now)
-        self._inside += 1
+        self._inside[address] += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self._inside[address] -= 1
+            self._inside += Counter()  # drops the addresses without a request
 
 
 async def read_body(request: Request, limits: Limits) -> bytes:
@@ -82,15 +102,20 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limits.max_bytes:
         raise too_large
-    content = bytearray()
+    content, stream = bytearray(), request.stream()
+    begin = asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(limits.upload_s):
-            async for part in request.stream():
-                if len(content) + len(part) > limits.max_bytes:
-                    raise too_large
-                content += part
+        while True:
+            granted = min(limits.patience_s + len(content) / limits.least_rate, limits.upload_s)
+            async with asyncio.timeout_at(begin + granted):
+                part = await anext(stream, None)
+            if part is None:
+                break
+            if len(content) + len(part) > limits.max_bytes:
+                raise too_large
+            content += part
     except TimeoutError:
-        raise HTTPException(408, f"The file did not arrive within {limits.upload_s:g} s.") from None
+        raise HTTPException(408, f"Of the file, only {len(content):,} bytes arrived within {granted:g} s.") from None
     except ClientDisconnect:
         raise HTTPException(400, "The file did not arrive.") from None
     return bytes(content)
@@ -102,10 +127,17 @@ def refusal(request: Request, known: frozenset[str]) -> tuple[int, str] | None:
     if not _is_known(host, known):
         return 421, "This server does not answer to that host name; use its address, or start it with --host NAME."
     origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    foreign = origin is not None and urlsplit(origin).netloc != host
+    foreign = origin is not None and _host_of(origin) != host
     if request.method not in ("GET", "HEAD") and (foreign or site not in ("same-origin", "none")):
         return 403, "Only the viewer's own page may send files here."
     return None
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _is_known(host: str, known: frozenset[str]) -> bool:

@@ -8,7 +8,7 @@ Owns: the routes, and the sockets that the server listens on. Refuses: requests 
 not chest radiographs, each with a status and a sentence (JSON, `error`). Needs the extra `serve` (FastAPI, uvicorn).
 
 A file is the body of its request and stays in memory; a form would be spooled to disk. Nothing is stored, and nothing
-about a request is logged. Predictions are made one after the other in one thread.
+about a request is logged. Predictions are made one after the other in a process of their own (`worker`).
 """
 
 from __future__ import annotations
@@ -16,73 +16,72 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
-import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from pathlib import Path
+from functools import partial
+from http import HTTPStatus
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ptxdist.dicom.frontal import refuse_other_than_chest
-from ptxdist.errors import AddressError, DicomError
+from ptxdist.dicom.guard import place_of
+from ptxdist.errors import AddressError
+from ptxdist.predict.connection import Connection
 from ptxdist.predict.gate import DEFAULT, HEADERS, Gate, Limits, read_body, refusal
-from ptxdist.predict.predictor import Predictor
-from ptxdist.predict.viewer import answer_of, page_files, with_maps
+from ptxdist.predict.worker import Worker
 
 TYPES = ("application/dicom", "application/octet-stream")  # no form of another page can send these
 _SHUTDOWN_S = 10
+_PLAIN = {  # instead of the words of HTTP
+    404: "There is nothing at this address; the page is at /.",
+    405: "This address does not take such requests; the page is at /, and files are sent with POST.",
+}
 
 
 def make_app(
-    predictor: Predictor,
-    pool: ThreadPoolExecutor,
+    worker: Worker,
     *,
     names: frozenset[str] = frozenset(),
     limits: Limits = DEFAULT,
     on_defect: Callable[[str], None] = lambda where: None,
-) -> FastAPI:
-    """The application. `pool` has one thread; `names` are the host names it answers to, beside localhost.
+) -> ASGIApp:
+    """The application. `worker` is running; `names` are the host names it answers to, beside localhost.
 
     `on_defect` is called with kind and place of an internal error, never with its message, which may contain values.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    gate, known = Gate(limits), names | {"localhost"}
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        refused = refusal(request, known)
-        response = JSONResponse({"error": refused[1]}, refused[0]) if refused else await call_next(request)
-        response.headers.update(HEADERS)
-        return response
+    gate, turn, known = Gate(limits), asyncio.Lock(), names | {"localhost"}
+    pool = ThreadPoolExecutor(1, thread_name_prefix="ptxdist-serve")  # waits for the worker
 
     @app.exception_handler(AnyHTTPException)
     async def refuse(request: Request, error: AnyHTTPException) -> Response:
-        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        is_plain = error.detail == HTTPStatus(error.status_code).phrase
+        words = _PLAIN.get(error.status_code, error.detail) if is_plain else error.detail
+        return JSONResponse({"error": words}, error.status_code, error.headers)
 
-    def predict(content: bytes, maps: bool) -> Response:
-        try:
-            prediction = predictor.predict_content(content, check=refuse_other_than_chest)
-            answer = answer_of(prediction, predictor.operating_point)
-            if maps:
-                kind, body = with_maps(prediction, answer)
-                return Response(body, media_type=kind)
-            return Response(answer.model_dump_json(), media_type="application/json")
-        except DicomError as error:
-            return JSONResponse({"error": f"This file {error}."}, 422)
-        except Exception as error:
-            on_defect(_place(error))
-            return JSONResponse({"error": "This file could not be predicted because of a defect in ptxdist."}, 500)
+    @app.exception_handler(Exception)
+    async def fail(request: Request, error: Exception) -> Response:
+        on_defect(place_of(error))
+        return JSONResponse({"error": "This request met a defect in ptxdist."}, 500)
 
     async def answer(request: Request, maps: bool) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip() not in TYPES:
             raise HTTPException(415, f"Send the bytes of one DICOM file as the body, with Content-Type: {TYPES[0]}.")
         with gate.enter(request.client.host if request.client else ""):
             content = await read_body(request, limits)
-            return await asyncio.get_running_loop().run_in_executor(pool, predict, content, maps)
+            async with turn:
+                if await request.is_disconnected():
+                    raise HTTPException(400, "The sender has gone.")
+                reply = await asyncio.get_running_loop().run_in_executor(pool, worker.predict, content, maps)
+        if reply.defect:
+            on_defect(reply.defect)
+        return Response(reply.body, reply.status, media_type=reply.kind)
 
     @app.post("/api/predict")
     async def predict_file(request: Request) -> Response:
@@ -92,26 +91,37 @@ def make_app(
     async def predict_maps(request: Request) -> Response:
         return await answer(request, maps=True)
 
-    _add_page(app, page_files(predictor, limits.max_bytes))
-    return app
+    _add_page(app, worker.about.page)
+    return _guarding(app, known)
+
+
+def _guarding(app: ASGIApp, known: frozenset[str]) -> ASGIApp:
+    """The application behind `refusal`; every answer gets the security headers."""
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        refused = refusal(Request(scope), known)
+        inner: ASGIApp = JSONResponse({"error": refused[1]}, refused[0]) if refused else app
+        await inner(scope, receive, send_with_headers)
+
+    return guard
 
 
 def _add_page(app: FastAPI, files: Mapping[str, tuple[str, bytes]]) -> None:
     @app.get("/{name}")
     async def send(name: str) -> Response:
         if name not in files:
-            raise HTTPException(404, "There is nothing at this address; the page is at /.")
+            raise HTTPException(404, _PLAIN[404])
         kind, content = files[name]
         return Response(content, media_type=kind)
 
     @app.get("/")
     async def send_page() -> Response:
         return await send("")
-
-
-def _place(error: Exception) -> str:
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} in {Path(last.filename).name}, line {last.lineno}"
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -139,18 +149,19 @@ def url_of(listening: socket.socket) -> str:
     return f"http://{name}:{listening.getsockname()[1]}/"
 
 
-def make_server(app: FastAPI) -> uvicorn.Server:
+def make_server(app: ASGIApp, limits: Limits = DEFAULT) -> uvicorn.Server:
     """A server without log output; run it on a socket of `listen`."""
+    connection: Any = partial(Connection, limits=limits, peers={})
     return uvicorn.Server(
         uvicorn.Config(
-            app, loop="asyncio", http="h11", ws="none", lifespan="off", access_log=False, log_config=None,
-            log_level="critical", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_S, limit_concurrency=64,
+            app, loop="asyncio", http=connection, ws="none", lifespan="off", access_log=False, log_config=None,
+            log_level="critical", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_S,
         )
     )  # fmt: skip
 
 
-def serve(predictor: Predictor, listening: socket.socket, host: str, on_defect: Callable[[str], None]) -> None:
-    """Serve the viewer until Ctrl-C; `host` is the name that was given to `listen`."""
+def serve(worker: Worker, listening: socket.socket, host: str, on_defect: Callable[[str], None]) -> None:
+    """Serve the viewer until Ctrl-C; `worker` is running, `host` is the name that was given to `listen`."""
     names = frozenset() if is_loopback(listening) else frozenset({host.lower(), socket.gethostname().lower()})
-    with ThreadPoolExecutor(1, thread_name_prefix="ptxdist-serve") as pool, suppress(KeyboardInterrupt):
-        make_server(make_app(predictor, pool, names=names, on_defect=on_defect)).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):
+        make_server(make_app(worker, names=names, on_defect=on_defect)).run(sockets=[listening])

@@ -4,19 +4,20 @@
 
 Random weights, one phantom of 1024 px, flip averaging. The server runs in this process, on loopback, and each request
 has a connection of its own, as curl's has. In turn; the first round is dropped. `--cpu` measures the processor time of
-this process, client and server, for a machine that others use too.
+this process, client and server, and of the worker, for a machine that others use too.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
+import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -26,6 +27,12 @@ from measuring import header, in_turn, publish, table
 from ptxdist.phantoms.dataset import write_phantoms
 from ptxdist.predict import server
 from ptxdist.predict.gate import Limits
+from ptxdist.predict.worker import Worker, answer_files
+
+
+def work(connection: Connection, size_px: int, max_bytes: int) -> None:
+    """The worker of this benchmark."""
+    answer_files(connection, make_predictor(size_px), max_bytes)
 
 
 def main() -> None:
@@ -41,12 +48,12 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         server.listen("127.0.0.1", 0) as listening,
-        ThreadPoolExecutor(1) as pool,
+        Worker(work, options.size, limits.max_bytes, compute_s=limits.compute_s) as worker,
     ):
         write_phantoms(Path(folder), cases=1, seed=0)
         path = next(Path(folder).rglob("*.dcm"))
         content = path.read_bytes()
-        running = server.make_server(server.make_app(predictor, pool, limits=limits))
+        running = server.make_server(server.make_app(worker, limits=limits), limits)
         thread = threading.Thread(target=running.run, args=([listening],))
         thread.start()
 
@@ -64,7 +71,12 @@ def main() -> None:
             "POST /api/predict": lambda: post("/api/predict"),
             "POST /api/maps": lambda: post("/api/maps"),
         }
-        clock = time.process_time if options.cpu else time.perf_counter
+
+        def processor_s() -> float:
+            fields = Path(f"/proc/{worker._process.pid}/stat").read_text().rpartition(")")[2].split()
+            return time.process_time() + (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        clock = processor_s if options.cpu else time.perf_counter
 
         def timed(call: Callable[[], object]) -> float:
             started = clock()

@@ -6,7 +6,6 @@ import http.client
 import json
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +17,8 @@ from ptxdist.cache.render import TRANSFORM
 from ptxdist.predict import server
 from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.gate import DEFAULT, Limits
+from ptxdist.predict.viewer import page_files, reply_to
+from ptxdist.predict.worker import About, Reply, Worker
 from ptxdist.records import EvaluationResult, OperatingPoint
 from ptxdist.resolve import load_settings
 from ptxdist.train.unet import build_unet
@@ -37,12 +38,24 @@ def make_predictor(point: OperatingPoint, size_px: int = 64) -> Predictor:
     return Predictor([card], [build_unet(pipeline.model)], torch.device("cpu"))
 
 
+class Here(Worker):
+    """Answers as the worker does, in this process, so that no process has to import torch for a test."""
+
+    def __init__(self, predictor: Predictor, limits: Limits) -> None:
+        self.about = About(("untrained",), page_files(predictor, limits.max_bytes))
+        self._predictor = predictor
+
+    def predict(self, content: bytes, maps: bool) -> Reply:
+        return reply_to(content, maps, self._predictor)
+
+
 @contextmanager
-def serving(predictor: Predictor, limits: Limits = DEFAULT) -> Iterator[tuple[str, list[str]]]:
+def serving(predictor: Predictor | Worker, limits: Limits = DEFAULT) -> Iterator[tuple[str, list[str]]]:
     """The URL of a server that ends with the block, and the defects that it reported."""
     defects: list[str] = []
-    with server.listen("127.0.0.1", 0) as listening, ThreadPoolExecutor(1) as pool:
-        running = server.make_server(server.make_app(predictor, pool, limits=limits, on_defect=defects.append))
+    worker = predictor if isinstance(predictor, Worker) else Here(predictor, limits)
+    with server.listen("127.0.0.1", 0) as listening:
+        running = server.make_server(server.make_app(worker, limits=limits, on_defect=defects.append), limits)
         thread = threading.Thread(target=running.run, args=([listening],))
         thread.start()
         try:

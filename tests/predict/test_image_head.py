@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from serving import ask, make_predictor, serving
+from serving import make_predictor
 from tiny_encoder import TINY
 
 from ptxdist import Predictor
@@ -25,6 +25,7 @@ from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_bundle, write_bundle
 from ptxdist.predict.export import ABOUT, describe, export_model, load
 from ptxdist.predict.parity import Run, largest_difference
+from ptxdist.predict.viewer import page_files, reply_to
 from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
 from ptxdist.resolve import load_settings
@@ -159,15 +160,13 @@ def test_the_documented_lines_apply_the_image_threshold(
 def test_the_viewers_answer_states_the_rule_and_applies_it(run: Path, paths: list[Path]) -> None:
     predictor = Predictor.load(run, device="cpu")
     score = predictor.predict(paths[0]).score
-    with serving(predictor) as (url, defects):
-        assert b"Of the image as a whole and of its highest pixels" in ask(url, "GET", "/")[2]
-        for image, empty in ((score - 0.01, False), (score + 0.01, True)):
-            predictor.operating_point = OperatingPoint(image=image, top=0.01, min_area_px=3, bottom=0.01)
-            found = json.loads(ask(url, "POST", "/api/predict", paths[0].read_bytes())[2])
-            assert found["operating_point"] == {"image": image, "top": 0.01, "min_area_px": 3, "bottom": 0.01}
-            assert found["rule"] == predictor.operating_point.words
-            assert (found["area_px"] == 0) == empty
-        assert defects == []
+    assert b"Of the image as a whole and of its highest pixels" in page_files(predictor, 1)[""][1]
+    for image, empty in ((score - 0.01, False), (score + 0.01, True)):
+        predictor.operating_point = OperatingPoint(image=image, top=0.01, min_area_px=3, bottom=0.01)
+        found = json.loads(reply_to(paths[0].read_bytes(), False, predictor).body)
+        assert found["operating_point"] == {"image": image, "top": 0.01, "min_area_px": 3, "bottom": 0.01}
+        assert found["rule"] == predictor.operating_point.words
+        assert (found["area_px"] == 0) == empty
 
 
 def test_models_with_and_without_an_image_head_do_not_go_together(run: Path) -> None:

@@ -1,0 +1,99 @@
+"""Connections to the viewer's server: one request each, and limits of their number and times.
+
+Owns: what happens to a connection whose request is no HTTP, comes too slowly, or whose answer is not received, and
+which one makes room when there are too many. uvicorn itself waits for a head without end, and refuses in its own words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ptxdist.predict.gate import HEADERS, Limits
+
+
+class Connection(H11Protocol):
+    """A connection; `peers` are the open ones of the server, the oldest first."""
+
+    def __init__(self, *args: Any, limits: Limits, peers: dict[Connection, None], **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._limits, self._peers = limits, peers
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Let the oldest connection without a request make room, if there are too many."""
+        super().connection_made(transport)
+        self._peers[self] = None
+        crowd = [peer for peer in self._peers if peer.address == self.address]
+        if len(crowd) <= self._limits.connections_each:
+            crowd = list(self._peers) if len(self._peers) > self._limits.connections else []
+        if crowd:
+            oldest = next(peer for peer in crowd if peer.cycle is None)
+            if oldest is self:
+                self._refuse(503, "Too many connections are open; try again in a few seconds.")
+                return
+            self._peers.pop(oldest)
+            oldest.transport.abort()
+        self._after("head", self._limits.head_s, self._head_is_late)
+        self._after("all", self._limits.longest_s, transport.abort)
+
+    @property
+    def address(self) -> str:
+        """Address of the other side."""
+        return self.client[0] if self.client else ""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count it no longer."""
+        self._peers.pop(self, None)
+        for timer in self._timers.values():
+            timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Read a part of the request."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.cycle is not None:
+            self._timers["head"].cancel()
+
+    def pause_writing(self) -> None:
+        """The answer is longer than what the other side has received of it."""
+        self._after("send", self._limits.send_s, self.transport.abort)
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """All of the answer, or nearly all, has been received."""
+        self._timers["send"].cancel()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; `msg` is uvicorn's sentence."""
+        self._refuse(400, "This is no valid HTTP request.")
+
+    def _head_is_late(self) -> None:
+        received, _ = self.conn.trailing_data
+        if received:
+            self._refuse(408, f"The request did not arrive within {self._limits.head_s:g} s.")
+        else:  # such as a browser's, opened in advance
+            self.transport.close()
+
+    def _refuse(self, status: int, sentence: str) -> None:
+        if self.cycle is not None and self.cycle.response_started:
+            self.transport.abort()
+            return
+        body = json.dumps({"error": sentence}).encode()
+        headers = {**HEADERS, "Content-Type": "application/json", "Content-Length": len(body)}
+        lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{name}: {headers[name]}" for name in headers)]
+        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        self.transport.close()
+
+    def _after(self, name: str, seconds: float, call: Callable[[], None]) -> None:
+        if name in self._timers:
+            self._timers[name].cancel()
+        self._timers[name] = self.loop.call_later(seconds, call)

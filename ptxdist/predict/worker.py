@@ -1,0 +1,161 @@
+"""The process that predicts for the viewer's server.
+
+A decoder cannot be stopped from outside, and a parser in Python holds the lock that the server needs to answer anybody.
+Therefore files are predicted in a process of their own. It is killed when a file takes longer than `compute_s`, or dies
+with a file that crashes a decoder; the next file gets a new process. Owns: that process, and what is sent to it and
+back. torch is imported there only.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from ptxdist.errors import PtxdistError, RunError
+from ptxdist.executor import start_worker
+
+if TYPE_CHECKING:
+    from ptxdist.predict.predictor import Predictor
+    from ptxdist.train.device import Device
+
+_RELOADS = 3  # a model may take so many times as long to load as at the start
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to a file: HTTP status, media type, body; `defect` is kind and place of an internal error, or ""."""
+
+    status: int
+    kind: str
+    body: bytes
+    defect: str = ""
+
+
+@dataclass(frozen=True)
+class About:
+    """Names of the models, and the files of the page: media type and content by name."""
+
+    names: tuple[str, ...]
+    page: Mapping[str, tuple[str, bytes]]
+
+
+def refused(status: int, sentence: str, defect: str = "") -> Reply:
+    """A reply that says why there is no answer."""
+    return Reply(status, "application/json", json.dumps({"error": sentence}).encode(), defect)
+
+
+def predicting(connection: Connection, models: Sequence[Path], device: Device, at: str | None, max_bytes: int) -> None:
+    """What the process does: load the models as `Predictor.load`, and answer files."""
+    start_worker()
+    if missing := [model for model in models if not model.exists()]:  # before torch is imported
+        connection.send(RunError(f"no model at {missing[0]}: give a finished run or a bundle"))
+        return
+    from ptxdist.predict.predictor import Predictor
+
+    try:
+        predictor = Predictor.load(*models, device=device, at=at)
+    except PtxdistError as error:
+        connection.send(error)
+        return
+    answer_files(connection, predictor, max_bytes)
+
+
+def answer_files(connection: Connection, predictor: Predictor, max_bytes: int) -> None:
+    """Say that the models are loaded, and answer files until the process is killed."""
+    from ptxdist.predict.viewer import page_files, reply_to
+
+    names = tuple(card.name for card in predictor.cards)
+    connection.send(About(names, page_files(predictor, max_bytes)))
+    while True:
+        maps = connection.recv()
+        reply = reply_to(connection.recv_bytes(), maps, predictor)
+        connection.send((reply.status, reply.kind, reply.defect))
+        connection.send_bytes(reply.body)
+
+
+class Worker:
+    """The process, while the block `with Worker(…) as worker` runs; `work(connection, *args)` runs in it.
+
+    Entering the block waits until the models are loaded, sets `about`, and raises what loading them raises there.
+    `predict` is called by one thread at a time.
+    """
+
+    about: About
+
+    def __init__(self, work: Callable[..., None], *args: object, compute_s: float) -> None:
+        self._work, self._args, self._compute_s = work, args, compute_s
+        self._loading_s, self._loaded, self._closed = 0.0, False, False
+
+    def __enter__(self) -> Self:
+        begin = time.monotonic()
+        self._begin()
+        try:
+            self._wait(None)
+        except BaseException:
+            self.__exit__()
+            raise
+        self._loading_s = time.monotonic() - begin
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed = True  # a file in work gets a reply, and no other process is started
+        self._process.kill()
+        self._process.join()
+
+    def predict(self, content: bytes, maps: bool) -> Reply:
+        """The reply to the bytes of a file, at most `compute_s` seconds after the process is ready for it."""
+        try:
+            self._wait(self._compute_s + _RELOADS * self._loading_s)
+            self._connection.send(maps)
+            self._connection.send_bytes(content)
+            if not self._connection.poll(self._compute_s):
+                self._renew()
+                return refused(422, f"This file was given up: it took more than {self._compute_s:g} s to compute.")
+            status, kind, defect = self._connection.recv()
+            return Reply(status, kind, self._connection.recv_bytes(), defect)
+        except PtxdistError as error:
+            self._renew()
+            return refused(503, "The models cannot be loaded at present; start the viewer anew.", type(error).__name__)
+        except (EOFError, OSError):
+            code = self._renew()
+            defect = "" if self._closed else f"the process that predicts ended with code {code}"
+            return refused(500, "This file ended the process that predicts; no other file is affected.", defect)
+
+    def _begin(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, other = context.Pipe()
+        self._process = context.Process(target=self._work, args=(other, *self._args), daemon=True)
+        self._process.start()
+        other.close()
+        self._loaded = False
+
+    def _wait(self, timeout_s: float | None) -> None:
+        """Wait for a process that is being started; raises what it failed with."""
+        if self._loaded:
+            return
+        try:
+            if not self._connection.poll(timeout_s):
+                raise RunError("loading the models took far longer than at the start")
+            found = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            raise RunError(f"the process that loads the models ended with code {self._process.exitcode}") from None
+        if isinstance(found, PtxdistError):
+            raise found
+        self.about, self._loaded = found, True
+
+    def _renew(self) -> int | None:
+        """Kill the process and start another one, without waiting for it; the exit code of the former one."""
+        self._process.kill()
+        self._process.join()
+        self._connection.close()
+        code = self._process.exitcode
+        if not self._closed:
+            self._begin()
+        return code
