@@ -21,12 +21,8 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptxdist.cache.outlines import encode
-from ptxdist.dicom.frontal import refuse_other_than_chest
-from ptxdist.dicom.guard import PassingError, place_of
-from ptxdist.errors import DicomError
 from ptxdist.predict.findings import measure
 from ptxdist.predict.predictor import Prediction, Predictor
-from ptxdist.predict.worker import Reply, refused
 from ptxdist.records import OperatingPoint, Record
 from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
 from ptxdist.scores.counts import LEVELS
@@ -67,23 +63,6 @@ def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
     """The answer to one radiograph, whose mask was made at `point`."""
     px_mm2 = prediction.spacing.area_mm2(1)
     return Answer(px_mm2=px_mm2, operating_point=point, rule=point.words, **measure(prediction))
-
-
-def reply_to(content: bytes, maps: bool, predictor: Predictor) -> Reply:
-    """The reply to the bytes of a file: the answer as JSON, or `with_maps`; a refusal for all but chest radiographs."""
-    try:
-        prediction = predictor.predict_content(content, check=refuse_other_than_chest)
-        answer = answer_of(prediction, predictor.operating_point)
-        if maps:
-            return Reply(200, *with_maps(prediction, answer))
-        return Reply(200, "application/json", answer.model_dump_json().encode())
-    except PassingError as error:
-        return refused(500, f"This file {error}.", place_of(error.__cause__ or error))
-    except DicomError as error:
-        return refused(422, f"This file {error}.")
-    except Exception as error:
-        words = "This file could not be predicted because of a defect in ptxdist."
-        return refused(500, words, place_of(error))
 
 
 def thresholds_at(point: OperatingPoint) -> list[float]:

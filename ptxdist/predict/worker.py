@@ -17,7 +17,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ptxdist.errors import PtxdistError, RunError
+from ptxdist.dicom.frontal import refuse_other_than_chest
+from ptxdist.dicom.guard import PassingError, place_of
+from ptxdist.errors import DicomError, PtxdistError, RunError
 from ptxdist.executor import start_worker
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ def predicting(connection: Connection, models: Sequence[Path], device: Device, a
 
 def answer_files(connection: Connection, predictor: Predictor, max_bytes: int) -> None:
     """Say that the models are loaded, and answer files until the process is killed."""
-    from ptxdist.predict.viewer import page_files, reply_to
+    from ptxdist.predict.viewer import page_files
 
     names = tuple(card.name for card in predictor.cards)
     connection.send(About(names, page_files(predictor, max_bytes)))
@@ -77,6 +79,25 @@ def answer_files(connection: Connection, predictor: Predictor, max_bytes: int) -
         reply = reply_to(connection.recv_bytes(), maps, predictor)
         connection.send((reply.status, reply.kind, reply.defect))
         connection.send_bytes(reply.body)
+
+
+def reply_to(content: bytes, maps: bool, predictor: Predictor) -> Reply:
+    """The reply to the bytes of a file: the answer as JSON, or `with_maps`; a refusal for all but chest radiographs."""
+    from ptxdist.predict.viewer import answer_of, with_maps
+
+    try:
+        prediction = predictor.predict_content(content, check=refuse_other_than_chest)
+        answer = answer_of(prediction, predictor.operating_point)
+        if maps:
+            return Reply(200, *with_maps(prediction, answer))
+        return Reply(200, "application/json", answer.model_dump_json().encode())
+    except PassingError as error:
+        return refused(500, f"This file {error}.", place_of(error.__cause__ or error))
+    except DicomError as error:
+        return refused(422, f"This file {error}.")
+    except Exception as error:
+        words = "This file could not be predicted because of a defect in ptxdist."
+        return refused(500, words, place_of(error))
 
 
 class Worker:

@@ -17,8 +17,8 @@ from ptxdist.cache.render import TRANSFORM
 from ptxdist.predict import server
 from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.gate import DEFAULT, Limits
-from ptxdist.predict.viewer import page_files, reply_to
-from ptxdist.predict.worker import About, Reply, Worker
+from ptxdist.predict.viewer import page_files
+from ptxdist.predict.worker import About, Reply, Worker, reply_to
 from ptxdist.records import EvaluationResult, OperatingPoint
 from ptxdist.resolve import load_settings
 from ptxdist.train.unet import build_unet

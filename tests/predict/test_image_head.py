@@ -25,7 +25,8 @@ from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_bundle, write_bundle
 from ptxdist.predict.export import ABOUT, describe, export_model, load
 from ptxdist.predict.parity import Run, largest_difference
-from ptxdist.predict.viewer import page_files, reply_to
+from ptxdist.predict.viewer import page_files
+from ptxdist.predict.worker import reply_to
 from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
 from ptxdist.resolve import load_settings

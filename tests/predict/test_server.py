@@ -430,7 +430,7 @@ def test_a_defect_tells_its_place_and_no_value(files: list[Path]) -> None:
     with serving(Broken(sound.cards, sound.models, sound.device)) as (url, defects):
         status, words = error_of(ask(url, "POST", "/api/maps", files[0].read_bytes()))
     assert (status, "defect" in words) == (500, True)
-    assert [re.sub(r"\d+", "N", place) for place in defects] == ["ValueError in viewer.py, line N"]
+    assert [re.sub(r"\d+", "N", place) for place in defects] == ["ValueError in worker.py, line N"]
     assert "Quagmire" not in words
 
 
