@@ -12,7 +12,6 @@ code. Every part of ptxdist receives only its own section. `resolve` turns files
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -34,10 +33,10 @@ from pydantic import (
     model_validator,
 )
 
+from ptxdist import files
 from ptxdist.errors import SettingsError
 
 PACKAGE = Path(__file__).resolve().parent
-DEFAULT_PIPELINE = "paper"
 
 Threshold = Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -322,8 +321,7 @@ def restore(content: Mapping[str, Any]) -> Settings:
 def fingerprint(*parts: object) -> str:
     """16 hex digits over the canonical JSON of the parts (sections, texts, numbers, lists, None)."""
     plain = [snapshot(part) if isinstance(part, Section) else part for part in parts]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return files.fingerprint(*plain)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

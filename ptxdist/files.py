@@ -136,9 +136,13 @@ def write_whole(
 
     Parameters and errors as in `replacing`.
     """
-    data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
+    data = _encoded(content) if isinstance(content, str) else content
     with replacing(path, sync=sync, mode=mode, error=error) as temporary:
         temporary.write_bytes(data)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")
 
 
 def write_json(
@@ -187,6 +191,11 @@ def read_json(path: Path, remedy: str, *beside: str, error: type[PtxdistError] =
     return content
 
 
+def fingerprint(*parts: object) -> str:
+    """16 hex digits over the canonical JSON of the parts (texts, numbers, lists, None)."""
+    return sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode())[:16]
+
+
 def parse_json(text: bytes | str) -> Any:
     """The content of JSON in UTF-8; ValueError when it is malformed, nested too deeply, or has a number like NaN."""
     try:
@@ -230,10 +239,15 @@ def write_table(
 
     An apostrophe is put before text that a spreadsheet would run as a formula; `read_table` removes it.
     """
+    write_whole(path, table_text(header, rows, lineterminator), sync=sync, error=error)
+
+
+def table_text(header: Iterable[object], rows: Iterable[Iterable[object]], lineterminator: str = "\r\n") -> bytes:
+    """The content of a CSV file as `write_table` writes it."""
     text = io.StringIO(newline="")
     harmless = ([_harmless(cell) for cell in row] for row in rows)
     csv.writer(text, lineterminator=lineterminator).writerows([header, *harmless])
-    write_whole(path, text.getvalue(), sync=sync, error=error)
+    return _encoded(text.getvalue())
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

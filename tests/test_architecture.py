@@ -21,7 +21,7 @@ RULES = {
     "files": ("errors locks", ""),
     "executor": ("errors", ""),
     "interrupts": ("", ""),
-    "config": ("errors", "pydantic"),
+    "config": ("errors files", "pydantic"),
     "finding": ("errors", "pydantic"),
     "resolve": ("errors config", "pydantic"),
     "records": ("finding", "pydantic"),
@@ -54,15 +54,8 @@ RULES = {
     "": ("base cache phantoms scores train report predict run", ""),  # the Python API, loaded on first use
 }
 KNOWN: set[tuple[str, str]] = set()  # (module, what it imports): imports that break the rule and are to go
-AT_START = {
-    "",
-    "version",
-    "errors",
-    "config",
-    "interrupts",
-    "cli",
-    "__main__",
-}  # of ours, what the start of the command line loads
+# Of ours, what the start of the command line loads.
+AT_START = {"", "version", "errors", "interrupts", "cli", "__main__"}
 HEAVY = {"torch", "ray"}  # it loads none of these
 MAX_LINES = 400
 

@@ -150,6 +150,11 @@ def hold_out(catalog: Catalog, fold: int, pairs: Iterable[tuple[str, str]]) -> C
 
 def write_catalog(catalog: Catalog, path: Path) -> None:
     """Write catalog.jsonl atomically, without paths."""
+    files.write_whole(path, catalog_text(catalog), error=None)
+
+
+def catalog_text(catalog: Catalog) -> str:
+    """The text of catalog.jsonl."""
     head = {
         "schema": SCHEMA,
         "reconciliation": asdict(catalog.reconciliation),
@@ -164,7 +169,7 @@ def write_catalog(catalog: Catalog, path: Path) -> None:
         **({} if catalog.finding == PNEUMOTHORAX else {"finding": catalog.finding.model_dump()}),
     }
     lines = (json.dumps(record) + "\n" for record in (head, *map(vars, catalog.cases)))
-    files.write_whole(path, "".join(lines), error=None)
+    return "".join(lines)
 
 
 def read_catalog(cache: Path, *, as_it_is: bool = False) -> Catalog:

@@ -141,5 +141,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 
 def write_manifest(cache: Path, manifest: Manifest) -> None:
-    """Write manifest.json atomically."""
-    files.write_whole(cache / MANIFEST, manifest_text(manifest), error=None)
+    """Write manifest.json atomically, unless it has this content already."""
+    path, content = cache / MANIFEST, manifest_text(manifest).encode()
+    if not path.is_file() or path.read_bytes() != content:
+        files.write_whole(path, content, error=None)

@@ -9,7 +9,6 @@ complete. After an interruption the manifest never lists more than there is.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -26,14 +25,15 @@ from ptxdist.cache.catalog import (
     Case,
     Catalog,
     Reject,
+    catalog_text,
     leakage_of,
     read_catalog,
-    write_catalog,
 )
 from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
 from ptxdist.cache.duplicates import find_duplicates
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
 from ptxdist.cache.render import Shard, shard_fingerprint, write_shard
+from ptxdist.cache.salt import SALT, keep_salt, read_key, read_salt
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import (
     ARRAYS,
@@ -44,16 +44,14 @@ from ptxdist.cache.store import (
     store_path,
     write_metadata,
 )
-from ptxdist.config import fingerprint
-from ptxdist.errors import BusyError, CatalogError, StoreError
+from ptxdist.errors import CatalogError, StoreError
 from ptxdist.executor import Executor, processes
+from ptxdist.files import fingerprint
 from ptxdist.finding import DEFAULT, load_finding
 
 MAX_REJECTED_SHARE = 0.1
 REJECTS = "rejects.csv"
 MISSING = "missing.csv"
-SALT = "salt"
-_LEAST_KEY = 16  # bytes
 TABLES = (FILE_NAME, MISSING, REJECTS, DUPLICATES, SALT)
 
 Progress = Callable[[str, int, int], None]
@@ -111,7 +109,7 @@ def preprocess(
             # All tables and headers are read before the first byte is written.
             salt = read_salt(out) or secrets.token_bytes(32)
             if patient_key is not None:
-                salt = _read_key(patient_key, out)
+                salt = read_key(patient_key, out)
             former, was_there = _former(out), (out / FILE_NAME).is_file()
             if former is not None:
                 _refuse_other_finding(former, finding, out)
@@ -135,7 +133,7 @@ def preprocess(
             if is_new:
                 out.mkdir(parents=True, exist_ok=True)
                 held.enter_context(exclusive(out))
-            _keep_salt(out / SALT, salt)
+            keep_salt(out / SALT, salt)
             result = _write_cache(catalog, paths, former, images, out, sizes, work, on_progress)
             return replace(result, is_new_split=was_there and former is None)
     except OSError as error:
@@ -297,7 +295,11 @@ def _put_in_place(
     is_counted = former is not None and unchanged and _is_whole(out, DUPLICATES, manifest)
     for size, entry in manifest.sizes.items():  # what differs must not be trained on until it is renewed
         manifest.sizes[size] = replace(entry, complete=entry.complete and entry.fingerprint == source[size])
-    for name in TABLES:  # until the end, either version of each is right: a kill may come in between
+    if former is not None and is_counted:
+        shared, pairs = former.leakage.near_duplicates_shared, former.leakage.near_duplicates
+        catalog = _with_duplicates(catalog, shared, pairs)
+    kept = _kept_tables(catalog, out, manifest) if is_counted else set()
+    for name in set(TABLES) - kept:  # until the end, either version of each is right: a kill may come in between
         manifest.files.pop(name, None)
     write_manifest(out, manifest)
     for size in sizes:
@@ -310,19 +312,39 @@ def _put_in_place(
         manifest.sizes[size] = StoreRecord(
             True, len(cases), source[size], tuple(records[size][number] for number in range(len(blocks)))
         )
-    if former is not None and is_counted:
-        shared, pairs = former.leakage.near_duplicates_shared, former.leakage.near_duplicates
-    else:
-        shared, pairs = find_duplicates(cases, out, sizes[0])
-    leakage = replace(catalog.leakage, near_duplicates=pairs, near_duplicates_shared=shared)
-    catalog = replace(catalog, leakage=leakage)
-    _write_rejects(out, catalog.rejects)
-    files.write_table(out / MISSING, ("ImageId",), [(case_id,) for case_id in catalog.missing], error=None)
-    write_catalog(catalog, out / FILE_NAME)
-    for name in TABLES:
+    if not is_counted:
+        catalog = _with_duplicates(catalog, *find_duplicates(cases, out, sizes[0]))
+    for name, text in _texts(catalog).items():
+        if name not in kept:
+            files.write_whole(out / name, text, error=None)
+    for name in set(TABLES) - kept:
         manifest.files[name] = files.sha256(out / name)
     write_manifest(out, manifest)
     return catalog
+
+
+def _with_duplicates(catalog: Catalog, shared: int, pairs: int) -> Catalog:
+    leakage = replace(catalog.leakage, near_duplicates=pairs, near_duplicates_shared=shared)
+    return replace(catalog, leakage=leakage)
+
+
+def _texts(catalog: Catalog) -> dict[str, bytes]:
+    """The content of the tables about all cases, by name."""
+    return {
+        REJECTS: _rejects_text(catalog.rejects),
+        MISSING: files.table_text(("ImageId",), [(case_id,) for case_id in catalog.missing]),
+        FILE_NAME: catalog_text(catalog).encode(),
+    }
+
+
+def _kept_tables(catalog: Catalog, out: Path, manifest: Manifest) -> set[str]:
+    """Names of the tables that are whole and would be written with the same content."""
+    sums = {name: files.sha256(text) for name, text in _texts(catalog).items()}
+    return {
+        name
+        for name in TABLES
+        if _is_whole(out, name, manifest) and manifest.files[name] == sums.get(name, manifest.files[name])
+    }
 
 
 def _renew_metadata(out: Path, size: int, manifest: Manifest, cases: Sequence[Case]) -> None:
@@ -351,40 +373,9 @@ def exclusive(out: Path) -> Iterator[None]:
         yield
 
 
-def read_salt(cache: Path) -> bytes:
-    """The key of a cache's hashes of patients; b"" when it has none yet."""
-    return (cache / SALT).read_bytes() if (cache / SALT).is_file() else b""
-
-
-def _read_key(path: Path, out: Path) -> bytes:
-    """The salt that a file gives; CatalogError for a short one, and for a cache that was made with another."""
-    try:
-        content = path.read_bytes().strip()
-    except OSError as error:
-        raise CatalogError(
-            f"{path} cannot be read: {error.strerror}; --patient-key names a file with a secret"
-        ) from error
-    if len(content) < _LEAST_KEY:
-        raise CatalogError(
-            f"{path} has {len(content)} bytes; a key has at least {_LEAST_KEY} that cannot be guessed, for example of "
-            "`head -c 32 /dev/urandom`"
-        )
-    salt = hashlib.blake2b(content).digest()[:32]
-    if read_salt(out) not in (b"", salt):
-        raise CatalogError(f"{out} was made without this --patient-key; make a new cache with --out")
-    return salt
-
-
-def _keep_salt(path: Path, salt: bytes) -> None:
-    """Write the salt of a new cache; BusyError when another run has written one meanwhile."""
-    former = read_salt(path.parent)
-    if former and former != salt:
-        raise BusyError(f"another `ptxdist preprocess` has just made {path.parent}; rerun the command")
-    if former:
-        return
-    files.write_whole(path, salt, mode=0o600, error=None)
-
-
 def _write_rejects(out: Path, rejects: Sequence[Reject]) -> None:
-    rows = [(reject.path, reject.reason) for reject in rejects]
-    files.write_table(out / REJECTS, ("path", "reason"), rows, error=None)
+    files.write_whole(out / REJECTS, _rejects_text(rejects), error=None)
+
+
+def _rejects_text(rejects: Sequence[Reject]) -> bytes:
+    return files.table_text(("path", "reason"), [(reject.path, reject.reason) for reject in rejects])

@@ -19,11 +19,11 @@ from ptxdist.cache.catalog import Case
 from ptxdist.cache.manifest import ShardRecord
 from ptxdist.cache.scan import digest_of
 from ptxdist.cache.store import ARRAYS, crc32c, shard_path, shard_writer, store_path
-from ptxdist.config import fingerprint
 from ptxdist.dicom.guard import PassingError, guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import DicomError
+from ptxdist.files import fingerprint
 from ptxdist.labels import rle
 
 TRANSFORM = 2  # raised by every change of the transform, which rewrites every shard

@@ -282,7 +282,12 @@ def damaged_rows(path: Path, size_px: int, sums: str) -> dict[int, str]:
     except StoreError as error:
         return {-1: str(error).removeprefix(f"{path} ").split(";")[0]}
     found = {-1: "contains data past its last case"} if filling.any() else {}
-    for row, (sample, right) in enumerate(zip(samples, expected, strict=True)):
-        if crc32c(sample) != right:
-            found[row] = "has another checksum than when it was written"
+    sample = np.empty(samples.shape[1:], np.uint8)
+    try:
+        with open(path, "rb", buffering=0) as file:  # a third faster than the map, whose pages come one by one
+            for row, right in enumerate(expected):
+                if file.readinto(sample.data) != sample.size or crc32c(sample) != right:
+                    found[row] = "has another checksum than when it was written"
+    except OSError as error:
+        found[-1] = f"cannot be read ({error.strerror})"
     return found

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from ptxdist.cli.options import PLACE, json_option
-from ptxdist.config import DEFAULT_PIPELINE
 from ptxdist.errors import PtxdistError
 
 if TYPE_CHECKING:
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from ptxdist.events import OnEvent
     from ptxdist.run.engine import Engine
     from ptxdist.storage.runs import Mirror
+
+DEFAULT_PIPELINE = "paper"
 
 
 @click.command()

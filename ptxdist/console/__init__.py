@@ -4,7 +4,9 @@ Owns: rich. Results go to stdout, everything else to stderr, so that `--json` ca
 terminal, progress is a line every ten seconds, so that a log file stays readable.
 """
 
-from ptxdist.console.results import show_comparison, show_external, show_result
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ptxdist.console.tables import (
     show_catalog,
     show_damages,
@@ -12,7 +14,10 @@ from ptxdist.console.tables import (
     show_pairs,
 )
 from ptxdist.console.terminal import divert, err, fail, out, plain, progress, say, show_json
-from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
+
+if TYPE_CHECKING:
+    from ptxdist.console.results import show_comparison, show_external, show_result
+    from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
 
 __all__ = [
     "TrainingDisplay",
@@ -34,3 +39,15 @@ __all__ = [
     "show_pairs",
     "show_result",
 ]
+
+# Loaded on first use: both import the settings and the records of a run, which the data commands do not need.
+_LATE = {
+    **dict.fromkeys(("show_comparison", "show_external", "show_result"), "results"),
+    **dict.fromkeys(("TrainingDisplay", "epoch_line", "epoch_table"), "training"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'ptxdist.console' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ptxdist.console.{_LATE[name]}"), name)

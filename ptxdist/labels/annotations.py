@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from ptxdist.errors import LabelError
 from ptxdist.labels import rle
@@ -180,6 +179,8 @@ def _shape(shape: dict[str, Any], size: Size) -> Spans:
 
 def _mask(text: object, left: int, top: int, size: Size) -> Spans:
     """A mask that is drawn pixel by pixel: a PNG in base64 of its box."""
+    from PIL import Image  # late: few annotations have one
+
     try:
         with Image.open(BytesIO(base64.b64decode(str(text), validate=True)), formats=("PNG",)) as image:
             read_size(image.height, image.width)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
-from PIL import Image
 
 from ptxdist.dicom.png import SIGNATURE, check_size, decode_png, refuse_damaged
 from ptxdist.dicom.radiograph import read_bytes
 from ptxdist.errors import DicomError, LabelError
 from ptxdist.labels.found import CLASSES, FoundMask, place_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SUFFIXES = (".png", ".tif", ".tiff", ".gif", ".bmp")
 _FORMATS = ("TIFF", "GIF", "BMP")
@@ -79,6 +81,8 @@ def read_png(folder: Path, path: Path) -> Values:
 
 def _open(content: bytes) -> npt.NDArray[Any]:
     """Values of a picture, uint8 or uint16 (rows, columns); of one in colours, uint8 (rows, columns, 3)."""
+    from PIL import Image  # late: most data sets come with a table
+
     is_png = content.startswith(SIGNATURE)
     if is_png and content[25:26] == b"\0":
         return decode_png(content, mask=True)

@@ -9,6 +9,7 @@ past the image. `dialect` converts tables in other encodings to this format.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from ptxdist.errors import LabelError
 
 EMPTY = "-1"
-_PLAIN = "0123456789 "
+_PLAIN = b"0123456789 "
 
 Mask = npt.NDArray[np.uint8]
 Runs = npt.NDArray[np.int64]
@@ -25,8 +26,9 @@ Spans = npt.NDArray[np.int64]
 Starts = Literal["relative", "absolute"]
 
 
+@lru_cache(maxsize=4096)  # the masks of a table are needed several times: to check, to find their encoding, to count
 def parse(text: str) -> Runs:
-    """Runs of a text as int64 (n, 2): gap and length in pixels; (0, 2) for the empty mask `-1`.
+    """Runs of a text as read-only int64 (n, 2): gap and length in pixels; (0, 2) for the empty mask `-1`.
 
     Blanks around the text are ignored. Raises LabelError when the text is not `-1` or pairs of integers with gaps
     of at least 0 and lengths of at least 1.
@@ -37,13 +39,14 @@ def parse(text: str) -> Runs:
     if len(numbers) == 0 or len(numbers) % 2:
         raise LabelError(f"run-length text must be '-1' or pairs of numbers, found {len(numbers)}: {_shorten(text)}")
     runs = numbers.reshape(-1, 2)
-    if (runs[:, 0] < 0).any() or (runs[:, 1] < 1).any():
+    if runs[:, 0].min() < 0 or runs[:, 1].min() < 1:
         raise LabelError(f"run-length text has a negative gap or a run of length 0: {_shorten(text)}")
+    runs.flags.writeable = False
     return runs
 
 
 def _numbers(text: str) -> npt.NDArray[np.int64]:
-    if text.strip() and not text.strip(_PLAIN):
+    if text.isascii() and text.strip() and not text.encode().translate(None, _PLAIN):
         numbers = np.fromstring(text, np.int64, sep=" ")  # five times faster, but accepts any text and clips
         if numbers.max() < 2**62:
             return numbers

@@ -19,7 +19,7 @@ import torch
 from ptxdist.cache.catalog import Case, read_catalog
 from ptxdist.cache.fingerprints import Fingerprints, look_at
 from ptxdist.cache.manifest import read_manifest
-from ptxdist.cache.preprocess import read_salt
+from ptxdist.cache.salt import read_salt
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import DataSettings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, hold_out, read_catalog
-from ptxdist.cache.preprocess import read_salt
+from ptxdist.cache.salt import read_salt
 from ptxdist.config import ModelSettings, Settings
 from ptxdist.errors import CheckpointError, PtxdistError
 from ptxdist.records import Origin, ParentModel

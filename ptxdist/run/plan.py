@@ -14,7 +14,7 @@ from pathlib import Path
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.fingerprints import look_at
-from ptxdist.cache.preprocess import read_salt
+from ptxdist.cache.salt import read_salt
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptxdist import files, locks
 from ptxdist.cache.manifest import (
@@ -37,7 +38,6 @@ from ptxdist.cache.manifest import (
 from ptxdist.cache.preprocess import TABLES
 from ptxdist.cache.store import ARRAYS, shard_path, store_path
 from ptxdist.cache.verify import verify
-from ptxdist.config import DataSettings
 from ptxdist.errors import BusyError, StoreError
 from ptxdist.storage.lease import Lease
 from ptxdist.storage.remote import ConflictError, Remote, is_remote
@@ -47,6 +47,9 @@ _TRIES = 3
 _REPORT_S = 2.0  # between two manifests that list the shards sent so far
 _SENT = ".sent"
 _CHECKED = ".checked.json"
+
+if TYPE_CHECKING:
+    from ptxdist.config import DataSettings
 
 Progress = Callable[[str, int, int], None]
 _held: dict[Path, ExitStack] = {}  # locks of the folders that this process uses, until it ends
@@ -289,6 +292,8 @@ def _free_space(folder: Path, needed: int, data: DataSettings | None = None) -> 
     """Delete unused copies, the least recently used first, until `needed` bytes fit the limit; StoreError if full."""
     there = {path.with_suffix(""): _bytes(path.with_suffix("")) for path in folder.parent.glob("*.use")}
     missing = needed - there.pop(folder, 0)
+    from ptxdist.config import DataSettings
+
     total = sum(there.values()) + needed - (data or DataSettings()).staging_gb * _GB
     for path in sorted(there, key=lambda path: _beside(path, "use").stat().st_mtime):
         if total > 0:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
-from ptxdist.cache.preprocess import read_salt
+from ptxdist.cache.salt import read_salt
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import Store, open_store
 from ptxdist.cache.verify import refuse_damaged

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from ptxdist.cache.store import ARRAYS, open_store
 from ptxdist.cache.verify import verify
 from ptxdist.dicom import syntax
 from ptxdist.errors import StoreError
+from ptxdist.locks import LOCK
 
 
 def test_nothing_changed_nothing_written(renewal: Renewal, many_cache) -> None:  # type: ignore[no-untyped-def]
@@ -36,6 +39,23 @@ def test_nothing_changed_nothing_written(renewal: Renewal, many_cache) -> None: 
     assert result.catalog == many_cache[1].catalog
     assert {step for step, _, _ in heard} == {"headers", "check of 32 px", "check of 48 px"}
     assert ("headers", 300, 300) in heard
+
+
+def test_a_run_without_changes_writes_nothing_and_loads_no_decoder(renewal: Renewal) -> None:
+    """Nothing but this keeps a rerun under a second: imports are most of its time."""
+    before = {path: path.stat().st_mtime_ns for path in renewal.cache.rglob("*") if path.name != LOCK}
+    options = ["--dicom", renewal.dicom, "--labels", renewal.labels, "--patients", renewal.patients]
+    code = (
+        "import sys; from ptxdist.cli import cli; cli(sys.argv[1:], standalone_mode=False);"
+        "slow = {'pydicom', 'simplejpeg', 'imagecodecs', 'PIL.Image', 'ptxdist.records', 'zarr', 'scipy', 'torch'};"
+        "sys.exit(str(slow & set(sys.modules)) if slow & set(sys.modules) else 0)"
+    )
+    sizes = [option for size in SIZES for option in ("--size", size)]
+    command = [sys.executable, "-c", code, "preprocess", *options, "--out", renewal.cache, *sizes]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing had to be done" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in renewal.cache.rglob("*") if path.name != LOCK} == before
 
 
 def test_one_changed_label_rewrites_its_shard_alone(renewal: Renewal) -> None:

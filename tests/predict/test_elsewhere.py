@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.fingerprints import Fingerprints, look_at
-from ptxdist.cache.preprocess import PreprocessResult, preprocess, read_salt
+from ptxdist.cache.preprocess import PreprocessResult, preprocess
+from ptxdist.cache.salt import read_salt
 from ptxdist.cache.store import open_store
 from ptxdist.cli import cli
 from ptxdist.errors import CatalogError, RunError, StoreError
