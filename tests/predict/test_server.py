@@ -310,12 +310,12 @@ def test_when_all_connections_are_in_use_another_one_is_refused(predictor: Predi
 
 def test_an_answer_that_nobody_receives_is_given_up(predictor: Predictor, file_of: Callable[..., bytes]) -> None:
     content = file_of(np.full((2500, 2500), 90, np.uint8), ExplicitVRLittleEndian)
-    with serving(predictor, Limits(send_s=0.3)) as (url, _), socket.socket() as stopped:
+    with serving(predictor, Limits(send_s=0.1)) as (url, _), socket.socket() as stopped:
         stopped.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stopped.connect((urlsplit(url).hostname or "", urlsplit(url).port or 0))
         stopped.sendall(POST % (b"maps", len(content)) + content)
         assert ask(url, "POST", "/api/predict", b"no")[0] == 422, "it waits for nobody"
-        time.sleep(0.5)
+        time.sleep(1)
         received = 0
         with suppress(ConnectionResetError):
             while part := stopped.recv(2**16):
