@@ -77,6 +77,22 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
     return patients
 
 
+def without_patient(path: Path, ids: Collection[str]) -> str:
+    """How many of the images the table at `path` lacks, with three of them, as a sentence; "" if it has all of them.
+
+    Raises LabelError as `read_patients` does.
+    """
+    known = read_patients(path, ids)
+    missing = [case_id for case_id in ids if case_id not in known]
+    if not missing:
+        return ""
+    more = ", …" if len(missing) > 3 else ""
+    return (
+        f"{path} has no patient for {len(missing):,} of {len(ids):,} images ({', '.join(missing[:3])}{more}); they "
+        "keep the patient that the cache has for them"
+    )
+
+
 def _columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
     """Places of the image id and of the patient; LabelError if they cannot be known."""
     if len(header) < 2:

@@ -160,8 +160,9 @@ def main() -> None:
             | difference_coverage(cases, samples, seed=2, alike=alike, better=better)
             for cases in (20, 87, 536)
         ]
-        for score in tables[0]:
-            print(f"| {score} | {' | '.join(f'{100 * table[score][0]:.1f} %' for table in tables)} |")
+        for score in tables[-1]:
+            cells = [f"{100 * table[score][0]:.1f} %" if score in table else "too few" for table in tables]
+            print(f"| {score} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

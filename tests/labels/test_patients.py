@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ptxdist.errors import LabelError
-from ptxdist.labels.patients import read_patients
+from ptxdist.labels.patients import read_patients, without_patient
 
 
 def write(folder: Path, content: str | bytes, name: str = "map.csv") -> Path:
@@ -96,3 +96,14 @@ def test_no_patient_is_named(tmp_path: Path) -> None:
         read_patients(path)
     assert "Quagmire" not in str(caught.value)
     assert "Zebulon" not in str(caught.value)
+
+
+def test_images_without_a_patient_are_counted_and_three_named(tmp_path: Path) -> None:
+    path = tmp_path / "map.csv"
+    path.write_text("ImageId,PatientID\na,P1\nb,P2\n")
+    assert without_patient(path, ["a", "b"]) == ""
+    assert without_patient(path, ["a", "c", "d", "e", "f"]).startswith(
+        f"{path} has no patient for 4 of 5 images (c, d, e, …); they keep"
+    )
+    with pytest.raises(LabelError, match="none of the 1 images in it"):
+        without_patient(path, ["c"])
