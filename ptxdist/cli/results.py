@@ -68,10 +68,8 @@ def evaluate(
               ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
     from ptxdist import console
-    from ptxdist.labels.patients import without_patient
-    from ptxdist.run.evaluation import EvaluationTask
+    from ptxdist.run.evaluation import EvaluationTask, unknown_patients
     from ptxdist.rundir import read_stages
-    from ptxdist.scores.tables import read_cases
     from ptxdist.scores.working import Wanted
 
     targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
@@ -94,8 +92,7 @@ def evaluate(
     evaluation = _evaluated(task, workers)
     if evaluation is None:
         return
-    ids = [row.case_id for row in read_cases(task.folder)] if patients else []
-    if patients and (missing := without_patient(patients, ids)):
+    if missing := unknown_patients(task):
         console.say(f"warning: {missing}")
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
