@@ -68,7 +68,8 @@ def evaluate(
               ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
     from ptxdist import console
-    from ptxdist.run.evaluation import EvaluationTask, unknown_patients
+    from ptxdist.predict.elsewhere import unknown_patients
+    from ptxdist.run.evaluation import EvaluationTask
     from ptxdist.rundir import read_stages
     from ptxdist.scores.working import Wanted
 
@@ -92,7 +93,7 @@ def evaluate(
     evaluation = _evaluated(task, workers)
     if evaluation is None:
         return
-    if missing := unknown_patients(task):
+    if task.patients and (missing := unknown_patients(task.folder, Path(task.patients))):
         console.say(f"warning: {missing}")
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))

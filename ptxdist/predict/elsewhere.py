@@ -25,13 +25,14 @@ from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError, StoreError
-from ptxdist.labels.patients import read_patients
+from ptxdist.labels.patients import read_patients, without_patient
 from ptxdist.predict.bundle import ModelCard, load_model, read_members, refuse_other_findings
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
 from ptxdist.rundir import SETTINGS, TRAINING_IMAGES, read_training_images
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import scores
+from ptxdist.scores.tables import read_cases
 from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
@@ -155,6 +156,11 @@ def _known(cases: Sequence[Case], patients: Path | None, salt: bytes) -> Known:
         who = read_patients(patients, [case.case_id for case in cases])
         groups = [hash_text(who[case.case_id], salt) if case.case_id in who else case.group for case in cases]
     return groups, [None] * len(cases), "nothing"
+
+
+def unknown_patients(folder: Path, patients: Path) -> str:
+    """Which images of an evaluation the table `patients` lacks, as a sentence; "" if none."""
+    return without_patient(patients, [row.case_id for row in read_cases(folder)])
 
 
 def _seen(

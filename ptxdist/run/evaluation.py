@@ -10,11 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ptxdist.labels.patients import without_patient
 from ptxdist.predict.elsewhere import Split, evaluate_elsewhere
 from ptxdist.records import EvaluationResult, Record
 from ptxdist.rundir import EVALUATION
-from ptxdist.scores.tables import read_cases
 from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.runs import local_run
 from ptxdist.train.evaluate import evaluate_runs
@@ -69,10 +67,3 @@ def evaluate_models(
         device=device,
         on_cases=on_cases,
     )
-
-
-def unknown_patients(task: EvaluationTask) -> str:
-    """Which evaluated images the table `patients` lacks, as a sentence; "" if none, or without such a table."""
-    if task.patients is None:
-        return ""
-    return without_patient(Path(task.patients), [row.case_id for row in read_cases(task.folder)])
