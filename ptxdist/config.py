@@ -116,6 +116,12 @@ class TrainSettings(Section):
     )
     max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
     worker_timeout_s: float = Field(60.0, gt=0, description="seconds until a worker that does not respond is replaced")
+    collective_timeout_s: float = added(
+        300.0, gt=0, description="seconds until a collective ends whose other ranks are stuck"
+    )
+    capacity_timeout_s: float | None = added(
+        None, gt=0, description="seconds to wait for nodes; default: 600, without limit if the cluster autoscales"
+    )
     resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between checks for new nodes")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
     mlflow: str | None = Field(None, min_length=1, description="MLflow tracking URI; metrics are also logged there")

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ptxdist.cluster import probe
+from ptxdist.cluster import network, probe
+from ptxdist.cluster.connection import LOOPBACK
 from ptxdist.cluster.nodes import THIS_MACHINE, Nodes, ThisMachine, cluster_nodes
 from ptxdist.errors import ClusterError
 
 _GIB = 1024**3
 _CHECKPOINT = 2 * _GIB  # three resumable checkpoints of 400 MB, the best weights, and a reserve
 _SKEW_S = 5.0
+_COLLECTIVE_S = 25.0  # a node that is cut off does not end its own clock of 20 s
 
 State = Literal["ok", "warning", "wrong"]
 
@@ -218,33 +220,34 @@ def _remove(paths: Sequence[str]) -> None:
 
 def _collective(nodes: Nodes) -> list[Finding]:
     """An all-reduce over gloo among all nodes, and over NCCL among those with a GPU."""
-    names = list(nodes.actors)
-    host = nodes.ask_each(probe.free_port, {names[0]: ()})[names[0]]
-    if isinstance(host, ClusterError):
-        return []
-    words = {name: ("gloo", *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _judged("gloo", nodes.ask_each(probe.all_reduce, words)) + _nccl(nodes)
-
-
-def _nccl(nodes: Nodes) -> list[Finding]:
+    loaded = nodes.ask(network.load_torch)
+    findings = _all_reduce(nodes, "gloo", [name for name, answer in loaded.items() if answer == ""])
+    missing = {name: answer for name, answer in loaded.items() if answer}
     found = nodes.ask(probe.gpus)
-    names = [name for name, gpus in found.items() if isinstance(gpus, dict) and gpus["torch"]]
+    usable = [name for name, gpus in found.items() if isinstance(gpus, dict) and gpus["torch"]]
+    return _judged("gloo", missing) + findings + _all_reduce(nodes, "NCCL", usable)
+
+
+def _all_reduce(nodes: Nodes, backend: str, names: Sequence[str]) -> list[Finding]:
     if not names:
         return []
-    host = nodes.ask_each(probe.free_port, {names[0]: ()})[names[0]]
-    words = {name: ("nccl", *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _judged("NCCL", nodes.ask_each(probe.all_reduce, words))
+    host = nodes.ask_each(network.free_port, {names[0]: ()})[names[0]]
+    if isinstance(host, ClusterError):
+        return _judged(backend, {names[0]: host})
+    words = {name: (backend.lower(), *host, rank, len(names)) for rank, name in enumerate(names)}
+    return _judged(backend, nodes.ask_each(network.all_reduce, words, within_s=_COLLECTIVE_S))
 
 
 def _collective_here() -> list[Finding]:
     """The same between two processes on this machine."""
-    _, port = probe.free_port()
+    host, port = network.free_port(LOOPBACK)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        answers = pool.starmap(probe.all_reduce, [("gloo", "127.0.0.1", port, rank, 2) for rank in range(2)])
-    findings = _judged("gloo", {THIS_MACHINE: next((text for text in answers if text), "")})
-    if probe.gpus()["torch"]:
-        _, port = probe.free_port()
-        findings += _judged("NCCL", {THIS_MACHINE: probe.all_reduce("nccl", "127.0.0.1", port, 0, 1)})
+        pool.starmap(network.load_torch, [(), ()], chunksize=1)
+        answers = pool.starmap(network.all_reduce, [("gloo", host, port, rank, 2) for rank in range(2)], chunksize=1)
+        findings = _judged("gloo", {THIS_MACHINE: next((text for text in answers if text), "")})
+        if probe.gpus()["torch"]:
+            host, port = network.free_port(LOOPBACK)
+            findings += _judged("NCCL", {THIS_MACHINE: pool.apply(network.all_reduce, ("nccl", host, port, 0, 1))})
     return findings
 
 

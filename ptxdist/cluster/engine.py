@@ -6,12 +6,11 @@ are not fit (ClusterError). `run.local` is the engine without Ray.
 
 from __future__ import annotations
 
-import errno
 import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from ptxdist.cluster.connection import on_cluster, ray_for_training
 from ptxdist.cluster.doctor import refuse_unfit
+from ptxdist.cluster.failures import LostError, brief, cause_of, loss_of, verdict
 from ptxdist.cluster.inbox import Inbox
 from ptxdist.cluster.nodes import ray_nodes
+from ptxdist.cluster.waiting import Waiting
 from ptxdist.config import Settings, TrainSettings
-from ptxdist.errors import PtxdistError, TrainingError
+from ptxdist.errors import ClusterError, TrainingError
 from ptxdist.events import Message, OnEvent, decode_event
 from ptxdist.records import EvaluationResult, Record, StageResult
 from ptxdist.run.engine import StageTask
@@ -38,14 +39,6 @@ _POLL_S = 0.2
 _log = logging.getLogger(__name__)
 
 Work = Callable[[dict[str, Any]], None]  # a function of `worker`
-
-
-class _LostError(Exception):
-    """Workers died, hung or were cut off, which a restart may repair; `preempted` if their node was."""
-
-    def __init__(self, message: str, *, preempted: bool = False) -> None:
-        super().__init__(message)
-        self.preempted = preempted
 
 
 @contextmanager
@@ -134,7 +127,7 @@ class Workers:
         while True:
             try:
                 return self._once(work, task, folder, what)
-            except _LostError as error:
+            except LostError as error:
                 if error.preempted:  # does not count as a failure
                     self._say(f"{error}; {what} {again} with new workers")
                     continue
@@ -147,11 +140,11 @@ class Workers:
         self.on_event(Message(text=text))
 
     def _once(self, work: Work, task: Record, folder: Path, what: str) -> None:
-        """Call `work` on the workers of one TorchTrainer; _LostError when they are lost, else TrainingError."""
+        """Call `work` on the workers of one TorchTrainer; LostError when they are lost, else TrainingError."""
         import ray
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig
+        from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
         from ray.train.v2.api.exceptions import (
             ControllerError,
             PreemptionError,
@@ -159,16 +152,20 @@ class Workers:
             WorkerGroupError,
         )
 
+        from ptxdist.cluster.backend import GroupConfig
+
         train, use_gpu = self.train, self.use_gpu
         capacity = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
-        if capacity < train.workers:
-            needed = train.min_workers or "all"
-            self._say(f"the cluster has capacity for {capacity} of {train.workers} workers, {needed} are needed")
-        with _listen(self.on_event) as inbox:
-            trainer = _trainer()(
+        if train.min_workers and train.min_workers <= capacity < train.workers:
+            self._say(
+                f"the cluster has capacity for {capacity} of {train.workers} workers, {train.min_workers} are needed"
+            )
+        waiting = Waiting(train, use_gpu, self._say)
+        with _listen(self.on_event, waiting) as inbox:
+            trainer = _trainer(waiting)(
                 work,
                 train_loop_config={"task": task.model_dump_json(), "inbox": inbox},
-                torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+                torch_config=GroupConfig("nccl" if use_gpu else "gloo", timeout_s=train.collective_timeout_s),
                 scaling_config=ScalingConfig(
                     num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
                     use_gpu=use_gpu,
@@ -184,28 +181,39 @@ class Workers:
             try:
                 trainer.fit()
             except PreemptionError as error:
-                raise _LostError("a node was preempted", preempted=True) from error
+                raise LostError("a node was preempted", preempted=True) from error
             except WorkerGroupError as error:
                 _log.error("%s", error)  # with the workers' tracebacks
-                causes = [_cause(failure) for _, failure in sorted(error.worker_failures.items())]
-                raise _verdict(causes, what) from error
+                causes = [cause_of(failure) for _, failure in sorted(error.worker_failures.items())]
+                raise verdict(causes, what) from error
             except (ControllerError, TrainingFailedError) as error:
                 cause = getattr(error, "controller_failure", error)
-                raise TrainingError(f"{what} stopped: {_brief(cause)}") from error
+                if isinstance(cause, InsufficientClusterResourcesError):
+                    fewest, kind = train.min_workers or train.workers, "GPU and a CPU" if use_gpu else "CPU"
+                    raise ClusterError(
+                        f"{fewest} workers need a {kind} each, and the cluster never has so many; use fewer --workers, "
+                        "or raise the largest number of its nodes"
+                    ) from error
+                raise TrainingError(f"{what} stopped: {brief(cause)}") from error
             except RayError as error:  # the controller was killed, for example when memory runs out
-                raise _LostError(f"the workers were lost: {_brief(error)}") from error
+                waiting.refuse()
+                raise LostError(f"the workers were lost: {loss_of(error, 'their controller')}") from error
             finally:
                 _free_capacity()
                 shutil.rmtree(folder / "ray", ignore_errors=True)
 
 
-def _trainer() -> type[TorchTrainer]:
-    """TorchTrainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait."""
+def _trainer(waiting: Waiting) -> type[TorchTrainer]:
+    """TorchTrainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait.
+
+    In the main thread, `waiting` gets its controller; in others, a training waits for nodes without a limit.
+    """
     from ray.train.torch import TorchTrainer
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
         def _register_sigint_handler(self, controller: Any) -> None:
             """`ptxdist.interrupts` handles it."""
+            waiting.controller = controller
 
     return Trainer
 
@@ -229,52 +237,12 @@ def _free_capacity() -> None:
         _log.exception("the resources of a trainer that has ended could not be freed")
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The exception that user code raised, or the loss of its process, without Ray's wrappers."""
-    inner = getattr(error, "cause", None) or getattr(error, "health_check_failure", None)
-    return _cause(inner) if isinstance(inner, BaseException) and inner is not error else error
-
-
-def _verdict(causes: Sequence[BaseException], what: str) -> Exception:
-    """The exception to raise when workers have failed: _LostError, after which they are restarted, or a final one.
-
-    A PtxdistError is final. So is an exception of Python code (a missing key, no memory on the GPU), which would occur
-    again, unless a process was lost too: ranks that are cut off from another one fail in many ways. Errors of
-    torch.distributed and of CUDA are RuntimeErrors, those of networks and storage OSErrors; both may be transient. A
-    full disk is not.
-    """
-    import torch
-    from ray.exceptions import RayError
-    from ray.train.v2._internal.exceptions import RayTrainError
-
-    refusals = [cause for cause in causes if isinstance(cause, PtxdistError)]
-    if refusals:
-        return refusals[0]
-    lost = [cause for cause in causes if isinstance(cause, (RayError, RayTrainError))]
-    transient = [
-        cause
-        for cause in causes
-        if (isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError))
-        or (isinstance(cause, OSError) and cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
-    ]
-    if lost or len(transient) == len(causes):
-        preempted = any(getattr(cause, "preempted", False) for cause in lost)
-        return _LostError(f"a worker failed with {_brief((lost or transient)[0])}", preempted=preempted)
-    cause = next(cause for cause in causes if cause not in transient)
-    advice = ""
-    if isinstance(cause, torch.OutOfMemoryError):
-        advice = '; use a smaller train.micro_batch, or, with dice = "batch", more workers or a smaller batch_size'
-    return TrainingError(f"{what} stopped: a worker failed with {_brief(cause)}{advice}")
-
-
-def _brief(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
-
-
 @contextmanager
-def _listen(on_event: OnEvent) -> Iterator[Any]:
-    """An `Inbox` actor on this node, and a thread that passes its events to `on_event` in order."""
+def _listen(on_event: OnEvent, waiting: Waiting) -> Iterator[Any]:
+    """An `Inbox` actor on this node, and a thread that passes its events to `on_event` in order.
+
+    When there are none, `waiting` looks at the cluster.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -284,8 +252,11 @@ def _listen(on_event: OnEvent) -> Iterator[Any]:
 
     def pass_on() -> None:
         try:
-            for event in ray.get(inbox.take.remote()):
+            events = ray.get(inbox.take.remote())
+            for event in events:
                 on_event(decode_event(event))
+            if not ended.is_set():
+                waiting.look(bool(events))
         except Exception:  # a lost event must not end the training
             _log.exception("the workers' events could not be received")
 

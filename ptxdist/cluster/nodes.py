@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ptxdist.cluster import probe
+from ptxdist.cluster import network, probe
 from ptxdist.cluster.connection import connection
+from ptxdist.cluster.failures import brief
 from ptxdist.errors import ClusterError
 
 THIS_MACHINE = "this machine"
@@ -25,17 +26,21 @@ class Nodes:
         """Call `function` on all nodes at the same time; results by name, a ClusterError for a node that is lost."""
         return self.ask_each(function, dict.fromkeys(self.actors, arguments))
 
-    def ask_each(self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """As `ask`, on the nodes named, each with its own arguments."""
+    def ask_each(
+        self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]], *, within_s: float = _ANSWER_S
+    ) -> dict[str, Any]:
+        """As `ask`, on the nodes named, each with its own arguments and so many seconds to answer."""
         import ray
 
         calls = {name: self.actors[name].call.remote(function, *words) for name, words in arguments.items()}
-        end, answers = time.monotonic() + _ANSWER_S, dict[str, Any]()
+        end, answers = time.monotonic() + within_s, dict[str, Any]()
         for name, call in calls.items():
             try:
                 answers[name] = ray.get(call, timeout=max(0.1, end - time.monotonic()))
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-                answers[name] = ClusterError(" ".join(str(error).split())[:400] or type(error).__name__)
+            except ray.exceptions.GetTimeoutError:
+                answers[name] = ClusterError(f"no answer within {within_s:.0f} s")
+            except ray.exceptions.RayError as error:
+                answers[name] = ClusterError(brief(error))
         return answers
 
     def gone(self) -> set[str]:
@@ -52,8 +57,10 @@ class ThisMachine(Nodes):
     def __init__(self) -> None:
         super().__init__({THIS_MACHINE: None})
 
-    def ask_each(self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """As for the nodes of a cluster; exceptions pass unchanged."""
+    def ask_each(
+        self, function: Callable[..., Any], arguments: Mapping[str, Sequence[Any]], *, within_s: float = _ANSWER_S
+    ) -> dict[str, Any]:
+        """As for the nodes of a cluster, without a limit; exceptions pass unchanged."""
         return {name: function(*words) for name, words in arguments.items()}
 
 
@@ -74,7 +81,8 @@ def ray_nodes() -> Iterator[Nodes]:
         def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
             return function(*arguments)
 
-    ray.cloudpickle.register_pickle_by_value(probe)  # a node without ptxdist can run it, too
+    for module in (probe, network):
+        ray.cloudpickle.register_pickle_by_value(module)  # a node without ptxdist can run it, too
     actor = ray.remote(num_cpus=0, max_restarts=0)(Node)
     actors, ids, seen = {}, dict[str, str](), dict[str, int]()
     for node in ray.nodes():
@@ -88,6 +96,7 @@ def ray_nodes() -> Iterator[Nodes]:
     try:
         yield Nodes(actors, ids)
     finally:
-        ray.cloudpickle.unregister_pickle_by_value(probe)
+        for module in (probe, network):
+            ray.cloudpickle.unregister_pickle_by_value(module)
         for one in actors.values():
             ray.kill(one)

@@ -1,8 +1,8 @@
-"""Measurements of one machine for `doctor`: versions, GPUs, memory, disks, clock, cache, storage, network.
+"""Measurements of one machine for `doctor`: versions, GPUs, memory, disks, clock, cache, storage.
 
 The functions run in this process or on the nodes of a cluster. They return plain values; a failure is returned as a
 text. Only the standard library is imported at the start, since `doctor` sends this module to nodes that may have
-nothing else installed.
+nothing else installed. `network` has what nodes do together.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ import socket
 import subprocess
 import tempfile
 import time
-from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("ptxdist", "torch", "ray", "zarr")
-_COLLECTIVE_S = 60
 
 
 def examine(cache: str | None, folder: str | None, full: bool = False) -> dict[str, Any]:
@@ -75,38 +73,6 @@ def read_tokens(folder: str, tokens: dict[str, str], patience_s: float = 10.0) -
         if time.monotonic() > end:
             return f"does not see what {len(missing)} of {len(tokens)} nodes have written"
         time.sleep(0.2)
-
-
-def free_port() -> tuple[str, int]:
-    """The address of this machine in its cluster, and a free port."""
-    with socket.socket() as found:
-        found.bind(("", 0))
-        try:
-            from ray.util import get_node_ip_address
-        except ImportError:
-            return "127.0.0.1", int(found.getsockname()[1])
-        return str(get_node_ip_address()), int(found.getsockname()[1])
-
-
-def all_reduce(backend: str, host: str, port: int, rank: int, ranks: int) -> str:
-    """Sum one number per rank over torch.distributed; returns "" or what failed. All ranks call it at the same time."""
-    try:
-        import torch
-        import torch.distributed as dist
-
-        device = "cuda" if backend == "nccl" else "cpu"
-        dist.init_process_group(
-            backend, f"tcp://{host}:{port}", timedelta(seconds=_COLLECTIVE_S), world_size=ranks, rank=rank
-        )
-        try:
-            total = torch.full((1024,), float(rank + 1), device=device)
-            dist.all_reduce(total)
-            wanted = ranks * (ranks + 1) / 2
-            return "" if bool((total == wanted).all()) else f"sum is {float(total[0])}, not {wanted}"
-        finally:
-            dist.destroy_process_group()
-    except Exception as error:  # of torch, a backend or the network: it is the result of the check
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _version(package: str) -> str:

@@ -38,7 +38,8 @@ def refuse_other_workers(settings: Settings) -> None:
 def local_engine(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[LocalEngine]:
     """The engine, while its process group exists; a `run.engine.OpenEngine`."""
     refuse_other_workers(settings)
-    with process_group(settings.train.device, settings.train.workers) as device:
+    train = settings.train
+    with process_group(train.device, train.workers, train.collective_timeout_s) as device:
         on_event(Message(text="training starts"))
         yield LocalEngine(device, mirror.folder, on_event)
 

@@ -28,7 +28,7 @@ from ptxdist.rundir import BEST_WEIGHTS, CHECKPOINTS, EVALUATION, RESULT, stage_
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 from ptxdist.train.checkpoint import load_weights
-from ptxdist.train.distributed import rank, world_size
+from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.evaluate import Member, evaluate
 from ptxdist.train.loop import StageData, Training, fit
 from ptxdist.train.unet import build_unet
@@ -68,6 +68,7 @@ def run_stage(
         data = stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold)
         if stage.phantoms:
             data = replace(data, instead=_phantoms(data, task, ranks_here, on_event))
+        barrier()  # a node may have copied the cache, or drawn phantoms, minutes longer than another one
         result = fit(
             model,
             data,

@@ -1,14 +1,18 @@
 """Communication between the ranks of a training; with one process each function does nothing.
 
 Owns: every call of torch.distributed's collectives. Each rank must call `sum_over_ranks` and `barrier` equally often
-and in the same order, or all of them hang.
+and in the same order, or all of them hang. A collective ends after the timeout of the process group. Where ranks may
+reach one minutes apart, because each has done work of its own or one of them has, they meet at a `barrier` first, which
+has no time limit.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -19,13 +23,15 @@ from ptxdist.errors import TrainingError
 from ptxdist.train.device import Device, choose_device
 
 Result = TypeVar("Result")
+_LONGEST_PAUSE_S = 0.05  # between two looks at whether all ranks have come
 
 
 @contextmanager
-def process_group(device: Device, ranks: int) -> Iterator[torch.device]:
+def process_group(device: Device, ranks: int, timeout_s: float) -> Iterator[torch.device]:
     """The process group of so many processes of torchrun, if there are several; yields this rank's device.
 
-    Raises TrainingError when `device` is gpu and this rank has none.
+    A collective that takes longer than `timeout_s` raises RuntimeError, or with NCCL ends the process. Raises
+    TrainingError when `device` is gpu and this rank has none.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     missing = TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
@@ -33,7 +39,7 @@ def process_group(device: Device, ranks: int) -> Iterator[torch.device]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if ranks > 1:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     try:
         yield own
     finally:
@@ -63,9 +69,23 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 def barrier() -> None:
-    """Wait until every rank has called it."""
-    if _initialised():
-        dist.barrier()
+    """Wait until every rank has called it, however long that takes.
+
+    It uses the group's store, not a collective: a rank that copies a cache or writes the tables of an evaluation may
+    take longer than the group's timeout. Raises RuntimeError when rank 0, which has the store, is gone; that another
+    rank is gone is noticed by who has started the processes.
+    """
+    if world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    arrived = store.add("ptxdist/arrived", 1)  # at all barriers so far
+    number = -(-arrived // world_size())  # of this one, from 1
+    everyone, pause_s = f"ptxdist/barrier-{number}", 0.001
+    if arrived == number * world_size():
+        store.set(everyone, "")
+    while not store.check([everyone]):
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
 def first(action: Callable[[], Result]) -> Result:

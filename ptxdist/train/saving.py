@@ -25,7 +25,7 @@ from ptxdist.train.checkpoint import (
     save_weights,
     snapshot,
 )
-from ptxdist.train.distributed import gather_texts, rank
+from ptxdist.train.distributed import barrier, gather_texts, rank
 
 _PREEMPTED_S = 1.0  # seconds between checkpoints after a preemption notice
 
@@ -66,9 +66,11 @@ class Saver:
         if rank() == 0:
             files.remove_leftovers(self.folder)  # of a killed trainer; only rank 0 writes there
             state = load_checkpoint(self.folder, say)
+        barrier()  # rank 0 may have read and rejected damaged ones for minutes
         name = gather_texts(state.name if state else "")[0]
         if name and rank() != 0:
             state = await_checkpoint(self.folder / name)
+        barrier()
         if state is not None:
             self.sha256 = state.progress["best_sha256"]
         return state

@@ -24,7 +24,7 @@ from ptxdist.records import OperatingPoint
 from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.train.dataset import Indices, batches, validation_shares
 from ptxdist.train.device import autocast
-from ptxdist.train.distributed import rank, sum_over_ranks, world_size
+from ptxdist.train.distributed import barrier, rank, sum_over_ranks, world_size
 from ptxdist.train.losses import Loss
 from ptxdist.train.unet import Output, heads
 
@@ -94,6 +94,7 @@ def score_cases(
         done += len(rows)
         on_cases(done)
     parts = (losses, score, at_stage, at_full, levels, brightness)
+    barrier()  # this rank's share may have taken minutes less than that of a slower machine
     return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ptxdist.cache.preprocess import PreprocessResult
-from ptxdist.cluster import doctor, nodes, probe
+from ptxdist.cluster import doctor, network, nodes, probe
 from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.errors import ClusterError
 
@@ -76,9 +77,27 @@ def test_a_truncated_shard_is_found_by_the_quick_check_and_another_byte_by_the_f
 
 
 def test_ranks_that_do_not_meet_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "_COLLECTIVE_S", 1)
-    _, port = probe.free_port()
-    assert "Error" in probe.all_reduce("gloo", "127.0.0.1", port, 1, 2)
+    monkeypatch.setattr(network, "_COLLECTIVE_S", 1)
+    host, port = network.free_port("127.0.0.1")
+    assert "Error" in network._all_reduce("gloo", host, port, 1, 2)
+    monkeypatch.setattr(network, "_all_reduce", lambda *words: time.sleep(1))
+    monkeypatch.setattr(network, "_COLLECTIVE_S", 0.05)
+    assert network.all_reduce("gloo", host, port, 1, 2) == "no sum within 0 s"
+
+
+def test_the_interface_is_that_of_the_nodes_address_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    assert network.interface_of("127.0.0.1") == "lo"
+    assert network.interface_of("192.0.2.1") is None, "a test network, which no machine has"
+    network.choose_interface("192.0.2.1")
+    network.choose_interface("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setattr(network, "interface_of", lambda address: "eth7")
+    network.choose_interface("192.0.2.1")
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("lo", "=eth7")
 
 
 def test_training_is_refused_before_it_starts_where_nothing_can_be_written(

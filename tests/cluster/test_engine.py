@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import ray
 import torch
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, NodeDiedError
+from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-from ptxdist.cluster.engine import _cause, _LostError, _verdict, ray_engine
+from ptxdist.cluster.engine import ray_engine
+from ptxdist.cluster.failures import LostError, cause_of, loss_of, verdict
 from ptxdist.errors import PtxdistError, TrainingError
 from ptxdist.events import Event, Message
 from ptxdist.resolve import load_settings
@@ -33,9 +35,9 @@ CUT_OFF = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by pe
     ids=str,
 )  # fmt: skip
 def test_lost_workers_are_restarted(failures: list[Exception]) -> None:
-    verdict = _verdict([_cause(failure) for failure in failures], "stage 1")
-    assert isinstance(verdict, _LostError)
-    assert not verdict.preempted
+    found = verdict([cause_of(failure) for failure in failures], "stage 1")
+    assert isinstance(found, LostError)
+    assert not found.preempted
 
 
 @pytest.mark.parametrize(
@@ -51,18 +53,38 @@ def test_lost_workers_are_restarted(failures: list[Exception]) -> None:
     ids=str,
 )
 def test_what_would_come_again_is_final(failures: list[Exception], words: str) -> None:
-    verdict = _verdict(failures, "stage 1")
-    assert isinstance(verdict, PtxdistError)
+    found = verdict(failures, "stage 1")
+    assert isinstance(found, PtxdistError)
     with pytest.raises(TrainingError, match=words):
-        raise verdict
+        raise found
 
 
 def test_a_node_that_was_taken_away_with_notice_is_nobodys_failure() -> None:
     gone = ActorDiedError()
     gone._preempted = True
-    verdict = _verdict([_cause(WorkerHealthCheckFailedError("rank 0", gone)), CUT_OFF], "stage 1")
-    assert isinstance(verdict, _LostError)
-    assert verdict.preempted
+    found = verdict([cause_of(WorkerHealthCheckFailedError("rank 0", gone)), CUT_OFF], "stage 1")
+    assert isinstance(found, LostError)
+    assert found.preempted
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (WorkerHealthCheckTimeoutError("hangs\nmetadata=ActorMetadata(node_ip='10.0.0.3', pid=7)"),
+         "a worker on 10.0.0.3 did not answer within train.worker_timeout_s"),
+        (RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 300000ms for recv operation to complete"),
+         "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"),
+        (RayOutOfMemoryError("Task was killed. Set RAY_memory_usage_threshold to another value."),
+         "a worker was ended because its node ran out of memory; use fewer workers a node, or larger nodes"),
+        (NodeDiedError("gone"), "a worker was lost with its node, which died or was cut off"),
+        (ActorDiedError(), "a worker died"),
+        (RuntimeError("It failed. Set RAY_some_timeout_s to wait longer."),
+         "a worker failed with RuntimeError: It failed."),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_no_text_of_rays_names_what_a_user_of_ptxdist_cannot_set(error: Exception, words: str) -> None:
+    assert loss_of(error) == words
 
 
 @pytest.mark.slow

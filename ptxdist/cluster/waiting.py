@@ -1,0 +1,137 @@
+"""Waiting for nodes: what a training says while the cluster has no room for its workers, and when it gives up.
+
+Ray Train waits without a word and without a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ptxdist.config import TrainSettings
+from ptxdist.errors import ClusterError
+
+_QUIET_S = 2.0  # without a word from the workers, before the cluster is looked at; between two looks
+_SAY_EVERY_S = 30.0
+_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Room:
+    """Workers that the cluster has room for now, and would have if nothing else ran on it."""
+
+    free: int
+    total: int
+
+
+@dataclass(eq=False)
+class Waiting:
+    """Looks at the cluster while nothing is heard from the workers; `look` is called some times a second.
+
+    `say` receives what is waited for, at once and every half minute. After `train.capacity_timeout_s` the actor
+    `controller`, Ray Train's, is killed, which ends its trainer; then `refuse` raises the reason.
+    """
+
+    train: TrainSettings
+    use_gpu: bool
+    say: Callable[[str], None]
+    controller: Any = None
+    _heard: float = 0.0
+    _looked: float = 0.0
+    _said: float = 0.0
+    _began: float | None = None
+    _limit_s: float | None = None
+    _reason: str = ""
+
+    def look(self, heard: bool) -> None:
+        """Note whether the workers were `heard` since the last call; if not for some seconds, look at the cluster."""
+        now = time.monotonic()
+        if heard:
+            self._heard, self._began = now, None
+        if now - self._heard < _QUIET_S or now - self._looked < _QUIET_S or self._reason:
+            return
+        self._looked = now
+        self._compare(now, None if has_place() else room(self.use_gpu))
+
+    def refuse(self) -> None:
+        """Raise ClusterError if this has given up."""
+        if self._reason:
+            raise ClusterError(self._reason)
+
+    def _compare(self, now: float, found: Room | None) -> None:
+        needed = self.train.min_workers or self.train.workers
+        if found is None or found.free >= needed:
+            self._began = None
+            return
+        if self._began is None:
+            self._began, self._said = now, 0.0
+            self._limit_s = self.train.capacity_timeout_s or (None if autoscales() else _LIMIT_S)
+        waited, limit = now - self._began, self._limit_s
+        if not waited:  # a trainer that ends has just given its resources back
+            return
+        have = f"{found.free} of {needed} workers {'has' if found.free == 1 else 'have'} room"
+        missing = found.total < needed
+        fewer = ""
+        if missing and found.total and needed > 1:
+            fewer = f"; `--set train.min_workers={found.total}` goes on with fewer"
+        if limit is not None and waited >= limit:
+            end = "no node came" if missing else "no other work on the cluster ended"
+            again = "start Ray again on nodes that were cut off" if missing else "rerun the command later"
+            self._reason = f"{have}, and {end} within {limit:.0f} s (train.capacity_timeout_s); {again}{fewer}"
+            if self.controller is not None:
+                import ray
+
+                ray.kill(self.controller)
+        elif not self._said or now - self._said >= _SAY_EVERY_S:
+            self._said = now
+            busy = "other work on the cluster, or a node that does not answer"
+            what = "a node; one that was cut off has to start Ray again" if missing else busy
+            until = f"{waited:.0f} s of {limit:.0f} s" if limit is not None else f"{waited:.0f} s, without limit"
+            self.say(f"{have}; waiting for {what} ({until}){fewer}")
+
+
+def has_place() -> bool:
+    """Whether a trainer of this job has its resources."""
+    import ray
+    from ray.util.placement_group import placement_group_table
+
+    job = ray.get_runtime_context().get_job_id()  # the ids of its placement groups end with it
+    return any(name.endswith(job) and entry["state"] == "CREATED" for name, entry in placement_group_table().items())
+
+
+def room(use_gpu: bool) -> Room:
+    """The room for workers, which need a CPU each and maybe a GPU."""
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    kinds = ("CPU", "GPU") if use_gpu else ("CPU",)
+
+    def count(resources: dict[str, float]) -> int:
+        return int(min(resources.get(kind, 0) for kind in kinds))
+
+    free, nodes = available_resources_per_node(), [node for node in ray.nodes() if node["Alive"]]
+    return Room(
+        free=sum(count(free.get(node["NodeID"], {})) for node in nodes),
+        total=sum(count(node["Resources"]) for node in nodes),
+    )
+
+
+def autoscales() -> bool:
+    """Whether something starts nodes for this cluster when they are needed: `ray up`, or KubeRay's autoscaler."""
+    from ray._private.worker import global_worker
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    gcs = global_worker.gcs_client
+    if is_autoscaler_v2(fetch_from_server=True, gcs_client=gcs):
+        return True
+    return has_node_types(gcs.internal_kv_get(b"__autoscaling_status", None))
+
+
+def has_node_types(status: bytes | None) -> bool:
+    """Whether the status that Ray's monitor writes is that of an autoscaler; without one each node is its own type."""
+    report = json.loads(status or b"{}").get("autoscaler_report") or {}
+    types: dict[str, str] = report.get("node_type_mapping") or {}
+    return any(kind != f"node_{node}" for node, kind in types.items())

@@ -1,0 +1,224 @@
+"""Faults on several hosts: what a training says and does, how long it takes, and whether its weights stay the same.
+
+    python tests/benchmarks/bench_hosts.py [CASE ...] > hosts.json
+
+The hosts are network namespaces (tests/hosts.py): a head without a CPU and two hosts with one each, which share a
+folder, and a fourth one for what is outside. Needs root. `noticed_s` is the time from the fault to the first words
+about it, `again_s` to the first progress after it, `total_s` that of the whole command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hosts import NETWORK, PORT, Host, hosts, start_ray, wait_until
+from object_store import BUCKET, KEY, SECRET
+
+from ptxdist.rundir import read_result
+
+PTXDIST = (sys.executable, "-m", "ptxdist")
+ROOT = Path(__file__).parents[2]
+STORE = f"http://{NETWORK}.4:5000"
+ADDRESS = {"RAY_ADDRESS": f"{NETWORK}.1:{PORT}"}
+CREDENTIALS = {
+    "AWS_ENDPOINT_URL": STORE, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_REGION": "us-east-1",
+}  # fmt: skip
+WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=4", "--workers", 2, "--set", "train.worker_timeout_s=10",
+         "--set", "train.checkpoint_every_s=1")  # fmt: skip
+
+
+@dataclass(eq=False)
+class Scene:
+    """The hosts, their folder, and a training that goes on."""
+
+    at: dict[str, Host]
+    work: Path
+    log: Path
+    training: subprocess.Popen[bytes] | None = None
+
+    @property
+    def words(self) -> str:
+        """What the training has said so far."""
+        return self.log.read_text() if self.log.exists() else ""
+
+
+Fault = Callable[[Scene], None]
+
+
+def nothing(scene: Scene) -> None:
+    """No fault."""
+
+
+def host_dies(scene: Scene) -> None:
+    """Power cut; the host starts again at once, and Ray with it."""
+    two = scene.at["two"]
+    two.kill()
+    two.boot()
+    start_ray(two, scene.work / "ray-two.log")
+
+
+def cable_is_cut(scene: Scene) -> None:
+    """Cable out until the training waits for a node, then in again; Ray is started again there when it has ended."""
+    scene.at["two"].cut()
+    wait_until(lambda: "waiting for a node" in scene.words, 200, lambda: scene.words)
+    scene.at["two"].mend()
+
+
+def short_cut(scene: Scene) -> None:
+    """Cable out for two seconds."""
+    scene.at["two"].cut()
+    time.sleep(2)
+    scene.at["two"].mend()
+
+
+def disk_is_full(scene: Scene) -> None:
+    """The local disk of a host, with Ray's files and /tmp, is filled to the last byte."""
+    scene.at["two"].run("sh", "-c", "cat /dev/zero > /tmp/filled", check=False)
+
+
+def store_goes(scene: Scene) -> None:
+    """The object store with cache and run is cut off for a minute."""
+    scene.at["outside"].cut()
+    time.sleep(60)
+    scene.at["outside"].mend()
+
+
+CASES: dict[str, tuple[Fault, bool]] = {  # and whether cache and run are in the object store
+    "nothing": (nothing, False),
+    "a host loses power and starts again": (host_dies, False),
+    "a cable is cut for two seconds": (short_cut, False),
+    "a cable is cut, and mended when the training waits": (cable_is_cut, False),
+    "the local disk of a host is full": (disk_is_full, False),
+    "nothing, cache and run in an object store": (nothing, True),
+    "the object store is cut off for a minute": (store_goes, True),
+}
+REFUSED = ("another version", "no shared folder", "a clock 60 s off (doctor)")
+
+
+def measure(name: str, scene: Scene) -> dict[str, object]:
+    """Train with one fault in the third epoch of the first stage."""
+    fault, remote = CASES[name]
+    key = re.sub(r"\W+", "-", name)
+    scene.log, run = scene.work / f"{key}.log", scene.work / key / "run"
+    place = f"s3://{BUCKET}/{key}" if remote else run
+    cache = f"s3://{BUCKET}/cache" if remote else scene.work / "cache"
+    started = time.monotonic()
+    command = [*PTXDIST, "train", "--data", cache, "--run", place, "--json", *WORDS]
+    scene.training = scene.at["head"].start(*command, log=scene.log)
+    wait_until(lambda: "epoch 2/4" in scene.words, 600, lambda: scene.words)
+    seen, hit = len(scene.words), time.monotonic()
+    fault(scene)
+    found: dict[str, float] = {}
+    while scene.training.poll() is None:
+        new = scene.words[seen:]
+        for key_, pattern in (("noticed_s", "worker|collective|waiting"), ("again_s", "resumes after")):
+            if key_ not in found and re.search(pattern, new):
+                found[key_] = round(time.monotonic() - hit, 1)
+        time.sleep(0.1)
+    row: dict[str, object] = {"case": name, "code": scene.training.returncode, **found,
+                              "total_s": round(time.monotonic() - started, 1)}  # fmt: skip
+    row["said"] = [line for line in scene.words[seen:].splitlines() if "epoch" not in line.split(":")[0]][-12:]
+    if scene.training.returncode == 0:
+        shown = scene.at["head"].run(*PTXDIST, "inspect", place, "--json", check=False).stdout if remote else ""
+        row["weights"] = (
+            re.findall(r'"weights_sha256": "(\w+)"', shown)
+            if remote
+            else [stage.weights_sha256 for stage in read_result(run).stages]
+        )
+    return row
+
+
+def refused(name: str, scene: Scene) -> dict[str, object]:
+    """A command that ends before anything is trained, and what it says."""
+    two, head = scene.at["two"], scene.at["head"]
+    train = (*PTXDIST, "train", "--data", scene.work / "cache", "--run", scene.work / "refused" / "run", *WORDS)
+    started = time.monotonic()
+    if name == "no shared folder":
+        two.run("mount", "-t", "tmpfs", "tmpfs", scene.work)
+        done = head.run(*train, check=False)
+        two.run("umount", scene.work)
+    else:
+        two.kill()
+        two.boot()
+        other = scene.work / "other"
+        (other / "ptxdist-9.9.9.dist-info").mkdir(parents=True, exist_ok=True)
+        if name == "another version":
+            text = "Metadata-Version: 2.1\nName: ptxdist\nVersion: 9.9.9\n"
+            (other / "ptxdist-9.9.9.dist-info" / "METADATA").write_text(text)
+        else:
+            (other / "ptxdist-9.9.9.dist-info").rmdir()
+            (other / "sitecustomize.py").write_text(
+                "import time\nright = time.time\ntime.time = lambda: right() + 60\n"
+            )
+        path = os.pathsep.join((str(other), os.environ.get("PYTHONPATH", "")))
+        start_ray(two, scene.work / "ray-two.log", variables={"PYTHONPATH": path})
+        started = time.monotonic()
+        doctor = (*PTXDIST, "doctor", "--address", ADDRESS["RAY_ADDRESS"], "--run", scene.work / "refused")
+        done = head.run(*(train if name == "another version" else doctor), check=False)
+        two.kill()
+        two.boot()
+        start_ray(two, scene.work / "ray-two.log")
+    said = [line for line in (done.stdout + done.stderr).splitlines() if f"{NETWORK}.3" in line or "error" in line]
+    return {"case": name, "code": done.returncode, "total_s": round(time.monotonic() - started, 1), "said": said[-6:]}
+
+
+def serve_objects(outside: Host, work: Path) -> None:
+    """An S3 server on a host, with an empty bucket."""
+    log = work / "s3.log"
+    outside.start(ROOT / ".venv-s3" / "bin" / "moto_server", "-H", "0.0.0.0", "-p", "5000", log=log)
+    put = ("curl", "-s", "-f", "-X", "PUT", f"{STORE}/{BUCKET}")
+    wait_until(lambda: outside.run(*put, check=False).returncode == 0, 120, log.read_text)
+
+
+def main(names: list[str]) -> None:
+    """Measure the cases of these names, all without any; "nothing" always comes first."""
+    with tempfile.TemporaryDirectory(prefix="ptxdist-hosts-") as name:
+        work = Path(name)
+        for words in (
+            ["phantom", "ph", "--cases", "40", "--positive-share", "0.5"],
+            ["preprocess", "--dicom", "ph/dicom-images", "--labels", "ph/train-rle.csv", "--patients",
+             "ph/patients.csv", "--out", "cache", "--size", "64", "--size", "96"],
+        ):  # fmt: skip
+            subprocess.run([*PTXDIST, *words], check=True, cwd=work, capture_output=True)
+        chosen = names or [*CASES, *REFUSED]
+        rows: list[dict[str, object]] = []
+        with hosts(work, ("head", "one", "two", "outside")) as at:
+            for host in at.values():
+                host.variables = {**ADDRESS, **CREDENTIALS}
+            if any(CASES.get(case, (nothing, False))[1] for case in chosen):
+                serve_objects(at["outside"], work)
+                preprocess = ("preprocess", "--dicom", work / "ph/dicom-images", "--labels", work / "ph/train-rle.csv",
+                              "--patients", work / "ph/patients.csv", "--out", f"s3://{BUCKET}/cache", "--size", 64,
+                              "--size", 96)  # fmt: skip
+                at["head"].run(*PTXDIST, *preprocess)
+            for host in ("head", "one", "two"):
+                start_ray(at[host], work / f"ray-{host}.log", head=host == "head")
+            scene = Scene(at, work, work / "none.log")
+            for case in dict.fromkeys(["nothing", *chosen]):
+                try:
+                    row = measure(case, scene) if case in CASES else refused(case, scene)
+                    if "weights" in row:
+                        row["same_bits"] = row["weights"] == rows[0]["weights"] if rows else True
+                except Exception as error:
+                    row = {"case": case, "failed": str(error)[-3000:]}
+                rows.append(row)
+                print(json.dumps(row, indent=2), file=sys.stderr, flush=True)
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "cpus": os.cpu_count()}
+        print(json.dumps({"versions": versions, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
