@@ -67,6 +67,7 @@ def test_a_host_without_the_shared_folder_is_refused(three: dict[str, Host], wor
     assert "mount the same storage" in said
 
 
+@pytest.mark.skipif("PTXDIST_LONG_TESTS" not in os.environ, reason="takes three minutes; set PTXDIST_LONG_TESTS")
 def test_a_cut_cable_is_said_and_costs_no_bit_once_it_is_mended(three: dict[str, Host], work: Path) -> None:
     undisturbed = work / "uncut" / "one"  # not that of two processes on one machine, which have a core each
     three["head"].run(*words(work, undisturbed))
