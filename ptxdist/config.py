@@ -116,9 +116,7 @@ class TrainSettings(Section):
     )
     max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
     worker_timeout_s: float = Field(60.0, gt=0, description="seconds until a worker that does not respond is replaced")
-    collective_timeout_s: float = added(
-        300.0, gt=0, description="seconds until a collective ends whose other ranks are stuck"
-    )
+    collective_timeout_s: float = added(300.0, gt=0, description="seconds until a stuck collective ends")
     capacity_timeout_s: float | None = added(
         None, gt=0, description="seconds to wait for nodes; default: 600, without limit if the cluster autoscales"
     )

@@ -11,7 +11,6 @@ import click
 
 from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
 from ptxdist.cli.train import ray_log
-from ptxdist.config import TrainSettings
 from ptxdist.errors import RunError, SettingsError, StoreError
 
 if TYPE_CHECKING:
@@ -109,6 +108,7 @@ def _absolute(place: Path | str) -> str:
 def _evaluated(task: EvaluationTask, workers: int | None) -> EvaluationResult | None:
     """The result of an evaluation on Ray workers, or of this process; None if it is another than torchrun's first."""
     from ptxdist import console
+    from ptxdist.config import TrainSettings
     from ptxdist.events import Event, Progress
     from ptxdist.run.evaluation import evaluate_models
     from ptxdist.train.distributed import process_group, rank
