@@ -20,6 +20,7 @@ import pytest
 from cache_files import SIZES, Renewal, digests
 
 from ptxdist.cache.manifest import read_manifest
+from ptxdist.cache.outlines import draw_contact_sheet
 from ptxdist.cache.preprocess import preprocess
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import verify
@@ -229,3 +230,35 @@ def test_killed_beside_its_workers_it_leaves_none_of_them(many_dataset, many_cac
             os.killpg(running.pid, signal.SIGKILL)
     assert start(many_dataset, out).wait() == 0
     assert digests(out) == digests(many_cache[0])
+
+
+def drawn_until(cache: Path, stop_at: int) -> None:
+    """In a process of its own: the picture of `inspect`, killed before its `stop_at`-th operation on that file."""
+    done = 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal done
+        if event in ("open", "os.rename", "os.chmod") and "contact-sheet" in str(arguments[0]):
+            done += 1
+            if done == stop_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    draw_contact_sheet(cache)
+
+
+def test_inspect_killed_at_any_moment_leaves_the_cache_as_it_was(renewal: Renewal) -> None:
+    before, codes, sheet = digests(renewal.cache), [], renewal.cache / "contact-sheet.png"
+    while not codes or codes[-1]:
+        process = FORKS.Process(target=drawn_until, args=(renewal.cache, len(codes) + 1))
+        process.start()
+        process.join(60)
+        codes.append(process.exitcode)
+        assert sheet.is_file() == (codes[-1] == 0), "whole, or not there"
+        assert verify(renewal.cache) == []
+    assert codes[:-1] == [-signal.SIGKILL] * (len(codes) - 1)
+    assert len(codes) > 3
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    preprocess(renewal.dicom, renewal.labels, renewal.cache, patients=renewal.patients, sizes_px=SIZES)
+    sheet.unlink()
+    assert digests(renewal.cache) == before, "leftovers are gone"
