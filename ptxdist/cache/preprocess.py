@@ -298,7 +298,8 @@ def _put_in_place(
     if former is not None and is_counted:
         shared, pairs = former.leakage.near_duplicates_shared, former.leakage.near_duplicates
         catalog = _with_duplicates(catalog, shared, pairs)
-    kept = _kept_tables(catalog, out, manifest) if is_counted else set()
+    texts = _texts(catalog) if is_counted else {}
+    kept = _kept_tables(texts, out, manifest) if is_counted else set()
     for name in set(TABLES) - kept:  # until the end, either version of each is right: a kill may come in between
         manifest.files.pop(name, None)
     write_manifest(out, manifest)
@@ -314,7 +315,8 @@ def _put_in_place(
         )
     if not is_counted:
         catalog = _with_duplicates(catalog, *find_duplicates(cases, out, sizes[0]))
-    for name, text in _texts(catalog).items():
+        texts = _texts(catalog)
+    for name, text in texts.items():
         if name not in kept:
             files.write_whole(out / name, text, error=None)
     for name in set(TABLES) - kept:
@@ -337,9 +339,9 @@ def _texts(catalog: Catalog) -> dict[str, bytes]:
     }
 
 
-def _kept_tables(catalog: Catalog, out: Path, manifest: Manifest) -> set[str]:
-    """Names of the tables that are whole and would be written with the same content."""
-    sums = {name: files.sha256(text) for name, text in _texts(catalog).items()}
+def _kept_tables(texts: Mapping[str, bytes], out: Path, manifest: Manifest) -> set[str]:
+    """Names of the tables that are whole and would be written with the same content, as `_texts` gives it."""
+    sums = {name: files.sha256(text) for name, text in texts.items()}
     return {
         name
         for name in TABLES
