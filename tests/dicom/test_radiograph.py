@@ -324,7 +324,7 @@ def test_all_files_of_pydicom_are_read_right_or_refused_with_a_sentence(capfd: p
             finally:
                 assert time.process_time() - begin < 1
         read.add(path.name)
-        if path.name == "JPEG-lossy.dcm":  # its scan ends with coefficient 0: no decoder of pydicom reads it
+        if path.name in ("JPEG-lossy.dcm", "JPGExtended.dcm"):  # no plugin of pydicom here reads 12 bits: see test_zoo
             continue
         with warnings.catch_warnings(action="ignore"):
             file = pydicom.dcmread(path)
