@@ -44,13 +44,9 @@ Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Channels = Annotated[int, Field(ge=1, le=1024)]
 Precision = Literal["auto", "fp32", "bf16"]
 _MOST_VALUES = 2**28  # of an image in one layer of the decoder: 1 GiB
-
-
 _ADDED = "added after 0.1.0"
-_REMOVED = (
-    "ema_decay",
-    "clip_norm",
-)  # settings of a stage; they changed the weights, and nothing in how these are used
+# Settings of a stage that are gone: they changed the weights, and nothing in how these are used.
+_REMOVED = ("ema_decay", "clip_norm")
 _ALL = "all settings"
 
 
@@ -123,6 +119,7 @@ class TrainSettings(Section):
     resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between checks for new nodes")
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
     mlflow: str | None = Field(None, min_length=1, description="MLflow tracking URI; metrics are also logged there")
+    reuse: bool = added(True, description="take over finished stages of runs beside this one that trained the same")
     stop_on_collapse: bool = added(False, description="end a stage that has collapsed to empty masks; else only warn")
 
 

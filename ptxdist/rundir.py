@@ -90,7 +90,7 @@ def start_run(run: Path, settings: Settings) -> None:
     """Make the run folder, or check that the run in it has the same pipeline settings, and write the settings.
 
     The caller holds the lock of the run. `settings.train` and `settings.data` may differ from those of the former
-    start; RunError lists what differs in `settings.pipeline`.
+    start; RunError lists what differs in `settings.pipeline`. Nothing binds a run in which nothing has been trained.
     """
     files.remove_leftovers(run, deep=False)
     if (run / SETTINGS).is_file():
@@ -100,7 +100,10 @@ def start_run(run: Path, settings: Settings) -> None:
             for line in differences(before, after)
             if not line.startswith(("purpose:", "source:", "target:"))  # texts for people
         ]
-        if changed:
+        if changed and not _has_trained(run):
+            for name in (ORIGIN, TRAINING_IMAGES):
+                (run / name).unlink(missing_ok=True)
+        elif changed:
             raise RunError(
                 f"{run} was started with other settings ({'; '.join(changed)}); "
                 f"give another folder with --run, or remove this one"
@@ -109,6 +112,11 @@ def start_run(run: Path, settings: Settings) -> None:
         raise RunError(f"{run} holds other files and is not a run; give another folder with --run")
     files.remove_leftovers(run)
     files.write_json(run / SETTINGS, snapshot(settings))
+
+
+def _has_trained(run: Path) -> bool:
+    """Whether a run has a checkpoint or a finished stage."""
+    return any(next(run.glob(f"stages/*/{name}"), None) for name in (RESULT, f"{CHECKPOINTS}/*"))
 
 
 def read_stage_result(folder: Path) -> StageResult | None:

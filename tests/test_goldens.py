@@ -21,8 +21,8 @@ from ptxdist.config import ModelSettings, StageSettings, TrainSettings, complete
 GOLDEN = json.loads(facts.GOLDEN.read_text())
 ADDED_OPTIONS = {
     "phantom": ["--bedside"],
-    "preprocess": ["--patient-key", "--match", "--finding"],
-    "train": ["--init"],
+    "preprocess": ["--patient-key", "--match", "--finding", "--unlisted", "--replace"],
+    "train": ["--init", "--no-reuse"],
     "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence", "--workers"],
     "export": ["--point", "--at"],
     "predict": ["--at"],

@@ -72,6 +72,7 @@ def build_catalog(
     dialect: str | None = None,
     match: str | None = None,
     finding: str = DEFAULT,
+    unlisted_negative: bool = False,
     skip: Collection[Path] = (),
     executor: Executor = serial,
     on_file: OnFile = lambda done, total: None,
@@ -80,16 +81,16 @@ def build_catalog(
 
     Without a `former` catalog the result depends on the content of the files only, not on their order; with one, cases
     keep their rows and folds. `labels` is what `read_any` takes, with `match` for the names of mask files. The mask
-    encoding of a table is detected unless `dialect` names it. `finding` is a name or a file for `load_finding`. `skip`
-    are folders to leave out. `on_file` is called with (files done, files). Raises CatalogError when no usable file is
-    found or a side of the split is empty, LabelError as `read_any`, `read_patients`, `detect_dialect` and
-    `check_mask_files`, and for a mask that does not fit its image.
+    encoding of a table is detected unless `dialect` names it. `finding` is a name or a file for `load_finding`. With
+    `unlisted_negative`, files without a label are negative. `skip` are folders to leave out. `on_file` is called with
+    (files done, files). Raises CatalogError when no usable file is found or a side of the split is empty, LabelError as
+    `read_any`, `read_patients`, `detect_dialect` and `check_mask_files`, and for a mask that does not fit its image.
     """
     shown, limits = load_finding(finding)
     encoding = parse_dialect(dialect) if dialect else None
     found = read_any(labels, match=match, dialect=dialect, finding=shown.name, executor=executor)
     inputs = _read(images, labels, found, patients, salt, skip, executor, on_file)
-    labelled = _join(inputs, labels, encoding, limits)
+    labelled = _join(inputs, labels, encoding, limits, unlisted_negative)
     cases, leakage = _split(labelled.cases, inputs.patient_of, former, folds, seed, salt)
     _refuse_empty_side(leakage, sum(case.masks is not None for case in labelled.cases))
     catalog = Catalog(
@@ -169,7 +170,9 @@ def _by_image_id(labels: Labels, usable: Mapping[str, tuple[Header, ScannedFile]
     return replace(labels, masks=masks, sizes=sizes), {case_id: name for name, case_id in new.items()}
 
 
-def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None, limits: Limits) -> _Labelled:
+def _join(
+    inputs: _Inputs, labels: Path, encoding: Dialect | None, limits: Limits, unlisted_negative: bool
+) -> _Labelled:
     """Join the files with their masks; LabelError for a mask that does not fit its image."""
     masks = inputs.labels.masks
     sizes = {case_id: (header.rows, header.columns) for case_id, (header, _) in inputs.usable.items()}
@@ -189,12 +192,15 @@ def _join(inputs: _Inputs, labels: Path, encoding: Dialect | None, limits: Limit
         )
         encoding, evidence = detection.dialect, detection.evidence
         name, proven = encoding.name, detection.proven
+    if unlisted_negative and (count := len(inputs.usable.keys() - masks.keys())):
+        masks = {**dict.fromkeys(inputs.usable, ()), **masks}
+        evidence = (*evidence, f"{count:,} images without a label are negative, as --unlisted negative says")
     cases = [_case(*inputs.usable[case_id], masks.get(case_id), encoding) for case_id in sorted(inputs.usable)]
     several = [texts for texts in masks.values() if len(texts) > 1]
     reconciliation = Reconciliation(
-        table_rows=sum(max(1, len(texts)) for texts in masks.values()),
-        table_images=len(masks),
-        table_positive=sum(bool(texts) for texts in masks.values()),
+        table_rows=sum(max(1, len(texts)) for texts in inputs.labels.masks.values()),
+        table_images=len(inputs.labels.masks),
+        table_positive=sum(bool(texts) for texts in inputs.labels.masks.values()),
         table_several_masks=len(several),
         table_overlapping=sum(rle.overlap(texts, encoding.starts) for texts in several),
         files=inputs.files,

@@ -86,6 +86,8 @@ def preprocess(
     dialect: str | None = None,
     match: str | None = None,
     finding: str = DEFAULT,
+    unlisted_negative: bool = False,
+    replace_other: bool = False,
     executor: AbstractContextManager[Executor] | None = None,
     workers: int = 1,
     on_progress: Progress = lambda step, done, total: None,
@@ -95,10 +97,11 @@ def preprocess(
     Shards whose source, labels and parameters are unchanged, and whose bytes are whole, are kept. The work is done by
     `executor`, or else by `workers` processes. `patient_key` is a file with a secret of the site, by which patients are
     hashed: so they can be compared with those of other caches that were made with it. `finding` is what the masks show:
-    a name in `findings.toml`, or a file of this kind. `on_progress` is called with a step, and how much of it is done
-    of how much. Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more than a
-    tenth of the files cannot be used, or key or finding do not fit the cache; StoreError when the disk is full or a
-    worker dies.
+    a name in `findings.toml`, or a file of this kind. With `unlisted_negative` images without a label are negative. A
+    cache of other images is renewed only with `replace_other`. `on_progress` is called with a step, and how much of it
+    is done of how much. Raises as `build_catalog`; BusyError when another run holds the cache; CatalogError when more
+    than a tenth of the files cannot be used, or images, key or finding do not fit the cache; StoreError when the disk
+    is full or a worker dies.
     """
     sizes = tuple(sorted(set(sizes_px)))
     is_new = not (out / locks.LOCK).is_file()
@@ -126,10 +129,13 @@ def preprocess(
                 dialect=dialect,
                 match=match,
                 finding=finding,
+                unlisted_negative=unlisted_negative,
                 skip=[out] if out.resolve().is_relative_to(images.resolve()) else (),
                 executor=work,
                 on_file=lambda done, total: on_progress("headers", done, total),
             )
+            if former is not None and not replace_other:
+                _refuse_other_images(former, catalog, images, out)
             if is_new:
                 out.mkdir(parents=True, exist_ok=True)
                 held.enter_context(exclusive(out))
@@ -148,6 +154,16 @@ def _refuse_other_finding(former: Catalog, finding: str, out: Path) -> None:
         raise CatalogError(
             f"the masks in {out} show {former.finding.name}, not {wanted.name}: give --finding "
             f"{former.finding.name!r}, or another cache with --out"
+        )
+
+
+def _refuse_other_images(former: Catalog, catalog: Catalog, images: Path, out: Path) -> None:
+    """CatalogError when less than half of the cases of a cache are among the new ones: it is not a renewal."""
+    before, now = ({case.case_id for case in item.labelled if case.case_id} for item in (former, catalog))
+    if 2 * len(before & now) < len(before):
+        raise CatalogError(
+            f"{out} is a cache of other images: of its {len(before):,} cases {len(before & now):,} are in {images}; "
+            "give another folder with --out, or --replace to lose it"
         )
 
 

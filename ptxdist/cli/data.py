@@ -11,6 +11,7 @@ import click
 from ptxdist.cli.options import ADDRESS, CORES, FILE, FINDING, FOLDER, LABELS, MATCH, PLACE, executor_for, json_option
 from ptxdist.errors import SettingsError, StoreError
 
+UNLISTED = click.Choice(["unused", "negative"])
 SIDE = "Side of the images in pixels; may be repeated."
 
 
@@ -65,6 +66,7 @@ def phantom(
 @click.option("--match", help=MATCH)
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
 @click.option("--finding", default="pneumothorax", show_default=True, help=FINDING)
+@click.option("--unlisted", type=UNLISTED, default="unused", show_default=True, help="Images without a label.")
 @click.option("--patients", type=FILE, help="CSV with columns ImageId and PatientID; no patient is in two folds.")
 @click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
 @click.option(
@@ -72,6 +74,7 @@ def phantom(
 )
 @click.option("--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Folds; 0 is held out.")
 @click.option("--dialect", help="Encoding of the masks, such as relative-columns.  [default: detected]")
+@click.option("--replace", "replace_other", is_flag=True, help="Renew a cache of other images, which are then lost.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @click.option("--address", help=ADDRESS)
 @json_option
@@ -81,11 +84,13 @@ def preprocess(
     match: str | None,
     out: Path | str,
     finding: str,
+    unlisted: str,
     patients: Path | None,
     patient_key: Path | None,
     sizes: tuple[int, ...],
     folds: int,
     dialect: str | None,
+    replace_other: bool,
     workers: int,
     address: str | None,
     as_json: bool,
@@ -109,6 +114,8 @@ def preprocess(
             labels,
             folder,
             finding=finding,
+            unlisted_negative=unlisted == "negative",
+            replace_other=replace_other,
             patients=patients,
             patient_key=patient_key,
             sizes_px=sizes,

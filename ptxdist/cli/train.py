@@ -32,6 +32,7 @@ DEFAULT_PIPELINE = "paper"
 @click.option("--init", help="A run, a bundle or a file of weights: fine-tune that whole network.")
 @click.option("--fold", help="The fold to hold out, or all: one run each, evaluated together.  [default: 0]")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Any setting: stages.1.epochs=5")
+@click.option("--no-reuse", is_flag=True, help="Train anew what a run beside this one has already trained.")
 @click.option("--without-ray", is_flag=True, help="Train in this process, or in those that torchrun has started.")
 @click.option("--dry-run", is_flag=True, help="Print the resolved settings and stop.")
 @json_option
@@ -45,6 +46,7 @@ def train(
     init: str | None,
     fold: str | None,
     assignments: tuple[str, ...],
+    no_reuse: bool,
     without_ray: bool,
     dry_run: bool,
     as_json: bool,
@@ -64,6 +66,7 @@ def train(
         assignments=assignments,
         options={
             "train.workers": workers,
+            "train.reuse": False if no_reuse else None,
             "data.cache": str(data) if data else None,
             "pipeline.model.encoder_weights": encoder_weights,
             "pipeline.model.init": init,

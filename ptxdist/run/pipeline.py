@@ -196,6 +196,8 @@ def _finished_stage(plan: Plan, number: int, emit: OnEvent) -> StageResult | Non
     """The stage as this run or a run beside it has finished it, with the same fingerprint and intact weights."""
     if (own := _own_stage(plan, number)) is not None:
         return own
+    if not plan.settings.train.reuse:
+        return None
     folder, wanted = _folder(plan, number), plan.fingerprints[number - 1]
     for path in sorted(plan.run.parent.glob(f"*/stages/*/{RESULT}")):
         try:
@@ -207,6 +209,7 @@ def _finished_stage(plan: Plan, number: int, emit: OnEvent) -> StageResult | Non
         except PtxdistError as error:
             emit(Message(text=f"{path.parent} is not reused: {error}"))
             continue
+        emit(Message(text=f"stage {number} is taken from {source}, which trained the same; --no-reuse trains it anew"))
         return _take_over(other, source, plan.run, number, folder)
     return None
 

@@ -155,6 +155,23 @@ def test_a_few_images_are_on_both_sides(tmp_path: Path, write_dicom) -> None:  #
     assert split_doubts(catalog) == ("no image for training has a pneumothorax",)
 
 
+def test_masks_without_any_negative_image_are_doubted_and_unlisted_images_can_be_negative(
+    tmp_path: Path, write_dicom: Any
+) -> None:
+    dicom, _ = people(tmp_path, write_dicom, *map(str, range(6)))
+    labels = table(tmp_path, "1.0,9 2 6 2", "1.3,9 2 6 2", "1.4,9 2 6 2")
+    [doubt] = split_doubts(built(dicom, labels))
+    assert doubt == (
+        "no image without a pneumothorax has a label, so a model cannot learn what is none; "
+        "if the 3 images without a label have none, give --unlisted negative"
+    )
+    catalog = built(dicom, labels, unlisted_negative=True)
+    assert split_doubts(catalog) == ()
+    counts = catalog.reconciliation
+    assert (counts.table_images, counts.labelled, counts.positive, counts.unlabelled) == (3, 6, 3, 0)
+    assert "3 images without a label are negative, as --unlisted negative says" in catalog.evidence
+
+
 def test_a_patient_with_too_many_images_is_doubted(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
     catalog = built(*people(tmp_path, write_dicom, *["QX7"] * 10, *map(str, range(20))))
     assert [doubt[:70] for doubt in split_doubts(catalog)] == [

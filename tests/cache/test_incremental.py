@@ -19,7 +19,7 @@ from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.cache.store import ARRAYS, open_store
 from ptxdist.cache.verify import verify
 from ptxdist.dicom import syntax
-from ptxdist.errors import StoreError
+from ptxdist.errors import CatalogError, StoreError
 from ptxdist.locks import LOCK
 
 
@@ -56,6 +56,20 @@ def test_a_run_without_changes_writes_nothing_and_loads_no_decoder(renewal: Rene
     assert done.returncode == 0, done.stderr
     assert "nothing had to be done" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in renewal.cache.rglob("*") if path.name != LOCK} == before
+
+
+def test_a_cache_of_other_images_is_replaced_only_on_purpose(renewal: Renewal, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    before = digests(renewal.cache)
+    shutil.rmtree(renewal.dicom)
+    for number in range(4):
+        write_dicom(renewal.dicom / f"{number}.dcm", np.full((64, 64), 60 * number, np.uint8), f"1.2.9.{number}")
+    renewal.labels.write_text("ImageId,EncodedPixels\n" + "".join(f"1.2.9.{number},-1\n" for number in range(4)))
+    with pytest.raises(
+        CatalogError, match=r"of its 300 cases 0 are in .*; give another folder with --out, or --replace"
+    ):
+        renewal.run(patients=None)
+    assert digests(renewal.cache) == before
+    assert len(renewal.run(patients=None, replace_other=True).catalog.labelled) == 4
 
 
 def test_one_changed_label_rewrites_its_shard_alone(renewal: Renewal) -> None:
@@ -193,7 +207,7 @@ def test_fewer_files_end_as_a_fresh_cache_would(renewal: Renewal, tmp_path: Path
     """The last two shards go: what is left has its rows and, here, its folds as in a fresh cache."""
     for number in range(128, 300):
         renewal.file(number).unlink()
-    assert renewal.changed() == set()
+    assert renewal.changed(lambda: renewal.run(replace_other=True)) == set()
     for size in SIZES:
         names = {path.name for array in ARRAYS for path in (renewal.cache / f"{size}.zarr" / array / "c").iterdir()}
         assert names == {"0"}

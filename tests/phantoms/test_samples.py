@@ -52,15 +52,13 @@ def test_phantoms_depend_on_seed_and_position_only_and_show_the_pneumothorax() -
     cases = [case((1024, 1024), 150), case((1024, 1024), 700, "b")]
     seen: list[tuple[int, int]] = []
     one = draw_samples(cases, 140, 32, seed=5, on_image=lambda done, total: seen.append((done, total)))
-    four = draw_samples(cases, 140, 32, seed=5, threads=4)
-    more = draw_samples(cases, 141, 32, seed=5, threads=2)
+    more = draw_samples(cases, 141, 32, seed=5, threads=4)
     other = draw_samples(cases, 2, 32, seed=6)
     assert seen == [(done, 140) for done in range(1, 141)]
     assert [len(shard) for shard in one.images] == [128, 12]
     for position in (0, 1, 127, 128, 139):
-        for left, right in zip(one.sample(position), four.sample(position), strict=True):
+        for left, right in zip(one.sample(position), more.sample(position), strict=True):
             assert np.array_equal(left, right)
-        assert np.array_equal(one.sample(position)[0], more.sample(position)[0])
     assert not np.array_equal(one.sample(0)[0], other.sample(0)[0])
     image, mask = (np.stack([one.sample(position)[kind] for position in range(0, 140, 4)]) for kind in (0, 1))
     without = np.stack([one.sample(position)[0] for position in range(1, 140, 4)])

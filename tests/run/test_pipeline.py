@@ -6,17 +6,29 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ptxdist.errors import BusyError, ClusterError, RunError, SettingsError
+from ptxdist.events import Event, Message
 from ptxdist.resolve import load_settings
 from ptxdist.run import plan
 from ptxdist.run.folds import train_folds
 from ptxdist.run.pipeline import only_training, run_pipeline, train
-from ptxdist.rundir import EVALUATION, RESULT, SETTINGS, read_result, read_settings, start_run
+from ptxdist.rundir import (
+    CHECKPOINTS,
+    EVALUATION,
+    ORIGIN,
+    RESULT,
+    SETTINGS,
+    read_result,
+    read_settings,
+    stage_folder,
+    start_run,
+)
 
 
 def test_a_second_training_is_refused_until_the_first_one_has_ended_however_it_does(tmp_path: Path) -> None:
@@ -69,6 +81,44 @@ def test_a_run_killed_while_it_wrote_its_first_file_is_started(tmp_path: Path) -
     start_run(tmp_path, settings)
     assert read_settings(tmp_path) == settings
     assert not leftover.exists()
+
+
+def test_settings_bind_a_run_from_its_first_checkpoint_on(tmp_path: Path) -> None:
+    one, other = load_settings("smoke"), load_settings("smoke", options={"pipeline.seed": 5})
+    start_run(tmp_path, one)
+    (tmp_path / ORIGIN).touch()
+    start_run(tmp_path, other)
+    assert read_settings(tmp_path) == other
+    assert not (tmp_path / ORIGIN).exists(), "it is of the former settings"
+    (stage_folder(tmp_path, 1, 64) / CHECKPOINTS / "epoch-0001-step-000000").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"was started with other settings \(seed"):
+        start_run(tmp_path, one)
+    assert read_settings(tmp_path) == other
+
+
+def test_a_stage_of_a_run_beside_it_is_taken_over_with_a_word_or_not_at_all(finished_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished_run, tmp_path / "first", copy_function=os.link)
+    settings = read_settings(finished_run)
+    heard: list[Event] = []
+
+    class Stopped:
+        def nodes(self) -> list[dict[str, float]]:
+            return []
+
+        def train(self, task: object) -> Any:
+            raise RuntimeError("it trains")
+
+        evaluate = train
+
+    def engine(*given: object) -> Any:
+        return nullcontext(Stopped())
+
+    anew = settings.model_copy(update={"train": settings.train.model_copy(update={"reuse": False})})
+    for wanted, said in ((anew, False), (settings, True)):
+        with pytest.raises(RuntimeError, match="it trains"):
+            run_pipeline(plan.plan_run(wanted, tmp_path / "second"), engine, on_event=heard.append)
+        texts = [event.text for event in heard if isinstance(event, Message)]
+        assert any("stage 1 is taken from" in text and "--no-reuse" in text for text in texts) is said
 
 
 def test_a_finished_run_starts_no_engine_unless_its_evaluation_is_missing(finished_run: Path, tmp_path: Path) -> None:
