@@ -66,6 +66,11 @@ def installed() -> bool:
     return _installed
 
 
+def exit_code() -> int:
+    """128 + the number of the first signal: Ray may turn `Interrupted` into a KeyboardInterrupt without a number."""
+    return 128 + (_first[0] if _first else signal.SIGINT)
+
+
 def _handle() -> None:
     for item in _SIGNALS:
         if item not in _ignored:

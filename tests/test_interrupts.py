@@ -115,3 +115,16 @@ def test_a_closed_terminal_does_not_change_the_code(tmp_path: Path) -> None:
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 129
+
+
+def test_an_interruption_that_a_library_raises_again_keeps_its_number() -> None:
+    """Ray's C++ core makes a KeyboardInterrupt without a number of it."""
+    code = (
+        "import os, signal; from ptxdist import interrupts; from ptxdist.cli import _said\n"
+        "interrupts.install()\n"
+        "with _said():\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    except KeyboardInterrupt: raise KeyboardInterrupt from None\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()) == (143, [SENTENCE])

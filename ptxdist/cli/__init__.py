@@ -71,9 +71,9 @@ def _said() -> Iterator[None]:
 
         console.fail(f"{error.filename or 'output'}: {error.strerror}")
         sys.exit(1)
-    except KeyboardInterrupt as error:
+    except KeyboardInterrupt:
         interrupts.say()
-        sys.exit(getattr(error, "exit_code", 130))
+        sys.exit(interrupts.exit_code())
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
