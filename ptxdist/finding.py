@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from ptxdist.errors import SettingsError
 
@@ -21,22 +21,42 @@ DEFAULT = "pneumothorax"
 _FILE = Path(__file__).with_name("findings.toml")
 
 # DICOM allows 64 characters, and some texts have "segmentation" or "a" beside the name.
-Name = Annotated[str, Field(min_length=1, max_length=40, pattern=r"^[^\x00-\x1f\\]*\S[^\x00-\x1f\\]*$")]
-Code = tuple[Annotated[str, Field(pattern=r"^\d{6,16}$")], Annotated[str, Field(min_length=1, max_length=64)]]
+_NAME = re.compile(r"[^\x00-\x1f\\]+")
+_CODE = re.compile(r"[0-9]{6,16}")
+_MOST_NAME, _MOST_MEANING = 40, 64
 
 
-class FindingType(BaseModel):
+# Dataclasses, since every `preprocess` loads them: pydantic takes longer to import than a rerun to list its files. It
+# checks them in records and in the files of users.
+@dataclass(frozen=True)
+class FindingType:
     """A finding: its `name` ("lung"), `one` of it in a sentence ("a lung"), and its SNOMED CT codes with meanings.
 
-    Two are the same finding if their `code` is.
+    Two are the same finding if their `code` is. ValueError for a name or code that cannot be one.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic's name
 
-    name: Name
-    one: Name
-    code: Code
-    category: Code = ("49755003", "Morphologically Abnormal Structure")
+    name: str
+    one: str
+    code: tuple[str, str]
+    category: tuple[str, str] = ("49755003", "Morphologically Abnormal Structure")
+
+    def __post_init__(self) -> None:
+        for text in (self.name, self.one):
+            if len(text) > _MOST_NAME or not text.strip() or not _NAME.fullmatch(text):
+                raise ValueError(f"a name has 1 to {_MOST_NAME} printable characters")
+        for code, meaning in (self.code, self.category):
+            if not _CODE.fullmatch(code) or not 1 <= len(meaning) <= _MOST_MEANING:
+                raise ValueError(f"a code has 6 to 16 digits, and its meaning 1 to {_MOST_MEANING} characters")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> FindingType:
+        """A finding from its values in JSON or TOML; ValueError or TypeError when it is none."""
+        found: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        }
+        return cls(**found)
 
     @property
     def title(self) -> str:
@@ -48,10 +68,11 @@ class FindingType(BaseModel):
         return self.code[0] != than.code[0]
 
 
-class Limits(BaseModel):
+@dataclass(frozen=True)
+class Limits:
     """What is plausible of the masks of a finding, as `findings.toml` explains; the defaults hold for nearly any."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012  pydantic's name
 
     median_area: float = 0.00002
     large_area: float = 0.5
@@ -59,7 +80,11 @@ class Limits(BaseModel):
     constant_dice: float = 1.0
     mirror_lead: float = 0.4
     upper: tuple[float, float] | None = None
-    parts: int = Field(2, ge=1, le=4)
+    parts: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.parts <= 4:
+            raise ValueError("parts is 1 to 4")
 
 
 def load_finding(name: str) -> tuple[FindingType, Limits]:
@@ -96,9 +121,15 @@ def _read(path: Path) -> dict[str, tuple[FindingType, Limits]]:
 def _finding(path: Path, name: str, table: Any) -> tuple[FindingType, Limits]:
     if not isinstance(table, dict):
         raise SettingsError(f"{path}: {name} stands outside a table, such as [{DEFAULT}]")
-    words = {key: value for key, value in table.items() if key != "masks"}
+    words, masks = {"name": name, **table}, table.get("masks", {})
+    words.pop("masks", None)
+    if path == _FILE:
+        upper = {"upper": tuple(masks["upper"])} if "upper" in masks else {}
+        return FindingType.of(words), Limits(**{**masks, **upper})
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        return FindingType.model_validate({"name": name, **words}), Limits.model_validate(table.get("masks", {}))
+        return TypeAdapter(FindingType).validate_python(words), TypeAdapter(Limits).validate_python(masks)
     except ValidationError as error:
         kind, first = error.title, error.errors()[0]
         place = ".".join(map(str, (name, *(["masks"] if kind == "Limits" else []), *first["loc"])))
@@ -111,4 +142,6 @@ PNEUMOTHORAX, PNEUMOTHORAX_LIMITS = _KNOWN[DEFAULT]
 
 def unless_pneumothorax() -> Any:
     """A field of a record: pneumothorax by default, and then left out of JSON."""
+    from pydantic import Field
+
     return Field(PNEUMOTHORAX, exclude_if=lambda value: value == PNEUMOTHORAX)

@@ -166,7 +166,7 @@ def catalog_text(catalog: Catalog) -> str:
         "evidence": catalog.evidence,
         "seed": catalog.seed,
         "folds": catalog.folds,
-        **({} if catalog.finding == PNEUMOTHORAX else {"finding": catalog.finding.model_dump()}),
+        **({} if catalog.finding == PNEUMOTHORAX else {"finding": asdict(catalog.finding)}),
     }
     lines = (json.dumps(record) + "\n" for record in (head, *map(vars, catalog.cases)))
     return "".join(lines)
@@ -203,7 +203,7 @@ def read_catalog(cache: Path, *, as_it_is: bool = False) -> Catalog:
                 evidence=tuple(head["evidence"]),
                 seed=head["seed"],
                 folds=head["folds"],
-                finding=FindingType.model_validate(head["finding"]) if "finding" in head else PNEUMOTHORAX,
+                finding=FindingType.of(head["finding"]) if "finding" in head else PNEUMOTHORAX,
             )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); rerun `ptxdist preprocess`") from error

@@ -165,7 +165,8 @@ def measure(dialect: str, order: Order, fit: Fit) -> Reading:
     reading = replace(reading, line_share=_line_share(fit.images, order, limits.parts))
     if reading.images < ENOUGH_IMAGES:
         return replace(reading, fault=_fault(reading, order, fit))
-    median_area, large_area = np.quantile(fit.area_shares, (0.5, 0.9)).tolist()
+    areas = sorted(fit.area_shares)  # as np.quantile, which first imports numpy.ma
+    median_area, large_area = np.interp(np.multiply((0.5, 0.9), len(areas) - 1), range(len(areas)), areas).tolist()
     mean = _mean_mask(fit.images, order)
     left_right, up_down, valley = _stance(mean)
     upper = float(mean[: _CELLS // 2].sum() / mean.sum()) if mean.any() else None
