@@ -61,7 +61,7 @@ def named(line: str) -> set[str]:
         ({"grey": 124.0}, set()),
         ({"ap": 0.8}, {"views"}),
     ],
-    ids=str,
+    ids=["another hospital", "prevalence", "exposure", "nearly the same exposure", "views"],
 )
 def test_a_second_hospital_differs_in_what_was_changed(other: dict[str, float], expected: set[str]) -> None:
     first, *rest = words(hospital(1, **other), hospital(0))
