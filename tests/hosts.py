@@ -28,8 +28,8 @@ _SETUP = """
 set -e
 hostname "$2"
 mount --bind "$1" /mnt
-mount -t tmpfs tmpfs /tmp
-mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs -o size=500m tmpfs /tmp
+mount -t tmpfs -o size=300m tmpfs /dev/shm
 mkdir -p "$1"
 mount --bind /mnt "$1"
 printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$2" > /tmp/hosts

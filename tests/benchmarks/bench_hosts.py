@@ -116,7 +116,7 @@ def measure(name: str, scene: Scene) -> dict[str, object]:
     place = f"s3://{BUCKET}/{key}" if remote else run
     cache = f"s3://{BUCKET}/cache" if remote else scene.work / "cache"
     started = time.monotonic()
-    command = [*PTXDIST, "train", "--data", cache, "--run", place, "--json", *WORDS]
+    command = [*PTXDIST, "train", "--data", cache, "--run", place, *WORDS]
     scene.training = scene.at["head"].start(*command, log=scene.log)
     wait_until(lambda: "epoch 2/4" in scene.words, 600, lambda: scene.words)
     seen, hit = len(scene.words), time.monotonic()
