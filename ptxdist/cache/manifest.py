@@ -16,6 +16,7 @@ from ptxdist.errors import StoreError
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+_FORMER_TRANSFORM = 2  # of a manifest that does not name it
 # The files that a manifest lists beside the shards: tables, and what zarr writes around the shards.
 _NAME = re.compile(r"[a-z_]+(\.csv|\.jsonl)?|[1-9][0-9]{0,4}\.zarr/([a-z_]+/)?(zarr\.json|c/[0-9]{1,9})", re.ASCII)
 _SIZE = re.compile("[1-9][0-9]{0,4}", re.ASCII)
@@ -51,10 +52,14 @@ class StoreRecord:
 
 @dataclass
 class Manifest:
-    """Content of manifest.json: a record per size, and the sha256 of each file that is not a shard, by path."""
+    """Content of manifest.json: a record per size, and the sha256 of each file that is not a shard, by path.
+
+    `transform` is `render.TRANSFORM` of the code that wrote the stores.
+    """
 
     sizes: dict[int, StoreRecord] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    transform: int = _FORMER_TRANSFORM
 
     def store(self, size_px: int) -> StoreRecord:
         """The record of one size; an empty one when there is none."""
@@ -72,6 +77,16 @@ def read_manifest(cache: Path) -> Manifest:
     """
     path = cache / MANIFEST
     return parse_manifest(path.read_bytes(), path) if path.is_file() else Manifest()
+
+
+def refuse_other_transform(cache: Path, wanted: int) -> None:
+    """Raise StoreError when the images of a cache were resized by another transform than a model needs."""
+    found = read_manifest(cache).transform
+    if found != wanted:
+        raise StoreError(
+            f"{cache} was written with transform {found}, and transform {wanted} is needed; rerun `ptxdist preprocess` "
+            "with the present version, which rewrites it"
+        )
 
 
 def refuse_damaged_table(cache: Path, name: str) -> None:
@@ -97,8 +112,10 @@ def parse_manifest(text: bytes, path: Path | str) -> Manifest:
         for name, sum_ in content["files"].items():
             _check(_NAME.fullmatch(name), f"it lists {name!r}, which is no file of a cache")
             _check(_SUM.fullmatch(sum_), f"the checksum of {name} is none")
+        transform = content.get("transform", _FORMER_TRANSFORM)
+        _check(type(transform) is int, "its transform is no number")
         return Manifest(
-            {_size(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"]
+            {_size(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"], transform
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged ({error}); remove it and rerun `ptxdist preprocess`") from error
@@ -136,6 +153,8 @@ def manifest_text(manifest: Manifest) -> str:
     for entry in sizes.values():
         entry["staged"] = entry.pop("pending")
     content = {"schema": SCHEMA, "sizes": sizes, "files": dict(sorted(manifest.files.items()))}
+    if manifest.transform != _FORMER_TRANSFORM:
+        content["transform"] = manifest.transform
     content = json.loads(json.dumps(content))  # tuples become lists, as they will be when it is read
     return json.dumps({**content, "sha256": files.content_sum(content)}, indent=1)
 

@@ -32,7 +32,7 @@ from ptxdist.cache.catalog import (
 from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
 from ptxdist.cache.duplicates import find_duplicates
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
-from ptxdist.cache.render import Shard, shard_fingerprint, write_shard
+from ptxdist.cache.render import TRANSFORM, Shard, shard_fingerprint, write_shard
 from ptxdist.cache.salt import SALT, keep_salt, read_key, read_salt
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import (
@@ -309,6 +309,7 @@ def _put_in_place(
         entry.complete and entry.fingerprint == source[size] for size, entry in manifest.sizes.items()
     ) and set(sizes) <= set(manifest.sizes)
     is_counted = former is not None and unchanged and _is_whole(out, DUPLICATES, manifest)
+    manifest.transform = TRANSFORM
     for size, entry in manifest.sizes.items():  # what differs must not be trained on until it is renewed
         manifest.sizes[size] = replace(entry, complete=entry.complete and entry.fingerprint == source[size])
     if former is not None and is_counted:

@@ -18,7 +18,7 @@ import torch
 
 from ptxdist.cache.catalog import Case, read_catalog
 from ptxdist.cache.fingerprints import Fingerprints, look_at
-from ptxdist.cache.manifest import read_manifest
+from ptxdist.cache.manifest import read_manifest, refuse_other_transform
 from ptxdist.cache.salt import read_salt
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
@@ -74,6 +74,7 @@ def evaluate_elsewhere(
             f"{card.name} segments {card.finding.name}, and the masks in {data} show {catalog.finding.name}; give a "
             f"cache whose masks show {card.finding.name}"
         )
+    refuse_other_transform(cache, card.preprocessing)
     _refuse_without_size(cache, card)
     if not is_remote(str(data)):  # the copy of a remote one has just been compared
         refuse_damaged(cache, [card.size_px])

@@ -14,6 +14,8 @@ from pathlib import Path
 from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.fingerprints import look_at
+from ptxdist.cache.manifest import refuse_other_transform
+from ptxdist.cache.render import TRANSFORM
 from ptxdist.cache.salt import read_salt
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
@@ -93,6 +95,7 @@ def plan_run(
     if not is_remote(place):
         place = str(Path(place).absolute())
     cache = local_cache(place, sizes, data=settings.data, token=token, on_progress=on_progress)
+    refuse_other_transform(cache, TRANSFORM)
     catalog = read_catalog(cache)
     _refuse_empty_sides(cache, catalog, settings.pipeline.fold)
     origin = origin_of(settings, cache, catalog)

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from ptxdist import files
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.fingerprints import Fingerprints, look_at
+from ptxdist.cache.manifest import read_manifest, write_manifest
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.cache.salt import read_salt
 from ptxdist.cache.store import open_store
@@ -247,6 +248,13 @@ def test_caches_and_folders_that_do_not_fit_are_refused(
     preprocess(data.dicom, data.labels, tmp_path / "64", patients=data.patients, sizes_px=(64,))
     with pytest.raises(StoreError, match=r"has 64 px, and smoke needs 96 px: `ptxdist preprocess … --size 96`"):
         evaluate_elsewhere([bundle], tmp_path / "64", folder=tmp_path / "out")
+    manifest = read_manifest(tmp_path / "64")
+    manifest.transform = 3
+    write_manifest(tmp_path / "64", manifest)
+    with pytest.raises(StoreError, match=r"written with transform 3, and transform 2 is needed; rerun `ptxdist prep"):
+        evaluate_elsewhere([bundle], tmp_path / "64", folder=tmp_path / "out")
+    preprocess(data.dicom, data.labels, tmp_path / "64", patients=data.patients, sizes_px=(64,))
+    assert read_manifest(tmp_path / "64").transform == 2
     with pytest.raises(StoreError, match="is not a ptxdist cache"):
         evaluate_elsewhere([bundle], tmp_path, folder=tmp_path / "out")
     damaged = tmp_path / "damaged"
