@@ -30,8 +30,9 @@ pytest_plugins = ("dicom_files", "tiny_caches")  # fixtures of several folders, 
 Image = npt.NDArray[np.generic]
 WriteDicom = Callable[..., Path]
 SetTags = Callable[[FileDataset, Mapping[str, object]], None]
-# A shell's background jobs ignore SIGINT, and so would the commands that the tests interrupt.
+# A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.

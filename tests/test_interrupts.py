@@ -111,7 +111,7 @@ def test_a_closed_terminal_does_not_change_the_code(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ptxdist", "phantom", str(tmp_path / "out"), "--cases", "2000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writer)
     os.close(writer)
-    while not _handles(process.pid, signal.SIGHUP):
+    while process.poll() is None and not _handles(process.pid, signal.SIGHUP):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 129
