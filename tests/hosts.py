@@ -28,7 +28,7 @@ _SETUP = """
 set -e
 hostname "$2"
 mount --bind "$1" /mnt
-mount -t tmpfs -o size=500m tmpfs /tmp
+mount -t tmpfs -o size=1g tmpfs /tmp
 mount -t tmpfs -o size=300m tmpfs /dev/shm
 mkdir -p "$1"
 mount --bind /mnt "$1"
@@ -36,7 +36,7 @@ printf '127.0.0.1 localhost\\n127.0.1.1 %s\\n' "$2" > /tmp/hosts
 mount --bind /tmp/hosts /etc/hosts
 ip link set lo up
 echo ready
-exec sleep infinity
+exec cat  # until this program ends, however it does
 """
 
 
@@ -55,7 +55,9 @@ class Host:
     def boot(self) -> None:
         """Start it, with a new /tmp, and plug its cable in."""
         self.first = subprocess.Popen(
-            ["unshare", *_SPACES, "sh", "-c", _SETUP, "sh", str(self.shared), self.name], stdout=subprocess.PIPE
+            ["unshare", *_SPACES, "sh", "-c", _SETUP, "sh", str(self.shared), self.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
         assert self.first.stdout is not None
         with self.first.stdout as said:
@@ -103,6 +105,8 @@ class Host:
         """End everything on it at once."""
         self.first.kill()  # unshare, whose child is killed with it, and all processes of its namespace
         self.first.wait()
+        assert self.first.stdin is not None
+        self.first.stdin.close()
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=20)
