@@ -123,8 +123,8 @@ def measure_leakage(
         )
     return Leakage(
         grouped_by=grouped_by,
-        groups=len(np.unique(group)),
-        positive_groups=len(np.unique(group[is_positive])),
+        groups=len(set(group.tolist())),
+        positive_groups=len(set(group[is_positive].tolist())),
         val_cases=int(is_val.sum()),
         val_positive=int((is_val & is_positive).sum()),
         shared_cases=int(shared(is_val).sum()),

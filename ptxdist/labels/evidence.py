@@ -258,7 +258,7 @@ def _constant_dice(images: Sequence[MaskedImage]) -> float | None:
     length = rows * columns // step + 1
     shared = np.cumsum(np.bincount(begins, minlength=length) - np.bincount(ends, minlength=length))
     scores = []
-    for least in np.unique(np.geomspace(1, max(1, shared.max()), 16).astype(int)):
+    for least in sorted(set(np.geomspace(1, max(1, shared.max()), 16).astype(int).tolist())):
         before = np.concatenate(([0], np.cumsum(shared >= least)))  # pixels of the constant mask before each position
         common = np.add.reduceat(before[ends] - before[begins], firsts)
         scores.append(float((2 * common / (areas + before[-1])).mean()))
