@@ -27,7 +27,26 @@ class Progress(Record):
     total: int
 
 
-Event = Message | Progress | StageHistory | EpochMetrics | StageResult | EvaluationResult
+class RunStart(Record):
+    """A run starts, after all checks: what it trains on, and with what.
+
+    `images` are those of an epoch of each stage; `positive` of the `train` cases show `shown`. `held_out` cases are
+    those of `fold`, the first of `folds_left` that are trained one after the other. `cores` are those of this machine.
+    """
+
+    run: str
+    train: int
+    positive: int
+    shown: str
+    held_out: int
+    images: tuple[int, ...]
+    fold: int
+    folds_left: int = 1
+    workers: int
+    cores: int
+
+
+Event = RunStart | Message | Progress | StageHistory | EpochMetrics | StageResult | EvaluationResult
 OnEvent = Callable[[Event], None]
 _EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
 

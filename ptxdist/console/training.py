@@ -1,4 +1,7 @@
-"""A training in progress: a live table of epochs on a terminal, a line for each epoch in a log file."""
+"""A training in progress: a live table of epochs on a terminal, a line for each epoch in a log file.
+
+Before it starts, what it will do; after its first steps, how long it will take.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from ptxdist.config import StageSettings
 from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.tables import number
 from ptxdist.console.terminal import bars, err, log_progress, say
-from ptxdist.events import Event, Message, Progress
+from ptxdist.events import Event, Message, Progress, RunStart
 from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
 from ptxdist.scores.watchdog import Verdict, judge, why_not
 
@@ -30,6 +33,7 @@ class TrainingDisplay:
         self._bars = bars()
         self._task = self._bars.add_task("", total=None, visible=False)
         self._what = ""  # of the bar
+        self._folds_left, self._is_estimated = 1, False
         self._log = log_progress()
         self._live = Live(
             get_renderable=self._render, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
@@ -51,14 +55,19 @@ class TrainingDisplay:
         match event:
             case Message():
                 say(event.text)
+            case RunStart():
+                self._announce(event)
             case Progress():
                 self.progress(self._describe(event), event.done, event.total)
+                if self._left.step(event) and not self._is_estimated:
+                    self._estimate(event)
             case StageHistory():
                 self._rows = [row for row in self._rows if row.stage != event.stage] + list(event.epochs)
                 self._left.start(event.stage, event.epochs)
             case EpochMetrics():
                 self._rows.append(event)
                 self._left.add(event)
+                self._is_estimated = True  # from here on, each line or the title of the table says it
                 if not err.is_terminal:
                     left, stage = self._time_left(event.stage, ", "), self._stages[event.stage - 1]
                     say(epoch_line(event, stage.epochs, judge(self._rows_of(event.stage), stage)[-1]) + left)
@@ -76,6 +85,29 @@ class TrainingDisplay:
             self._bars.reset(self._task, description=what, total=total, completed=done, visible=True)
         else:
             self._bars.update(self._task, completed=done, total=total)
+
+    def _announce(self, run: RunStart) -> None:
+        self._left.expect(run.images, run.held_out)
+        self._folds_left, self._is_estimated = run.folds_left, False
+        workers = f"{run.workers} worker{'s' if run.workers > 1 else ''}, {run.cores} CPU cores on this machine"
+        if run.workers > run.cores:
+            workers += ", where more workers than cores do not train faster"
+        say(
+            f"{run.run} trains on {run.train:,} images, {run.positive:,} with {run.shown}; {run.held_out:,} are held "
+            f"out (fold {run.fold}); {workers}"
+        )
+        for place, (stage, images) in enumerate(zip(self._stages, run.images, strict=True), start=1):
+            what = "" if images == run.train else f" of {images:,} {'phantoms' if stage.phantoms else 'images'}"
+            epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}{what}"
+            say(f"stage {place} of {len(self._stages)}: {stage.size_px} px, {epochs} in batches of {stage.batch_size}")
+
+    def _estimate(self, step: Progress) -> None:
+        left = self._left.seconds(step.stage)
+        assert left is not None
+        self._is_estimated = True
+        in_stage = f", {in_words(left[0])} of it for stage {step.stage}" if left[1] > left[0] else ""
+        folds = f"; about {in_words(left[1] * self._folds_left)} for all folds" if self._folds_left > 1 else ""
+        say(f"training will take about {in_words(left[1])}{in_stage}{folds}; an estimate from its first steps")
 
     def _describe(self, step: Progress) -> str:
         if step.step == "evaluate":

@@ -9,7 +9,7 @@ from pathlib import Path
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.config import Settings
 from ptxdist.errors import SettingsError
-from ptxdist.events import Message, OnEvent
+from ptxdist.events import Event, Message, OnEvent, RunStart
 from ptxdist.records import EvaluationResult
 from ptxdist.run.engine import OpenEngine
 from ptxdist.run.pipeline import train
@@ -45,6 +45,12 @@ def train_folds(
         )
     run = Path(run)
     folds = read_catalog(local_cache(settings.data.cache, (), data=settings.data)).folds
+
+    def pass_on(event: Event) -> None:
+        if isinstance(event, RunStart):
+            event = event.model_copy(update={"folds_left": folds - event.fold})
+        on_event(event)
+
     for fold in range(folds):
         on_event(Message(text=f"fold {fold} of 0 to {folds - 1} is held out"))
         pipeline = settings.pipeline.model_copy(update={"fold": fold})
@@ -52,7 +58,7 @@ def train_folds(
             settings.model_copy(update={"pipeline": pipeline}),
             run / f"fold-{fold}",
             engine=engine,
-            on_event=on_event,
+            on_event=pass_on,
             on_progress=on_progress,
         )
     runs = [run / f"fold-{fold}" for fold in range(folds)]

@@ -138,6 +138,7 @@ def run_pipeline(
                 emit(stage)
             emit(former.evaluation)
             return former
+        emit(plan.start)
         with _opened(engine, plan, emit) as opened:
             if is_first:
                 files.write_json(plan.run / ENVIRONMENT, environment(opened.nodes()))

@@ -5,6 +5,7 @@ Owns: everything that can be wrong with cache, split, weights file and run folde
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 from collections.abc import Callable
@@ -20,8 +21,9 @@ from ptxdist.cache.salt import read_salt
 from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
-from ptxdist.config import PipelineSettings, Settings, fingerprint
+from ptxdist.config import PipelineSettings, Settings, StageSettings, fingerprint
 from ptxdist.errors import CheckpointError, ClusterError, SettingsError, StoreError
+from ptxdist.events import RunStart
 from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.records import Origin, StageResult
 from ptxdist.run.engine import StageTask
@@ -32,6 +34,7 @@ from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.storage.runs import Mirror
 from ptxdist.train.choices import refuse_unknown
+from ptxdist.train.schedule import positive_share
 
 # Raised by changes of the code that change what a stage learns: stages of another number are not reused. Stages with
 # `dice = "batch"` have a number of their own since validation reports their Dice of the batch.
@@ -46,7 +49,7 @@ class Plan:
     """A run that can start: its settings, its folder, and the fingerprint of each stage.
 
     `mirror` sends what is written to the folder, if the run is in an object store. `token` identifies the check that a
-    copy of the cache has passed. `origin` is what the network will be made from.
+    copy of the cache has passed. `origin` is what the network will be made from. `start` describes it to people.
     """
 
     settings: Settings
@@ -54,6 +57,7 @@ class Plan:
     token: str
     fingerprints: tuple[str, ...]
     origin: Origin
+    start: RunStart
 
     @property
     def run(self) -> Path:
@@ -115,7 +119,35 @@ def plan_run(
             files.write_whole(mirror.folder / TRAINING_IMAGES, seen.write())
             whole = origin.model_copy(update={"profile": profile})
             files.write_json(mirror.folder / ORIGIN, whole, beside=(TRAINING_IMAGES,))
-    return Plan(settings, mirror, token, fingerprints, origin)
+    place = mirror.remote.url if mirror.remote else str(mirror.folder)
+    return Plan(settings, mirror, token, fingerprints, origin, _start(settings, catalog, place))
+
+
+def _start(settings: Settings, catalog: Catalog, run: str) -> RunStart:
+    fold = settings.pipeline.fold
+    train, held_out = split_indices(catalog.labelled, fold)
+    positive = sum(bool(catalog.labelled[index].masks) for index in train)
+    return RunStart(
+        run=run,
+        train=len(train),
+        positive=positive,
+        shown=catalog.finding.one,
+        held_out=len(held_out),
+        images=tuple(_images(stage, len(train), positive) for stage in settings.pipeline.stages),
+        fold=fold,
+        workers=settings.train.workers,
+        cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def _images(stage: StageSettings, train: int, positive: int) -> int:
+    """Images of an epoch; where their number changes from epoch to epoch, the mean."""
+    if stage.phantoms:
+        return stage.phantoms
+    shares = [positive_share(stage, number) for number in range(1, stage.epochs + 1)]
+    if stage.epoch == "positives" and positive:
+        return round(sum(positive / share for share in shares if share) / len(shares))
+    return train
 
 
 def _refuse_empty_sides(cache: Path, catalog: Catalog, fold: int) -> None:

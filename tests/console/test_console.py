@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ptxdist import console
 from ptxdist.config import StageSettings
-from ptxdist.events import Message, Progress
+from ptxdist.events import Message, Progress, RunStart
 from ptxdist.records import EpochMetrics, Scores, StageHistory, StageResult
 
 
@@ -35,6 +35,37 @@ def test_a_line_of_the_log_file_has_all_numbers_and_the_time_left(capsys: pytest
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("stage 1 epoch 2/5: train loss 1.2500, val loss 1.5000, Dice 0.7000 Kaggle")
     assert line.endswith("lr 1.00e-03, 20.5 images/s, about 30 min left in the stage, about 1 h 50 min in all")
+
+
+def test_a_run_says_what_it_will_do_and_after_its_first_steps_how_long_it_will_take(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    display = console.TrainingDisplay(stages((256, 60), (512, 29)))
+    monkeypatch.setattr(display._left, "_clock", lambda: now)
+    run = {"run": "runs/x", "train": 600, "positive": 150, "shown": "a pneumothorax", "held_out": 300}
+    start = RunStart.model_validate({**run, "images": (600, 900), "fold": 1, "folds_left": 2, "workers": 4, "cores": 2})
+    with display:
+        for _ in range(2):  # the next fold, after which nothing is left
+            display.show(start)
+            display.show(StageHistory(stage=1, epochs=()))
+            for done in range(10, 80, 10):
+                now += 2
+                display.show(Progress(stage=1, step="train", epoch=1, done=done, total=600))
+            start = start.model_copy(update={"folds_left": 1})
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        "runs/x trains on 600 images, 150 with a pneumothorax; 300 are held out (fold 1); 4 workers, 2 CPU cores on "
+        "this machine, where more workers than cores do not train faster",
+        "stage 1 of 2: 256 px, 60 epochs in batches of 4",
+        "stage 2 of 2: 512 px, 29 epochs of 900 images in batches of 4",
+    ]
+    estimates = [line for line in lines if line.startswith("training will take")]
+    assert estimates == [
+        "training will take about 8 h 47 min, 2 h 20 min of it for stage 1; about 17 h 33 min for all folds; an "
+        "estimate from its first steps",
+        "training will take about 8 h 47 min, 2 h 20 min of it for stage 1; an estimate from its first steps",
+    ]
 
 
 def test_the_live_table_shows_epochs_from_before_an_interruption_and_the_time_left(

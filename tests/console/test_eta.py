@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ptxdist.console.eta import TimeLeft, in_words
+from ptxdist.events import Progress
 from ptxdist.records import EpochMetrics, Scores
 
 NOTHING = Scores(
@@ -48,6 +49,32 @@ def test_a_stage_that_goes_on_knows_its_epochs() -> None:
     left = TimeLeft([64], [6], clock=lambda: 0.0)
     left.start(1, [epoch(1, 1, 99), epoch(1, 2, 10), epoch(1, 3, 20), epoch(1, 4, 30)])
     assert left.seconds(1) == pytest.approx((40, 40)), "two epochs of the mean of the last three"
+
+
+def test_the_first_steps_give_an_estimate_of_all_stages() -> None:
+    """100 images of 64 px at 10 images/s, and 30 in validation; then 50 images of 128 px, of four times the pixels."""
+    now = 0.0
+    left = TimeLeft([64, 128], [2, 3], clock=lambda: now)
+    left.expect([100, 50], 30)
+    left.start(1, [])
+
+    def step(after_s: float, done: int, stage: int = 1) -> bool:
+        nonlocal now
+        now += after_s
+        return left.step(Progress(stage=stage, step="train", epoch=1, done=done, total=100))
+
+    assert [step(20, 10), step(4, 50), step(0.5, 55)] == [False] * 3, "the first step, and less than five seconds"
+    assert left.seconds(1) is None
+    assert step(0.5, 60)
+    first, later = 11.0 * 2, 4 * 6.0 * 3  # seconds of an epoch, times epochs
+    assert left.seconds(1) == pytest.approx((first - 11, first - 11 + later)), "25 s have gone, at most an epoch counts"
+    left.add(epoch(1, 1, 22))
+    assert left.seconds(1) == pytest.approx((22, 22 + 2 * later)), "what a whole epoch took counts more"
+    left.add(epoch(1, 2, 22))
+    left.start(2, [])
+    assert left.seconds(2) == pytest.approx((2 * later, 2 * later))
+    assert [step(1, 10, 2), step(6, 20, 2), step(6, 30, 2)] == [False, False, True]
+    assert left.seconds(2) == pytest.approx((0.6 * 60 * 3 - 13, 0.6 * 60 * 3 - 13)), "measured in its own steps"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from ptxdist.events import Event, Message, Progress, decode_event, encode_event
+from ptxdist.events import Event, Message, Progress, RunStart, decode_event, encode_event
 from ptxdist.records import EpochMetrics, EvaluationResult, Scores, StageHistory, StageResult
 from ptxdist.resolve import load_settings
 from ptxdist.run.engine import StageTask
@@ -27,6 +27,7 @@ STAGE = StageResult(
 )  # fmt: skip
 EVENTS: list[Event] = [
     Message(text="a text"),
+    RunStart(run="r", train=9, positive=3, shown="a lung", held_out=1, images=(9, 6), fold=0, workers=1, cores=2),
     Progress(stage=1, step="train", epoch=2, done=3, total=4),
     StageHistory(stage=1, epochs=(EPOCH,)),
     EPOCH,
