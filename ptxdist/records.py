@@ -16,6 +16,7 @@ Count = Annotated[int, Field(ge=0)]
 ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]  # just above 1, no image is flagged
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\z")]
 Intervals = dict[str, tuple[float, float]]
+SYNTHETIC = "The model was trained on synthetic images only, so its answer on a real radiograph means nothing."
 
 
 class Record(BaseModel):
@@ -236,12 +237,24 @@ class SharedPatients(Record):
     apart_intervals: Intervals = {}
 
 
+class Likeness(Record):
+    """How training images look, to tell whether another image is unlike them (`cache.likeness` has the measures).
+
+    `ranges` has the values at 0.1, 5, 95 and 99.9 % of the training images by measure; `layout` is the mean image,
+    16x16 grey levels in hex.
+    """
+
+    ranges: dict[str, tuple[float, float, float, float]]
+    layout: Annotated[str, Field(pattern=r"\A[0-9a-f]{512}\z")]
+
+
 class Profile(Record):
     """What a set of images is like: numbers, and the 5th, 25th, 50th, 75th and 95th percentile of some properties.
 
     `mask_share` is the area of a mask as a share of its image, of positive images; `brightness` the mean grey level at
     the network's size, 0..255; `age` in years, where it is known; `side_px` the longer side of the original image. ()
-    without values. `views` are numbers of images by view.
+    without values. `views` are numbers of images by view. `synthetic` says that all are phantoms, as far as is known.
+    `likeness` is None for few images, and in files of older versions.
     """
 
     images: int
@@ -251,6 +264,8 @@ class Profile(Record):
     age: tuple[float, ...]
     side_px: tuple[float, ...]
     views: dict[str, int]
+    synthetic: bool = Field(False, exclude_if=lambda value: not value)
+    likeness: Likeness | None = when_known()
 
 
 class SeenImages(Record):

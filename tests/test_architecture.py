@@ -32,7 +32,7 @@ RULES = {
     "labels": ("base dicom", "numpy nibabel PIL pydicom"),
     "cache": ("base dicom labels", "numpy cv2 google_crc32c zarr"),
     "storage": ("base cache", "obstore"),
-    "phantoms": ("base labels cache", "numpy cv2 pydicom"),
+    "phantoms": ("base dicom labels cache", "numpy cv2 pydicom"),
     "scores": ("base labels cache", "numpy scipy safetensors monai"),
     "train": (
         "base dicom labels cache storage scores",

@@ -98,7 +98,7 @@ def test_keys_of_every_json(data: Path) -> None:
     """As in 0.1.0, but the calibration error has no interval.
 
     Added since are the ROC curve and the calibration of an evaluation, what the masks of a cache show, images without
-    a patient, and settings, which `--dry-run` shows.
+    a patient, the mark of phantoms, images that are unlike the training images, and settings, which `--dry-run` shows.
     """
     added = {
         f"{place}{name}"
@@ -114,7 +114,8 @@ def test_keys_of_every_json(data: Path) -> None:
         for name, keys in GOLDEN["json"].items()
     }
     for name in ("preprocess", "inspect cache"):
-        golden[name] = sorted([*golden[name], "finding", "reconciliation.without_patient"])
+        golden[name] = sorted([*golden[name], "finding", "reconciliation.without_patient", "synthetic"])
+    golden["predict"] = sorted([*golden["predict"], "caution", "unlike"])
     for name, place in (("evaluate", ""), ("train", "evaluation."), ("inspect run", "evaluation.")):
         golden[name] = sorted([*golden[name], *(place + key for key in ("platt.intercept", "platt.slope", "roc[][]"))])
     wanted = {**golden, "train --dry-run": sorted({*GOLDEN["json"]["train --dry-run"], *added})}

@@ -105,6 +105,7 @@ def build_catalog(
         seed=seed,
         folds=folds,
         finding=shown,
+        synthetic=all(header.synthetic for header, _ in inputs.usable.values()),
     )
     return catalog, {case_id: file.path for case_id, (_, file) in inputs.usable.items()}
 

@@ -87,7 +87,7 @@ class Catalog:
 
     `missing` are ids of the table without a file. `dialect` is the mask encoding of the table; `dialect_proven` says
     whether the masks rule out every other one, and `evidence` how. `seed` and `folds` are those of the split. `finding`
-    is what the masks show.
+    is what the masks show. `synthetic` says that all images are phantoms, as far as is known.
     """
 
     cases: tuple[Case, ...]
@@ -101,6 +101,7 @@ class Catalog:
     seed: int = 0
     folds: int = FOLDS
     finding: FindingType = PNEUMOTHORAX
+    synthetic: bool = False
 
     @property
     def labelled(self) -> tuple[Case, ...]:
@@ -111,6 +112,7 @@ class Catalog:
         """Reconciliation, split, leakage and rejects as plain JSON values."""
         return {
             "finding": self.finding.name,
+            **({"synthetic": True} if self.synthetic else {}),
             "dialect": {"name": self.dialect, "proven": self.dialect_proven, "evidence": list(self.evidence)},
             "reconciliation": asdict(self.reconciliation),
             "split": self.sides(),
@@ -167,6 +169,7 @@ def catalog_text(catalog: Catalog) -> str:
         "seed": catalog.seed,
         "folds": catalog.folds,
         **({} if catalog.finding == PNEUMOTHORAX else {"finding": asdict(catalog.finding)}),
+        **({"synthetic": True} if catalog.synthetic else {}),
     }
     lines = (json.dumps(record) + "\n" for record in (head, *map(vars, catalog.cases)))
     return "".join(lines)
@@ -204,6 +207,7 @@ def read_catalog(cache: Path, *, as_it_is: bool = False) -> Catalog:
                 seed=head["seed"],
                 folds=head["folds"],
                 finding=FindingType.of(head["finding"]) if "finding" in head else PNEUMOTHORAX,
+                synthetic=head.get("synthetic", False) is True,
             )
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); rerun `ptxdist preprocess`") from error

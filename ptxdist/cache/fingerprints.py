@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ptxdist.cache.catalog import Case, Catalog
 from ptxdist.cache.duplicates import SIDE_PX, Hashes, perceptual_hashes, thumbnail
+from ptxdist.cache.likeness import MOST, likeness_of, look
 from ptxdist.cache.store import Store
 from ptxdist.errors import StoreError
 from ptxdist.records import Profile
@@ -94,14 +95,18 @@ def look_at(
     store: Store, catalog: Catalog, indices: npt.NDArray[np.int64], salt: bytes
 ) -> tuple[Fingerprints, Profile]:
     """Fingerprints of the images at `indices` in the store of a cache with this `salt`, and what they are like."""
-    cases = catalog.labelled
+    cases, looks = catalog.labelled, []
+    step = max(1, -(-len(indices) // MOST))
     pixels, small, brightness = [], np.zeros((len(indices), SIDE_PX, SIDE_PX), np.float32), []
     for row, index in enumerate(indices.tolist()):
         image = np.ascontiguousarray(store.sample(index)[0])
         pixels.append(hashlib.sha256(image.data).hexdigest()[:16])
         small[row] = thumbnail(image)
         brightness.append(float(image.mean()))
+        if row % step == 0:
+            looks.append(look(image, max(cases[index].rows, cases[index].columns)))
     profile = profile_of([cases[index] for index in indices.tolist()], brightness)
+    profile = profile.model_copy(update={"synthetic": catalog.synthetic, "likeness": likeness_of(looks)})
     which = hashlib.blake2b(b"salt of patients", key=salt[:64]).hexdigest()[:_SALT_DIGITS]
     known = catalog.leakage.grouped_by != "nothing"
     patients = tuple(f"{which}{cases[index].group}" if known else "" for index in indices.tolist())

@@ -84,7 +84,8 @@ def predict(
         )
     point = predictor.operating_point
     if as_json:
-        console.show_json({"out": out, **asdict(result), "operating_point": point.model_dump()})
+        caution = {"caution": predictor.caution} if predictor.caution else {}
+        console.show_json({"out": out, **asdict(result), "operating_point": point.model_dump(), **caution})
     else:
         done = result.predicted + result.kept
         console.show_pairs(
@@ -92,9 +93,10 @@ def predict(
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
                 (f"with {predictor.cards[0].finding.one}", f"{result.positive:,}"),
+                ("unlike the training images", f"{result.unlike:,}"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),
                 ("operating point", point.words),
             ],
         )
-        console.say("research use only; not a medical device")
+        console.say(" ".join(filter(None, ("Research use only; not a medical device.", predictor.caution))))

@@ -64,6 +64,8 @@ def _show_doubts(catalog: Catalog) -> None:
         say("warning: some validation images look like training images; see near_duplicates.csv in the cache")
     for doubt in split_doubts(catalog):
         say(f"warning: {doubt}")
+    if catalog.synthetic:
+        say("all images are synthetic: what a model learns from them means nothing for a real radiograph")
     if leakage.grouped_by == "nothing":
         say(
             "warning: patients are not known (every image has a PatientID of its own, none, or the same as all), so "

@@ -21,6 +21,7 @@ from ptxdist.dicom.pixels import Pixels, to_uint8
 from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header, refuse_not_square
 from ptxdist.dicom.spacing import PNG, Spacing, pair, spacing_of
 from ptxdist.dicom.syntax import decoder_of
+from ptxdist.dicom.synthetic import is_phantom
 from ptxdist.dicom.tags import Tags
 from ptxdist.errors import DicomError
 
@@ -41,7 +42,8 @@ class Header:
     """What ptxdist keeps of a file's header. `patient` is a salted hash, never an identifier; "" without a PatientID.
 
     `age` is in years. `decoder` is the name and version of the package that decodes the pixels. The `case_id` of a PNG
-    is the stem of its file name; the fields that a PNG does not have are "" or None.
+    is the stem of its file name; the fields that a PNG does not have are "" or None. `orientation` are the directions
+    of the patient along a row and down a column, such as "LF" (left, feet). `synthetic` marks a phantom.
     """
 
     case_id: str
@@ -52,6 +54,8 @@ class Header:
     sex: str
     age: int | None
     decoder: str
+    orientation: str = ""
+    synthetic: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,6 +180,8 @@ def _header(file: Tags, salt: bytes) -> Header:
         sex=_word(file.text(tags.SEX)),
         age=_age(file.text(tags.AGE)),
         decoder=decoder_of(file.syntax) + (_READING if file.whole(tags.BITS_ALLOCATED, 8) > 8 else ""),
+        orientation=_orientation(file.text(tags.ORIENTATION)),
+        synthetic=is_phantom(file.text(tags.STUDY), file.text(tags.SERIES)),
     )
 
 
@@ -211,6 +217,12 @@ def _refuse_other_images(file: Tags) -> None:
 def _word(text: str) -> str:
     # Only short code strings are kept: free text could identify somebody.
     return text.upper() if len(text) <= 4 and text.isalpha() and text.isascii() else ""
+
+
+def _orientation(text: str) -> str:
+    """The main direction of each of two values (PS3.3 C.7.6.1.1.1), two letters of LRAPHF; "" for anything else."""
+    found = re.fullmatch(r"([LRAPHF])[LRAPHF]{0,2} *\\ *([LRAPHF])[LRAPHF]{0,2}", text)
+    return "".join(found.groups()) if found else ""
 
 
 def _age(text: str) -> int | None:

@@ -24,6 +24,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from ptxdist import files
+from ptxdist.dicom.synthetic import phantom_uids
 from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
@@ -198,8 +199,7 @@ def _write_chunk(
 def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
     rng = np.random.default_rng((seed, task.index))
     node, second = rng.integers(1, 32768), 1517875160 + rng.integers(0, 100)
-    uid = f"1.2.276.0.7230010.3.1.{{}}.8323329.{node}.{second}.{{}}"
-    study, series, image = (uid.format(kind, 100_000 + 3 * task.index + kind) for kind in (2, 3, 4))
+    study, series, image = phantom_uids(int(node), int(second), task.index)
     name = task.image_id or image
     view = "PA" if rng.random() < 0.6 and not task.bedside else "AP"
     chest = anatomy.pose(rng, view)

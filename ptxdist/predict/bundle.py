@@ -34,6 +34,7 @@ from ptxdist.config import PipelineSettings, Precision, Side, fingerprint, witho
 from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError
 from ptxdist.finding import PNEUMOTHORAX, FindingType, unless_pneumothorax
 from ptxdist.records import (
+    SYNTHETIC,
     EvaluationResult,
     OperatingPoint,
     ParentModel,
@@ -79,6 +80,11 @@ class ModelCard(Record):
     training_images: int | None = when_known()
     made_from: ParentModel | None = when_known()
     profile: Profile | None = when_known()
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether it was trained on phantoms only, as far as is known."""
+        return self.profile is not None and self.profile.synthetic
 
     def at(self, point: OperatingPoint, words: str) -> ModelCard:
         """The card with another operating point; the words say where it is from."""
@@ -313,6 +319,7 @@ def _readme(card: ModelCard) -> str:
         start = f"encoder from {model.encoder_weights}"
     elif card.made_from:
         start = "from another model (below)"
+    synthetic = f"- **Synthetic**: {SYNTHETIC}\n" if card.synthetic else ""
     made_from = f"- **Made from**: {' '.join(in_words(card.made_from))}\n" if card.made_from else ""
     return f"""# {card.finding.title} segmentation: {card.name}
 
@@ -326,7 +333,7 @@ Research use only; not a medical device. Made with ptxdist: `ptxdist predict FIL
 - **Measured** at threshold {card.evaluation.threshold:g} on {scores.cases} held-out images, {scores.positives} of them
   positive: Kaggle Dice {scores.kaggle_dice:.4f} (predicting nothing: {scores.all_empty_dice:.4f}), positives-only Dice
   {positive}, pooled Dice {scores.pooled_dice:.4f}.
-- **Not known**: how it does on other scanners, countries, ages, devices in the chest, or lateral views.
+{synthetic}- **Not known**: how it does on other scanners, countries, ages, devices in the chest, or lateral views.
 {made_from}- **Data**: fingerprint {card.fingerprint}, over settings, code and every image and mask of its training.
 - **Weights**: sha256 {card.weights_sha256}.
 """

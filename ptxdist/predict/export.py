@@ -45,7 +45,7 @@ from ptxdist.predict.bundle import (
 )
 from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
 from ptxdist.predict.predictor import Predictor
-from ptxdist.records import OperatingPoint
+from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.rundir import read_evaluation
 from ptxdist.train import encoders
 from ptxdist.train.device import choose_device
@@ -152,7 +152,7 @@ def describe(card: ModelCard) -> dict[str, Any]:
         }
     return {
         "format": "ptxdist export 1",
-        "use": "research use only; not a medical device",
+        "use": "research use only; not a medical device" + (f". {SYNTHETIC}" if card.synthetic else ""),
         "size_px": card.size_px,
         "input": {"name": INPUT, "dtype": "uint8", "shape": shape},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": shape},

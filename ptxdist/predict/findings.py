@@ -38,7 +38,8 @@ class Finding(Record):
     `calibrated` is the probability that the image is positive, left out where the model has no calibration.
     `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
     "detector", where anatomy is slightly magnified. `seg_reason` says why a DICOM SEG that was requested is missing.
-    `digest` is a hash of the file's bytes. `finding` is what was looked for; None for pneumothorax.
+    `unlike` says in which way the image is unlike the training images, if it is. `digest` is a hash of the file's
+    bytes. `finding` is what was looked for; None for pneumothorax.
     """
 
     case_id: str
@@ -54,6 +55,7 @@ class Finding(Record):
     mm2_reason: str
     seg_reason: str
     encoded_pixels: str
+    unlike: str | None = when_known()
 
 
 def measure(prediction: Prediction) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def measure(prediction: Prediction) -> dict[str, Any]:
         "mm2_plane": spacing.plane,
         "mm2_reason": spacing.reason,
         "encoded_pixels": rle.encode(prediction.mask),
+        "unlike": prediction.unlike or None,
     }
 
 

@@ -56,13 +56,17 @@ class Options:
 
 @dataclass(frozen=True)
 class PredictResult:
-    """Counts of one command: images predicted, finished before, positive of both; files rejected, and repeated."""
+    """Counts of one command: images predicted, finished before; files rejected, and repeated.
+
+    Of all images, those that are positive, and those that are unlike the training images.
+    """
 
     predicted: int
     kept: int
     positive: int
     rejected: int
     repeated: int
+    unlike: int
 
 
 def predict_files(
@@ -120,7 +124,8 @@ def predict_files(
         )
     positive = sum(finding.area_px > 0 for finding in found)
     before = len(items) - len(left)
-    return PredictResult(len(found) - before, before, positive, len(rejected), repeated)
+    other = sum(finding.unlike is not None for finding in found)
+    return PredictResult(len(found) - before, before, positive, len(rejected), repeated, other)
 
 
 def _check_folder(out: Path, predictor: Predictor) -> None:

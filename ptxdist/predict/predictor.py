@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from ptxdist.cache.likeness import look, unlike
 from ptxdist.cache.render import fit_square, resize
 from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.pixels import Pixels
@@ -31,7 +32,7 @@ from ptxdist.dicom.spacing import Spacing
 from ptxdist.dicom.tags import Tags
 from ptxdist.errors import CheckpointError, DicomError
 from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_other_findings
-from ptxdist.records import OperatingPoint
+from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.scores.working import calibrated
 from ptxdist.train.device import Device, autocast, choose_device, choose_precision
 from ptxdist.train.scoring import case_score, mask_at, predict_probability, to_original
@@ -52,7 +53,9 @@ class Prediction:
     `pixels` uint8 (rows, columns), air dark; `probability` float32 (rows, columns), 0..1; `mask` bool (rows, columns);
     `score` as `train.scoring.case_score` computes it, at the network's size; `calibrated` the probability that the
     image is positive, from the score, if the model's evaluation has a calibration; `content` the bytes of the file;
-    `spacing` the size of a pixel in mm where the file can be trusted with it.
+    `spacing` the size of a pixel in mm where the file can be trusted with it; `orientation` the patient's directions
+    along a row and down a column, such as "LF", or ""; `unlike` says in which way the image is unlike the training
+    images, "" if it is not or if that is not known.
     """
 
     case_id: str
@@ -63,6 +66,8 @@ class Prediction:
     content: bytes = field(repr=False)
     spacing: Spacing
     calibrated: float | None = None
+    orientation: str = ""
+    unlike: str = ""
 
     @property
     def area_px(self) -> int:
@@ -83,7 +88,8 @@ class Predictor:
     """One model, or several whose probabilities are averaged, with an operating point.
 
     `cards` describe the models; `models` are on `device`, in inference mode. `image_head` says whether they have image
-    heads. To be used from one thread at a time.
+    heads. `caution` is a sentence to be shown with every answer, "" if there is none. To be used from one thread at a
+    time.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class Predictor:
         self.models = tuple(model.to(device).to(memory_format=torch.channels_last).eval() for model in models)
         self.operating_point = operating_point or self.cards[0].operating_point
         self.flip_averaging = self.cards[0].flip_averaging
+        self.caution = SYNTHETIC if any(card.synthetic for card in self.cards) else ""
         self._sizes = sorted({card.size_px for card in self.cards})
 
     @classmethod
@@ -208,8 +215,17 @@ class Predictor:
         mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
         return Prediction(
             radiograph.header.case_id, radiograph.pixels, whole, mask, score, item.content, radiograph.spacing,
-            self._calibrated(score),
+            self._calibrated(score), radiograph.header.orientation, self._unlike(item),
         )  # fmt: skip
+
+    def _unlike(self, item: _Loaded) -> str:
+        """In which way the image is unlike the training images of the first model, in words; "" if it is not known."""
+        card, header = self.cards[0], item.radiograph.header
+        if header.synthetic and card.profile is not None and not card.synthetic:
+            return "a synthetic image"
+        if card.profile is None or card.profile.likeness is None:
+            return ""
+        return unlike(look(item.squares[card.size_px], max(header.rows, header.columns)), card.profile.likeness)
 
     def _calibrated(self, score: float) -> float | None:
         platt = self.cards[0].evaluation.platt if len(self.cards) == 1 else None  # that of one model's scores

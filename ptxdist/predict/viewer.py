@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from ptxdist.cache.outlines import encode
 from ptxdist.predict.findings import measure
 from ptxdist.predict.predictor import Prediction, Predictor
-from ptxdist.records import OperatingPoint, Record
+from ptxdist.records import OperatingPoint, Record, when_known
 from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
 from ptxdist.scores.counts import LEVELS
 
@@ -56,6 +56,7 @@ class Answer(Record):
     operating_point: OperatingPoint
     rule: str
     encoded_pixels: str
+    unlike: str | None = when_known()
     note: str = "research use only; not a medical device"
 
 

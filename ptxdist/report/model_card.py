@@ -12,8 +12,7 @@ from typing import Any
 from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.summary import percent, share, split_doubts
 from ptxdist.config import Settings, StageSettings
-from ptxdist.finding import FindingType
-from ptxdist.records import Origin, ParentModel, PipelineResult, StageResult
+from ptxdist.records import SYNTHETIC, Origin, ParentModel, PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
 from ptxdist.train import augment, encoders, losses
@@ -35,7 +34,7 @@ def model_card(
     """A list of sentences for each heading; `origin` is None for runs of older versions."""
     parent = origin.parent if origin else None
     return (
-        Facts(_use(catalog.finding), "Intended use"),
+        Facts(_use(catalog), "Intended use"),
         Facts(_model(settings, result, environment, parent), "Model"),
         Facts(tuple(_stages(settings, result)), "Training"),
         Facts(_training_data(catalog), "Training data"),
@@ -43,8 +42,10 @@ def model_card(
     )
 
 
-def _use(finding: FindingType) -> tuple[str, ...]:
+def _use(catalog: Catalog) -> tuple[str, ...]:
+    finding = catalog.finding
     return (
+        *((SYNTHETIC,) if catalog.synthetic else ()),
         f"Intended for research on {finding.name} segmentation on frontal chest radiographs.",
         "Not intended for diagnosis, triage or any other decision about a patient. It is not a medical device, and no "
         "authority has reviewed it.",

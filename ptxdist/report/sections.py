@@ -11,7 +11,7 @@ from typing import Any
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.config import Settings
-from ptxdist.records import Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult
+from ptxdist.records import SYNTHETIC, Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult
 from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.model_card import model_card
@@ -164,6 +164,9 @@ def _lead(evaluation: EvaluationResult, catalog: Catalog) -> str:
 
 def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
     scores, found, name = evaluation.scores, [], "This run" if evaluation.elsewhere is None else "The model"
+    trained_on = evaluation.elsewhere.there if evaluation.elsewhere else catalog
+    if trained_on is not None and trained_on.synthetic:
+        found.append(Notice("Synthetic images.", SYNTHETIC))
     if scores.equals_all_empty:
         found.append(
             Notice(

@@ -8,7 +8,8 @@ import gzip
 import hashlib
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -18,7 +19,11 @@ import pydicom
 import pytest
 from click.testing import CliRunner, Result
 
+from ptxdist.cache.build import build_catalog
+from ptxdist.cache.catalog import FILE_NAME, catalog_text, read_catalog, write_catalog
 from ptxdist.cli import cli
+from ptxdist.dicom.radiograph import read_header
+from ptxdist.dicom.synthetic import is_phantom
 from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.labels import rle
 from ptxdist.labels.patients import read_patients
@@ -94,6 +99,40 @@ def test_bedside_images_of_another_hospital_are_ap_and_darker(written: dataset.P
         means.append(np.mean([ds.pixel_array.mean() for _, ds in list(files(result))[:4]]))
     assert {ds.ViewPosition for _, ds in files(other)} == {"AP"}
     assert means[1] < means[0] - 15
+
+
+def test_a_cache_of_phantoms_is_marked_and_one_other_file_takes_the_mark_away(
+    written: dataset.PhantomResult, tmp_path: Path, write_dicom: Callable[..., Path]
+) -> None:
+    build = partial(build_catalog, written.dicom, written.labels, patients=written.patients)
+    catalog = build()[0]
+    assert catalog.synthetic
+    assert "synthetic" in catalog.summary()
+    write_catalog(catalog, tmp_path / FILE_NAME)
+    assert read_catalog(tmp_path, as_it_is=True).synthetic
+    path = write_dicom(written.dicom / "one.dcm", np.zeros((64, 64), np.uint8), "1.2.3")
+    other = build()[0]
+    path.unlink()
+    assert not other.synthetic
+    assert "synthetic" not in other.summary()
+    assert '"synthetic"' not in catalog_text(other)
+
+
+@pytest.mark.parametrize(
+    ("study", "series", "expected"),
+    [
+        ("2.8323329.5.1517875160.100002", "3.8323329.5.1517875160.100003", True),
+        ("2.8323329.5.1517875160.100005", "3.8323329.5.1517875160.100006", True),
+        ("2.8323329.5.1517875160.878026", "3.8323329.5.1517875160.878025", False),  # as in the challenge
+        ("2.8323329.5.1517875160.100003", "3.8323329.5.1517875160.100004", False),
+        ("2.8323329.5.1517875160.100002", "3.8323329.6.1517875160.100003", False),
+        ("3.8323329.5.1517875160.100002", "2.8323329.5.1517875160.100003", False),
+        ("2", "3", False),
+    ],
+)
+def test_only_the_uids_of_phantoms_are_taken_for_them(study: str, series: str, expected: bool) -> None:
+    assert is_phantom(*(f"1.2.276.0.7230010.3.1.{part}" for part in (study, series))) is expected
+    assert not is_phantom("", "")
 
 
 def test_patient_id_is_a_new_uuid_in_every_file_so_grouping_on_it_does_nothing(written: dataset.PhantomResult) -> None:
@@ -223,6 +262,7 @@ def test_a_given_table_is_drawn_where_its_masks_are(tmp_path: Path, suffix: str)
         assert [tuple(row) for row in csv.reader(file)][1:] == rows
     images = {str(ds.SOPInstanceUID): ds.pixel_array.astype(float) for _, ds in files(result)}
     assert set(images) == {"ID_0", "ID_1", "ID_2"}
+    assert all(read_header(path.read_bytes(), b"").synthetic for path, _ in files(result))
     inside, beside = images["ID_0"][260:510, 190:220], images["ID_0"][260:510, 250:280]
     assert beside.mean() - inside.mean() > 10
 

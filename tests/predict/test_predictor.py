@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import torch
 
 from ptxdist import Prediction, Predictor
 from ptxdist.errors import CheckpointError, DicomError, SettingsError
+from ptxdist.files import write_json
 from ptxdist.labels import rle
+from ptxdist.predict.bundle import load_model, read_members, write_bundle
+from ptxdist.predict.export import describe
 from ptxdist.predict.predictor import ahead
-from ptxdist.records import OperatingPoint
-from ptxdist.rundir import EVALUATION, PREDICTIONS, read_result
+from ptxdist.records import SYNTHETIC, Likeness, OperatingPoint
+from ptxdist.rundir import EVALUATION, ORIGIN, PREDICTIONS, TRAINING_IMAGES, read_origin, read_result
 from ptxdist.train.scoring import mask_at
 
 
@@ -67,6 +72,33 @@ def test_a_mask_needs_enough_pixels_at_the_top_and_has_all_at_the_bottom() -> No
     ):
         point = OperatingPoint(top=top, min_area_px=area, bottom=bottom)
         assert mask_at(torch.from_numpy(probability), point, 1.0).int().tolist() == [expected]
+
+
+def test_a_model_of_phantoms_says_so_and_an_image_unlike_its_training_images_too(
+    finished_run: Path, small_dataset: Any, tmp_path: Path, write_dicom: Callable[..., Path]
+) -> None:
+    """Run, bundle and export say it; a run whose record says nothing says nothing."""
+    image = write_dicom(tmp_path / "a.dcm", np.full((96, 96), 250, np.uint8), "1.2.3", PatientOrientation=["L", "F"])
+    silent = Predictor.load(finished_run, device="cpu")
+    assert (silent.caution, silent.predict(image).unlike) == ("", "")
+    assert silent.predict(image).orientation == "LF"
+
+    run, origin = shutil.copytree(finished_run, tmp_path / "run"), read_origin(finished_run)
+    assert origin is not None
+    assert origin.profile is not None
+    ranges = dict.fromkeys(("brightness", "contrast", "sharpness", "size", "layout"), (0.0, 0.0, 1.0, 1.0))
+    ranges |= {"brightness": (90, 100, 120, 130), "contrast": (0, 0, 80, 90), "size": (6, 6, 8, 8)}
+    likeness = Likeness(ranges=ranges | {"layout": (-1, -1, 1, 1), "sharpness": (-9, -9, 9, 9)}, layout="00ff" * 128)
+    profile = origin.profile.model_copy(update={"synthetic": True, "likeness": likeness})
+    write_json(run / ORIGIN, origin.model_copy(update={"profile": profile}), beside=(TRAINING_IMAGES,))
+    write_bundle(run, tmp_path / "a.ptxdist")
+    for model in (run, tmp_path / "a.ptxdist"):
+        predictor = Predictor.load(model, device="cpu")
+        assert predictor.caution == SYNTHETIC
+        assert predictor.predict(image).unlike == "brighter than nearly all of them"
+        assert predictor.predict(next(iter(files(small_dataset).values()))).unlike == ""
+    assert SYNTHETIC.encode() in read_members(tmp_path / "a.ptxdist")[1]["README.md"]
+    assert SYNTHETIC in describe(load_model(run)[0])["use"]
 
 
 def test_what_cannot_be_loaded_is_refused(finished_run: Path) -> None:

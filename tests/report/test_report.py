@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from ptxdist.cache.catalog import Case
 from ptxdist.errors import RunError
 from ptxdist.files import write_json
-from ptxdist.records import Scores
+from ptxdist.records import SYNTHETIC, Scores
 from ptxdist.report.charts import Series, linear_axis, plot
 from ptxdist.report.page import Chart, Section
 from ptxdist.report.report import write_report
@@ -386,6 +387,19 @@ def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) 
     rows = table(root, "Scores at the original resolution")
     assert any(name.endswith("equals predicting nothing") for name in rows)
     assert not list(read(run / "report" / "index.html").all("script"))
+
+
+def test_a_run_on_phantoms_says_above_its_scores_and_in_the_model_card_what_it_is_for(
+    run: Path, tmp_path: Path
+) -> None:
+    def marked(data: RunData) -> tuple[Section, ...]:
+        return sections(dataclasses.replace(data, catalog=dataclasses.replace(data.catalog, synthetic=True)))
+
+    copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.safetensors"))
+    root = read(write_report(copy, sections=marked))
+    said = [item.attributes["id"] for item in root.all("section") if SYNTHETIC in item.text]
+    assert said == ["result", "model-card"]
+    assert SYNTHETIC not in (run / "report" / "index.html").read_text()
 
 
 @pytest.mark.parametrize("later", [False, True])
