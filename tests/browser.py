@@ -119,11 +119,11 @@ class Browser:
         """Wait until a JavaScript expression holds in the page; RuntimeError after a while."""
         self.run(f"new Promise(done => {{ (function look() {{ {condition} ? done() : setTimeout(look, 20); }})(); }})")
 
-    def choose(self, selector: str, path: Path) -> None:
-        """Choose a file in an input of this kind."""
+    def choose(self, selector: str, *paths: Path) -> None:
+        """Choose files in an input of this kind."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+        self.call("DOM.setFileInputFiles", nodeId=node, files=list(map(str, paths)))
 
     def drop(self, path: Path, x: int, y: int) -> None:
         """Drag a file there, in CSS px, and let it go."""

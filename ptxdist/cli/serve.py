@@ -30,9 +30,9 @@ def serve(
     device: str,
     as_json: bool,
 ) -> None:
-    """Serve a local web page that predicts radiographs with MODEL, one DICOM file at a time.
+    """Serve a local web page that predicts radiographs with MODEL, DICOM or PNG.
 
-    Drop a file on the page to see the radiograph with the mask outlined, score and area, and sliders for threshold and
+    Drop files on the page to see each radiograph with the mask outlined, score and area, and sliders for threshold and
     opacity. Without --host, only this machine can reach the page. Nothing is stored. Ctrl-C ends the server.
 
     Example: ptxdist serve runs/exp4 --open

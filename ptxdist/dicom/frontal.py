@@ -5,7 +5,8 @@ Owns: that rule. Refuses: files whose header names another modality, body part o
 `preprocess` and `predict` accept every grayscale image, since their user has chosen the files. Any file can be dropped
 on the viewer's page, and a network gives an answer to any image. Therefore the modality has to be one of radiography
 (PS3.3 C.7.3.1.1.1), and body part (PS3.16 annex L) and view position must not name another part or another view. Files
-in which these two are missing or are not defined in the standard are accepted: many valid files have such headers.
+in which these two are missing or are not defined in the standard are accepted: many valid files have such headers. A
+PNG has no header, so it is accepted, and the viewer says that nobody has checked what it shows.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _OTHER_VIEWS = frozenset({"LL", "RL", "LLO", "RLO", "LAT", "LATERAL", "OBLIQUE"}
 def refuse_other_than_chest(file: Tags | None) -> None:
     """Raise DicomError, with the reason, unless a header is that of a frontal chest radiograph; None is a PNG's."""
     if file is None:
-        raise DicomError("is a PNG, which does not say what it shows; give a DICOM file or use `ptxdist predict`")
+        return
     modality = file.text(tags.MODALITY).upper()
     if modality not in MODALITIES:
         said = f"is of modality {modality}" if modality in _OTHER_MODALITIES else "does not name a known modality"

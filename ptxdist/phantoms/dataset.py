@@ -196,7 +196,21 @@ def _write_chunk(
 # --- one file ---------------------------------------------------------------------------------------------------
 
 
+def draw_file(seed: int) -> bytes:
+    """One phantom with a pneumothorax, as the bytes of a DICOM file like those of `write_phantoms`."""
+    return _draw(_Task(index=0, patient=0, positive=True), seed)[2]
+
+
 def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
+    name, texts, content, place = _draw(task, seed)
+    path = folder / place
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)  # not by pydicom, whose errors of a full disk have tracebacks in them
+    return name, texts if task.rows else []
+
+
+def _draw(task: _Task, seed: int) -> tuple[str, list[str], bytes, str]:
+    """Id, label texts and content of a file, and its place below the folder of images."""
     rng = np.random.default_rng((seed, task.index))
     node, second = rng.integers(1, 32768), 1517875160 + rng.integers(0, 100)
     study, series, image = phantom_uids(int(node), int(second), task.index)
@@ -212,15 +226,12 @@ def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
     union = np.maximum.reduce(masks) if masks else np.zeros((SIZE_PX, SIZE_PX), np.uint8)
     grey = greys.draw_image(rng, chest, union)
     data = _encode(cv2.LUT(grey, _UNDEREXPOSED) if task.bedside else grey)
-    path = folder / study / series / f"{name}.dcm"
-    path.parent.mkdir(parents=True)
     file = io.BytesIO()
     with (
         pydicom.config.disable_value_validation()
     ):  # '62' is not a valid age and ID_… not a valid UID; the challenge has both
         _dataset(rng, (study, series, name), view, task.patient, data).save_as(file, enforce_file_format=True)
-    path.write_bytes(file.getvalue())  # not by pydicom, whose errors of a full disk have tracebacks in them
-    return name, texts if task.rows else []
+    return name, texts, file.getvalue(), f"{study}/{series}/{name}.dcm"
 
 
 def _encode(image: Image) -> bytes:

@@ -1,8 +1,9 @@
-"""The viewer's server: a page and an API that receive a DICOM file and answer with the prediction.
+"""The viewer's server: a page and an API that receive a DICOM or PNG file and answer with the prediction.
 
     GET  /                 the page, and the files it loads
-    POST /api/predict      the bytes of a DICOM file -> `viewer.Answer` as JSON
+    POST /api/predict      the bytes of a file -> `viewer.Answer` as JSON
     POST /api/maps         the same, with picture and levels for the page (multipart/form-data)
+    POST /api/seg          the bytes of a DICOM file -> the mask as DICOM SEG
 
 Owns: the routes, and the sockets that the server listens on. Refuses: requests that `gate` rejects, and files that are
 not chest radiographs, each with a status and a sentence (JSON, `error`). Needs the extra `serve` (FastAPI, uvicorn).
@@ -34,9 +35,9 @@ from ptxdist.dicom.guard import place_of
 from ptxdist.errors import AddressError
 from ptxdist.predict.connection import Connection
 from ptxdist.predict.gate import DEFAULT, HEADERS, Gate, Limits, read_body, refusal
-from ptxdist.predict.worker import Worker
+from ptxdist.predict.worker import Wanted, Worker
 
-TYPES = ("application/dicom", "application/octet-stream")  # no form of another page can send these
+TYPES = ("application/dicom", "image/png", "application/octet-stream")  # no form of another page can send these
 _SHUTDOWN_S = 10
 _PLAIN = {  # instead of the words of HTTP
     404: "There is nothing at this address; the page is at /.",
@@ -70,26 +71,32 @@ def make_app(
         on_defect(place_of(error))
         return JSONResponse({"error": "This request met a defect in ptxdist."}, 500)
 
-    async def answer(request: Request, maps: bool) -> Response:
+    async def answer(request: Request, wanted: Wanted) -> Response:
         if request.headers.get("content-type", "").partition(";")[0].strip() not in TYPES:
-            raise HTTPException(415, f"Send the bytes of one DICOM file as the body, with Content-Type: {TYPES[0]}.")
+            raise HTTPException(
+                415, f"Send the bytes of one file as the body, with Content-Type: {TYPES[0]}, or {TYPES[1]}."
+            )
         with gate.enter(request.client.host if request.client else ""):
             content = await read_body(request, limits)
             async with turn:
                 if await request.is_disconnected():
                     raise HTTPException(400, "The sender has gone.")
-                reply = await asyncio.get_running_loop().run_in_executor(pool, worker.predict, content, maps)
+                reply = await asyncio.get_running_loop().run_in_executor(pool, worker.predict, content, wanted)
         if reply.defect:
             on_defect(reply.defect)
         return Response(reply.body, reply.status, media_type=reply.kind)
 
     @app.post("/api/predict")
     async def predict_file(request: Request) -> Response:
-        return await answer(request, maps=False)
+        return await answer(request, "answer")
 
     @app.post("/api/maps")
     async def predict_maps(request: Request) -> Response:
-        return await answer(request, maps=True)
+        return await answer(request, "maps")
+
+    @app.post("/api/seg")
+    async def predict_seg(request: Request) -> Response:
+        return await answer(request, "seg")
 
     _add_page(app, worker.about.page)
     return _guarding(app, known)

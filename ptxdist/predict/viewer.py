@@ -1,6 +1,7 @@
 """What the viewer's server sends: the answer to a radiograph, and the files of the page.
 
-Owns: what leaves the server about a radiograph. It contains no image id, no name and no path.
+Owns: what leaves the server about a radiograph. It contains no image id, no name and no path; only a DICOM SEG, which
+the page asks for when its user saves one, has them, see `dicom_seg`.
 
 The page applies the threshold itself: it receives the level of every pixel, that is, how many thresholds the pixel's
 probability reaches. The thresholds include those of the operating point, so the area that the page counts there is the
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
+from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
@@ -20,7 +23,11 @@ import numpy.typing as npt
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ptxdist.cache.outlines import encode
+from ptxdist import files
+from ptxdist.dicom.png import SIGNATURE
+from ptxdist.errors import DicomError
+from ptxdist.phantoms.dataset import draw_file
+from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.findings import measure
 from ptxdist.predict.predictor import Prediction, Predictor
 from ptxdist.records import OperatingPoint, Record, when_known
@@ -29,19 +36,23 @@ from ptxdist.scores.counts import LEVELS
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PICTURE_PX = 2048  # longer side of the picture on the page, at most; areas are counted at the original resolution
+EXAMPLE_SEED = 7
 _BLOCK_ROWS = 512
 _FILES = {
     "viewer.css": "text/css",
+    "picture.js": "text/javascript",
+    "save.js": "text/javascript",
     "viewer.js": "text/javascript",
     "viewer.svg": "image/svg+xml",
 }
+_PNG = "A PNG does not say what it shows: nothing has checked that this is a frontal chest radiograph."
 
 
 class Answer(Record):
     """What is found in one radiograph; areas and `encoded_pixels` (run-length text) at the original resolution.
 
     `px_mm2` is the area of a pixel, None where the spacing cannot be trusted, and `mm2_reason` says why. `rule` is the
-    operating point in words.
+    operating point in words. `cautions` are sentences that say why the answer may mean less than usual.
     """
 
     rows: int
@@ -55,6 +66,7 @@ class Answer(Record):
     mm2_reason: str
     operating_point: OperatingPoint
     rule: str
+    cautions: tuple[str, ...] = ()
     encoded_pixels: str
     unlike: str | None = when_known()
     note: str = "research use only; not a medical device"
@@ -63,7 +75,20 @@ class Answer(Record):
 def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
     """The answer to one radiograph, whose mask was made at `point`."""
     px_mm2 = prediction.spacing.area_mm2(1)
-    return Answer(px_mm2=px_mm2, operating_point=point, rule=point.words, **measure(prediction))
+    cautions = (_PNG,) if prediction.content.startswith(SIGNATURE) else ()
+    return Answer(px_mm2=px_mm2, operating_point=point, rule=point.words, cautions=cautions, **measure(prediction))
+
+
+def segmentation_of(prediction: Prediction, predictor: Predictor) -> bytes:
+    """The DICOM SEG of the mask at the operating point.
+
+    Raises DicomError when the mask is empty, and as `encode_segmentation`; SettingsError without the extra `seg`.
+    """
+    files.require_extra("seg", "DICOM SEG", "highdicom")
+    if not prediction.area_px:
+        raise DicomError("has no mask at the operating point, so there is nothing to save")
+    weights = [card.weights_sha256 for card in predictor.cards]
+    return encode_segmentation(prediction.content, prediction.mask, weights, predictor.cards[0].finding)
 
 
 def thresholds_at(point: OperatingPoint) -> list[float]:
@@ -87,7 +112,8 @@ def levels_of(probability: npt.NDArray[np.float32], thresholds: list[float]) -> 
 def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
     """Media type and content of the answer with everything that the page draws, as multipart/form-data.
 
-    Parts: `answer` and `thresholds` (JSON), `picture` (PNG, at most PICTURE_PX), `levels` (uint8, row by row).
+    Parts: `answer`, `thresholds` and `shape`, rows and columns of the picture (JSON); `picture` (at most PICTURE_PX)
+    and `levels`, both uint8, row by row. The picture is no PNG: some browsers blur what is read from a canvas.
     """
     thresholds = thresholds_at(answer.operating_point)
     scale = PICTURE_PX / max(prediction.pixels.shape)
@@ -98,7 +124,8 @@ def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
     parts = (
         ("answer", "application/json", answer.model_dump_json().encode()),
         ("thresholds", "application/json", json.dumps(thresholds).encode()),
-        ("picture", "image/png", encode(pixels[:, :, None], ".png")),
+        ("shape", "application/json", json.dumps(pixels.shape).encode()),
+        ("picture", "application/octet-stream", pixels.tobytes()),
         ("levels", "application/octet-stream", levels_of(prediction.probability, thresholds).tobytes()),
     )
     boundary = secrets.token_hex(16)
@@ -113,9 +140,15 @@ def with_maps(prediction: Prediction, answer: Answer) -> tuple[str, bytes]:
 def page_files(predictor: Predictor, max_bytes: int) -> Mapping[str, tuple[str, bytes]]:
     """Media type and content of the page (name "") and of each file it loads, by name."""
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    seg_missing = "" if find_spec("highdicom") else files.install_command("seg")
     page = environment.get_template("viewer.html").render(
-        cards=predictor.cards, image_head=predictor.image_head, max_bytes=max_bytes
+        cards=predictor.cards, image_head=predictor.image_head, max_bytes=max_bytes, seg_missing=seg_missing
     )
-    files = {name: (kind, (TEMPLATES / name).read_bytes()) for name, kind in _FILES.items()}
-    files["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # defines the colours
-    return {"": ("text/html", page.encode()), **files}
+    sent = {name: (kind, (TEMPLATES / name).read_bytes()) for name, kind in _FILES.items()}
+    sent["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # defines the colours
+    return {"": ("text/html", page.encode()), "example.dcm": ("application/dicom", _example()), **sent}
+
+
+@lru_cache(maxsize=1)
+def _example() -> bytes:
+    return draw_file(EXAMPLE_SEED)

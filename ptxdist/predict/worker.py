@@ -15,17 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from ptxdist.dicom.frontal import refuse_other_than_chest
 from ptxdist.dicom.guard import PassingError, place_of
-from ptxdist.errors import DicomError, PtxdistError, RunError
+from ptxdist.errors import DicomError, PtxdistError, RunError, SettingsError
 from ptxdist.executor import start_worker
 
 if TYPE_CHECKING:
     from ptxdist.predict.predictor import Predictor
     from ptxdist.train.device import Device
 
+Wanted = Literal["answer", "maps", "seg"]  # JSON; with all that the page draws; DICOM SEG
 _RELOADS = 3  # a model may take so many times as long to load as at the start
 
 
@@ -75,26 +76,30 @@ def answer_files(connection: Connection, predictor: Predictor, max_bytes: int) -
     names = tuple(card.name for card in predictor.cards)
     connection.send(About(names, page_files(predictor, max_bytes)))
     while True:
-        maps = connection.recv()
-        reply = reply_to(connection.recv_bytes(), maps, predictor)
+        wanted = connection.recv()
+        reply = reply_to(connection.recv_bytes(), wanted, predictor)
         connection.send((reply.status, reply.kind, reply.defect))
         connection.send_bytes(reply.body)
 
 
-def reply_to(content: bytes, maps: bool, predictor: Predictor) -> Reply:
-    """The reply to the bytes of a file: the answer as JSON, or `with_maps`; a refusal for all but chest radiographs."""
-    from ptxdist.predict.viewer import answer_of, with_maps
+def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
+    """The reply to the bytes of a file: what is wanted of it, or a refusal for all but chest radiographs."""
+    from ptxdist.predict.viewer import answer_of, segmentation_of, with_maps
 
     try:
-        prediction = predictor.predict_content(content, check=refuse_other_than_chest)
+        prediction = predictor.predict_content(content, name="image.png", check=refuse_other_than_chest)
+        if wanted == "seg":
+            return Reply(200, "application/dicom", segmentation_of(prediction, predictor))
         answer = answer_of(prediction, predictor.operating_point)
-        if maps:
+        if wanted == "maps":
             return Reply(200, *with_maps(prediction, answer))
         return Reply(200, "application/json", answer.model_dump_json().encode())
     except PassingError as error:
         return refused(500, f"This file {error}.", place_of(error.__cause__ or error))
     except DicomError as error:
         return refused(422, f"This file {error}.")
+    except SettingsError as error:  # an extra is not installed
+        return refused(501, f"{error}.")
     except Exception as error:
         words = "This file could not be predicted because of a defect in ptxdist."
         return refused(500, words, place_of(error))
@@ -129,11 +134,11 @@ class Worker:
         self._process.kill()
         self._process.join()
 
-    def predict(self, content: bytes, maps: bool) -> Reply:
+    def predict(self, content: bytes, wanted: Wanted) -> Reply:
         """The reply to the bytes of a file, at most `compute_s` seconds after the process is ready for it."""
         try:
             self._wait(self._compute_s + _RELOADS * self._loading_s)
-            self._connection.send(maps)
+            self._connection.send(wanted)
             self._connection.send_bytes(content)
             if not self._connection.poll(self._compute_s):
                 self._renew()

@@ -18,7 +18,7 @@ from ptxdist.predict import server
 from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.gate import DEFAULT, Limits
 from ptxdist.predict.viewer import page_files
-from ptxdist.predict.worker import About, Reply, Worker, reply_to
+from ptxdist.predict.worker import About, Reply, Wanted, Worker, reply_to
 from ptxdist.records import EvaluationResult, OperatingPoint
 from ptxdist.resolve import load_settings
 from ptxdist.train.unet import build_unet
@@ -45,8 +45,8 @@ class Here(Worker):
         self.about = About(("untrained",), page_files(predictor, limits.max_bytes))
         self._predictor = predictor
 
-    def predict(self, content: bytes, maps: bool) -> Reply:
-        return reply_to(content, maps, self._predictor)
+    def predict(self, content: bytes, wanted: Wanted) -> Reply:
+        return reply_to(content, wanted, self._predictor)
 
 
 @contextmanager

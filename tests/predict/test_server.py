@@ -21,12 +21,12 @@ from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
+import pydicom
 import pytest
 import torch
 from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian
 from serving import DICOM, Here, ask, error_of, make_predictor, parts_of, serving
 from slow_worker import work
@@ -35,10 +35,11 @@ from ptxdist import Predictor
 from ptxdist.cli import cli
 from ptxdist.errors import AddressError, RunError
 from ptxdist.labels import rle
+from ptxdist.phantoms.dataset import draw_file
 from ptxdist.predict import server
 from ptxdist.predict.gate import Limits
-from ptxdist.predict.viewer import levels_of, thresholds_at
-from ptxdist.predict.worker import Reply, Worker, refused
+from ptxdist.predict.viewer import EXAMPLE_SEED, levels_of, thresholds_at
+from ptxdist.predict.worker import Reply, Wanted, Worker, refused
 from ptxdist.records import OperatingPoint
 from ptxdist.train.scoring import mask_at
 
@@ -110,7 +111,8 @@ def test_the_maps_hold_the_mask_of_every_threshold(url: str, predictor: Predicto
         assert status == 200
         parts = parts_of(headers, content)
         assert parts["answer"] == ask(url, "POST", "/api/predict", path.read_bytes())[2]
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(parts["picture"]))), prediction.pixels)
+        assert json.loads(parts["shape"]) == list(prediction.pixels.shape)
+        assert parts["picture"] == prediction.pixels.tobytes()
         thresholds = json.loads(parts["thresholds"])
         levels = np.frombuffer(parts["levels"], np.uint8).reshape(prediction.mask.shape)
         assert len(thresholds) == 201
@@ -143,8 +145,41 @@ def test_a_large_picture_is_made_smaller_and_its_levels_are_not(
 ) -> None:
     path = write_dicom(tmp_path / "large.dcm", np.full((2200, 1100), 90, np.uint8), "1.2.9", raw=True)
     parts = parts_of(*ask(url, "POST", "/api/maps", path.read_bytes())[1:])
-    assert Image.open(io.BytesIO(parts["picture"])).size == (1024, 2048)
+    assert (json.loads(parts["shape"]), parts["picture"]) == ([2048, 1024], bytes([90]) * 2048 * 1024)
     assert len(parts["levels"]) == 2200 * 1100
+
+
+def test_a_png_is_predicted_with_a_caution(url: str, predictor: Predictor, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    cv2.imwrite(str(path), cv2.GaussianBlur(np.random.default_rng(4).integers(0, 256, (80, 60), np.uint8), (9, 9), 0))
+    status, _, content = ask(url, "POST", "/api/predict", path.read_bytes(), {"Content-Type": "image/png"})
+    found = json.loads(content)
+    assert (status, found["area_px"]) == (200, predictor.predict(path).area_px)
+    assert found["cautions"] == [
+        "A PNG does not say what it shows: nothing has checked that this is a frontal chest radiograph."
+    ]
+
+
+def test_the_mask_as_dicom_seg(url: str, predictor: Predictor, files: list[Path], tmp_path: Path) -> None:
+    pytest.importorskip("highdicom")
+    path, uid = files[0], "1.2.826.0.1.3680043.8.498"
+    source = pydicom.dcmread(path)
+    source.StudyInstanceUID, source.SeriesInstanceUID = f"{uid}.1", f"{uid}.2"
+    source.save_as(tmp_path / "a.dcm")
+    status, headers, content = ask(url, "POST", "/api/seg", (tmp_path / "a.dcm").read_bytes())
+    assert (status, headers["content-type"]) == (200, "application/dicom")
+    segment = pydicom.dcmread(io.BytesIO(content))
+    assert segment.Modality == "SEG"
+    assert np.array_equal(segment.pixel_array > 0, predictor.predict(path).mask)
+    dark = cv2.imencode(".png", np.zeros((64, 64), np.uint8))[1].tobytes()
+    assert error_of(ask(url, "POST", "/api/seg", dark))[0] == 422
+
+
+def test_the_example_is_a_drawing_that_the_server_accepts(url: str, predictor: Predictor) -> None:
+    status, headers, content = ask(url, "GET", "/example.dcm")
+    assert (status, headers["content-type"]) == (200, "application/dicom")
+    assert content == draw_file(EXAMPLE_SEED)
+    assert ask(url, "POST", "/api/predict", content)[0] == 200
 
 
 def test_refusals_are_sentences(url: str, files: list[Path], tmp_path: Path, write_dicom: Callable[..., Path]) -> None:
@@ -155,7 +190,7 @@ def test_refusals_are_sentences(url: str, files: list[Path], tmp_path: Path, wri
         (ct, "This file is of modality CT; a chest radiograph is one of CR, DX, RG."),
         (b"Quagmire " * 99, "This file is not a DICOM file (no DICM prefix)."),
         (b"", "This file is empty (0 bytes)."),
-        (cv2.imencode(".png", grey)[1].tobytes(), "This file is a PNG"),
+        (cv2.imencode(".png", np.dstack([grey, grey, grey + 9]))[1].tobytes(), "This file is a colour PNG"),
         (whole[:-300], "This file is cut off or damaged"),
     ):
         for path in ("/api/predict", "/api/maps"):
@@ -205,7 +240,7 @@ def test_every_answer_has_the_headers_and_the_page_names_nothing_outside(url: st
     assert "&lt;b&gt;untrained&lt;/b&gt;" in page
     assert "Research use only; not a medical device." in page
     loaded = re.findall(r'(?:href|src)="([^"#][^"]*)"', page)
-    assert len(loaded) == 4
+    assert len(loaded) == 6
     for name in loaded:
         status, headers, content = ask(url, "GET", name)
         assert (status, headers["content-type"].split(";")[0] != "text/html") == (200, True)
@@ -328,7 +363,7 @@ def test_a_sender_that_has_gone_costs_no_computing(predictor: Predictor, files: 
     worker = Here(predictor, Limits())
     calls, begun, go = [], threading.Event(), threading.Event()
 
-    def predict(content: bytes, maps: bool) -> Reply:
+    def predict(content: bytes, wanted: Wanted) -> Reply:
         calls.append(len(content))
         begun.set()
         assert go.wait(60)
