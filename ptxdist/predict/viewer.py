@@ -72,11 +72,21 @@ class Answer(Record):
     note: str = "research use only; not a medical device"
 
 
-def answer_of(prediction: Prediction, point: OperatingPoint) -> Answer:
-    """The answer to one radiograph, whose mask was made at `point`."""
-    px_mm2 = prediction.spacing.area_mm2(1)
-    cautions = (_PNG,) if prediction.content.startswith(SIGNATURE) else ()
-    return Answer(px_mm2=px_mm2, operating_point=point, rule=point.words, cautions=cautions, **measure(prediction))
+def answer_of(prediction: Prediction, predictor: Predictor) -> Answer:
+    """The answer to one radiograph that `predictor` has predicted."""
+    point = predictor.operating_point
+    cautions = (
+        predictor.caution,
+        f"This image is unlike the training images: {prediction.unlike}." if prediction.unlike else "",
+        _PNG if prediction.content.startswith(SIGNATURE) else "",
+    )
+    return Answer(
+        px_mm2=prediction.spacing.area_mm2(1),
+        operating_point=point,
+        rule=point.words,
+        cautions=tuple(filter(None, cautions)),
+        **measure(prediction),
+    )
 
 
 def segmentation_of(prediction: Prediction, predictor: Predictor) -> bytes:
@@ -142,7 +152,11 @@ def page_files(predictor: Predictor, max_bytes: int) -> Mapping[str, tuple[str, 
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     seg_missing = "" if find_spec("highdicom") else files.install_command("seg")
     page = environment.get_template("viewer.html").render(
-        cards=predictor.cards, image_head=predictor.image_head, max_bytes=max_bytes, seg_missing=seg_missing
+        cards=predictor.cards,
+        image_head=predictor.image_head,
+        caution=predictor.caution,
+        max_bytes=max_bytes,
+        seg_missing=seg_missing,
     )
     sent = {name: (kind, (TEMPLATES / name).read_bytes()) for name, kind in _FILES.items()}
     sent["report.css"] = ("text/css", (REPORT_TEMPLATES / "report.css").read_bytes())  # defines the colours

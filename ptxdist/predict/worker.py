@@ -90,7 +90,7 @@ def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
         prediction = predictor.predict_content(content, name="image.png", check=refuse_other_than_chest)
         if wanted == "seg":
             return Reply(200, "application/dicom", segmentation_of(prediction, predictor))
-        answer = answer_of(prediction, predictor.operating_point)
+        answer = answer_of(prediction, predictor)
         if wanted == "maps":
             return Reply(200, *with_maps(prediction, answer))
         return Reply(200, "application/json", answer.model_dump_json().encode())

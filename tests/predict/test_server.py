@@ -38,9 +38,9 @@ from ptxdist.labels import rle
 from ptxdist.phantoms.dataset import draw_file
 from ptxdist.predict import server
 from ptxdist.predict.gate import Limits
-from ptxdist.predict.viewer import EXAMPLE_SEED, levels_of, thresholds_at
+from ptxdist.predict.viewer import EXAMPLE_SEED, levels_of, page_files, thresholds_at
 from ptxdist.predict.worker import Reply, Wanted, Worker, refused
-from ptxdist.records import OperatingPoint
+from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.train.scoring import mask_at
 
 POST = b"POST /api/%s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\nContent-Length: %d\r\n\r\n"
@@ -149,15 +149,23 @@ def test_a_large_picture_is_made_smaller_and_its_levels_are_not(
     assert len(parts["levels"]) == 2200 * 1100
 
 
-def test_a_png_is_predicted_with_a_caution(url: str, predictor: Predictor, tmp_path: Path) -> None:
+def test_a_png_is_predicted_and_cautions_come_with_the_answer(
+    url: str, predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "a.png"
     cv2.imwrite(str(path), cv2.GaussianBlur(np.random.default_rng(4).integers(0, 256, (80, 60), np.uint8), (9, 9), 0))
     status, _, content = ask(url, "POST", "/api/predict", path.read_bytes(), {"Content-Type": "image/png"})
     found = json.loads(content)
     assert (status, found["area_px"]) == (200, predictor.predict(path).area_px)
-    assert found["cautions"] == [
-        "A PNG does not say what it shows: nothing has checked that this is a frontal chest radiograph."
-    ]
+    png = "A PNG does not say what it shows: nothing has checked that this is a frontal chest radiograph."
+    assert found["cautions"] == [png]
+    monkeypatch.setattr(predictor, "caution", SYNTHETIC)
+    monkeypatch.setattr(predictor, "_unlike", lambda item: "darker than nearly all of them")
+    found = json.loads(ask(url, "POST", "/api/predict", path.read_bytes())[2])
+    unlike = "This image is unlike the training images: darker than nearly all of them."
+    assert found["cautions"] == [SYNTHETIC, unlike, png]
+    page = page_files(predictor, 1)[""][1].decode()
+    assert f'id="caution">{SYNTHETIC}</p>' in page, "it is said before a file is chosen"
 
 
 def test_the_mask_as_dicom_seg(url: str, predictor: Predictor, files: list[Path], tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ KEYS = {"Tab": 9, "Enter": 13, " ": 32, "End": 35, "Home": 36, "ArrowLeft": 37, 
 STYLES = ("viewer.css", "report.css", "viewer.svg")
 NAME = "Quagmire^Zebulon.dcm"
 DRAWN = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+BUSY = "{status: 429, headers: {'Retry-After': '0'}}"
 SECRETS = ("Quagmire", "Zebulon", "QX7", "19391207", "1.2.826.77")
 # Grey level in the middle of the picture as it is shown.
 GREY = "(c => c.getContext('2d').getImageData(c.width / 2, c.height / 2, 1, 1).data[0])($('radiograph'))"
@@ -269,6 +270,12 @@ def test_several_files_have_names_and_an_order(
     chromium.run("files[0].maps = null, go(0)")
     chromium.wait("!$('result').hidden")
     assert area(chromium) == prediction.area_px, "what was dropped is sent again"
+    chromium.run("real = fetch, fetch = () => Promise.reject(), files[0].maps = null, go(0)")
+    chromium.wait("!$('problem').hidden")
+    assert "The server does not answer" in words(chromium, "problem")
+    chromium.run(f"fetch = () => {{ fetch = real; return Promise.resolve(new Response('{{}}', {BUSY})); }}, go(0)")
+    chromium.wait("!$('result').hidden")
+    assert area(chromium) == prediction.area_px, "it is tried again, also after the time that the server names"
 
 
 def test_mask_overlay_and_seg_are_saved(

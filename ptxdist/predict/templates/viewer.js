@@ -151,7 +151,8 @@ function present(item) {
   $("score").textContent = answer.score.toFixed(3);
   $("calibrated").textContent = answer.calibrated == null ? "" :
     `As a probability, calibrated on the images of the model's evaluation: ${answer.calibrated.toFixed(3)}.`;
-  $("cautions").replaceChildren(...answer.cautions.map(words => Object.assign(document.createElement("li"), {textContent: words})));
+  const cautions = answer.cautions.filter(words => words !== $("caution").textContent);  // it is at the top of the page
+  $("cautions").replaceChildren(...cautions.map(words => Object.assign(document.createElement("li"), {textContent: words})));
   $("threshold").max = thresholds.length - 1;
   $("threshold").value = thresholds.indexOf(point.bottom);
   $("point").textContent = `The model's operating point: ${answer.rule}.`;
