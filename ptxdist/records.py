@@ -337,6 +337,11 @@ class EvaluationResult(Record):
     elsewhere: Elsewhere | None = when_known()
     seconds: float
 
+    @property
+    def best_tuned(self) -> TunedPoint | None:
+        """The tuned point with the best estimate, which becomes the model's own point; None if nothing was tuned."""
+        return max(self.tuned, key=lambda tuned: tuned.estimate.kaggle_dice, default=None)
+
 
 class PipelineResult(Record):
     """Result of a finished pipeline."""

@@ -112,7 +112,7 @@ def test_the_words_and_codes_are_those_of_the_lung_from_cache_to_segmentation(fo
     assert "finds the px of a lung in" in readme
     for html in (report, other):
         assert "ptxdist report: lung segmentation" in html
-        assert "with a lung, at their original resolution" in html
+        assert " with a lung; false alarms in " in html
     for words in ("research on lung segmentation", "look like a lung", "the outline of a lung"):
         assert words in report, words
     assert "ptxdist viewer: lung segmentation" in page

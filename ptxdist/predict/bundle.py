@@ -125,8 +125,7 @@ def describe_run(run: Path) -> tuple[ModelCard, Path]:
 
 def _operating_point(evaluation: EvaluationResult) -> tuple[OperatingPoint, str]:
     """The tuned point with the best cross-fitted estimate, else the evaluation's own threshold."""
-    if evaluation.tuned:
-        best = max(evaluation.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
+    if best := evaluation.best_tuned:
         return best.point, f"the evaluation's tuned {best.kind}"
     threshold = evaluation.threshold
     return OperatingPoint(top=threshold, min_area_px=evaluation.min_area_px, bottom=threshold), "the stage's threshold"
@@ -166,9 +165,8 @@ def local_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tu
     about = evaluation.elsewhere
     if about is None or about.weights_sha256 != (card.weights_sha256,):
         raise RunError(f"{place} is no evaluation of {card.name} alone on other data (`ptxdist evaluate MODEL --data`)")
-    if not evaluation.tuned:
+    if (best := evaluation.best_tuned) is None:
         raise RunError(f"{place} has no tuned point: it has the images of a single patient")
-    best = max(evaluation.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
     scores = evaluation.scores
     return best.point, (
         f"the {best.kind} tuned on {scores.cases:,} images ({scores.positives:,} positive) of other data, whose "

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from ptxdist.cache.catalog import Case, Catalog
 from ptxdist.cache.summary import percent, reconciliation, share, split_doubts, spread
 from ptxdist.records import SharedPatients
-from ptxdist.report.page import Block, Columns, Facts, Row, Table, Values
+from ptxdist.report.page import Block, Columns, Facts, Folded, Row, Table, Values
 from ptxdist.report.tables import shared_table
 
 _REASONS_SHOWN = 10
@@ -30,7 +30,7 @@ def data_card(catalog: Catalog, shared: SharedPatients | None) -> tuple[Block, .
     if rejected := _rejected(catalog):
         blocks.append(Values("Rejected files, by reason", rejected))
     if catalog.evidence:
-        blocks.append(Facts(catalog.evidence, "How the encoding of the masks was detected", folded=True))
+        blocks.append(Folded("How the encoding of the masks was detected", (Facts(catalog.evidence),)))
     return tuple(blocks)
 
 

@@ -16,7 +16,8 @@ import numpy.typing as npt
 from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, Reliability, TunedPoint
 from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
 from ptxdist.report.page import Chart, Legend, Row, Table
-from ptxdist.scores.names import DICES
+from ptxdist.scores.headline import digits, number
+from ptxdist.scores.names import AUROC, DICES
 from ptxdist.scores.tables import CaseRow
 
 FEW = 10  # things in a bin of a reliability plot; the share of fewer is not reliable
@@ -85,7 +86,7 @@ def _curves(
             spoken.append(f"{item.name} from {points[0][1]:.4g} (first) to {points[-1][1]:.4g} (last)")
     legend = [Legend(item.style, item.name) for item in lines]
     if level is not None:
-        legend.append(Legend(0, f"predicting nothing: Kaggle Dice {level:.4f}"))
+        legend.append(Legend(0, f"predicting nothing: Kaggle Dice {level:.2f}"))
         spoken.append(legend[-1].name)
     levels = () if level is None else (level,)
     words = f"Line chart, {title}: {'; '.join(spoken)}."
@@ -162,7 +163,7 @@ def tuned_surface(tuned: TunedPoint) -> list[Chart]:
     name = "bottom threshold" if tuned.kind == "triplet" else "threshold"
     areas, thresholds = (np.flatnonzero(plateau.any(axis)) for axis in (1, 0))
     words = (
-        f"Kaggle Dice from {lowest:.4f} to {best:.4f}. Within {PLATEAU:g} of the best: "
+        f"Kaggle Dice from {lowest:.3f} to {best:.3f}. Within {PLATEAU:g} of the best: "
         f"{int(plateau.sum())} of {int(known.sum())} points, {name}s {tuned.thresholds[thresholds[0]]:g} to "
         f"{tuned.thresholds[thresholds[-1]]:g}, smallest areas {tuned.areas_px[areas[0]]:,} to "
         f"{tuned.areas_px[areas[-1]]:,} pixels."
@@ -208,7 +209,9 @@ def roc_curve(evaluation: EvaluationResult) -> list[Chart]:
     if points:
         series.append(Series("working points", 2, (points,), line=False))
         legend.append(Legend(2, "working points, cross-fitted", line=False))
-    area = "" if evaluation.auroc is None else f", area {evaluation.auroc:.4f}"
+    span = evaluation.intervals.get(AUROC.field)
+    area = "" if evaluation.auroc is None else f", AUROC {number(evaluation.auroc, digits(span))}"
+    area += f" ({number(span[0], digits(span))} to {number(span[1], digits(span))})" if span else ""
     axes = linear_axis("1 - specificity", 0, 1), linear_axis("sensitivity", 0, 1)
     words = f"ROC curve of the score of {evaluation.scores.cases:,} images{area}."
     return [Chart(f"ROC curve{area}", plot(*axes, series, words=words, diagonal=True), tuple(legend), square=True)]
@@ -235,11 +238,11 @@ def reliability(found: Reliability) -> list[Chart]:
         legend.append(Legend(5, f"fewer than {FEW} {things}", line=False))
     words = (
         f"Reliability of {things}, {sum(found.counts):,} in {len(points)} bins; expected calibration error "
-        f"{found.error:.4f}."
+        f"{found.error:.2g}."
     )
     return [
         Chart(
-            f"{things.capitalize()}: expected calibration error {found.error:.4f}",
+            f"{things.capitalize()}: calibration error {found.error:.2g}",
             plot(*axes, series, words=words, diagonal=True),
             tuple(legend),
             numbers=Table(f"Bins of {things}", ("mean predicted", "observed", things), rows),

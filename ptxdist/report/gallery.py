@@ -21,12 +21,13 @@ from ptxdist.report.page import SIDE_PX, Gallery, Picture
 from ptxdist.scores.tables import CaseRow
 
 GALLERIES = (
-    ("best", "Best, where anything is predicted"),
-    ("median", "Median, where anything is predicted"),
-    ("worst", "Worst, where anything is predicted"),
     ("missed", "Missed, largest first"),
     ("false-alarms", "False alarms, largest first"),
+    ("worst", "Found, lowest Dice"),
+    ("median", "Found, median Dice"),
+    ("best", "Found, highest Dice"),
 )
+ERRORS = 3  # the first of these show errors
 SIZE = 4  # pictures in a gallery
 
 
@@ -59,30 +60,38 @@ def draw_galleries(
 ) -> list[Gallery]:
     """The galleries of a run's held-out cases; each picture is also written with its outlines to `overlays`, as PNG.
 
-    `predictions` are run-length texts by image id, `cases` the rows of the store. Cases that are no longer in the
-    store are left out.
+    `rows` say what is predicted. `predictions` are run-length texts by image id, of masks that may be of another
+    operating point: where a row has no pixel, none is drawn. `cases` are the rows of the store; those that are no
+    longer in the store are left out.
     """
     place = {case.case_id: index for index, case in enumerate(cases)}
     chosen = choose([row for row in rows if row.case_id in place])
-    galleries = []
+    galleries: list[Gallery] = []
     for name, title in GALLERIES:
         pictures = []
         for number, row in enumerate(chosen[name][1], start=1):
             index = place[row.case_id]
             case, image = cases[index], store.checked(index)[0]
             truth = fit_square(rle.decode(case.masks or (), case.rows, case.columns))
-            prediction = fit_square(rle.decode((predictions[case.case_id],), case.rows, case.columns))
+            kept = (predictions[case.case_id],) if row.predicted_px else ()
+            prediction = fit_square(rle.decode(kept, case.rows, case.columns))
             save(outline(image, truth, prediction, SIDE_PX), overlays / f"{name}-{number}.png")
-            pictures.append(_picture(row, image, truth, prediction))
-        galleries.append(Gallery(title, chosen[name][0], tuple(pictures)))
+            before = sum(len(gallery.pictures) for gallery in galleries)
+            pictures.append(_picture(before + number, row, image, truth, prediction))
+        galleries.append(Gallery(name, title, chosen[name][0], tuple(pictures)))
     return galleries
 
 
 def _picture(
-    row: CaseRow, image: npt.NDArray[np.uint8], truth: npt.NDArray[np.generic], prediction: npt.NDArray[np.generic]
+    number: int,
+    row: CaseRow,
+    image: npt.NDArray[np.uint8],
+    truth: npt.NDArray[np.generic],
+    prediction: npt.NDArray[np.generic],
 ) -> Picture:
     shown = outline(image, np.zeros((1, 1)), side_px=SIDE_PX)
     return Picture(
+        number=number,
         case_id=row.case_id,
         dice=row.kaggle_dice,
         truth_px=row.truth_px,

@@ -32,11 +32,10 @@ class Notice:
 
 @dataclass(frozen=True)
 class Facts:
-    """A list of sentences below a heading, if there is one; with `folded`, shown by a click on the heading."""
+    """A list of sentences below a heading, if there is one."""
 
     sentences: tuple[str, ...]
     title: str = ""
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,14 @@ class Values:
 class Columns:
     """Blocks side by side, where the page is wide enough."""
 
+    blocks: tuple[Block, ...]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that are shown by a click on the title."""
+
+    title: str
     blocks: tuple[Block, ...]
 
 
@@ -124,8 +131,12 @@ class Forest:
 
 @dataclass(frozen=True)
 class Picture:
-    """One case: its picture as a data URI, the outlines of its masks as SVG path data in a box of SIDE_PX."""
+    """One case: its picture as a data URI, the outlines of its masks as SVG path data in a box of SIDE_PX.
 
+    `number` counts all pictures of a page from 1.
+    """
+
+    number: int
     case_id: str
     dice: float
     truth_px: int
@@ -139,24 +150,29 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """A titled row of pictures, chosen from `count` cases."""
+    """A titled row of pictures, chosen from `count` cases; `name` is its anchor."""
 
+    name: str
     title: str
     count: int
     pictures: tuple[Picture, ...]
 
 
-Block = Notice | Facts | Terms | Table | Values | Columns | Chart | Tile | Forest | Gallery
+Block = Notice | Facts | Terms | Table | Values | Columns | Folded | Chart | Tile | Forest | Gallery
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page with an entry in the contents; it is left out, with its `lead`, when it has no blocks."""
+    """A part of the page with an entry in the contents; it is left out, with its `lead`, when it has no blocks.
+
+    `headline` is what to remember of it, before the lead.
+    """
 
     anchor: str
     title: str
     blocks: tuple[Block, ...]
     lead: str = ""
+    headline: str = ""
 
 
 @dataclass(frozen=True)

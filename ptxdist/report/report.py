@@ -31,6 +31,7 @@ from ptxdist.rundir import (
     read_result,
     read_settings,
 )
+from ptxdist.scores.headline import points
 from ptxdist.scores.tables import CaseRow, read_cases, read_predictions, refuse_other_split
 from ptxdist.storage.caches import local_cache
 
@@ -59,7 +60,7 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
     store = _sharpest_store(cache, size_px)
     if (run / EVALUATION / RESULT).is_file() and read_evaluation(run / EVALUATION) != result.evaluation:
         raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
-    (rows, predictions), environment = _read_tables(run), read_environment(run).model_dump()
+    (rows, predictions), environment = _read_tables(run, result.evaluation), read_environment(run).model_dump()
     metrics = [epoch for stage in result.stages for epoch in stage.history]
     with files.replacing_folder(run / REPORT, busy="") as folder:
         overlays = folder / "overlays"
@@ -81,7 +82,7 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
 def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewhere) -> Path:
     cache = local_cache(about.data, data=DataSettings(cache=about.data))
     catalog, store = read_catalog(cache), _sharpest_store(cache, min(read_manifest(cache).sizes))
-    rows, predictions = _read_tables(folder)
+    rows, predictions = _read_tables(folder, evaluation)
     with files.replacing_folder(folder / REPORT, busy="") as draft:
         overlays = draft / "overlays"
         overlays.mkdir()
@@ -97,8 +98,9 @@ def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewher
     return folder / REPORT / "index.html"
 
 
-def _read_tables(run: Path) -> tuple[list[CaseRow], dict[str, str]]:
-    rows, predictions = read_cases(run), read_predictions(run)
+def _read_tables(run: Path, evaluation: EvaluationResult) -> tuple[list[CaseRow], dict[str, str]]:
+    """The cases at the operating point in use, and the masks at that of predictions.csv."""
+    rows, predictions = read_cases(run, points(evaluation)[0].tuned), read_predictions(run)
     if {row.case_id for row in rows} != predictions.keys():
         raise RunError(f"the tables of {run} are of different evaluations; `ptxdist evaluate {run}` writes both")
     return rows, predictions

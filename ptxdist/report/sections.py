@@ -14,9 +14,12 @@ from ptxdist.config import Settings
 from ptxdist.records import SYNTHETIC, Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult
 from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
+from ptxdist.report.gallery import ERRORS
 from ptxdist.report.model_card import model_card
-from ptxdist.report.page import Block, Gallery, Notice, Section, Terms
+from ptxdist.report.page import Block, Facts, Folded, Gallery, Notice, Section, Terms
+from ptxdist.scores.analysis import SMALL_CASES, SMALL_POSITIVES
 from ptxdist.scores.elsewhere import seen_before
+from ptxdist.scores.headline import WIDE, digits, number, points, sentences
 from ptxdist.scores.intervals import FEWEST
 from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
@@ -42,7 +45,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
     """The sections of a run's report; those without blocks are not shown."""
     result, evaluation, catalog = run.result, run.result.evaluation, run.catalog
     return (
-        _result(evaluation, catalog, _warnings(evaluation, catalog)),
+        *_result(evaluation, _warnings(evaluation, catalog), run.galleries),
         *_about_scores(evaluation, run.rows, run.galleries),
         Section(
             "training",
@@ -66,7 +69,7 @@ def sections_elsewhere(
     about = evaluation.elsewhere
     assert about is not None
     return (
-        _result(evaluation, catalog, [*_seen(about), *_warnings(evaluation, catalog)]),
+        *_result(evaluation, [*_seen(about), *_warnings(evaluation, catalog)], galleries),
         Section(
             "differences",
             "What is different here",
@@ -92,9 +95,9 @@ def _seen(about: Elsewhere) -> list[Notice]:
         if without is None
         else (
             f"Without them, {without.cases:,} images with {without.positives:,} positive: Kaggle Dice "
-            f"{tables.number(without.kaggle_dice)} (predicting nothing {tables.number(without.all_empty_dice)}), "
-            f"positives-only Dice {tables.number(without.positive_dice)}, "
-            f"pooled Dice {tables.number(without.pooled_dice)}."
+            f"{number(without.kaggle_dice)} (predicting nothing {number(without.all_empty_dice)}), "
+            f"positives-only Dice {number(without.positive_dice)}, "
+            f"pooled Dice {number(without.pooled_dice)}."
         )
     )
     return [
@@ -105,30 +108,49 @@ def _seen(about: Elsewhere) -> list[Notice]:
     ]
 
 
-def _result(evaluation: EvaluationResult, catalog: Catalog, warnings: Sequence[Notice]) -> Section:
-    blocks: tuple[Block, ...] = (*warnings, *tables.tiles(evaluation), tables.score_table(evaluation))
-    return Section("result", "Result", blocks, lead=_lead(evaluation, catalog))
+def _result(
+    evaluation: EvaluationResult, warnings: Sequence[Notice], galleries: Sequence[Gallery]
+) -> tuple[Section, Section]:
+    """The headline numbers, and the images on which the model is wrong."""
+    return (
+        Section(
+            "result",
+            "Result",
+            (*warnings, *tables.tiles(evaluation)),
+            lead=_lead(evaluation),
+            headline=" ".join(sentences(evaluation)),
+        ),
+        Section("cases", "Misses and false alarms", tuple(galleries[:ERRORS]), lead=_outlines(evaluation)),
+    )
 
 
 def _about_scores(
     evaluation: EvaluationResult, rows: Sequence[CaseRow], galleries: Sequence[Gallery]
 ) -> tuple[Section, ...]:
     """The sections that every evaluation has."""
+    tuning: tuple[Block, ...] = tuple(chart for tuned in evaluation.tuned for chart in figures.tuned_surface(tuned))
+    if words := tables.operating_points(evaluation):
+        tuning = (Folded("How the points were tuned", (Facts(words), *tuning)),)
     return (
         Section(
             "operating-point",
-            "Operating point",
-            (
-                *tables.operating_points(evaluation),
-                *(chart for tuned in evaluation.tuned for chart in figures.tuned_surface(tuned)),
-            ),
+            "Operating points",
+            (tables.score_table(evaluation), *tuning),
+            lead="First the point in use. Tuned points have the best Kaggle Dice, and are scored on images that they "
+            "were not tuned on. To find more positive images, see Working points in docs/evaluation.md.",
+        ),
+        Section(
+            "images",
+            "Image by image",
+            (*figures.roc_curve(evaluation), *figures.size_against_dice(rows), *tables.working_points(evaluation)),
+            lead="The ROC curve shows how well the score of an image tells positive from negative images, wherever the "
+            "mask is. Each mark of the other chart is a positive image.",
         ),
         Section(
             "subgroups",
             "Subgroups",
-            tables.subgroup_forests(evaluation),
-            lead="Bars: 95 % intervals by patient. Dashed: all images. Hollow marks: groups too "
-            "small to draw conclusions from.",
+            tables.subgroups(evaluation),
+            lead=f"{_kept(evaluation)} Bars: 95 % intervals by patient. Dashed: all images.",
         ),
         Section(
             "calibration",
@@ -137,18 +159,11 @@ def _about_scores(
             lead="Does a probability of 0.7 mean seven in ten? On the diagonal it does. Below the diagonal the model "
             "predicts too high probabilities, above it too low ones.",
         ),
-        Section(
-            "images",
-            "Which images are positive",
-            (*figures.roc_curve(evaluation), *tables.working_points(evaluation)),
-            lead="How well the score of an image tells positive from negative ones, wherever the mask is.",
-        ),
-        Section("mask-size", "Mask size", (*figures.size_against_dice(rows),)),
-        Section("cases", "Cases", (*galleries,)),
+        Section("more-cases", "Found images", tuple(galleries[ERRORS:]), lead=_outlines(evaluation)),
     )
 
 
-def _lead(evaluation: EvaluationResult, catalog: Catalog) -> str:
+def _lead(evaluation: EvaluationResult) -> str:
     scores, folds = evaluation.scores, evaluation.folds
     how = f"{'with' if evaluation.flip_averaging else 'without'} horizontal-flip averaging"
     if evaluation.runs > 1:
@@ -157,13 +172,38 @@ def _lead(evaluation: EvaluationResult, catalog: Catalog) -> str:
         how += f"; {len(folds)} folds together, each scored by the run that was not trained on it"
     images = "held-out images" if evaluation.elsewhere is None else "images from elsewhere"
     return (
-        f"{scores.cases:,} {images}, {scores.positives:,} with {catalog.finding.one}, at their original resolution, "
-        f"{how}. Bars: 95 % intervals by patient. Dashed: the value without a model."
+        f"{scores.cases:,} {images} at their original resolution, {how}. {_used(evaluation)} "
+        "Bars: 95 % intervals by patient. Dashed: the value without a model."
+    )
+
+
+def _used(evaluation: EvaluationResult) -> str:
+    """Which operating point the headline numbers are at."""
+    used = points(evaluation)[0]
+    if evaluation.elsewhere is not None:
+        return f"Masks are those of {used.name}, which predict and serve use."
+    honest = ", scored on images that it was not tuned on" if used.tuned else ""
+    return f"Masks are those of the operating point that predict and serve use: {used.name}{honest}."
+
+
+def _kept(evaluation: EvaluationResult) -> str:
+    """Which operating point the other numbers are at, and the masks in predictions.csv."""
+    return f"Masks at {next(point for point in points(evaluation) if point.kept).name}."
+
+
+def _outlines(evaluation: EvaluationResult) -> str:
+    if points(evaluation)[0].kept:
+        return ""
+    kept = next(point for point in points(evaluation) if point.kept).name
+    return (
+        f"Chosen and counted at the point in use. Outlines are of the masks at {kept}; none is drawn where the point "
+        "in use leaves no mask."
     )
 
 
 def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
-    scores, found, name = evaluation.scores, [], "This run" if evaluation.elsewhere is None else "The model"
+    used, found, name = points(evaluation)[0], [], "This run" if evaluation.elsewhere is None else "The model"
+    scores, places = used.scores, digits(used.intervals.get("kaggle_dice"))
     trained_on = evaluation.elsewhere.there if evaluation.elsewhere else catalog
     if trained_on is not None and trained_on.synthetic:
         found.append(Notice("Synthetic images.", SYNTHETIC))
@@ -179,8 +219,8 @@ def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
         found.append(
             Notice(
                 f"{name} is no better than predicting nothing.",
-                f"Its Kaggle Dice is {tables.number(scores.kaggle_dice)}; empty masks for all images score "
-                f"{tables.number(scores.all_empty_dice)}.",
+                f"Its Kaggle Dice is {number(scores.kaggle_dice, places)}; empty masks for all images score "
+                f"{number(scores.all_empty_dice, places)}.",
             )
         )
     if evaluation.elsewhere is not None:
@@ -239,7 +279,8 @@ def _definitions(evaluation: EvaluationResult, catalog: Catalog) -> Terms:
             (
                 "Tuned point",
                 "The operating point with the best Kaggle Dice. Optimistic: scored on the images that it was chosen "
-                "on. Cross-fitted: each image is scored at the point that was chosen on other patients.",
+                "on. Cross-fitted, as in tiles and table: each image is scored at the point that was chosen on other "
+                "patients.",
             ),
             (
                 "Plateau",
@@ -256,7 +297,12 @@ def _definitions(evaluation: EvaluationResult, catalog: Catalog) -> Terms:
                     else "the highest probability of its map."
                 ),
             ),
-            ("Small group", "A subgroup with too few images to draw conclusions from."),
+            ("Small group", f"A subgroup with fewer than {SMALL_CASES} images or {SMALL_POSITIVES} positive ones."),
             ("Areas", "In pixels of the original image."),
+            (
+                "Digits",
+                f"Two where the 95 % interval is at least {WIDE:g} wide or not given, three or four where it is "
+                "narrower. result.json has all digits.",
+            ),
         )
     )

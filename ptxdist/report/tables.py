@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from markupsafe import Markup
 
 from ptxdist.records import (
@@ -15,54 +17,64 @@ from ptxdist.records import (
     TunedPoint,
 )
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
-from ptxdist.report.page import Block, Facts, Forest, Row, Table, Tile
+from ptxdist.report.page import Block, Facts, Folded, Forest, Row, Table, Tile
 from ptxdist.scores.elsewhere import different
-from ptxdist.scores.names import AUROC, ECE, SCORES, TOO_FEW, Score
+from ptxdist.scores.headline import Shown, digits, found, number, points
+from ptxdist.scores.names import SCORES, TOO_FEW, Score
 
 SUBGROUP_SCORES = ("positive_dice", "sensitivity", "specificity")
 NOTHING = "equals predicting nothing"
+_HEADLINES = ("kaggle_dice", "positive_dice", "sensitivity", "specificity")
 _UNIT, _HALVES = linear_axis("", 0, 1), linear_axis("", 0, 1, ticks=2)
 
 
-def number(value: float | None) -> str:
-    """A score with four digits; "n/a" if it is not defined."""
-    return "n/a" if value is None else f"{value:.4f}"
-
-
 def tiles(evaluation: EvaluationResult) -> tuple[Tile, ...]:
-    """The headline numbers: all scores, the AUROC, and the calibration error of the images."""
-    scores, intervals = evaluation.scores, evaluation.intervals
-    found = [(score, score.of(scores), intervals.get(score.field)) for score in SCORES.values()]
-    if evaluation.calibration:  # else the evaluation is of an older version
-        found.append((AUROC, evaluation.auroc, intervals.get(AUROC.field)))
-    found += [(ECE, part.error, None) for part in evaluation.calibration if part.things == "images"]
-    return tuple(_tile(score, value, interval, score.baseline_of(scores)) for score, value, interval in found)
+    """Four headline numbers at the point in use."""
+    used = points(evaluation)[0]
+    hits, alarms = found(used.scores)
+    counted = {"sensitivity": f"{hits} images with a mask", "specificity": f"false alarms in {alarms} images"}
+    return tuple(_tile(SCORES[field], used, counted.get(field, "")) for field in _HEADLINES)
 
 
-def _tile(score: Score, value: float | None, interval: tuple[float, float] | None, baseline: float) -> Tile:
-    missing = "" if value is None or score is ECE else "not given: too few patients"
-    words = f"{number(interval[0])} to {number(interval[1])}" if interval else missing
-    drawing = draw_interval(_UNIT, value, interval, level=baseline)
-    return Tile(score.name, number(value), words, f"{score.without}: {number(baseline)}", score.definition, drawing)
+def _tile(score: Score, used: Shown, counted: str) -> Tile:
+    value, span, baseline = score.of(used.scores), used.intervals.get(score.field), score.baseline_of(used.scores)
+    places = digits(span)
+    words = f"{number(span[0], places)} to {number(span[1], places)}" if span else ""
+    words = words or ("" if value is None else "not given: too few patients")
+    beside = f"{score.without}: {number(baseline, places)}" + (f"; {counted}" if counted and value is not None else "")
+    drawing = draw_interval(_UNIT, value, span, level=baseline)
+    return Tile(score.name, number(value, places), words, beside, score.definition, drawing)
 
 
-def _cells(scores: Scores, intervals: Intervals | None = None) -> tuple[str | Markup, ...]:
+def _places(intervals: Intervals) -> dict[str, int]:
+    """How many digits each score is shown with."""
+    return {field: digits(intervals.get(field)) for field in SCORES}
+
+
+def _cells(scores: Scores, places: Mapping[str, int], intervals: Intervals | None = None) -> tuple[str | Markup, ...]:
     """All scores of one row; with intervals, each with its own below it."""
-    if intervals is None:
-        return tuple(number(score.of(scores)) for score in SCORES.values())
+    values = [(score.field, score.of(scores)) for score in SCORES.values()]
+    if not intervals:
+        return tuple(number(value, places[field]) for field, value in values)
     return tuple(
         Markup('{}<br><span class="small">{}</span>').format(
-            number(score.of(scores)), _short(intervals, score.field, score.of(scores))
+            number(value, places[field]), _short(intervals, field, value)
         )
-        for score in SCORES.values()
+        for field, value in values
     )
 
 
 def _short(intervals: Intervals | None, field: str, value: float | None) -> str:
     if intervals is None:
         return ""
-    found = intervals.get(field)
-    return f"{found[0]:.2f} to {found[1]:.2f}" if found else "" if value is None else TOO_FEW
+    span = intervals.get(field)
+    return (
+        f"{number(span[0], digits(span))} to {number(span[1], digits(span))}"
+        if span
+        else ""
+        if value is None
+        else TOO_FEW
+    )
 
 
 def _note(scores: Scores) -> str:
@@ -70,131 +82,99 @@ def _note(scores: Scores) -> str:
 
 
 def score_table(evaluation: EvaluationResult) -> Table:
-    """All scores at every operating point, and of predicting nothing."""
-    scores = evaluation.scores
-    rows = [Row(_own(evaluation), _cells(scores, evaluation.intervals), "chosen", _note(scores))]
-    for threshold, other in evaluation.at_other_thresholds.items():
-        rows.append(Row(f"threshold {threshold}", _cells(other), "", _note(other)))
-    for tuned in evaluation.tuned:
-        rows.append(
-            Row(
-                f"tuned {tuned.kind} (cross-fitted)", _cells(tuned.estimate, tuned.intervals), "", _note(tuned.estimate)
-            )
+    """All scores at every operating point, first the one in use, and of predicting nothing."""
+    used = points(evaluation)
+    places, scores = _places(used[0].intervals), evaluation.scores
+    rows = [
+        Row(
+            item.name,
+            _cells(item.scores, places, item.intervals),
+            "chosen" if item is used[0] else "",
+            ", ".join(filter(None, ("in use" if item is used[0] else "", _note(item.scores)))),
         )
-        rows.append(Row(f"tuned {tuned.kind} (optimistic)", _cells(tuned.scores), "baseline", _note(tuned.scores)))
-    rows.append(
-        Row("predicting nothing", tuple(number(score.baseline_of(scores)) for score in SCORES.values()), "baseline")
-    )
-    return Table(
-        "Scores at the original resolution", ("masks from", *(score.name for score in SCORES.values())), tuple(rows)
-    )
+        for item in used
+    ]
+    nothing = (number(score.baseline_of(scores), places[field]) for field, score in SCORES.items())
+    rows.append(Row("predicting nothing", tuple(nothing), "baseline"))
+    head = ("masks from", *(score.name for score in SCORES.values()))
+    return Table("Scores at the original resolution, with 95 % intervals", head, tuple(rows))
 
 
-def _own(evaluation: EvaluationResult) -> str:
-    if evaluation.point is not None:
-        return "the model's own point"
-    smallest = f", at least {evaluation.min_area_px:,} pixels" if evaluation.min_area_px else ""
-    return f"threshold {evaluation.threshold:g}{smallest}"
-
-
-def operating_points(evaluation: EvaluationResult) -> tuple[Block, ...]:
-    """What was tuned, in sentences, and the Kaggle Dice of all points as a forest plot; () if nothing was tuned.
-
-    Marks are hollow where a point is scored on the images that it was tuned on.
-    """
-    if not evaluation.tuned:
-        return ()
-    level, field = evaluation.scores.all_empty_dice, "kaggle_dice"
-    rows = [_forest_row(_own(evaluation), evaluation.scores, evaluation.intervals, field, level)]
-    for threshold, other in evaluation.at_other_thresholds.items():
-        rows.append(_forest_row(f"threshold {threshold}", other, None, field, level))
-    for tuned in evaluation.tuned:
-        rows.append(_forest_row(f"tuned {tuned.kind} (cross-fitted)", tuned.estimate, tuned.intervals, field, level))
-        rows.append(_forest_row(f"tuned {tuned.kind} (optimistic)", tuned.scores, None, field, level, few=True))
-    forest = _forest("Kaggle Dice; dashed: predicting nothing", rows)
+def operating_points(evaluation: EvaluationResult) -> tuple[str, ...]:
+    """What the points are and how they were tuned, in sentences; () if nothing was tuned."""
     own = (
         ()
         if evaluation.point is None or evaluation.elsewhere is None
         else (f"The model's own point, from {evaluation.elsewhere.point_from}: {evaluation.point.words}.",)
     )
-    return Facts((*own, *map(_tuned_words, evaluation.tuned))), forest
+    return (*own, *(_tuned_words(evaluation, tuned) for tuned in evaluation.tuned))
 
 
-def _tuned_words(tuned: TunedPoint) -> str:
-    gain = ""
+def _tuned_words(evaluation: EvaluationResult, tuned: TunedPoint) -> str:
+    field, gain = "kaggle_dice", ""
+    kind = "Threshold and smallest area" if tuned.kind == "pair" else "Two thresholds and smallest area"
+    places = digits(points(evaluation)[0].intervals.get(field))
     if tuned.gains:
-        span = (tuned.gain_intervals or {}).get("kaggle_dice")
-        words = f" ({span[0]:+.4f} to {span[1]:+.4f})" if span else ""
-        gain = f" It is {tuned.gains['kaggle_dice']:+.4f}{words} against the model's own point."
+        span = (tuned.gain_intervals or {}).get(field)
+        words = f" ({span[0]:+.{places}f} to {span[1]:+.{places}f})" if span else ""
+        gain = f" It is {tuned.gains[field]:+.{places}f}{words} against the model's own point."
     return (
-        f"Tuned {tuned.kind}: {tuned.point.words}. Its Kaggle Dice on the "
-        f"images that it was chosen on is {number(tuned.scores.kaggle_dice)}, which is optimistic. The number to "
-        f"report is the cross-fitted one, {number(tuned.estimate.kaggle_dice)}: patients are divided into "
-        f"{tuned.folds} folds, and each image is masked by the point chosen on the other folds.{gain}"
+        f"{kind}: {tuned.point.words}. Its Kaggle Dice on the images that it was chosen on, "
+        f"{number(tuned.scores.kaggle_dice, places)}, is optimistic. The table has the cross-fitted one, "
+        f"{number(tuned.estimate.kaggle_dice, places)}: patients are divided into {tuned.folds} folds, and each image "
+        f"is masked by the point chosen on the other folds.{gain}"
     )
 
 
-def subgroup_forests(evaluation: EvaluationResult) -> tuple[Forest, ...]:
+def subgroups(evaluation: EvaluationResult) -> tuple[Block, ...]:
+    """Forest plots of the subgroups, those of small groups folded; () without subgroups."""
+    small = [group for group in evaluation.subgroups if group.small]
+    blocks: list[Block] = [*_forests(evaluation, [group for group in evaluation.subgroups if not group.small])]
+    if small:
+        title = f"{len(small)} small groups, with too few images to draw conclusions from"
+        blocks.append(Folded(title, _forests(evaluation, small)))
+    return tuple(blocks)
+
+
+def _forests(evaluation: EvaluationResult, groups: Sequence[Subgroup]) -> tuple[Forest, ...]:
     """A forest plot for each of SUBGROUP_SCORES, without the groups in which the score is not defined."""
     found = []
-    for field in SUBGROUP_SCORES if evaluation.subgroups else ():
+    for field in SUBGROUP_SCORES if groups else ():
         level, name = getattr(evaluation.scores, field), SCORES[field].name
         rows = [_forest_row("all images", evaluation.scores, evaluation.intervals, field, level)]
         by = ""
-        for group in evaluation.subgroups:
+        for group in groups:
             if getattr(group.scores, field) is None:
                 continue
             if group.by != by:
                 rows.append(Row(group.by, kind="group"))
             by = group.by
-            rows.append(_subgroup_row(group, field, level))
-        found.append(_forest(name, rows))
+            rows.append(_forest_row(group.name, group.scores, group.intervals, field, level, few=group.small))
+        found.append(Forest(Table(name, ("", "n", "", "value, interval"), tuple(rows)), ruler(_HALVES)))
     return tuple(found)
 
 
-def _subgroup_row(group: Subgroup, field: str, level: float | None) -> Row:
-    return _forest_row(group.name, group.scores, group.intervals, field, level, few=group.small, note="small")
-
-
 def _forest_row(
-    name: str,
-    scores: Scores,
-    intervals: Intervals | None,
-    field: str,
-    level: float | None,
-    *,
-    few: bool = False,
-    note: str = "",
+    name: str, scores: Scores, intervals: Intervals, field: str, level: float | None, *, few: bool = False
 ) -> Row:
-    counted = {
-        "positive_dice": scores.positives,
-        "sensitivity": scores.positives,
-        "specificity": scores.cases - scores.positives,
-    }
-    value = getattr(scores, field)
+    counted = scores.cases - scores.positives if field == "specificity" else scores.positives
+    value, span = getattr(scores, field), intervals.get(field)
     cells = (
-        f"{counted.get(field, scores.cases):,}",
-        draw_interval(_UNIT, value, (intervals or {}).get(field), level=level, few=few),
-        Markup('{}<span class="small"> {}</span>').format(number(value), _short(intervals, field, value)),
+        f"{counted:,}",
+        draw_interval(_UNIT, value, span, level=level, few=few),
+        Markup('{}<span class="small"> {}</span>').format(number(value, digits(span)), _short(intervals, field, value)),
     )
-    return Row(name, cells, "few" if few else "", note if few else "")
-
-
-def _forest(name: str, rows: list[Row]) -> Forest:
-    return Forest(Table(name, ("", "n", "", "value, interval"), tuple(rows)), ruler(_HALVES))
+    return Row(name, cells, "few" if few else "")
 
 
 def stage_table(result: PipelineResult) -> Table:
-    """The best epoch of each stage."""
-    rows = []
+    """The best epoch of each stage, with as many digits as the evaluation."""
+    rows, places = [], _places(points(result.evaluation)[0].intervals)
     for stage in result.stages:
         best = stage.best
         cells = (str(stage.epochs), "averaged" if best.averaged else str(best.epoch), f"{best.val_loss:.4f}")
-        rows.append(
-            Row(
-                f"stage {stage.stage}, {stage.size_px} pixels", (*cells, *_cells(best.at_full)), "", _note(best.at_full)
-            )
-        )
+        name = f"stage {stage.stage}, {stage.size_px} pixels"
+        rows.append(Row(name, (*cells, *_cells(best.at_full, places)), "", _note(best.at_full)))
     head = ("", "epochs", "best", "loss", *(score.name for score in SCORES.values()))
     return Table("Best epoch of each stage, on held-out images at the original resolution", head, tuple(rows))
 
@@ -212,7 +192,8 @@ def working_points(evaluation: EvaluationResult) -> tuple[Table, ...]:
                 f"{point.alarms:,} / {point.rejections:,}",
                 *(
                     Markup('{}<br><span class="small">{}</span>').format(
-                        number(getattr(point, name)), _short(point.intervals, name, getattr(point, name))
+                        number(getattr(point, name), digits(point.intervals.get(name))),
+                        _short(point.intervals, name, getattr(point, name)),
                     )
                     for name in ("sensitivity", "specificity")
                 ),
@@ -234,9 +215,9 @@ def working_points(evaluation: EvaluationResult) -> tuple[Table, ...]:
 
 def profiles(about: Elsewhere) -> tuple[Block, ...]:
     """The evaluated images beside the training images: in words, a forest plot for each property, numbers, views."""
-    words = Facts(tuple(f"{line[:1].upper()}{line[1:]}." for line in different(about)))
+    words = [f"{line[:1].upper()}{line[1:]}." for line in different(about)]
     if about.there is None:
-        return (words,)
+        return (Facts(tuple(words)),)
     sides = (("evaluated here", about.here), ("trained on", about.there))
     found: list[Block] = []
     for name, field, form in (
@@ -249,6 +230,9 @@ def profiles(about: Elsewhere) -> tuple[Block, ...]:
         if len(known) < len(sides):
             continue
         low, high = min(values[0] for _, values in known), max(values[-1] for _, values in known)
+        if low == high:
+            words.append(f"The {name} is {form.format(low)} here and in the training, without any spread.")
+            continue
         axis = linear_axis("", low - 0.05 * (high - low), high + 0.05 * (high - low), ticks=3)
         rows = [
             Row(
@@ -268,7 +252,11 @@ def profiles(about: Elsewhere) -> tuple[Block, ...]:
         Row(name, (f"{side.images:,}", f"{100 * side.positives / side.images:.1f} %", *cells))
         for (name, side), cells in zip(sides, share, strict=True)
     ]
-    return words, *found, Table("Images, positive images and views", ("", "images", "positive", *views), tuple(rows))
+    return (
+        Facts(tuple(words)),
+        *found,
+        Table("Images, positive images and views", ("", "images", "positive", *views), tuple(rows)),
+    )
 
 
 def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:
@@ -280,7 +268,7 @@ def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:
         ("patient is not in training", found.apart, found.apart_intervals),
     )
     rows = tuple(
-        Row(name, (f"{scores.cases:,}", f"{scores.positives:,}", *_cells(scores, intervals)))
+        Row(name, (f"{scores.cases:,}", f"{scores.positives:,}", *_cells(scores, _places(intervals), intervals)))
         for name, scores, intervals in sides
         if scores
     )

@@ -26,18 +26,37 @@ def seen_before(seen: SeenImages) -> str:
     return f"{seen.equal:,} have the same pixels as a training image, {seen.alike:,} only look like one{others}"
 
 
+NOT_KNOWN = "what the training images were like is not known: the model is of an older version"
+
+
+class Compared(NamedTuple):
+    """A property of images by its name, with its values here and in the training, and whether they are different."""
+
+    name: str
+    here: str
+    there: str
+    differs: bool
+
+
+def compared(about: Elsewhere) -> list[Compared]:
+    """Every property, here and in the training; [] if the training is not known."""
+    here, there = about.here, about.there
+    if there is None:
+        return []
+    return [Compared(name, value(here), value(there), differ(here, there)) for name, value, differ in _PROPERTIES]
+
+
 def different(about: Elsewhere) -> list[str]:
     """What is different here, and then what is not clearly different, as sentences with both values.
 
     One sentence if the training is not known.
     """
-    here, there = about.here, about.there
-    if there is None:
-        return ["what the training images were like is not known: the model is of an older version"]
+    if about.there is None:
+        return [NOT_KNOWN]
     found: dict[str, list[str]] = {"different": [], "not clearly different": []}
-    for name, value, differ in _PROPERTIES:
-        kind = "different" if differ(here, there) else "not clearly different"
-        found[kind].append(f"{name} {value(here)} here, {value(there)} in the training")
+    for item in compared(about):
+        kind = "different" if item.differs else "not clearly different"
+        found[kind].append(f"{item.name} {item.here} here, {item.there} in the training")
     return [f"{kind}: {'; '.join(values)}" for kind, values in found.items() if values]
 
 

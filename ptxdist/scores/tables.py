@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,12 +79,13 @@ def write_tables(
         save_file({"histograms": histograms}, temporary)
 
 
-def read_cases(run: Path) -> list[CaseRow]:
+def read_cases(run: Path, tuned: str = "") -> list[CaseRow]:
     """Rows of the cases.csv of a run, or of the folder of an evaluation, in order.
 
+    With the kind of a `tuned` point, pixels and Dice are those at the points that were tuned on other patients.
     RunError when there is none, when it is damaged, and when it has another number of cases than its evaluation.
     """
-    return _read_table(run, CASES, _case_row)
+    return _read_table(run, CASES, partial(_case_row, tuned=tuned))
 
 
 def read_predictions(run: Path) -> dict[str, str]:
@@ -108,8 +110,12 @@ def _read_table(run: Path, name: str, parse: Callable[[Mapping[str, str]], Row])
     return rows
 
 
-def _case_row(row: Mapping[str, str]) -> CaseRow:
+def _case_row(row: Mapping[str, str], tuned: str) -> CaseRow:
     counts, shares = [int(row[name]) for name in _PX], [float(row[name]) for name in _FLOATS]
+    if tuned:
+        counts[:2] = (int(row[f"{tuned}_{name}"]) for name in _PX[:2])
+        total = counts[1] + counts[2]
+        shares[0] = 2 * counts[0] / total if total else 1.0
     if min(counts) < 0 or not all(0 <= share <= 1 for share in shares):
         raise ValueError("a number is out of its range")
     return CaseRow(row["case_id"], row["group"], *counts, *shares)

@@ -1,11 +1,11 @@
-"""The result of a run in the terminal: every score with its interval and its value without a model."""
+"""Results in the terminal: a sentence, and a table of few rows that is not broken at 80 columns."""
 
 from __future__ import annotations
 
 import pytest
 
 from ptxdist import console
-from ptxdist.records import EvaluationResult, Intervals, Reliability, Scores
+from ptxdist.records import EvaluationResult, Intervals, OperatingPoint, Scores, TunedPoint
 from ptxdist.scores.compare import Compared, Comparison
 
 SCORES = Scores(
@@ -15,26 +15,60 @@ SCORES = Scores(
 INTERVALS: Intervals = {"kaggle_dice": (0.5, 0.8), "sensitivity": (0.25, 0.75), "auroc": (0.7, 0.9)}
 
 
-def test_an_evaluation_is_shown_with_intervals_and_baselines(capsys: pytest.CaptureFixture[str]) -> None:
-    calibration = Reliability(things="px", counts=(6, 4), predicted=(0.1, 0.9), observed=(0.0, 1.0), error=0.1)
+def test_an_evaluation_is_a_sentence_and_five_rows(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 80 columns no line is broken, with the counts of the full data too."""
+    monkeypatch.setenv("COLUMNS", "80")
+    large = SCORES.model_copy(update={"cases": 12_047, "positives": 2_669, "positive_dice": 0.4})
+    point = OperatingPoint(top=0.825, min_area_px=8192, bottom=0.475, image=0.125)
+    tuned = TunedPoint(
+        kind="triplet", point=point, scores=large, estimate=large.model_copy(update={"kaggle_dice": 0.8}), folds=5,
+        intervals={"kaggle_dice": (0.79, 0.81), "sensitivity": (0.48, 0.52)}, points=(), thresholds=(), areas_px=(),
+        surface=(),
+    )  # fmt: skip
+    evaluation = EvaluationResult(
+        threshold=0.25, min_area_px=0, flip_averaging=True, scores=large, auroc=0.8, intervals=INTERVALS,
+        at_other_thresholds={"0.5": large, "0.55": large}, tuned=(tuned,), seconds=1.0,
+    )  # fmt: skip
+    console.show_result((), evaluation)
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[:2] == [
+        "Finds 1,334 of 2,669 with a pneumothorax; false alarms in 938 of 9,378 without.",
+        "Kaggle Dice 0.800; predicting nothing scores 0.667.",
+    ]
+    assert [line.split() for line in lines[2:8]] == [
+        ["in", "use", "95", "%", "interval", "at", "0.25", "at", "0.5", "at", "0.55", "nothing"],
+        ["Kaggle", "Dice", "0.800", "0.790", "to", "0.810", "0.750", "0.750", "0.750", "0.667"],
+        ["Dice", "of", "positives", "0.40", "too", "few", "0.40", "0.40", "0.40", "0.00"],
+        ["positives", "found", "1,334", "of", "2,669", "1,281", "to", "1,388", "1,334", "1,334", "1,334", "0"],
+        ["false", "alarms", "938", "of", "9,378", "too", "few", "938", "938", "938", "0"],
+        ["AUROC", "0.80", "0.70", "to", "0.90", "0.5"],
+    ]
+    assert "in use: tuned thresholds 0.825 and 0.475, ≥ 8,192 pixels, score ≥ 0.125" in lines
+    assert not any("…" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"sensitivity": 0.0, "specificity": 1.0}, "Finds nothing: not a pixel is predicted in any of the 9 images."),
+        ({"kaggle_dice": 0.5}, "Kaggle Dice 0.50; predicting nothing scores 0.67, which is no worse."),
+        ({"positives": 0, "sensitivity": None}, "No image is positive; false alarms in 1 of 9 images."),
+        ({"cases": 3, "specificity": None}, "Finds 2 of 3 with a pneumothorax; false alarms in 0 of 0 without."),
+    ],
+)
+def test_the_sentence_says_when_a_model_is_of_no_use(
+    changed: dict[str, float], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = SCORES.model_copy(update=changed)
     console.show_result(
         (),
         EvaluationResult(
-            threshold=0.5, min_area_px=0, flip_averaging=True, scores=SCORES, auroc=0.8, intervals=INTERVALS,
-            at_other_thresholds={"0.55": SCORES}, calibration=(calibration,), seconds=1.0,
+            threshold=0.5, min_area_px=0, flip_averaging=True, scores=scores, at_other_thresholds={}, seconds=1.0
         ),
-    )  # fmt: skip
-    shown = capsys.readouterr().out
-    rows = {line.split("│")[1].strip(): line.split() for line in shown.splitlines() if line.startswith("│")}
-    assert [word for word in rows["predicting nothing"] if word[0] == "0"] == ["0.6667", "0.0000", "0.0000"]
-    assert [word for word in rows["95 % interval"] if word[0] == "0"] == ["0.50-0.80"]
-    assert [word for word in rows["(threshold 0.55)"] if word[:2] == "0." and len(word) == 6] == ["0.7500", "0.5000"]
-    text = " ".join(shown.split())
-    assert "sensitivity 0.5000 [0.25-0.75] (predicting nothing 0)" in text
-    assert "specificity 0.9000 [too few] (predicting nothing 1)" in text
-    assert "AUROC 0.8000 [0.70-0.90] (chance 0.5)" in text
-    assert "pooled IoU 0.3333 [too few] (predicting nothing 0)" in text
-    assert "calibration error of pixels 0.1000 (probability 0 for all: 0.4000; their positive share 0.4000" in text
+    )
+    assert said in capsys.readouterr().out.splitlines()[:2]
 
 
 def test_runs_are_shown_beside_each_other(capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,6 +79,7 @@ def test_runs_are_shown_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
     )  # fmt: skip
     console.show_comparison(Comparison(cases=9, runs=(first, second)))
     shown = capsys.readouterr().out
+    assert shown.startswith("Best Kaggle Dice: 0.75, one; predicting nothing scores 0.67.\n")
     assert "-0.1250" in shown
     assert "-0.250 to +0.000" in shown
     assert "9 images that all runs have evaluated, 3 positive" in shown

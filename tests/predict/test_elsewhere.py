@@ -327,10 +327,11 @@ def test_the_command_prints_the_own_point_first_and_the_images_of_the_training(
     done = run("--data", other, "--out", tmp_path / "out")
     text = " ".join(done.stdout.split())
     assert done.exit_code == 0, done.stderr
-    assert text.index("the model's own") < text.index("tuned pair")
-    assert "the model was trained on some of these images: 0 have the same pixels as a training image, " in text
+    assert text.startswith("Finds ")
+    assert text.index("in use 95 % interval") < text.index("tuned here")
+    assert "The model was trained on some of these images: 0 have the same pixels as a training image, " in text
     assert "median grey level " in text
-    assert "gain over the own point: Kaggle " in text
+    assert ") against the point in use" in text
     for words, code, message in (
         (("--data", other), 8, "name a folder for the evaluation with --out"),
         (("--split", "val", "--out", tmp_path / "x"), 3, "--split goes with --data"),
@@ -354,8 +355,8 @@ def test_a_tuned_point_and_a_working_point_travel_with_a_bundle(
         "evaluate", bundle, "--data", other, "--out", there, "--sensitivity", 0.8, "--specificity", 0.75,
         "--prevalence", 0.05,
     )  # fmt: skip
-    assert "working point sensitivity=0.8: score from" in text
-    assert "at a prevalence of 0.05 PPV" in text
+    assert "working point score sensitivity specificity flagged PPV NPV sensitivity=0.8 " in text
+    assert "PPV and NPV at a prevalence of 0.05" in text
     result = read_evaluation(there)
     assert [point.name for point in result.working] == ["sensitivity=0.8", "specificity=0.75"]
     best = max(result.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)

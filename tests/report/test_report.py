@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from ptxdist.cache.catalog import Case
 from ptxdist.errors import RunError
 from ptxdist.files import write_json
-from ptxdist.records import SYNTHETIC, Scores
+from ptxdist.predict.bundle import describe_run
+from ptxdist.records import SYNTHETIC, Intervals, Scores, TunedPoint
 from ptxdist.report.charts import Series, linear_axis, plot
 from ptxdist.report.page import Chart, Section
 from ptxdist.report.report import write_report
@@ -37,6 +38,7 @@ from ptxdist.run.plan import plan_run
 from ptxdist.rundir import CASES, EVALUATION, HISTOGRAMS, RESULT, SETTINGS, read_result, read_settings
 from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
+from ptxdist.scores.headline import digits, number, short
 from ptxdist.scores.metrics import scores
 from ptxdist.scores.tables import FIXED_THRESHOLDS
 from ptxdist.train import augment, losses
@@ -169,21 +171,31 @@ def table(root: Element, caption: str) -> dict[str, list[str]]:
 
 
 def shown(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4f}"
+    """With two digits, since the intervals of a dozen images are wide."""
+    return "n/a" if value is None else f"{value:.2f}"
 
 
-def six(found: Scores) -> list[str]:
+def six(found: Scores, intervals: Intervals | None = None) -> list[str]:
     names = ("kaggle_dice", "positive_dice", "pooled_dice", "pooled_iou", "sensitivity", "specificity")
-    return [shown(getattr(found, name)) for name in names]
+    return [number(getattr(found, name), digits((intervals or {}).get(name))) for name in names]
 
 
-def test_headline_numbers_are_those_of_the_run(run: Path, root: Element) -> None:
-    evaluation = read_result(run).evaluation
+def used(run: Path) -> TunedPoint:
+    """The point that `predict` uses."""
+    point = describe_run(run)[0].operating_point
+    return next(item for item in read_result(run).evaluation.tuned if item.point == point)
+
+
+def test_headline_numbers_are_those_of_the_point_that_predict_uses(run: Path, root: Element) -> None:
+    evaluation, point = read_result(run).evaluation, used(run)
     tiles = [item for item in root.all("li") if item.attributes.get("class") == "tile"]
     values = [next(part for part in tile.all("div")).text for tile in tiles]
-    error = next(item.error for item in evaluation.calibration if item.things == "images")
-    assert values == [*six(evaluation.scores), shown(evaluation.auroc), shown(error)]
-    low, high = evaluation.intervals["kaggle_dice"]
+    kaggle, positive, _, _, sensitivity, specificity = six(point.estimate)
+    assert values == [kaggle, positive, sensitivity, specificity]
+    low, high = point.intervals["kaggle_dice"]
+    section = next(item for item in root.all("section") if item.attributes["id"] == "result")
+    assert f"Kaggle Dice {kaggle}; predicting nothing scores {shown(evaluation.scores.all_empty_dice)}" in section.text
+    assert f"that predict and serve use: tuned {short(point.point)}, scored on images" in section.text
     assert f"95 % interval {shown(low)} to {shown(high)}" in tiles[0].text
     assert f"predicting nothing: {shown(evaluation.scores.all_empty_dice)}" in tiles[0].text
 
@@ -192,10 +204,10 @@ def test_every_operating_point_is_in_the_table(run: Path, root: Element) -> None
     evaluation = read_result(run).evaluation
     rows = table(root, "Scores at the original resolution")
     wanted = {"threshold 0.5": evaluation.scores, "threshold 0.55": evaluation.at_other_thresholds["0.55"]}
-    for tuned in evaluation.tuned:
-        wanted[f"tuned {tuned.kind} (cross-fitted)"] = tuned.estimate
-        wanted[f"tuned {tuned.kind} (optimistic)"] = tuned.scores
+    wanted |= {f"tuned {short(tuned.point)}": tuned.estimate for tuned in evaluation.tuned}
     assert evaluation.tuned, "the cache has patients enough"
+    assert next(iter(rows)).startswith(f"tuned {short(used(run).point)} in use")
+    assert f"{shown(used(run).scores.kaggle_dice)}, is optimistic" in root.text
     for name, found in wanted.items():
         cells = next(cells for row, cells in rows.items() if row.startswith(name))
         assert [cell.split()[0] for cell in cells] == six(found)
@@ -211,18 +223,23 @@ def test_subgroups_stages_and_shared_patients_are_those_of_the_run(run: Path, ro
         for group in result.evaluation.subgroups:
             if getattr(group.scores, field) is not None:
                 cells = next(cells for row, cells in rows.items() if row.startswith(group.name))
-                assert cells[2].split()[0] == shown(getattr(group.scores, field))
+                value = getattr(group.scores, field)
+                assert cells[2].split()[0] == number(value, digits(group.intervals.get(field)))
     stages = table(root, "Best epoch of each stage")
     for stage in result.stages:
         cells = next(cells for row, cells in stages.items() if row.startswith(f"stage {stage.stage}"))
-        assert cells[2:] == [shown(stage.best.val_loss), *six(stage.best.at_full)]
+        assert cells[2:] == [f"{stage.best.val_loss:.4f}", *six(stage.best.at_full)]
     shared = result.evaluation.shared_patients
     assert shared is not None
     rows = table(root, "Held-out images whose patient")
-    for name, found in (("patient is in training", shared.shared), ("patient is not in training", shared.apart)):
+    for name, found, intervals in (
+        ("patient is in training", shared.shared, shared.shared_intervals),
+        ("patient is not in training", shared.apart, shared.apart_intervals),
+    ):
         assert (name in rows) == (found is not None)
         if found:
-            assert [cell.split()[0] for cell in rows[name]] == [str(found.cases), str(found.positives), *six(found)]
+            wanted = [str(found.cases), str(found.positives), *six(found, intervals)]
+            assert [cell.split()[0] for cell in rows[name]] == wanted
 
 
 def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, root: Element) -> None:
@@ -231,15 +248,22 @@ def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, ro
     counts = np.array([[int(row[f"{name}_px"]) for name in ("intersection", "predicted", "truth")] for row in rows])
     again = scores(counts)
     assert again == read_result(run).evaluation.scores
-    cells = next(iter(table(root, "Scores at the original resolution").values()))
+    cells = table(root, "Scores at the original resolution")["threshold 0.5"]
     assert [cell.split()[0] for cell in cells] == six(again)
+    kind = used(run).kind
     by_id = {row["case_id"]: row for row in rows}
     cases = [item for item in root.all("figure") if item.attributes.get("class") == "case"]
     assert cases
     for case in cases:
         row = by_id[next(case.all("span")).text or list(case.all("span"))[-1].text]
-        assert f"Dice {float(row['kaggle_dice']):.4f}" in case.text
-        assert f"truth {int(row['truth_px']):,}, prediction {int(row['predicted_px']):,} pixels" in case.text
+        overlap, predicted = int(row[f"{kind}_intersection_px"]), int(row[f"{kind}_predicted_px"])
+        truth = int(row["truth_px"])
+        assert f"Dice {2 * overlap / (predicted + truth):.2f}" in case.text
+        assert f"truth {truth:,}, prediction {predicted:,} pixels" in case.text
+        assert (
+            predicted
+            or not next(path for path in case.all("path") if path.attributes["class"] == "prediction").attributes["d"]
+        )
 
 
 def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, page: Path, tmp_path: Path) -> None:
@@ -298,23 +322,24 @@ def test_headline_numbers_are_those_of_other_libraries(run: Path, root: Element)
     """From cases.csv, without the package's functions."""
     with open(run / EVALUATION / CASES, newline="") as file:
         rows = list(csv.DictReader(file))
+    kind = used(run).kind
     overlap, predicted, truth, score = (
         np.array([float(row[name]) for row in rows])
-        for name in ("intersection_px", "predicted_px", "truth_px", "score")
+        for name in (f"{kind}_intersection_px", f"{kind}_predicted_px", "truth_px", "score")
     )
     positive, total = truth > 0, predicted + truth
-    dice = [2 * float(a) / float(b) if b else 1.0 for a, b in zip(overlap, total, strict=True)]
+    dice = np.array([2 * float(a) / float(b) if b else 1.0 for a, b in zip(overlap, total, strict=True)])
     observed, expected = calibration_curve(positive, score, n_bins=10)
-    number = np.histogram(score, np.linspace(0, 1, 11))[0]
-    wanted = (
-        *(np.mean(dice), np.mean(np.array(dice)[positive]), 2 * overlap.sum() / total.sum()),
-        *(overlap.sum() / (total.sum() - overlap.sum()), np.mean(predicted[positive] > 0)),
-        *(np.mean(predicted[~positive] == 0), roc_auc_score(positive, score)),
-        np.average(np.abs(observed - expected), weights=number[number > 0]),
-    )
+    size = np.histogram(score, np.linspace(0, 1, 11))[0]
+    error = np.average(np.abs(observed - expected), weights=size[size > 0])
+    marked = predicted > 0
+    wanted = (np.mean(dice), dice[positive].mean(), np.mean(marked[positive]), 1 - np.mean(marked[~positive]))
     tiles = [item for item in root.all("li") if item.attributes.get("class") == "tile"]
-    assert [next(part for part in tile.all("div")).text for tile in tiles] == [f"{value:.4f}" for value in wanted]
-    assert f"predicting nothing: {np.mean(~positive):.4f}" in tiles[0].text
+    assert [next(part for part in tile.all("div")).text for tile in tiles] == [f"{value:.2f}" for value in wanted]
+    assert f"predicting nothing: {np.mean(~positive):.2f}" in tiles[0].text
+    titles = [item.text for item in root.all("figcaption")]
+    assert any(title.startswith(f"ROC curve, AUROC {roc_auc_score(positive, score):.2f}") for title in titles)
+    assert f"Images: calibration error {error:.2g}" in titles
 
 
 def test_the_model_card_names_encoder_loss_and_augmentation_by_their_own_words(run: Path, root: Element) -> None:
@@ -378,7 +403,7 @@ def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) 
         truth = [int(row["truth_px"]) for row in csv.DictReader(file)]
     empty = scores(np.array([[0, 0, area] for area in truth]))
     result = read_result(copy)
-    evaluation = result.evaluation.model_copy(update={"scores": empty})
+    evaluation = result.evaluation.model_copy(update={"scores": empty, "tuned": ()})
     (copy / EVALUATION / RESULT).unlink()
     write_json(copy / RESULT, result.model_copy(update={"evaluation": evaluation}))
     root = read(write_report(copy))
@@ -477,7 +502,9 @@ def test_a_run_of_an_older_version_has_a_report_that_says_what_is_missing(run: P
     root = read(write_report(copy))
     warnings = [item.text for item in root.all("p") if item.attributes.get("class") == "warning"]
     assert any("`ptxdist evaluate RUN` adds them" in text for text in warnings)
-    assert not [item for item in root.all("section") if item.attributes["id"] in ("operating-point", "subgroups")]
+    assert not [item for item in root.all("section") if item.attributes["id"] in ("calibration", "subgroups")]
+    points = list(table(root, "Scores at the original resolution"))
+    assert points == ["threshold 0.5 in use", "threshold 0.55", "predicting nothing"]
 
 
 def test_the_former_report_stays_until_the_new_one_is_there(run: Path, tmp_path: Path) -> None:
