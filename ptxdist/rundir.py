@@ -65,6 +65,8 @@ REPORT_PAGE = "report/index.html"
 SUBMISSION = "submission.csv"
 PREDICT_SETTINGS = "predict.json"
 FINDINGS = "findings"
+FINDINGS_TABLE = "findings.csv"
+FINDINGS_PAGE = "index.html"
 _ON_PURPOSE = "after a change on purpose, remove `sha256` from it"
 _Record = TypeVar("_Record", bound=Record)
 

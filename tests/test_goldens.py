@@ -25,7 +25,7 @@ ADDED_OPTIONS = {
     "train": ["--init", "--no-reuse"],
     "evaluate": ["--data", "--split", "--sensitivity", "--specificity", "--prevalence", "--workers"],
     "export": ["--point", "--at"],
-    "predict": ["--at"],
+    "predict": ["--at", "--keep-names"],
     "serve": ["--at"],
 }
 
@@ -115,7 +115,7 @@ def test_keys_of_every_json(data: Path) -> None:
     }
     for name in ("preprocess", "inspect cache"):
         golden[name] = sorted([*golden[name], "finding", "reconciliation.without_patient", "synthetic"])
-    golden["predict"] = sorted([*golden["predict"], "caution", "unlike"])
+    golden["predict"] = sorted([*golden["predict"], "caution", "page", "unlike"])
     for name, place in (("evaluate", ""), ("train", "evaluation."), ("inspect run", "evaluation.")):
         golden[name] = sorted([*golden[name], *(place + key for key in ("platt.intercept", "platt.slope", "roc[][]"))])
     wanted = {**golden, "train --dry-run": sorted({*GOLDEN["json"]["train --dry-run"], *added})}

@@ -26,6 +26,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
 @click.option("--min-area", type=click.IntRange(0), help="Masks of fewer pixels are emptied.  [default: the model's]")
 @click.option("--at", help="A stored working point of MODEL, such as sensitivity=0.95.")
 @click.option("--write", callback=_names, default="masks,overlays", show_default=True, help="Also possible: seg.")
+@click.option("--keep-names", is_flag=True, help="Name the files in findings.csv and index.html, not only their ids.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
 @click.option("--address", help=ADDRESS)
@@ -39,6 +40,7 @@ def predict(
     min_area: int | None,
     at: str | None,
     write: tuple[str, ...],
+    keep_names: bool,
     device: str,
     workers: int,
     address: str | None,
@@ -46,9 +48,9 @@ def predict(
 ) -> None:
     """Segment radiographs with MODEL, a finished run or a bundle.
 
-    Each PATH is a DICOM file, a folder of any layout, or a zip file. Written are submission.csv, findings (score,
-    areas), masks, overlays, and rejects.csv; with `--write seg` also DICOM SEG files, which name the patient as the
-    radiographs do.
+    Each PATH is a DICOM file, a folder of any layout, or a zip file. Written are index.html, a page to look at,
+    findings.csv, submission.csv, masks, overlays, and rejects.csv; with `--write seg` also DICOM SEG files, which name
+    the patient as the radiographs do.
 
     Example: ptxdist predict runs/exp4 new-images --out predictions
     """
@@ -59,6 +61,7 @@ def predict(
     from ptxdist.predict.folder import predict_files
     from ptxdist.predict.predictor import Predictor
     from ptxdist.records import OperatingPoint
+    from ptxdist.rundir import FINDINGS_PAGE, FINDINGS_TABLE
     from ptxdist.storage.runs import local_run
 
     models = [local_run(place) for place in (model, *others)]
@@ -80,12 +83,16 @@ def predict(
             outputs=write,
             executor=serial if workers == 1 and address is None else executor,
             workers=workers,
+            keep_names=keep_names,
             on_progress=update,
         )
     point = predictor.operating_point
+    page = out / FINDINGS_PAGE
     if as_json:
         caution = {"caution": predictor.caution} if predictor.caution else {}
-        console.show_json({"out": out, **asdict(result), "operating_point": point.model_dump(), **caution})
+        console.show_json(
+            {"out": out, **asdict(result), "operating_point": point.model_dump(), **caution, "page": page}
+        )
     else:
         done = result.predicted + result.kept
         console.show_pairs(
@@ -99,4 +106,5 @@ def predict(
                 ("operating point", point.words),
             ],
         )
+        console.say(f"open {page} in a browser; {FINDINGS_TABLE} beside it has the same as a table")
         console.say(" ".join(filter(None, ("Research use only; not a medical device.", predictor.caution))))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ptxdist import files
 from ptxdist.cache.outlines import encode, outline
@@ -30,6 +31,7 @@ from ptxdist.rundir import FINDINGS
 
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}
 OVERLAY_PX = 768
+_BOTH = 0.1
 
 
 class Finding(Record):
@@ -38,8 +40,9 @@ class Finding(Record):
     `calibrated` is the probability that the image is positive, left out where the model has no calibration.
     `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
     "detector", where anatomy is slightly magnified. `seg_reason` says why a DICOM SEG that was requested is missing.
-    `unlike` says in which way the image is unlike the training images, if it is. `digest` is a hash of the file's
-    bytes. `finding` is what was looked for; None for pneumothorax.
+    `side` and `zone` say where the mask is (`position_of`), if there is one, and `unlike` in which way the image is
+    unlike the training images, if it is. `digest` is a hash of the file's bytes. `finding` is what was looked for; None
+    for pneumothorax.
     """
 
     case_id: str
@@ -55,6 +58,8 @@ class Finding(Record):
     mm2_reason: str
     seg_reason: str
     encoded_pixels: str
+    side: str | None = when_known()
+    zone: str | None = when_known()
     unlike: str | None = when_known()
 
 
@@ -73,6 +78,27 @@ def measure(prediction: Prediction) -> dict[str, Any]:
         "encoded_pixels": rle.encode(prediction.mask),
         "unlike": prediction.unlike or None,
     }
+
+
+def position_of(mask: npt.NDArray[np.bool_], orientation: str) -> dict[str, str]:
+    """Side and zone of a mask (rows, columns): its halves and the third of its centre; {} for an empty one.
+
+    Sides are the patient's where `orientation`, the directions along a row and down a column, tells them ("LF": to the
+    left, to the feet), else those of the image. A tenth of the mask in the other half makes it both sides.
+    """
+    if not (area := int(np.count_nonzero(mask))):
+        return {}
+    counts = dict(zip(orientation, (mask.sum(0), mask.sum(1)), strict=False))
+    is_known = len({*counts} & {*"LR"}) == len({*counts} & {*"HF"}) == 1
+    if not is_known:
+        counts = {"L": mask.sum(0), "F": mask.sum(1)}
+    to_left = counts["L"] if "L" in counts else counts["R"][::-1]
+    to_feet = counts["F"] if "F" in counts else counts["H"][::-1]
+    sides = ("patient's right", "patient's left") if is_known else ("left of the image", "right of the image")
+    first = float(to_left[: len(to_left) // 2].sum()) / area
+    centre = float(to_feet @ np.arange(len(to_feet))) / area / len(to_feet)
+    side = sides[int(first < _BOTH)] if not _BOTH <= first <= 1 - _BOTH else "both sides"
+    return {"side": side, "zone": ("upper", "middle", "lower")[min(2, int(3 * centre))]}
 
 
 def write_case(
@@ -98,7 +124,14 @@ def write_case(
         except DicomError as error:
             reason = str(error)
     other = None if sought == PNEUMOTHORAX else sought.name
-    finding = Finding(case_id=case_id, finding=other, digest=digest, seg_reason=reason, **measure(prediction))
+    finding = Finding(
+        case_id=case_id,
+        finding=other,
+        digest=digest,
+        seg_reason=reason,
+        **measure(prediction),
+        **position_of(mask, prediction.orientation),
+    )
     for name, content in contents.items():
         files.write_whole(_path(out, name, case_id), content, sync=False)
     files.write_json(_path(out, FINDINGS, case_id), finding, sync=False)
@@ -114,7 +147,17 @@ def read_finished(out: Path, case_id: str, digest: str, outputs: Sequence[str]) 
     missing = [name for name in outputs if not _path(out, name, case_id).is_file()]
     if missing == ["seg"] and finding.seg_reason:
         missing = []
-    return finding if finding.digest == digest and not missing else None
+    if finding.digest != digest or missing:
+        return None
+    if finding.area_px and finding.side is None:  # of an older version
+        mask = rle.decode((finding.encoded_pixels,), finding.rows, finding.columns) > 0
+        finding = finding.model_copy(update=position_of(mask, ""))
+    return finding
+
+
+def overlay_path(out: Path, case_id: str) -> Path:
+    """The file of a case's overlay."""
+    return _path(out, "overlays", case_id)
 
 
 def _path(out: Path, name: str, case_id: str) -> Path:

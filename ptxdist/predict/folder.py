@@ -1,7 +1,9 @@
 """Predict many files into a folder of results.
 
     OUT/
-        submission.csv          ImageId,EncodedPixels of the last command's inputs; -1 where nothing is predicted
+        index.html              what was found in the last command's inputs, with pictures
+        findings.csv            the same as a table, highest score first
+        submission.csv          ImageId,EncodedPixels of the same; -1 where nothing is predicted
         rejects.csv             inputs that were rejected, and why; the only file that names paths
         predict.json            what the masks depend on: models and operating point
         findings/ masks/ …      the files of each case, see `findings`
@@ -29,6 +31,7 @@ from ptxdist.errors import CatalogError, DicomError, RunError
 from ptxdist.executor import Executor, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, Input, find_inputs, read_headers, reject_repeated
+from ptxdist.predict.page import Context, write_page, write_table
 from ptxdist.predict.predictor import Prediction, Predictor, ahead
 from ptxdist.records import OperatingPoint
 from ptxdist.rundir import PREDICT_SETTINGS, SUBMISSION
@@ -79,11 +82,13 @@ def predict_files(
     outputs: Sequence[str] = ("masks", "overlays"),
     executor: Executor = serial,
     workers: int = 1,
+    keep_names: bool = False,
     on_progress: Progress = lambda what, done, total: None,
 ) -> PredictResult:
     """Predict every radiograph in `paths` and write the results to `out`; finished cases are skipped.
 
-    With several `workers`, processes (or Ray tasks) load the `models` from their paths; otherwise `predictor` is used.
+    With `keep_names`, findings.csv and index.html name the files too. With several `workers`, processes (or Ray tasks)
+    load the `models` from their paths; otherwise `predictor` is used.
     Raises CatalogError when no file can be used, RunError when `out` holds results that were made in another way,
     BusyError when another process writes there.
     """
@@ -115,6 +120,9 @@ def predict_files(
             on_progress("images", number, len(left))
         found = [finding for item in items if (finding := findings[item.case_id])]
         rows = [(finding.case_id, finding.encoded_pixels) for finding in found]
+        names = {item.case_id: item.source.name for item in items} if keep_names else None
+        write_table(out, found, names)
+        write_page(out, found, names, _context(predictor, len(rejected), repeated))
         files.write_table(out / SUBMISSION, ("ImageId", "EncodedPixels"), rows, lineterminator="\n")
         reasons = sorted((item.source.shown, item.reason) for item in rejected)
         files.write_table(out / REJECTS, ("path", "reason"), reasons, lineterminator="\n")
@@ -126,6 +134,19 @@ def predict_files(
     before = len(items) - len(left)
     other = sum(finding.unlike is not None for finding in found)
     return PredictResult(len(found) - before, before, positive, len(rejected), repeated, other)
+
+
+def _context(predictor: Predictor, rejected: int, repeated: int) -> Context:
+    cards = predictor.cards
+    return Context(
+        finding=cards[0].finding.name,
+        one=cards[0].finding.one,
+        models=tuple(card.name for card in cards),
+        rule=predictor.operating_point.words,
+        caution=predictor.caution,
+        rejected=rejected,
+        repeated=repeated,
+    )
 
 
 def _check_folder(out: Path, predictor: Predictor) -> None:

@@ -25,13 +25,16 @@ from ptxdist import Predictor
 from ptxdist.cli import cli
 from ptxdist.errors import BusyError, CatalogError, RunError
 from ptxdist.executor import processes
-from ptxdist.files import read_json
+from ptxdist.files import read_json, write_json
 from ptxdist.labels import rle
 from ptxdist.predict import folder as command
 from ptxdist.predict import inputs
+from ptxdist.predict import page as prediction_page
 from ptxdist.predict import predictor as predictor_module
+from ptxdist.predict.findings import position_of, read_finished
 from ptxdist.predict.folder import Finding, predict_files
 from ptxdist.predict.inputs import find_inputs, read_headers
+from ptxdist.predict.page import COLUMNS
 from ptxdist.records import OperatingPoint
 from ptxdist.report.report import write_report
 from ptxdist.scores.external import score_predictions
@@ -39,6 +42,7 @@ from ptxdist.train.evaluate import evaluate_runs
 
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest
 ALWAYS = OperatingPoint(top=0.0, min_area_px=0, bottom=0.0)
+PAGE = prediction_page.Context("nodule", "a nodule", ("a", "b"), "no rule", "Means nothing.", rejected=2, repeated=0)
 SIZES = {"1.2.1": (96, 128), "1.2.2": (160, 96), "1.2.3": (128, 128), "1.2.4": (120, 130), "1.2.5": (64, 96)}
 
 
@@ -118,6 +122,80 @@ def test_the_submission_is_the_challenges_and_says_what_the_masks_say(
         assert (done / "overlays" / f"{uid}.jpg").is_file()
 
 
+def test_the_table_of_findings_is_sorted_by_score_and_says_what_the_findings_say(done: Path) -> None:
+    head, *rows = read_table(done / "findings.csv")
+    assert tuple(head) == COLUMNS, "no name of a file, unless it is asked for"
+    assert [float(row[1]) for row in rows] == sorted((float(row[1]) for row in rows), reverse=True)
+    for row in rows:
+        finding = Finding.model_validate(read_json(done / "findings" / f"{row[0]}.json", ""))
+        assert row[3:5] == ["yes" if finding.area_px else "no", str(finding.area_px)]
+        assert (row[6], row[7]) == (finding.side or "", finding.zone or "")
+        assert bool(finding.side) == bool(finding.area_px)
+
+
+def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File names are escaped; in the table no spreadsheet runs them."""
+    page = (done / "index.html").read_text()
+    assert page.count('<img src="data:image/jpeg;base64,') == 5
+    assert "<script" not in page
+    assert "://" not in page, "nothing is fetched"
+    assert [page.index(f">{uid}<") > 0 for uid in SIZES] == [True] * 5
+
+    findings = [Finding.model_validate(read_json(path, "")) for path in sorted((done / "findings").iterdir())]
+    findings[0] = findings[0].model_copy(update={"area_px": 0, "score": 0.9, "side": None, "unlike": "darker <b>"})
+    findings[3] = findings[3].model_copy(update={"area_px": 7, "score": 0.1, "side": "both sides"})
+    out, names = shutil.copytree(done, tmp_path / "out"), {uid: f"=<b>{uid[-1]}.dcm" for uid in SIZES}
+    monkeypatch.setattr(prediction_page, "PICTURES", 4)
+    prediction_page.write_page(out, findings, names, PAGE)
+    prediction_page.write_table(out, findings, names)
+    page = (out / "index.html").read_text()
+    assert "<h1>4 of 5 images are marked</h1>" in page
+    assert page.count("<img ") == 4
+    places = [page.index(f"=&lt;b&gt;{uid[-1]}.dcm") for uid in ("1.2.4", "1.2.1")]
+    assert places == sorted(places), "marked ones first, whatever their score"
+    assert page.index('<table class="rest">') < places[1]
+    assert "darker &lt;b&gt;" in page
+    assert "<b>" not in page
+    assert PAGE.caution in page
+    table = read_table(out / "findings.csv")
+    assert table[0][:2] == ["ImageId", "file"]
+    assert {row[1] for row in table[1:]} == {f"'=<b>{uid[-1]}.dcm" for uid in SIZES}
+
+
+@pytest.mark.parametrize(
+    ("place", "orientation", "side", "zone"),
+    [
+        ((0, 0), "", "left of the image", "upper"),
+        ((8, 9), "", "right of the image", "lower"),
+        ((0, 0), "LF", "patient's right", "upper"),
+        ((4, 9), "LF", "patient's left", "middle"),
+        ((0, 0), "RF", "patient's left", "upper"),
+        ((0, 0), "LH", "patient's right", "lower"),
+        ((0, 9), "FL", "patient's right", "lower"),  # turned by 90 degrees
+        ((0, 0), "AF", "left of the image", "upper"),  # a lateral view has no sides
+        ((0, 0), "LR", "left of the image", "upper"),
+    ],
+)
+def test_side_and_zone_of_a_mask(place: tuple[int, int], orientation: str, side: str, zone: str) -> None:
+    mask = np.zeros((9, 10), bool)
+    mask[place] = True
+    assert position_of(mask, orientation) == {"side": side, "zone": zone}
+    assert position_of(~mask, orientation)["side"] == "both sides"
+    assert position_of(mask & False, orientation) == {}
+
+
+def test_a_finding_of_an_older_version_gets_its_place_from_its_mask(done: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "out")
+    found = read_json(out / "findings" / "1.2.1.json", "")
+    before = {name: found.pop(name) for name in ("side", "zone")}
+    write_json(out / "findings" / "1.2.1.json", found)
+    again = read_finished(out, "1.2.1", found["digest"], ())
+    assert again is not None
+    assert {"side": again.side, "zone": again.zone} == before
+
+
 def test_the_folder_and_its_masks_can_be_scored(done: Path) -> None:
     """The noise of an untrained network is no truth in a folder, so it is given as a table with its encoding."""
     truth = done / "submission.csv"
@@ -192,7 +270,8 @@ def test_the_same_command_goes_on_and_does_nothing_twice(
     result = predict_files([images], out, predictor, [finished_run], outputs=("masks", "overlays"))
     assert (result.predicted, result.kept) == (3, 2)
     after = contents(out)
-    assert {name for name in after if after[name] != whole[name]} <= {f"findings/1.2.{n}.json" for n in (2, 3, 4)}
+    tables = {f"findings/1.2.{n}.json" for n in (2, 3, 4)} | {"findings.csv", "index.html"}  # their last digits
+    assert {name for name in after if after[name] != whole[name]} <= tables
     assert {name: after[name] for name in after if name.startswith(("masks", "sub", "rej"))} == {
         name: whole[name] for name in whole if name.startswith(("masks", "sub", "rej"))
     }
@@ -221,7 +300,7 @@ def test_processes_write_the_same_bytes(
         )  # fmt: skip
     found, whole = contents(tmp_path / "out"), contents(done)
     for name in found:
-        if not name.startswith("findings"):
+        if not name.startswith("findings/"):
             assert found[name] == whole[name], name
         else:
             drop = {"seg_reason": ""}
