@@ -16,7 +16,6 @@ from urllib.parse import quote
 
 import cv2
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from ptxdist import __version__, files
 from ptxdist.predict.findings import Finding, overlay_path
@@ -92,7 +91,7 @@ def write_page(out: Path, findings: Sequence[Finding], names: Mapping[str, str] 
         images=len(findings),
         marked=sum(found.area_px > 0 for found in findings),
         unlike=sum(found.unlike is not None for found in findings),
-        style=Markup(style),
+        style=style,
         side_px=PICTURE_PX,
         version=__version__,
     )
