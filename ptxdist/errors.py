@@ -15,13 +15,30 @@
     ├── AddressError       14   an address or a port that cannot be listened on
     └── ExportError        15   an exported network that computes other values than its checkpoint
 
-Owns: the error classes and their exit codes. The command line prints the message of a PtxdistError and ends with its
-exit code. A message says what was found, what was expected, where, and what to do. A disk or a permission that another
-command runs into is one line too, with exit code 1. Any other exception is a defect of ptxdist and keeps its traceback
-(exit code 1). Exit code 2 is click's, for a command line that does not parse; 130 is an interruption from the keyboard.
+Owns: the error classes and their exit codes, and how texts from outside are shown in messages. The command line prints
+the message of a PtxdistError and ends with its exit code. A message says what was found, what was expected, where, and
+what to do. A disk or a permission that another command runs into is one line too, with exit code 1. Any other exception
+is a defect of ptxdist and keeps its traceback (exit code 1). Exit code 2 is click's, for a command line that does not
+parse; 130 is an interruption from the keyboard.
 """
 
 from __future__ import annotations
+
+import re
+
+_MOST = 500  # characters of what was found
+# Characters that move the cursor, change colours or titles, or reverse the direction of what follows.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def plain(text: str) -> str:
+    """A text whose control characters, which names of files and cases may contain, are escaped: \\x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def short(text: str, most: int = _MOST) -> str:
+    """A text from outside for a message: of a long one the start, the end and the length."""
+    return text if len(text) <= most else f"{text[: most - 100]} … {text[-50:]} ({len(text):,} characters)"
 
 
 class PtxdistError(Exception):
@@ -31,7 +48,7 @@ class PtxdistError(Exception):
 
     def __str__(self) -> str:
         text = super().__str__()
-        return text if len(text) <= 2000 else f"{text[:1500]} … {text[-400:]}"
+        return text if len(text) <= 2 * _MOST else f"{text[:_MOST]} … {text[-_MOST:]}"
 
 
 class SettingsError(PtxdistError):

@@ -16,10 +16,12 @@ from types import FrameType
 
 GRACE_S = 15.0
 SENTENCE = "interrupted; finished work is kept, and is skipped when you rerun the command"
+NOTHING_KEPT = "interrupted; nothing was left half done"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ignored: set[signal.Signals] = set()
 _first: list[int] = []  # the number of the first signal, when one has arrived
 _installed = False
+_said = SENTENCE
 
 
 class Interrupted(KeyboardInterrupt):
@@ -38,10 +40,16 @@ def install() -> None:
     _handle()
 
 
+def keeps_nothing() -> None:
+    """From now on this command has nothing that a rerun would skip; the sentence says so."""
+    global _said
+    _said = NOTHING_KEPT
+
+
 def say() -> None:
     """Write the sentence to stderr; after SIGHUP there may be nobody to read it."""
     with suppress(OSError):
-        os.write(2, f"{SENTENCE}\n".encode())
+        os.write(2, f"{_said}\n".encode())
 
 
 @contextmanager

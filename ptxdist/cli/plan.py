@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ptxdist.cli.options import FILE, PLACE, json_option
+from ptxdist import places
+from ptxdist.cli.options import FILE, PLACE, begin, json_option
 from ptxdist.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -33,6 +34,10 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
 
     Example: ptxdist plan cache --out plan.toml
     """
+    if out.suffix != ".toml":
+        raise SettingsError(f"--out {out}: `ptxdist train --pipeline` reads files named *.toml; give such a name")
+    places.refuse_other(cache, places.CACHE)
+    begin(f"looks at {cache}, then trains a few steps of each stage to estimate the time")
     from ptxdist import console
     from ptxdist.cache.survey import survey
     from ptxdist.config import DataSettings, Settings
@@ -44,8 +49,6 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
 
     if out.exists() and not (out.is_file() and out.read_bytes().startswith(WRITTEN_BY.encode())):
         raise SettingsError(f"{out} exists and is not a plan of this command; give another name with --out")
-    if out.suffix != ".toml":
-        raise SettingsError(f"--out {out}: `ptxdist train --pipeline` reads files named *.toml; give such a name")
     with console.progress() as update:
         folder = local_cache(cache, on_progress=update)
         data, machine = survey(folder), this_machine()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import ADDRESS, FILE, FOLDER, PLACE, executor_for, json_option
+from ptxdist import places
+from ptxdist.cli.options import ADDRESS, FILE, FOLDER, PLACE, begin, executor_for, json_option
+from ptxdist.errors import CatalogError
 
 
 def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -54,6 +56,11 @@ def predict(
 
     Example: ptxdist predict runs/exp4 new-images --out predictions
     """
+    for place in (model, *others):
+        places.refuse_other(place, places.RUN, places.BUNDLE)
+    for path in paths:
+        places.refuse_missing(path, "PATH", CatalogError)
+    begin(f"loads {model}", keeps=True)
     from dataclasses import asdict
 
     from ptxdist import console

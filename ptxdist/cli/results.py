@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ptxdist.cli.options import FILE, FOLDER, PLACE, json_option
+from ptxdist import places
+from ptxdist.cli.options import FILE, FOLDER, PLACE, begin, json_option
 from ptxdist.cli.train import ray_log
-from ptxdist.errors import RunError, SettingsError, StoreError
+from ptxdist.errors import LabelError, RunError, SettingsError, StoreError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split
@@ -67,21 +68,24 @@ def evaluate(
     Examples: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
               ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
     """
-    from ptxdist import console
-    from ptxdist.predict.elsewhere import unknown_patients
-    from ptxdist.run.evaluation import EvaluationTask
-    from ptxdist.rundir import read_stages
-    from ptxdist.scores.working import Wanted
-
     targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
     targets += [("specificity", value) for value in specificity]
+    _refuse_unfit(runs, out, patients, data, split)
     if prevalence is not None and not targets:
         raise SettingsError("--prevalence goes with --sensitivity or --specificity")
-    if split != "all" and data is None:
-        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
-    if out is None and (data is not None or isinstance(runs[0], str)):
-        reason = "" if data is not None else f"{runs[0]} is only read; "
-        raise RunError(f"{reason}name a folder for the evaluation with --out")
+    shown = runs[0] if len(runs) == 1 else f"{len(runs)} models"
+    begin(f"evaluates {shown} on {'its own held-out cases' if data is None else data}")
+    from ptxdist import console
+    from ptxdist.rundir import read_stages
+
+    if data is None:
+        for run in runs:
+            if isinstance(run, Path):
+                read_stages(run)  # before torch is imported
+    from ptxdist.predict.elsewhere import unknown_patients
+    from ptxdist.run.evaluation import EvaluationTask
+    from ptxdist.scores.working import Wanted
+
     task = EvaluationTask(
         models=tuple(map(_absolute, runs)),
         data=None if data is None else _absolute(data),
@@ -99,6 +103,23 @@ def evaluate(
         console.show_json(evaluation.model_dump(mode="json"))
     else:
         console.show_result(read_stages(Path(runs[0])) if out is None else (), evaluation)
+
+
+def _refuse_unfit(
+    runs: tuple[Path | str, ...], out: Path | None, patients: Path | None, data: Path | str | None, split: Split
+) -> None:
+    """Errors for what an evaluation does not take, before anything heavy is imported."""
+    if split != "all" and data is None:
+        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
+    for run in runs:
+        places.refuse_other(run, *((places.RUN, places.UNFINISHED) if data is None else (places.RUN, places.BUNDLE)))
+    if data is not None:
+        places.refuse_other(data, places.CACHE)
+    if patients:
+        places.refuse_missing(patients, "--patients", LabelError)
+    if out is None and (data is not None or isinstance(runs[0], str)):
+        reason = "" if data is not None else f"{runs[0]} is only read; "
+        raise RunError(f"{reason}name a folder for the evaluation with --out")
 
 
 def _absolute(place: Path | str) -> str:
@@ -149,6 +170,9 @@ def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None
     Examples: ptxdist compare runs/exp1 runs/exp2 runs/exp4
               ptxdist compare runs/exp4 elsewhere/exp4 elsewhere/exp2 --markdown
     """
+    for run in runs:
+        places.refuse_other(run, places.RUN, places.UNFINISHED, places.EVALUATION, "folder")
+    begin(f"compares {len(runs)} evaluations")
     from ptxdist import console
     from ptxdist.scores.compare import as_markdown, by_data, matrix_markdown
     from ptxdist.storage.runs import local_run
@@ -181,6 +205,8 @@ def report(run: Path | str, as_json: bool) -> None:
 
     Example: ptxdist report runs/exp4
     """
+    places.refuse_other(run, places.RUN, places.EVALUATION)
+    begin(f"writes the report of {run}")
     from ptxdist import console
     from ptxdist.report.report import write_report
     from ptxdist.storage.runs import local_run
@@ -200,15 +226,14 @@ def inspect(path: Path | str, as_json: bool) -> None:
 
     Example: ptxdist inspect cache
     """
-    from ptxdist.rundir import SETTINGS
-    from ptxdist.storage.caches import local_cache
-    from ptxdist.storage.runs import is_run, local_run
-
+    places.refuse_other(path, places.RUN, places.UNFINISHED, places.CACHE)
+    begin(f"reads {path}")
     if isinstance(path, str):
+        from ptxdist.storage.caches import local_cache
+        from ptxdist.storage.runs import is_run, local_run
+
         path = local_run(path) if is_run(path) else local_cache(path)
-    if not path.is_dir():
-        raise RunError(f"no folder {path}; give a cache or a run")
-    if (path / SETTINGS).is_file():
+    if (path / places.SETTINGS).is_file():
         _inspect_run(path, as_json)
     else:
         _inspect_cache(path, as_json)

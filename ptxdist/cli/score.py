@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import FILE, FINDING, LABELS, MATCH, json_option
+from ptxdist import places
+from ptxdist.cli.options import FILE, FINDING, LABELS, MATCH, begin, json_option
+from ptxdist.errors import LabelError
 
 THRESHOLD = "Pixels of probability images that reach it are inside.  [default: 0.5]"
 SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]"
@@ -48,6 +50,10 @@ def score(
 
     Example: ptxdist score submission.csv --truth train-rle.csv --patients nih_id.csv
     """
+    for path, option in ((predictions, "PREDICTIONS"), (truth, "--truth"), (patients, "--patients")):
+        if path:
+            places.refuse_missing(path, option, LabelError)
+    begin(f"scores {predictions} by {truth}")
     from ptxdist import console
     from ptxdist.scores.external import as_markdown, score_predictions
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ptxdist.cli.options import PLACE, json_option
+from ptxdist import places
+from ptxdist.cli.options import PLACE, begin, json_option
 
 
 @click.command()
@@ -37,6 +38,9 @@ def serve(
 
     Example: ptxdist serve runs/exp4 --open
     """
+    for place in (model, *others):
+        places.refuse_other(place, places.RUN, places.BUNDLE)
+    begin(f"loads {model}")
     from ptxdist import console, files
 
     files.require_extra("serve", "the viewer", "fastapi", "uvicorn")

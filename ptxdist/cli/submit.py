@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from ptxdist.cli.options import begin
 from ptxdist.errors import SettingsError
 
 
@@ -42,6 +43,12 @@ def submit(
     """
     if sum(map(bool, (status_of, logs_of, stop_job, command))) != 1:
         raise click.UsageError("give either a command after --, or one of --status, --logs and --stop with a job")
+    absolute: list[str] = []
+    if command:
+        group = context.find_root().command
+        assert isinstance(group, click.Group)
+        absolute = absolute_paths(group.commands, command)
+    begin(f"asks the cluster at {address}")
     from ptxdist import console
     from ptxdist.cluster import submit as jobs
 
@@ -62,9 +69,6 @@ def submit(
         if logs_of:
             code = jobs.follow(logs_of, address=address, on_log=on_log)
         else:
-            group = context.find_root().command
-            assert isinstance(group, click.Group)
-            absolute = absolute_paths(group.commands, command)
             code = jobs.submit(absolute, address=address, on_log=on_log, on_submitted=submitted, following=follow)
     except KeyboardInterrupt:
         if job:

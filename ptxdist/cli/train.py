@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ptxdist.cli.options import PLACE, json_option
-from ptxdist.errors import PtxdistError
+from ptxdist import places
+from ptxdist.cli.options import PLACE, begin, json_option
+from ptxdist.errors import PtxdistError, RunError
 
 if TYPE_CHECKING:
     from ptxdist.config import Settings
@@ -55,10 +56,8 @@ def train(
 
     Example: ptxdist train --workers 4 --pipeline exp4 --data cache
     """
-    from ptxdist import console
     from ptxdist.config import complete
     from ptxdist.resolve import load_settings
-    from ptxdist.train.choices import refuse_unknown
 
     settings = load_settings(
         pipeline,
@@ -73,6 +72,15 @@ def train(
             "pipeline.fold": int(fold) if fold and fold.isdecimal() else None if fold == "all" else fold,
         },
     )
+    cache, run = data or Path(settings.data.cache), run or Path("runs") / settings.pipeline.name
+    if not dry_run:
+        if "://" not in str(cache):
+            places.refuse_other(Path(cache), places.CACHE)
+        _refuse_other_folder(run)
+        begin(f"trains {settings.pipeline.name} on {cache}, in {run}", keeps=True)
+    from ptxdist import console
+    from ptxdist.train.choices import refuse_unknown
+
     refuse_unknown(settings)
     if dry_run:
         console.show_json(complete(settings))
@@ -82,7 +90,6 @@ def train(
     from ptxdist.run.folds import OUT_OF_FOLD, train_folds
     from ptxdist.run.pipeline import train as train_run
 
-    run = run or Path("runs") / settings.pipeline.name
     is_other_rank = without_ray and os.environ.get("RANK", "0") != "0"
     if is_other_rank:  # of torchrun's processes only the first one prints
         console.out.quiet = console.err.quiet = True
@@ -96,16 +103,22 @@ def train(
         page = _report_page(settings, run)
         content = {**result.model_dump(mode="json"), "report": str(page)}
         stages, evaluation = result.stages, result.evaluation
-        places = f"report: {page}\noverlays: {page.parent / 'overlays'}"
+        where = f"report: {page}\noverlays: {page.parent / 'overlays'}"
     else:
         content = result.model_dump(mode="json")
         stages, evaluation = (), result
-        places = f"out-of-fold evaluation: {Path(run) / OUT_OF_FOLD}"
+        where = f"out-of-fold evaluation: {Path(run) / OUT_OF_FOLD}"
     if as_json:
         console.show_json(content)
     else:
         console.show_result(stages, evaluation)
-        console.out.print(places, soft_wrap=True)
+        console.out.print(where, soft_wrap=True)
+
+
+def _refuse_other_folder(run: Path | str) -> None:
+    kind = places.kind_of(run) if isinstance(run, Path) else places.NOTHING
+    if kind not in (places.RUN, places.UNFINISHED, places.RUNS, places.NOTHING, "folder"):
+        raise RunError(f"--run {run} is {places.in_words(kind)}; give a new folder, or a run to resume")
 
 
 @contextmanager

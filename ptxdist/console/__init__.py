@@ -13,7 +13,8 @@ from ptxdist.console.tables import (
     show_findings,
     show_pairs,
 )
-from ptxdist.console.terminal import divert, err, fail, out, plain, progress, say, show_json
+from ptxdist.console.terminal import divert, err, fail, out, progress, say, show_json
+from ptxdist.errors import plain
 
 if TYPE_CHECKING:
     from ptxdist.console.results import show_comparison, show_external, show_result

@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ptxdist import files
+from ptxdist import files, places
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, Precision, Side, fingerprint, without_removed
 from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError
@@ -48,7 +48,7 @@ from ptxdist.train import encoders
 from ptxdist.train.checkpoint import read_weights, refuse_other_model
 from ptxdist.train.unet import UNet, build_unet
 
-SUFFIX = ".ptxdist"
+SUFFIX = places.SUFFIX
 CARD, README, WEIGHTS = "card.json", "README.md", "weights.safetensors"
 _MAX_BYTES = {CARD: 2**24, README: 2**20, WEIGHTS: 2**31, TRAINING_IMAGES: 2**28}
 _WHEN = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same run gives the same bytes

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from ptxdist.cli import cli
 from ptxdist.cli.submit import absolute_paths
 from ptxdist.errors import PtxdistError
+from ptxdist.places import RESULT, SETTINGS
 from ptxdist.resolve import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def test_train_alone_is_the_full_recipe_and_dry_run_prints_it() -> None:
         (["evaluate", "nowhere"], 8, ["nowhere", "ptxdist train"]),
         (["report", "nowhere"], 8, ["nowhere"]),
         (["inspect", "nowhere"], 8, ["nowhere"]),
-        (["serve", "nowhere", "--port", 0], 8, ["nowhere", "give a finished run"]),
+        (["serve", "nowhere", "--port", 0], 8, ["nowhere", "a run of `ptxdist train` or a bundle"]),
         (["preprocess", "--dicom", "nowhere", "--labels", "nothing.csv", "--out", "c"], 4, ["nothing.csv"]),
         (["phantom", "p", "--cases", -1], 3, ["cases"]),
         (["submit", "--address", "http://127.0.0.1:8265", "--", "fly"], 3, ["fly", "train"]),
@@ -128,7 +129,7 @@ def test_bad_input_is_a_sentence_with_its_own_exit_code(
     assert isinstance(done.exception, SystemExit)
     for word in words:
         assert word in done.stderr
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.splitlines()[-1].startswith("error: ")
     assert list(tmp_path.iterdir()) == [], "nothing half written"
 
 
@@ -159,17 +160,20 @@ def test_what_is_printed_is_plain_in_lines_and_tables(capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(("number", "sentence"), [(errno.ENOSPC, "No space left"), (errno.ENAMETOOLONG, "name too")])
 def test_a_disk_that_fails_is_a_line_and_a_defect_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, sentence: str
 ) -> None:
+    for name in (SETTINGS, RESULT):
+        (tmp_path / name).touch()
+
     def fail(place: object) -> None:
         raise OSError(number, os.strerror(number), "some/file")
 
     monkeypatch.setattr("ptxdist.storage.runs.local_run", fail)
-    done = run("report", "x")
-    assert (done.exit_code, done.stderr.startswith("error: some/file: ")) == (1, True)
+    done = run("report", tmp_path)
+    assert (done.exit_code, done.stderr.splitlines()[-1].startswith("error: some/file: ")) == (1, True)
     assert sentence in done.stderr
     number = errno.EBADF
-    assert isinstance(run("report", "x").exception, OSError)
+    assert isinstance(run("report", tmp_path).exception, OSError)
 
 
 def test_every_error_has_an_exit_code_of_its_own() -> None:

@@ -63,7 +63,7 @@ def test_a_file_that_is_no_plan_is_kept(cache: Path, tmp_path: Path) -> None:
 
 def test_caches_that_cannot_be_planned_for(tmp_path: Path) -> None:
     done = plan(tmp_path, "--out", tmp_path / "plan.toml")
-    assert (done.exit_code, "is not a ptxdist cache" in done.stderr) == (7, True)
+    assert (done.exit_code, "is a folder and not a cache of" in done.stderr) == (7, True)
     done = plan(make_cache(tmp_path / "cache", val=0), "--out", tmp_path / "plan.toml")
     assert (done.exit_code, "one side of the split" in done.stderr) == (7, True)
     assert not (tmp_path / "plan.toml").exists()

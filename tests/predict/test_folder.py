@@ -445,7 +445,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
     done = CliRunner().invoke(cli, ["predict", str(tmp_path / "none"), str(images), "--out", str(tmp_path / "x")])
     assert done.exit_code == RunError.exit_code
-    assert "no model at" in done.stderr
+    assert f"there is no {tmp_path / 'none'}" in done.stderr
     assert not (tmp_path / "x").exists()
 
 

@@ -36,6 +36,7 @@ from ptxdist.cli import cli
 from ptxdist.errors import AddressError, RunError
 from ptxdist.labels import rle
 from ptxdist.phantoms.dataset import draw_file
+from ptxdist.places import RESULT, SETTINGS
 from ptxdist.predict import server
 from ptxdist.predict.gate import Limits
 from ptxdist.predict.viewer import EXAMPLE_SEED, levels_of, page_files, thresholds_at
@@ -510,21 +511,29 @@ def test_the_command_serves_stores_nothing_names_nobody_and_ends_with_ctrl_c(
     assert left == []
 
 
-def test_a_port_in_use_and_a_foreign_address_are_refused_before_the_model_is_loaded() -> None:
+@pytest.fixture
+def no_model(tmp_path: Path) -> str:
+    """A folder that looks like a finished run, with damaged files."""
+    for name in (SETTINGS, RESULT):
+        (tmp_path / name).touch()
+    return str(tmp_path)
+
+
+def test_a_port_in_use_and_a_foreign_address_are_refused_before_the_model_is_loaded(no_model: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        done = CliRunner().invoke(cli, ["serve", "nowhere", "--port", port])
+        done = CliRunner().invoke(cli, ["serve", no_model, "--port", port])
         assert done.exit_code == AddressError.exit_code
         assert f"port {port}" in done.stderr
         assert "--port" in done.stderr
-    done = CliRunner().invoke(cli, ["serve", "nowhere", "--host", "192.0.2.1", "--port", "0"])
+    done = CliRunner().invoke(cli, ["serve", no_model, "--host", "192.0.2.1", "--port", "0"])
     assert done.exit_code == AddressError.exit_code
     assert "--host" in done.stderr
 
 
-def test_a_warning_says_who_can_reach_it() -> None:
+def test_a_warning_says_who_can_reach_it(no_model: str) -> None:
     for host, reached in (("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)):
-        done = CliRunner().invoke(cli, ["serve", "nowhere", "--host", host, "--port", "0"])
+        done = CliRunner().invoke(cli, ["serve", no_model, "--host", host, "--port", "0"])
         assert done.exit_code == RunError.exit_code
         assert ("no password" in done.stderr) == reached
         with server.listen(host, 0) as listening:
