@@ -209,9 +209,8 @@ def roc_curve(evaluation: EvaluationResult) -> list[Chart]:
     if points:
         series.append(Series("working points", 2, (points,), line=False))
         legend.append(Legend(2, "working points, cross-fitted", line=False))
-    span = evaluation.intervals.get(AUROC.field)
-    area = "" if evaluation.auroc is None else f", AUROC {number(evaluation.auroc, digits(span))}"
-    area += f" ({number(span[0], digits(span))} to {number(span[1], digits(span))})" if span else ""
+    places = digits(evaluation.intervals.get(AUROC.field))
+    area = "" if evaluation.auroc is None else f", AUROC {number(evaluation.auroc, places)}"
     axes = linear_axis("1 - specificity", 0, 1), linear_axis("sensitivity", 0, 1)
     words = f"ROC curve of the score of {evaluation.scores.cases:,} images{area}."
     return [Chart(f"ROC curve{area}", plot(*axes, series, words=words, diagonal=True), tuple(legend), square=True)]

@@ -9,19 +9,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ptxdist.cache.catalog import Catalog
 from ptxdist.config import Settings
-from ptxdist.records import SYNTHETIC, Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult
+from ptxdist.records import SYNTHETIC, Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult, Subgroup
 from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.gallery import ERRORS
 from ptxdist.report.model_card import model_card
 from ptxdist.report.page import Block, Facts, Folded, Gallery, Notice, Section, Terms
-from ptxdist.scores.analysis import SMALL_CASES, SMALL_POSITIVES
+from ptxdist.scores.analysis import SMALL_CASES, SMALL_POSITIVES, subgroups
 from ptxdist.scores.elsewhere import seen_before
 from ptxdist.scores.headline import WIDE, digits, number, points, sentences
 from ptxdist.scores.intervals import FEWEST
-from ptxdist.scores.names import AUROC, ECE, SCORES
+from ptxdist.scores.names import AUROC, ECE, SCORES, TOO_FEW
 from ptxdist.scores.tables import CaseRow
 from ptxdist.scores.watchdog import why_not
 from ptxdist.train import collapse
@@ -46,7 +48,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
     result, evaluation, catalog = run.result, run.result.evaluation, run.catalog
     return (
         *_result(evaluation, _warnings(evaluation, catalog), run.galleries),
-        *_about_scores(evaluation, run.rows, run.galleries),
+        *_about_scores(evaluation, catalog, run.rows, run.galleries),
         Section(
             "training",
             "Training",
@@ -77,7 +79,7 @@ def sections_elsewhere(
             lead="The evaluated images beside those that the model was trained on. Marks: medians. Bars: 5th to 95th "
             "percentile.",
         ),
-        *_about_scores(evaluation, rows, galleries),
+        *_about_scores(evaluation, catalog, rows, galleries),
         Section("data", "Data", data_card(catalog, None)),
         Section("definitions", "Definitions", (_definitions(evaluation, catalog),)),
     )
@@ -125,7 +127,7 @@ def _result(
 
 
 def _about_scores(
-    evaluation: EvaluationResult, rows: Sequence[CaseRow], galleries: Sequence[Gallery]
+    evaluation: EvaluationResult, catalog: Catalog, rows: Sequence[CaseRow], galleries: Sequence[Gallery]
 ) -> tuple[Section, ...]:
     """The sections that every evaluation has."""
     tuning: tuple[Block, ...] = tuple(chart for tuned in evaluation.tuned for chart in figures.tuned_surface(tuned))
@@ -143,14 +145,13 @@ def _about_scores(
             "images",
             "Image by image",
             (*figures.roc_curve(evaluation), *figures.size_against_dice(rows), *tables.working_points(evaluation)),
-            lead="The ROC curve shows how well the score of an image tells positive from negative images, wherever the "
-            "mask is. Each mark of the other chart is a positive image.",
+            lead=_auroc(evaluation),
         ),
         Section(
             "subgroups",
             "Subgroups",
-            tables.subgroups(evaluation),
-            lead=f"{_kept(evaluation)} Bars: 95 % intervals by patient. Dashed: all images.",
+            tables.subgroups(points(evaluation)[0], _groups(evaluation, catalog, rows)),
+            lead="Masks of the point in use. Bars: 95 % intervals by patient. Dashed: all images.",
         ),
         Section(
             "calibration",
@@ -186,9 +187,27 @@ def _used(evaluation: EvaluationResult) -> str:
     return f"Masks are those of the operating point that predict and serve use: {used.name}{honest}."
 
 
-def _kept(evaluation: EvaluationResult) -> str:
-    """Which operating point the other numbers are at, and the masks in predictions.csv."""
-    return f"Masks at {next(point for point in points(evaluation) if point.kept).name}."
+def _auroc(evaluation: EvaluationResult) -> str:
+    marks = "In the chart of Dice each mark is a positive image, with its mask of the point in use."
+    if evaluation.auroc is None:
+        return marks
+    span = evaluation.intervals.get(AUROC.field)
+    interval = f"{number(span[0], digits(span))} to {number(span[1], digits(span))}" if span else TOO_FEW
+    return (
+        f"The score of an image tells positive from negative images with an AUROC of "
+        f"{number(evaluation.auroc, digits(span))} ({interval}; chance 0.5), wherever the mask is. {marks}"
+    )
+
+
+def _groups(evaluation: EvaluationResult, catalog: Catalog, rows: Sequence[CaseRow]) -> Sequence[Subgroup]:
+    """The subgroups at the point in use, of the images that are still in the catalog."""
+    if points(evaluation)[0].kept or not evaluation.subgroups:
+        return evaluation.subgroups
+    by_id = {case.case_id: case for case in catalog.labelled}
+    rows = [row for row in rows if row.case_id in by_id]
+    counts = np.array([row.counts for row in rows], np.int64)
+    brightness = np.array([row.brightness for row in rows])
+    return tuple(subgroups([by_id[row.case_id] for row in rows], counts, brightness, [row.group for row in rows]))
 
 
 def _outlines(evaluation: EvaluationResult) -> str:

@@ -126,22 +126,22 @@ def _tuned_words(evaluation: EvaluationResult, tuned: TunedPoint) -> str:
     )
 
 
-def subgroups(evaluation: EvaluationResult) -> tuple[Block, ...]:
-    """Forest plots of the subgroups, those of small groups folded; () without subgroups."""
-    small = [group for group in evaluation.subgroups if group.small]
-    blocks: list[Block] = [*_forests(evaluation, [group for group in evaluation.subgroups if not group.small])]
+def subgroups(used: Shown, groups: Sequence[Subgroup]) -> tuple[Block, ...]:
+    """Forest plots of the subgroups beside all images, those of small groups folded; () without subgroups."""
+    small = [group for group in groups if group.small]
+    blocks: list[Block] = [*_forests(used, [group for group in groups if not group.small])]
     if small:
         title = f"{len(small)} small groups, with too few images to draw conclusions from"
-        blocks.append(Folded(title, _forests(evaluation, small)))
+        blocks.append(Folded(title, _forests(used, small)))
     return tuple(blocks)
 
 
-def _forests(evaluation: EvaluationResult, groups: Sequence[Subgroup]) -> tuple[Forest, ...]:
+def _forests(used: Shown, groups: Sequence[Subgroup]) -> tuple[Forest, ...]:
     """A forest plot for each of SUBGROUP_SCORES, without the groups in which the score is not defined."""
     found = []
     for field in SUBGROUP_SCORES if groups else ():
-        level, name = getattr(evaluation.scores, field), SCORES[field].name
-        rows = [_forest_row("all images", evaluation.scores, evaluation.intervals, field, level)]
+        level, name = getattr(used.scores, field), SCORES[field].name
+        rows = [_forest_row("all images", used.scores, used.intervals, field, level)]
         by = ""
         for group in groups:
             if getattr(group.scores, field) is None:
@@ -260,8 +260,8 @@ def profiles(about: Elsewhere) -> tuple[Block, ...]:
 
 
 def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:
-    """Scores of the held-out images whose patient is in training, and of the others; () if patients are not known."""
-    if found is None:
+    """Scores of the held-out images whose patient is in training, and of the others; () if none is known to be."""
+    if found is None or found.shared is None:
         return ()
     sides = (
         ("patient is in training", found.shared, found.shared_intervals),
@@ -272,5 +272,5 @@ def shared_table(found: SharedPatients | None) -> tuple[Table, ...]:
         for name, scores, intervals in sides
         if scores
     )
-    caption = f"Held-out images whose patient is in training, and the others (patients from the {found.known_from})"
+    caption = "Held-out images whose patient is in training, and the others; masks at the threshold of the last stage"
     return (Table(caption, ("", "images", "positive", *(score.name for score in SCORES.values())), rows),)

@@ -101,7 +101,7 @@ def conclude(
         platt=calibration[0] if calibration else None,
         roc=roc(counts.score, positive),
         working=tuple(found for found in points if found),
-        subgroups=tuple(_subgroups(evaluated)),
+        subgroups=tuple(subgroups(cases, own, counts.brightness, groups)),
         shared_patients=_shared_patients(evaluated),
         image_head=image_head,
         seconds=0.0,
@@ -183,16 +183,19 @@ def _reliability(things: str, sums: Floats) -> Reliability:
     )
 
 
-def _subgroups(evaluated: Evaluated) -> Iterator[Subgroup]:
-    """The groups of every property that divides the cases into at least two."""
-    dark, bright = np.quantile(evaluated.counts.brightness, (1 / 3, 2 / 3))
+def subgroups(cases: Sequence[Case], counts: Counts, brightness: Floats, groups: Sequence[str]) -> Iterator[Subgroup]:
+    """The groups of every property that divides the cases into at least two.
+
+    `counts` of the masks, `brightness` (mean grey levels) and `groups` (patients) are in the order of `cases`.
+    """
+    dark, bright = np.quantile(brightness, (1 / 3, 2 / 3))
 
     def exposure(row: int) -> str:
-        value = evaluated.counts.brightness[row]
+        value = brightness[row]
         return _EXPOSURES[int(value >= dark) + int(value >= bright)]
 
     def of_case(name: Callable[[Case], str]) -> Callable[[int], str]:
-        return lambda row: name(evaluated.cases[row])
+        return lambda row: name(cases[row])
 
     properties: tuple[tuple[str, Callable[[int], str]], ...] = (
         ("view", of_case(lambda case: case.view)),
@@ -202,21 +205,20 @@ def _subgroups(evaluated: Evaluated) -> Iterator[Subgroup]:
         ("masks", of_case(lambda case: "" if not case.masks else "one" if len(case.masks) == 1 else "several")),
         ("exposure", exposure),
     )  # fmt: skip
-    own = evaluated.counts.at_full[0]
     for by, name_of in properties:
         members: dict[str, list[int]] = {}
-        for row in range(len(evaluated.cases)):
+        for row in range(len(cases)):
             if name := name_of(row):
                 members.setdefault(name, []).append(row)
         if len(members) < 2:
             continue
         for name, rows in sorted(members.items(), key=lambda item: (_ORDER.get(item[0], len(_ORDER)), item[0])):
-            found = scores(own[rows])
+            found = scores(counts[rows])
             yield Subgroup(
                 by=by,
                 name=name,
                 scores=found,
-                intervals=score_intervals(own[rows], [evaluated.groups[row] for row in rows]),
+                intervals=score_intervals(counts[rows], [groups[row] for row in rows]),
                 small=found.cases < SMALL_CASES or found.positives < SMALL_POSITIVES,
             )
 

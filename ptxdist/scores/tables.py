@@ -41,7 +41,7 @@ _PREDICTION_COLUMNS = ("ImageId", "EncodedPixels")
 
 @dataclass(frozen=True)
 class CaseRow:
-    """What is read of a row of cases.csv: identity, counts at the run's own threshold, Dice, score."""
+    """What is read of a row of cases.csv: identity, counts at an operating point, Dice, score, mean grey level."""
 
     case_id: str
     group: str
@@ -50,6 +50,7 @@ class CaseRow:
     truth_px: int
     kaggle_dice: float
     score: float
+    brightness: float = 0.0
 
     @property
     def positive(self) -> bool:
@@ -118,7 +119,9 @@ def _case_row(row: Mapping[str, str], tuned: str) -> CaseRow:
         shares[0] = 2 * counts[0] / total if total else 1.0
     if min(counts) < 0 or not all(0 <= share <= 1 for share in shares):
         raise ValueError("a number is out of its range")
-    return CaseRow(row["case_id"], row["group"], *counts, *shares)
+    (overlap, predicted, truth), (dice, score) = counts, shares
+    brightness = float(row.get("brightness") or 0)
+    return CaseRow(row["case_id"], row["group"], overlap, predicted, truth, dice, score, brightness)
 
 
 def _prediction(row: Mapping[str, str]) -> tuple[str, str]:

@@ -32,6 +32,7 @@ from ptxdist.report.charts import Series, linear_axis, plot
 from ptxdist.report.page import Chart, Section
 from ptxdist.report.report import write_report
 from ptxdist.report.sections import RunData, sections
+from ptxdist.report.tables import shared_table
 from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import run_pipeline
 from ptxdist.run.plan import plan_run
@@ -214,32 +215,43 @@ def test_every_operating_point_is_in_the_table(run: Path, root: Element) -> None
     assert rows["predicting nothing"][0] == shown(evaluation.scores.all_empty_dice)
 
 
-def test_subgroups_stages_and_shared_patients_are_those_of_the_run(run: Path, root: Element) -> None:
+def test_subgroups_are_those_of_the_point_in_use_and_small_ones_are_folded(run: Path, root: Element) -> None:
+    kind, groups = used(run).kind, read_result(run).evaluation.subgroups
+    assert all(group.small for group in groups)
+    folded = next(item for item in root.all("details") if next(item.all("summary")).text.endswith("conclusions from"))
+    with open(run / EVALUATION / CASES, newline="") as file:
+        cases = list(csv.DictReader(file))
+    for field, caption in (("sensitivity", "Sensitivity"), ("specificity", "Specificity")):
+        rows = table(folded, caption)
+        for by in ("view", "sex"):
+            for name in {case[by] for case in cases}:
+                wanted = "1" if field == "sensitivity" else "0"
+                marked = [
+                    int(case[f"{kind}_predicted_px"]) > 0
+                    for case in cases
+                    if case[by] == name and case["positive"] == wanted
+                ]
+                if marked:
+                    share = np.mean(marked) if field == "sensitivity" else 1 - np.mean(marked)
+                    assert float(rows[name][2].split()[0]) == pytest.approx(share, abs=0.0051)
+                    assert rows[name][0] == str(len(marked))
+    assert {group.by for group in groups} >= {"view", "sex", "age"}
+
+
+def test_stages_and_shared_patients_are_those_of_the_run(run: Path, root: Element) -> None:
     result = read_result(run)
-    forests = {"positive_dice": "Positives-only", "sensitivity": "Sensitivity", "specificity": "Specificity"}
-    assert {group.by for group in result.evaluation.subgroups} >= {"view", "sex", "age"}
-    for field, caption in forests.items():
-        rows = table(root, caption)
-        for group in result.evaluation.subgroups:
-            if getattr(group.scores, field) is not None:
-                cells = next(cells for row, cells in rows.items() if row.startswith(group.name))
-                value = getattr(group.scores, field)
-                assert cells[2].split()[0] == number(value, digits(group.intervals.get(field)))
     stages = table(root, "Best epoch of each stage")
     for stage in result.stages:
         cells = next(cells for row, cells in stages.items() if row.startswith(f"stage {stage.stage}"))
         assert cells[2:] == [f"{stage.best.val_loss:.4f}", *six(stage.best.at_full)]
     shared = result.evaluation.shared_patients
     assert shared is not None
-    rows = table(root, "Held-out images whose patient")
-    for name, found, intervals in (
-        ("patient is in training", shared.shared, shared.shared_intervals),
-        ("patient is not in training", shared.apart, shared.apart_intervals),
-    ):
-        assert (name in rows) == (found is not None)
-        if found:
-            wanted = [str(found.cases), str(found.positives), *six(found, intervals)]
-            assert [cell.split()[0] for cell in rows[name]] == wanted
+    assert shared.apart is not None
+    assert shared_table(shared) == (), "of no held-out image"
+    (both,) = shared_table(shared.model_copy(update={"shared": shared.apart}))
+    assert [row.name for row in both.rows] == ["patient is in training", "patient is not in training"]
+    wanted = [str(shared.apart.cases), str(shared.apart.positives), *six(shared.apart, shared.apart_intervals)]
+    assert [str(cell).split("<")[0] for cell in both.rows[1].cells] == wanted
 
 
 def test_the_numbers_can_be_computed_again_from_the_table_of_cases(run: Path, root: Element) -> None:
