@@ -249,6 +249,7 @@ def test_several_files_have_names_and_an_order(
     assert chromium.run("$('previous').disabled && !$('next').disabled")
     rows = chromium.run("[...$('list').children].map(item => item.textContent)")
     marked = f"marked, {prediction.area_px:,} pixels, score {prediction.score:.3f}"
+    assert words(chromium, "listing-words") == "All 3 files: 2 marked, 1 refused"
     assert rows == [f"{NAME}{marked}", "letter.txtrefused", f"image.png{marked}"]
     assert chromium.run("document.querySelector('#list [aria-current]').textContent") == NAME
     chromium.run("$('file').focus()")

@@ -105,6 +105,7 @@ function fromMiddle(x, y) {
 }
 
 $("frame").addEventListener("wheel", event => {
+  if (event.deltaY > 0 && view.zoom <= 1) return;  // then the page is scrolled
   event.preventDefault();
   zoomBy(2 ** (-event.deltaY * (event.deltaMode ? 20 : 1) / 300), ...fromMiddle(event.clientX, event.clientY));
 }, {passive: false});

@@ -19,7 +19,8 @@ async function greyPng(pixels, width, height) {
   head.setUint32(0, width); head.setUint32(4, height); head.setUint8(8, 8);
   const parts = [new Uint8Array([137, 80, 78, 71, 13, 10, 26, 10])];
   for (const [name, content] of [["IHDR", head.buffer], ["IDAT", await new Response(packed).arrayBuffer()], ["IEND", new ArrayBuffer(0)]]) {
-    const chunk = new Uint8Array([...name].map(letter => letter.charCodeAt(0)).concat(Array(content.byteLength).fill(0)));
+    const chunk = new Uint8Array(4 + content.byteLength);
+    chunk.set([...name].map(letter => letter.charCodeAt(0)));
     chunk.set(new Uint8Array(content), 4);
     const length = new DataView(new ArrayBuffer(4)), sum = new DataView(new ArrayBuffer(4));
     length.setUint32(0, content.byteLength); sum.setUint32(0, checksum(chunk));

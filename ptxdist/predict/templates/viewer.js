@@ -74,7 +74,7 @@ async function post(address, file) {
     const response = await fetch(address, {method: "POST", headers, body: file}).catch(() => null);
     if (response && response.ok) return response;
     const wait = response && response.headers.get("retry-after");
-    const words = !response ? "The server does not answer. Check that `ptxdist serve` is running and that the file still exists." :
+    const words = !response ? "The server does not answer. Check that `ptxdist serve` is running, and that this is a file that still exists, not a folder." :
       (await response.json().catch(() => ({}))).error || `The server answered with status ${response.status}.`;
     if (!wait || !left) throw Object.assign(new Error(words), {again: !response || response.status !== 422});
     $("working-words").textContent = words;
@@ -110,7 +110,10 @@ function display() {
 }
 
 function list() {
-  const done = files.filter(item => item.answer || item.state === "refused").length;
+  const counts = [
+    ["marked", item => item.answer?.area_px > 0], ["not marked", item => item.answer?.area_px === 0], ["refused", item => item.state === "refused"],
+    ["waiting", item => !item.answer && item.state !== "refused"],
+  ].map(([words, has]) => [files.filter(has).length, words]).filter(([count]) => count);
   $("files").hidden = files.length < 2;
   $("drop").classList.add("compact");
   const edge = {previous: current <= 0, next: current >= files.length - 1};
@@ -119,7 +122,7 @@ function list() {
     $(id).disabled = edge[id];
   }
   $("place").textContent = `${current + 1} of ${files.length}`;
-  $("listing-words").textContent = `All ${files.length} files` + (done < files.length ? `, ${done} done` : "");
+  $("listing-words").textContent = `All ${files.length} files: ` + counts.map(part => part.join(" ")).join(", ");
   while ($("list").children.length < files.length) {
     const button = document.createElement("button"), index = $("list").children.length;
     button.type = "button";
