@@ -28,7 +28,7 @@ from ptxdist.dicom.png import SIGNATURE
 from ptxdist.errors import DicomError
 from ptxdist.phantoms.dataset import draw_file
 from ptxdist.predict.dicom_seg import encode_segmentation
-from ptxdist.predict.findings import measure
+from ptxdist.predict.findings import measure, position_of
 from ptxdist.predict.predictor import Prediction, Predictor
 from ptxdist.records import OperatingPoint, Record, when_known
 from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
@@ -52,7 +52,8 @@ class Answer(Record):
     """What is found in one radiograph; areas and `encoded_pixels` (run-length text) at the original resolution.
 
     `px_mm2` is the area of a pixel, None where the spacing cannot be trusted, and `mm2_reason` says why. `rule` is the
-    operating point in words. `cautions` are sentences that say why the answer may mean less than usual.
+    operating point in words. `side` and `zone` say where the mask is, see `position_of`. `cautions` are sentences that
+    say why the answer may mean less than usual.
     """
 
     rows: int
@@ -68,6 +69,8 @@ class Answer(Record):
     rule: str
     cautions: tuple[str, ...] = ()
     encoded_pixels: str
+    side: str | None = when_known()
+    zone: str | None = when_known()
     unlike: str | None = when_known()
     note: str = "research use only; not a medical device"
 
@@ -86,6 +89,7 @@ def answer_of(prediction: Prediction, predictor: Predictor) -> Answer:
         rule=point.words,
         cautions=tuple(filter(None, cautions)),
         **measure(prediction),
+        **position_of(prediction.mask, prediction.orientation),
     )
 
 

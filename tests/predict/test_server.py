@@ -38,6 +38,7 @@ from ptxdist.labels import rle
 from ptxdist.phantoms.dataset import draw_file
 from ptxdist.places import RESULT, SETTINGS
 from ptxdist.predict import server
+from ptxdist.predict.findings import position_of
 from ptxdist.predict.gate import Limits
 from ptxdist.predict.viewer import EXAMPLE_SEED, levels_of, page_files, thresholds_at
 from ptxdist.predict.worker import Reply, Wanted, Worker, refused
@@ -97,6 +98,7 @@ def test_the_answer_is_what_predict_finds(url: str, predictor: Predictor, files:
         assert (found["rows"], found["columns"]) == prediction.mask.shape
         assert np.array_equal(rle.decode(found["encoded_pixels"], *prediction.mask.shape) > 0, prediction.mask)
         assert found["score"] == round(prediction.score, 6)
+        assert (found["side"], found["zone"]) == tuple(position_of(prediction.mask, prediction.orientation).values())
         assert found["operating_point"] == predictor.operating_point.model_dump()
         if path.name == "b.dcm":
             assert (found["area_mm2"], found["mm2_plane"]) == (prediction.area_px * 4, "detector")

@@ -19,6 +19,7 @@ from serving import make_predictor, serving
 
 from ptxdist import Prediction, Predictor
 from ptxdist.dicom.png import PngHeader, decode_png, read_png_header
+from ptxdist.predict.findings import position_of
 from ptxdist.predict.gate import Limits
 from ptxdist.predict.viewer import thresholds_at
 from ptxdist.records import OperatingPoint
@@ -136,6 +137,8 @@ def test_a_file_goes_up_and_the_sliders_are_moved_by_keyboard(
     assert "Secondary Capture" in words(chromium, "area-more")
     assert chromium.run("[shown.width, shown.height, shown.grey.length]") == [160, 120, 160 * 120]
     assert words(chromium, "verdict").startswith(f"Pneumothorax marked: {prediction.area_px:,} pixels, ")
+    place = position_of(prediction.mask, prediction.orientation)
+    assert words(chromium, "verdict").endswith(f" % of the image; {place['side']}, {place['zone']} zone.")
     tab_to(chromium, "threshold")
     press(chromium, "ArrowRight", 3)
     point = predictor.operating_point

@@ -196,7 +196,8 @@ function draw() {
   $("opacity").setAttribute("aria-valuetext", `${$("opacity").value} %`);
   $("reset").disabled = own;
   const where = own ? "" : " This is not the model's operating point.";
-  const verdict = area ? `marked: ${number(area)} pixels, ${share}.` : `not marked, because ${reason.replace("only 0 pixels reach", "no pixel reaches")}.`;
+  const place = own && answer.side ? `; ${answer.side}, ${answer.zone} zone` : "";
+  const verdict = area ? `marked: ${number(area)} pixels, ${share}${place}.` : `not marked, because ${reason.replace("only 0 pixels reach", "no pixel reaches")}.`;
   $("verdict").textContent = `${document.body.dataset.finding} ${verdict}${where}`;
   $("area").textContent = number(area);
   const plane = answer.mm2_plane === "detector" ? " on the detector, where anatomy is slightly magnified" : "";
