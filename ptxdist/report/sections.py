@@ -23,7 +23,7 @@ from ptxdist.scores.analysis import SMALL_CASES, SMALL_POSITIVES, subgroups
 from ptxdist.scores.elsewhere import seen_before
 from ptxdist.scores.headline import WIDE, digits, number, points, sentences
 from ptxdist.scores.intervals import FEWEST
-from ptxdist.scores.names import AUROC, ECE, SCORES, TOO_FEW
+from ptxdist.scores.names import AUROC, ECE, SCORES
 from ptxdist.scores.tables import CaseRow
 from ptxdist.scores.watchdog import why_not
 from ptxdist.train import collapse
@@ -139,7 +139,7 @@ def _about_scores(
             "Operating points",
             (tables.score_table(evaluation), *tuning),
             lead="First the point in use. Tuned points have the best Kaggle Dice, and are scored on images that they "
-            "were not tuned on. To find more positive images, see Working points in docs/evaluation.md.",
+            "were not tuned on. To miss fewer images, find a working point with ptxdist evaluate --sensitivity 0.95.",
         ),
         Section(
             "images",
@@ -192,7 +192,11 @@ def _auroc(evaluation: EvaluationResult) -> str:
     if evaluation.auroc is None:
         return marks
     span = evaluation.intervals.get(AUROC.field)
-    interval = f"{number(span[0], digits(span))} to {number(span[1], digits(span))}" if span else TOO_FEW
+    interval = (
+        f"{number(span[0], digits(span))} to {number(span[1], digits(span))}"
+        if span
+        else "no interval: too few patients"
+    )
     return (
         f"The score of an image tells positive from negative images with an AUROC of "
         f"{number(evaluation.auroc, digits(span))} ({interval}; chance 0.5), wherever the mask is. {marks}"
