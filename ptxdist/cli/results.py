@@ -102,7 +102,7 @@ def evaluate(
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
-        console.show_result(read_stages(Path(runs[0])) if out is None else (), evaluation)
+        console.show_result(evaluation)
 
 
 def _refuse_unfit(
@@ -249,14 +249,15 @@ def _inspect_run(run: Path, as_json: bool) -> None:
         if as_json:
             console.show_json(result.model_dump(mode="json"))
         else:
-            console.show_result(result.stages, result.evaluation)
+            console.show_stages(result.stages)
+            console.show_result(result.evaluation)
         return
     folders = [stage_folder(run, n, stage.size_px) for n, stage in enumerate(settings.pipeline.stages, start=1)]
     done = [stage for stage in map(read_stage_result, folders) if stage]
     if as_json:
         console.show_json({"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]})
     else:
-        console.show_result(done, None)
+        console.show_stages(done)
         console.say(f"not finished: {len(done)} of {len(folders)} stages; rerun `ptxdist train` to resume")
 
 

@@ -102,16 +102,16 @@ def train(
     if isinstance(result, PipelineResult):
         page = _report_page(settings, run)
         content = {**result.model_dump(mode="json"), "report": str(page)}
-        stages, evaluation = result.stages, result.evaluation
+        evaluation = result.evaluation
         where = f"report: {page}\noverlays: {page.parent / 'overlays'}"
     else:
         content = result.model_dump(mode="json")
-        stages, evaluation = (), result
+        evaluation = result
         where = f"out-of-fold evaluation: {Path(run) / OUT_OF_FOLD}"
     if as_json:
         console.show_json(content)
     else:
-        console.show_result(stages, evaluation)
+        console.show_result(evaluation)
         console.out.print(where, soft_wrap=True)
 
 

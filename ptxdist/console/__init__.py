@@ -17,7 +17,7 @@ from ptxdist.console.terminal import divert, err, fail, out, progress, say, show
 from ptxdist.errors import plain
 
 if TYPE_CHECKING:
-    from ptxdist.console.results import show_comparison, show_external, show_result
+    from ptxdist.console.results import show_comparison, show_external, show_result, show_stages
     from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
 
 __all__ = [
@@ -39,11 +39,12 @@ __all__ = [
     "show_json",
     "show_pairs",
     "show_result",
+    "show_stages",
 ]
 
 # Loaded on first use: both import the settings and the records of a run, which the data commands do not need.
 _LATE = {
-    **dict.fromkeys(("show_comparison", "show_external", "show_result"), "results"),
+    **dict.fromkeys(("show_comparison", "show_external", "show_result", "show_stages"), "results"),
     **dict.fromkeys(("TrainingDisplay", "epoch_line", "epoch_table"), "training"),
 }
 

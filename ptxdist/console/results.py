@@ -28,14 +28,8 @@ _HEADS[0] = f"Dice:\n{_HEADS[0]}"
 _BESIDE = 3  # other operating points in the table of a result
 
 
-def show_result(stages: Sequence[StageResult], evaluation: EvaluationResult | None) -> None:
-    """Print a sentence, and the scores at the operating point in use beside those at others.
-
-    Without an evaluation, print the best epoch of each stage.
-    """
-    if evaluation is None:
-        _show_stages(stages)
-        return
+def show_result(evaluation: EvaluationResult) -> None:
+    """Print a sentence, and the scores at the operating point in use beside those at others."""
     for sentence in headline.sentences(evaluation):
         out.print(sentence, style="bold")
     out.print(_scores(evaluation))
@@ -48,7 +42,8 @@ def show_result(stages: Sequence[StageResult], evaluation: EvaluationResult | No
         _show_elsewhere(evaluation.elsewhere)
 
 
-def _show_stages(stages: Sequence[StageResult]) -> None:
+def show_stages(stages: Sequence[StageResult]) -> None:
+    """Print the best epoch of each stage of a run."""
     table = Table(title="validation, at the original resolution", title_justify="left")
     for name in ("", "epochs", "best", "loss", *_HEADS):
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))

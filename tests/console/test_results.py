@@ -31,7 +31,7 @@ def test_an_evaluation_is_a_sentence_and_five_rows(
         threshold=0.25, min_area_px=0, flip_averaging=True, scores=large, auroc=0.8, intervals=INTERVALS,
         at_other_thresholds={"0.5": large, "0.55": large}, tuned=(tuned,), seconds=1.0,
     )  # fmt: skip
-    console.show_result((), evaluation)
+    console.show_result(evaluation)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[:2] == [
         "Finds 1,334 of 2,669 with a pneumothorax; false alarms in 938 of 9,378 without.",
@@ -63,7 +63,6 @@ def test_the_sentence_says_when_a_model_is_of_no_use(
 ) -> None:
     scores = SCORES.model_copy(update=changed)
     console.show_result(
-        (),
         EvaluationResult(
             threshold=0.5, min_area_px=0, flip_averaging=True, scores=scores, at_other_thresholds={}, seconds=1.0
         ),

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ptxdist.records import Elsewhere, Profile
 from ptxdist.report.charts import (
     Axis,
     Series,
@@ -20,6 +21,8 @@ from ptxdist.report.charts import (
     surface,
     tick_text,
 )
+from ptxdist.report.page import Facts, Forest
+from ptxdist.report.tables import profiles
 
 numbers = st.floats(-1e6, 1e6)
 
@@ -103,3 +106,19 @@ def test_many_cells_are_not_all_named() -> None:
     assert len(cell_axis("x", [str(number) for number in range(99)]).ticks) <= 10
     named = cell_axis("x", [f"{number / 40:g}" for number in range(1, 40)]).names
     assert named == ("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9")
+
+
+@pytest.mark.parametrize(("side_px", "drawn"), [(1024.0, False), (2048.0, True)])
+def test_a_property_without_spread_is_said_and_one_that_differs_is_drawn(side_px: float, drawn: bool) -> None:
+    there = Profile(
+        images=9, positives=3, mask_share=(), brightness=(1, 2, 3, 4, 5), age=(), side_px=(1024,) * 5, views={"PA": 9}
+    )
+    here = there.model_copy(update={"side_px": (side_px,) * 5})
+    about = Elsewhere(
+        data="", split="all", models=("m",), weights_sha256=("0",), point_from="", here=here, there=there, seen=None
+    )
+    facts, *blocks, _ = profiles(about)
+    assert ("longer side in pixels" in [block.table.caption for block in blocks if isinstance(block, Forest)]) == drawn
+    assert isinstance(facts, Facts)
+    said = "The longer side in pixels is 1,024 here and in the training, without any spread."
+    assert (said in facts.sentences) != drawn
