@@ -23,18 +23,18 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
-    model_serializer,
     model_validator,
 )
 
 from ptxdist import files
-from ptxdist.errors import SettingsError
+from ptxdist.errors import SettingsError, short
+from ptxdist.section import Section, added
+from ptxdist.section import complete as complete
+from ptxdist.section import snapshot as snapshot
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -44,37 +44,8 @@ Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Channels = Annotated[int, Field(ge=1, le=1024)]
 Precision = Literal["auto", "fp32", "bf16"]
 _MOST_VALUES = 2**28  # of an image in one layer of the decoder: 1 GiB
-_ADDED = "added after 0.1.0"
 # Settings of a stage that are gone: they changed the weights, and nothing in how these are used.
 _REMOVED = ("ema_decay", "clip_norm")
-_ALL = "all settings"
-
-
-def added(default: Any, **more: Any) -> Any:
-    """A setting that was added after version 0.1.0; arguments as for pydantic's Field.
-
-    At its default it is left out of snapshots and fingerprints. So stages that were finished before a setting existed
-    keep their fingerprints, and its default must never change.
-    """
-    return Field(default, json_schema_extra={_ADDED: True}, **more)
-
-
-class Section(BaseModel):
-    """A frozen, strict group of settings: unknown keys and silent conversions are errors."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-    @model_serializer(mode="wrap")
-    def _without_added_defaults(
-        self, handler: SerializerFunctionWrapHandler, info: SerializationInfo
-    ) -> dict[str, Any]:
-        content: dict[str, Any] = handler(self)
-        if info.context != _ALL:
-            for name, field in type(self).model_fields.items():
-                is_added = isinstance(field.json_schema_extra, dict) and _ADDED in field.json_schema_extra
-                if is_added and getattr(self, name) == field.default:
-                    content.pop(name, None)
-        return content
 
 
 class DataSettings(Section):
@@ -131,7 +102,9 @@ class ModelSettings(Section):
     input_mapping: Literal["repeat", "learned"] = Field(
         "repeat", description="grayscale to three channels: repeated, or by a learned 1x1 convolution"
     )
-    decoder_channels: tuple[Channels, Channels, Channels, Channels, Channels] = Field((256, 128, 64, 32, 16))
+    decoder_channels: tuple[Channels, Channels, Channels, Channels, Channels] = Field(
+        (256, 128, 64, 32, 16), description="channels of the decoder's five layers, from the smallest image on"
+    )
     image_head: bool = added(False, description="also predict from the pooled features whether the image is positive")
     init: str | None = added(
         None, min_length=1, description="a run, a bundle or a file with weights of the whole network"
@@ -168,13 +141,15 @@ class StageSettings(Section):
     """One training at one size."""
 
     size_px: Side = Field(description="side of the square images, in pixels")
-    epochs: int = Field(ge=1, le=100_000)
+    epochs: int = Field(ge=1, le=100_000, description="passes over the training cases")
     batch_size: int = Field(ge=1, le=100_000, description="cases per optimiser step over all workers together")
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, description="of Adam, at the start of the schedule")
     weight_decay: float = added(0.0, ge=0, description="decoupled from the gradient, as in AdamW; 0: Adam")
     warmup_steps: int = added(0, ge=0, description="first optimiser steps, over which the learning rate rises from 0")
-    schedule: Literal["plateau", "cosine", "constant"] = "cosine"
-    plateau_factor: float = Field(0.2, gt=0, lt=1)
+    schedule: Literal["plateau", "cosine", "constant"] = Field(
+        "cosine", description="learning rate over the epochs; plateau: lower when the validation loss stops falling"
+    )
+    plateau_factor: float = Field(0.2, gt=0, lt=1, description="by which a plateau multiplies the learning rate")
     plateau_patience: int = Field(5, ge=0, description="epochs without a lower validation loss")
     swa_epochs: int = Field(0, ge=0, description="SWA over this many last epochs; 0: no SWA")
     swa_update_batch_norm: bool = Field(True, description="re-estimate the batch-norm statistics of the SWA weights")
@@ -235,11 +210,13 @@ class EvaluationSettings(Section):
 class PipelineSettings(Section):
     """One experiment: a model, its ordered stages and its evaluation."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_.-]+$")
-    purpose: str = ""
-    source: str = ""
-    target: str = ""
-    seed: int = Field(0, ge=0, lt=2**31)
+    name: str = Field(
+        min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="of the pipeline; its file's name by default"
+    )
+    purpose: str = Field("", description="what the pipeline is for, in reports")
+    source: str = Field("", description="where it is from, in reports")
+    target: str = Field("", description="the score that its source reports")
+    seed: int = Field(0, ge=0, lt=2**31, description="of random weights, of the order of cases and of augmentation")
     fold: int = Field(
         0, ge=0, description="the fold that is held out for validation; the cache has `preprocess --folds`"
     )
@@ -287,16 +264,6 @@ class Settings(Section):
                     f"pipeline.stages.{number}.batch_size"
                 )
         return self
-
-
-def snapshot(section: Section) -> dict[str, Any]:
-    """The section as plain JSON values, without added settings at their default; `restore(snapshot(s)) == s`."""
-    return section.model_dump(mode="json")
-
-
-def complete(section: Section) -> dict[str, Any]:
-    """All settings of the section as plain JSON values, for people to read."""
-    return section.model_dump(mode="json", context=_ALL)
 
 
 def without_removed(pipeline: Any) -> Any:
@@ -359,9 +326,9 @@ def explain(error: ValidationError, sources: Sequence[tuple[str, str]], default:
         )
         where = next(matching, default)
         message = problem["msg"].removeprefix("Value error, ")
-        found = "" if problem["type"] in ("missing", "value_error") else f", found {problem['input']!r}"
+        found = "" if problem["type"] in ("missing", "value_error") else f", found {short(repr(problem['input']), 200)}"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown setting '{place}'{nearest(str(loc[-1]), _names(loc[:-1]))}")
+            lines.append(f"{where}: unknown setting '{short(place, 100)}'{nearest(str(loc[-1]), _names(loc[:-1]))}")
         elif problem["type"].endswith("_type") and _names(loc):
             lines.append(f"{where}: '{place}' must be a group of settings{found}")
         else:

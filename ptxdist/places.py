@@ -73,7 +73,7 @@ def refuse_other(place: Path | str, *wanted: str) -> None:
     expected = " or ".join(_NAMES[item] for item in wanted if item in _NAMES)
     if kind == NOTHING:
         made = "; ".join(_MADE_BY[item].format(place) for item in wanted if item in _MADE_BY)
-        raise error(f"there is no {place}{near(place)}; expected {expected}; {made}")
+        raise error(f"nothing at {place}{near(place)}; expected {expected}; {made}")
     if kind == RUNS:
         inside = sorted(str(path.parent) for path in place.glob(f"*/{SETTINGS}"))
         more = f", … ({len(inside)})" if len(inside) > _SHOWN else ""
@@ -94,7 +94,7 @@ def in_words(kind: str) -> str:
 def refuse_missing(place: Path, option: str, error: type[PtxdistError]) -> None:
     """Raise the error where nothing is at a path that an option names."""
     if not place.exists():
-        raise error(f"{option}: there is no {place}{near(place)}; give the path of what exists")
+        raise error(f"{option}: nothing at {place}{near(place)}; give a path that exists")
 
 
 def near(path: Path) -> str:

@@ -3,7 +3,7 @@
 Owns: the order defaults < site < pipeline < `--set` < named options; how files of `configs/` and `pipelines/` are
 found. Refuses: unknown keys (with the nearest valid name). No file inherits from another one.
 
-Only the two files that `--site` and `--pipeline` name are read.
+Only the two files that `--site` and `--pipeline` name are read. `every_setting` lists what can be set.
 """
 
 from __future__ import annotations
@@ -11,13 +11,28 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ptxdist.config import PACKAGE, PipelineSettings, Section, Settings, StageSettings, explain, nearest, section_of
-from ptxdist.errors import SettingsError
+from ptxdist.config import PACKAGE, PipelineSettings, Settings, StageSettings, explain, nearest, section_of
+from ptxdist.errors import SettingsError, short
+from ptxdist.section import Section
+
+_SHORT_NAMES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "wd": "weight_decay"}
+_SHORT_NAMES |= {"size": "size_px", "image_size": "size_px", "weights": "encoder_weights", "backbone": "encoder"}
+
+
+@dataclass(frozen=True)
+class SettingWords:
+    """A setting for people: its key as `--set` takes it, its type, its default ("" if it has none), and its meaning."""
+
+    key: str
+    type: str
+    default: str
+    meaning: str
 
 
 def find(kind: Literal["configs", "pipelines"], name: str) -> Path:
@@ -78,10 +93,10 @@ def load_settings(
     for assignment in assignments:
         key, separator, value = assignment.partition("=")
         if not separator:
-            raise SettingsError(f"--set {assignment}: expected key=value, such as pipeline.seed=1")
+            raise SettingsError(f"--set {short(assignment, 200)}: expected key=value, such as seed=1")
         key = _full_key(key.strip())
-        _assign(merged, key, _parse_value(value.strip()), f"--set {assignment}")
-        sources.append((key, f"--set {assignment}"))
+        _assign(merged, key, _parse_value(value.strip()), f"--set {short(assignment, 200)}")
+        sources.append((key, f"--set {short(assignment, 200)}"))
     for key, value in (options or {}).items():
         if value is not None:
             _assign(merged, _full_key(key), value, f"option for {key}")
@@ -90,6 +105,53 @@ def load_settings(
         return Settings.model_validate_json(json.dumps(merged, default=str))
     except ValidationError as error:
         raise SettingsError(explain(error, sources, str(path))) from error
+
+
+def every_setting() -> list[SettingWords]:
+    """All settings, in the order of the models in `config`; those of a stage as `stages.*.NAME`."""
+    schema = Settings.model_json_schema()
+    return list(_settings_in(schema["properties"], schema["$defs"], ""))
+
+
+def _settings_in(properties: Mapping[str, Any], models: Mapping[str, Any], prefix: str) -> Iterator[SettingWords]:
+    for name, content in properties.items():
+        inner = content.get("$ref") or content.get("items", {}).get("$ref")
+        if inner:
+            place = "" if name == "pipeline" else f"{prefix}{name}.{'*.' if 'items' in content else ''}"
+            yield from _settings_in(models[inner.rpartition("/")[2]]["properties"], models, place)
+        else:
+            default = "" if content.get("default") is None else json.dumps(content["default"])
+            yield SettingWords(f"{prefix}{name}", _type_in_words(content), default, content["description"])
+
+
+def _type_in_words(schema: Mapping[str, Any]) -> str:
+    if "anyOf" in schema:
+        return " or ".join(_type_in_words(part) for part in schema["anyOf"] if part.get("type") != "null")
+    if "enum" in schema:
+        return " | ".join(schema["enum"])
+    if schema["type"] == "array":
+        return f"{schema['minItems']} values" if "minItems" in schema else "list"
+    if schema["type"] in ("integer", "number"):
+        signs = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
+        signs["multipleOf"] = "in steps of"
+        limits = [f" {sign} {schema[key]:,}" for key, sign in signs.items() if key in schema]
+        return ("whole number" if schema["type"] == "integer" else "number") + "".join(limits)
+    return {"boolean": "true | false", "string": "text"}[schema["type"]]
+
+
+def set_in_words(name: str, value: str) -> str:
+    """How `--set` gives a value to the settings of this name, or of a usual short one; "" if there are none."""
+    name = _SHORT_NAMES.get(name, name)
+    keys = [item.key for item in every_setting() if item.key.rpartition(".")[2] == name]
+    ways = []
+    for key in keys:
+        if "*" in key:
+            ways.append(
+                f"`--set '{key}={value}'` for all stages, `--set {key.replace('*', '1')}={value}` for the first"
+            )
+        else:
+            ways.append(f"`--set {key}={value}`")
+    return ", or ".join(ways)
 
 
 def _parse_value(text: str) -> Any:
@@ -143,7 +205,7 @@ def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
         if not (isinstance(model, type) and issubclass(model, Section)):
             raise SettingsError(f"{where}: '{'.'.join(parts[:depth])}' is a value and has no settings inside")
         if part not in model.model_fields:
-            raise SettingsError(f"{where}: unknown setting '{part}'{nearest(part, model.model_fields)}")
+            raise _unknown(where, part, str(value), model, top=last and not depth)
         model = section_of(model, part)
         if last:
             if isinstance(model, type) and issubclass(model, Section):
@@ -152,6 +214,16 @@ def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:
                 node[part] = value
         else:
             nodes = [node.setdefault(part, {}) for node in nodes]
+
+
+def _unknown(where: str, part: str, value: str, model: type[Section], *, top: bool) -> SettingsError:
+    """The error for a name that a group of settings does not have; `top`: it is the whole key."""
+    if top and (ways := set_in_words(part, value)):
+        return SettingsError(f"{where}: no setting '{part}'; use {ways}")
+    names = [*model.model_fields, *({item.key for item in every_setting()} if top else ())]
+    other = _SHORT_NAMES.get(part)
+    near = f" (did you mean '{other}'?)" if other in names else nearest(part, names)
+    return SettingsError(f"{where}: unknown setting '{short(part, 100)}'{short(near)}; `ptxdist settings` lists all")
 
 
 def _stages(stages: list[dict[str, Any]], part: str, where: str) -> list[Any]:

@@ -62,8 +62,8 @@ def test_commands_options_and_defaults(name: str) -> None:
 
 
 def test_no_command_is_gone() -> None:
-    """`plan` and `score` were added after 0.1.0."""
-    assert facts.command_line().keys() == {*GOLDEN["command_line"], "plan", "score"}
+    """`plan`, `score` and `settings` were added after 0.1.0."""
+    assert facts.command_line().keys() == {*GOLDEN["command_line"], "plan", "score", "settings"}
 
 
 @pytest.mark.parametrize("name", ["settings", "manifest", "run", "cache", "tensorboard"])

@@ -26,6 +26,7 @@ from ptxdist.labels.reader import Labels, read_any
 from ptxdist.labels.tables import line_of
 
 _SUFFIXES = (*DICOM_SUFFIXES, ".png", ".jpg")
+_LOOKED_AT = 100  # masks, for a hint
 _MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
 
 OnFile = Callable[[int, int], None]
@@ -144,7 +145,7 @@ def _read(
     found, renamed = _by_image_id(found, usable)
     if not usable.keys() & found.masks.keys():
         stems = {Path(case_id).stem if Path(case_id).suffix.lower() in _SUFFIXES else "" for case_id in found.masks}
-        hint = "write ids without .dcm or .png" if stems & usable.keys() else "do both belong to the same data set?"
+        hint = "write ids without .dcm or .png" if stems & usable.keys() else _match_in_words(usable, found.masks)
         ours, theirs = (", ".join(sorted(ids)[:3]) for ids in (usable, found.masks))
         raise CatalogError(
             f"none of the {len(usable)} images in {images} has a label in {labels} (ids of images: {ours}; of labels: "
@@ -153,6 +154,16 @@ def _read(
     if patients and not usable.keys() & patient_of.keys():
         raise LabelError(f"{patients}: none of the {len(usable)} images in it; its image ids are others")
     return _Inputs(found, renamed, patient_of, usable, tuple(rejects), duplicates, len(scanned), others)
+
+
+def _match_in_words(images: Collection[str], masks: Collection[str]) -> str:
+    """What to do when no id of a mask is one of an image: a pattern, where an image's is the start of a mask's."""
+    for mask in sorted(masks)[:_LOOKED_AT]:
+        rest = {mask[len(name) :] for name in images if name and mask.startswith(name)}
+        rest = {text for text in rest if not text[0].isalnum()}
+        if rest:
+            return f"if the masks are files, --match '*{min(rest, key=len)}' says how they are named"
+    return "do both belong to the same data set?"
 
 
 def _by_image_id(labels: Labels, usable: Mapping[str, tuple[Header, ScannedFile]]) -> tuple[Labels, Mapping[str, str]]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,10 +68,22 @@ def scan(
     others += len(names) - len(images)
     if not images:
         raise CatalogError(
-            f"{root}: no DICOM files (*.dcm) and no PNG images in it or below it ({others} other files); links "
-            "to folders are not followed"
+            f"{no_images(root, (name for *_, names in os.walk(root) for name in names))}; links to folders are not "
+            "followed"
         )
     return images, others
+
+
+def no_images(place: Path, names: Iterable[str]) -> str:
+    """A sentence about a folder or zip file with other files only: of which kinds, and what to do with JPEG images."""
+    kinds = Counter(os.path.splitext(name)[1].lower() or "without a suffix" for name in names)
+    shown = ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common(3))
+    found = f" ({sum(kinds.values()):,} other files: {shown})" if shown else "; it is empty"
+    jpeg = any(kind in (".jpg", ".jpeg") for kind, _ in kinds.most_common(3))
+    advice = (
+        ". JPEG images are not read: convert them to PNG (ImageMagick: `mogrify -format png *.jpg`)" if jpeg else ""
+    )
+    return f"{place}: no DICOM files (*.dcm) and no PNG images in it or below it{found}{advice}"
 
 
 def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tuple[int, list[ScannedFile]]:

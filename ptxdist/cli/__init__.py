@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,14 +19,16 @@ from ptxdist.cli.data import phantom, preprocess, verify
 from ptxdist.cli.demo import demo
 from ptxdist.cli.doctor import doctor
 from ptxdist.cli.export import export
+from ptxdist.cli.hints import advice
 from ptxdist.cli.plan import plan
 from ptxdist.cli.predict import predict
 from ptxdist.cli.results import compare, evaluate, inspect, report
 from ptxdist.cli.score import score
 from ptxdist.cli.serve import serve
+from ptxdist.cli.settings import settings
 from ptxdist.cli.submit import submit
 from ptxdist.cli.train import train
-from ptxdist.errors import PtxdistError
+from ptxdist.errors import PtxdistError, short
 
 # What is wrong with a machine and not with ptxdist: a disk, permissions, limits.
 _ENVIRONMENT = (
@@ -38,20 +40,26 @@ _ENVIRONMENT = (
 class _Commands(click.Group):
     """Prints a PtxdistError as one line and exits with its code, and with 1 when a file cannot be read or written.
 
-    Any other exception keeps its traceback.
+    Any other exception keeps its traceback. Commands are listed in the order of their use.
     """
 
-    def make_context(self, *args: Any, **extra: Any) -> click.Context:
-        with _said():
-            return super().make_context(*args, **extra)
+    _words: tuple[str, ...] = ()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def make_context(self, info_name: str | None, args: list[str], *parents: Any, **extra: Any) -> click.Context:
+        self._words = tuple(args)
+        with _said(self._words):
+            return super().make_context(info_name, args, *parents, **extra)
 
     def invoke(self, ctx: click.Context) -> Any:
-        with _said():
+        with _said(self._words):
             return super().invoke(ctx)
 
 
 @contextmanager
-def _said() -> Iterator[None]:
+def _said(words: Sequence[str] = ()) -> Iterator[None]:
     try:
         yield
     except PtxdistError as error:
@@ -62,7 +70,8 @@ def _said() -> Iterator[None]:
     except click.ClickException as error:
         from ptxdist import console
 
-        vars(error)["message"] = console.plain(error.message)  # it repeats words of the command line
+        # It repeats words of the command line.
+        vars(error)["message"] = f"{console.plain(short(error.message))} {advice(error, words)}".strip()
         raise
     except OSError as error:
         if error.errno not in _ENVIRONMENT:
@@ -83,21 +92,7 @@ def cli() -> None:
 
 
 for _command in (
-    compare,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    inspect,
-    phantom,
-    plan,
-    predict,
-    preprocess,
-    report,
-    score,
-    serve,
-    submit,
-    train,
-    verify,
+    *(demo, phantom, preprocess, verify, inspect, plan, train, evaluate, compare, report, predict, serve, export),
+    *(score, settings, doctor, submit),
 ):
     cli.add_command(_command)

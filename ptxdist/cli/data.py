@@ -28,7 +28,7 @@ UNLISTED = click.Choice(["unused", "negative"])
 SIDE = "Side of the images in pixels; may be repeated."
 
 
-@click.command()
+@click.command(short_help="Draw synthetic radiographs with masks, as SIIM has them.")
 @click.argument("out", type=FOLDER)
 @click.option("--cases", type=int, default=300, show_default=True, help="Number of images; with --labels, 0 means all.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Another seed gives other images.")
@@ -50,8 +50,9 @@ def phantom(
     """Write a synthetic SIIM-like data set to OUT.
 
     \b
-    Examples: ptxdist phantom phantoms --cases 300 --seed 0
-              ptxdist phantom elsewhere --seed 1 --bedside --positive-share 0.05
+    Examples:
+      ptxdist phantom phantoms --cases 300
+      ptxdist phantom elsewhere --seed 1 --bedside --positive-share 0.05
     """
     if labels:
         places.refuse_missing(labels, "--labels", LabelError)
@@ -76,7 +77,7 @@ def phantom(
         console.show_pairs(str(out), [(name, str(value)) for name, value in asdict(result).items()])
 
 
-@click.command()
+@click.command(short_help="Convert image files and labels to a training cache.")
 @click.option("--dicom", type=FOLDER, required=True, help="Folder of DICOM files or PNG images, also nested.")
 @click.option("--labels", type=FILE, required=True, help=LABELS)
 @click.option("--match", help=MATCH)
@@ -115,7 +116,10 @@ def preprocess(
 
     Rerun it after any change or interruption: finished and unchanged parts are skipped.
 
-    Example: ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv --out cache
+    \b
+    Example:
+      ptxdist preprocess --dicom dicom-images-train --labels train-rle.csv \\
+        --out cache
     """
     if address and "://" in str(out) and "PTXDIST_STAGING" not in os.environ:
         raise SettingsError("--address with --out s3://… needs PTXDIST_STAGING, a folder that all nodes share")
@@ -165,7 +169,7 @@ def preprocess(
         console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} pixels: {done}")
 
 
-@click.command()
+@click.command(short_help="Check every byte of a cache, and repair it.")
 @click.argument("cache", type=PLACE)
 @click.option("--source", type=FOLDER, help="Folder of the image files; the cache is compared with them.")
 @click.option("--repair", is_flag=True, help="Rewrite damaged parts from --source.")
@@ -181,7 +185,10 @@ def verify(
 
     Ends with exit code 7 when something is wrong and was not repaired.
 
-    Example: ptxdist verify cache --source dicom-images-train --repair
+    \b
+    Examples:
+      ptxdist verify cache
+      ptxdist verify cache --source dicom-images-train --repair
     """
     if repair and "://" in str(cache):
         raise SettingsError(f"--repair works on folders; repair this cache with `ptxdist preprocess --out {cache}`")

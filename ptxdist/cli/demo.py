@@ -18,7 +18,7 @@ WITHOUT_WEIGHTS = (  # random weights need more steps
 )
 
 
-@click.command()
+@click.command(short_help="All steps on synthetic data, in minutes.")
 @click.option("--out", type=FOLDER, default=Path("demo"), show_default=True, help="Folder for data, cache and run.")
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Ray Train workers.")
 @json_option
@@ -26,7 +26,9 @@ WITHOUT_WEIGHTS = (  # random weights need more steps
 def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None:
     """All steps on synthetic data: phantoms, cache, two stages with Ray Train, numbers, report.
 
-    Example: ptxdist demo
+    \b
+    Example:
+      ptxdist demo
     """
     begin(f"demo in {out}: made for a CPU; phantoms, a cache, two short stages of training, a report", keeps=True)
     from ptxdist import console

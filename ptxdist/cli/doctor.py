@@ -11,7 +11,7 @@ from ptxdist.cli.options import PLACE, begin, json_option
 from ptxdist.errors import ClusterError
 
 
-@click.command()
+@click.command(short_help="Check whether a run would work on this machine or cluster.")
 @click.option("--address", help="A Ray cluster (HEAD:6379), every node of it.  [default: this machine]")
 @click.option("--data", type=PLACE, help="A cache, a folder or s3://…, that every node must be able to read.")
 @click.option(
@@ -24,7 +24,11 @@ def doctor(address: str | None, data: Path | str | None, run: Path | str | None,
 
     The exit code is 11 if anything is wrong; warnings do not count.
 
-    Example: ptxdist doctor --address HEAD:6379 --data /shared/cache --run /shared/runs/exp4
+    \b
+    Examples:
+      ptxdist doctor
+      ptxdist doctor --address HEAD:6379 --data /shared/cache \\
+        --run /shared/runs/first
     """
     begin(f"looks at {f'every node of {address}' if address else 'this machine'}")
     from ptxdist import console

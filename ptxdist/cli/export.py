@@ -13,7 +13,7 @@ from ptxdist.errors import SettingsError
 SUFFIXES = (".onnx", ".pt2", places.SUFFIX)
 
 
-@click.command()
+@click.command(short_help="Write a model as one file to share.")
 @click.argument("model", type=PLACE)
 @click.option("--out", type=FILE, required=True, help="The file; its suffix is .onnx, .pt2 or .ptxdist.")
 @click.option("--point", type=FOLDER, help="Folder of an evaluation on other data, whose tuned point is used.")
@@ -26,8 +26,9 @@ def export(model: Path | str, out: Path, point: Path | None, at: str | None, as_
     before and after. They are compared with the checkpoint first. .ptxdist is a bundle for `ptxdist predict`.
 
     \b
-    Examples: ptxdist export runs/exp4 --out model.onnx
-              ptxdist export model.ptxdist --point elsewhere --out local.ptxdist
+    Examples:
+      ptxdist export runs/first --out model.ptxdist
+      ptxdist export model.ptxdist --point elsewhere --out local.ptxdist
     """
     places.refuse_other(model, places.RUN, places.BUNDLE)
     if out.suffix not in SUFFIXES:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ptxdist.run.advice import Machine
 
 
-@click.command()
+@click.command(short_help="Write a pipeline that fits a cache and this machine.")
 @click.argument("cache", type=PLACE)
 @click.option(
     "--out",
@@ -32,7 +32,9 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
 
     The same cache and machine give the same pipeline. Only its estimate of the time, from a few steps, differs.
 
-    Example: ptxdist plan cache --out plan.toml
+    \b
+    Example:
+      ptxdist plan cache
     """
     if out.suffix != ".toml":
         raise SettingsError(f"--out {out}: `ptxdist train --pipeline` reads files named *.toml; give such a name")

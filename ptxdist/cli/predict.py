@@ -19,7 +19,7 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     return names
 
 
-@click.command()
+@click.command(short_help="Segment radiographs with a run or a bundle.")
 @click.argument("model", type=PLACE)
 @click.argument("paths", metavar="PATH...", type=FILE, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, required=True, help="Folder for the results; finished files in it are skipped.")
@@ -54,7 +54,9 @@ def predict(
     findings.csv, submission.csv, masks, overlays, and rejects.csv; with `--write seg` also DICOM SEG files, which name
     the patient as the radiographs do.
 
-    Example: ptxdist predict runs/exp4 new-images --out predictions
+    \b
+    Example:
+      ptxdist predict runs/first new-images --out predictions
     """
     for place in (model, *others):
         places.refuse_other(place, places.RUN, places.BUNDLE)

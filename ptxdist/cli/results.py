@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TARGET = click.FloatRange(0, 1, min_open=True)
 
 
-@click.command()
+@click.command(short_help="Score runs on held-out cases, or models on other data.")
 @click.argument("runs", metavar="MODEL...", type=PLACE, nargs=-1, required=True)
 @click.option("--out", type=FOLDER, help="Folder for the evaluation.  [default: inside the run]")
 @click.option("--patients", type=FILE, help="CSV of image id and patient, where the cache was made without one.")
@@ -65,8 +65,10 @@ def evaluate(
     of torchrun, divide the cases.
 
     \b
-    Examples: ptxdist evaluate runs/exp4/fold-* --out runs/exp4/out-of-fold
-              ptxdist evaluate model.ptxdist --data other-hospital --out elsewhere
+    Examples:
+      ptxdist evaluate runs/first/fold-* --out runs/first/out-of-fold
+      ptxdist evaluate runs/first --data other-hospital --out elsewhere \\
+        --sensitivity 0.95
     """
     targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
     targets += [("specificity", value) for value in specificity]
@@ -156,7 +158,7 @@ def _evaluated(task: EvaluationTask, workers: int | None) -> EvaluationResult | 
     return result if is_first else None
 
 
-@click.command()
+@click.command(short_help="Compare evaluated runs with the first one.")
 @click.argument("runs", type=PLACE, nargs=-1, required=True)
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_option
@@ -167,8 +169,9 @@ def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None
     become one table of models by data sets.
 
     \b
-    Examples: ptxdist compare runs/exp1 runs/exp2 runs/exp4
-              ptxdist compare runs/exp4 elsewhere/exp4 elsewhere/exp2 --markdown
+    Examples:
+      ptxdist compare runs/exp1 runs/exp2 runs/exp4
+      ptxdist compare runs/first elsewhere --markdown
     """
     for run in runs:
         places.refuse_other(run, places.RUN, places.UNFINISHED, places.EVALUATION, "folder")
@@ -197,13 +200,15 @@ def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None
         console.show_comparison(comparison)
 
 
-@click.command()
+@click.command(short_help="Write the report of a finished run again.")
 @click.argument("run", type=PLACE)
 @json_option
 def report(run: Path | str, as_json: bool) -> None:
     """Write the report of a finished run: one HTML page, and overlay pictures.
 
-    Example: ptxdist report runs/exp4
+    \b
+    Example:
+      ptxdist report runs/first
     """
     places.refuse_other(run, places.RUN, places.EVALUATION)
     begin(f"writes the report of {run}")
@@ -218,13 +223,15 @@ def report(run: Path | str, as_json: bool) -> None:
         console.out.print(f"report: {page}", soft_wrap=True)
 
 
-@click.command()
+@click.command(short_help="Show what is in a cache or a run.")
 @click.argument("path", type=PLACE)
 @json_option
 def inspect(path: Path | str, as_json: bool) -> None:
     """Show what is in a cache or a run; for a cache, also draw a contact sheet with the masks outlined.
 
-    Example: ptxdist inspect cache
+    \b
+    Example:
+      ptxdist inspect cache
     """
     places.refuse_other(path, places.RUN, places.UNFINISHED, places.CACHE)
     begin(f"reads {path}")

@@ -14,7 +14,7 @@ THRESHOLD = "Pixels of probability images that reach it are inside.  [default: 0
 SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]"
 
 
-@click.command()
+@click.command(short_help="Score the masks of any tool.")
 @click.argument("predictions", type=FILE)
 @click.option("--truth", type=FILE, required=True, help=f"True masks: {LABELS}")
 @click.option("--match", help=MATCH)
@@ -48,7 +48,9 @@ def score(
     PREDICTIONS is a submission table (.csv, .csv.gz), a folder of mask or probability PNGs, a folder of NIfTI masks as
     nnU-Net writes them (extra `nifti`), or a folder of `ptxdist predict`.
 
-    Example: ptxdist score submission.csv --truth train-rle.csv --patients nih_id.csv
+    \b
+    Example:
+      ptxdist score submission.csv --truth train-rle.csv --patients nih_id.csv
     """
     for path, option in ((predictions, "PREDICTIONS"), (truth, "--truth"), (patients, "--patients")):
         if path:

@@ -10,7 +10,7 @@ from ptxdist import places
 from ptxdist.cli.options import PLACE, begin, json_option
 
 
-@click.command()
+@click.command(short_help="Open a local web page that predicts radiographs.")
 @click.argument("model", type=PLACE)
 @click.option("--with", "others", type=PLACE, multiple=True, help="A further model; probabilities are averaged.")
 @click.option("--at", help="A stored working point of MODEL, such as sensitivity=0.95.")
@@ -36,7 +36,9 @@ def serve(
     Drop files on the page to see each radiograph with the mask outlined, score and area, and sliders for threshold and
     opacity. Without --host, only this machine can reach the page. Nothing is stored. Ctrl-C ends the server.
 
-    Example: ptxdist serve runs/exp4 --open
+    \b
+    Example:
+      ptxdist serve runs/first --open
     """
     for place in (model, *others):
         places.refuse_other(place, places.RUN, places.BUNDLE)

@@ -17,7 +17,7 @@ from ptxdist.cli.options import begin
 from ptxdist.errors import SettingsError
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(short_help="Run a command as a job on a Ray cluster.", context_settings={"ignore_unknown_options": True})
 @click.option("--address", required=True, help="The cluster's dashboard, such as http://HEAD:8265.")
 @click.option("--status", "status_of", metavar="JOB", help="Print the state of a job.")
 @click.option("--logs", "logs_of", metavar="JOB", help="Follow the log of a job that was submitted before.")
@@ -39,7 +39,10 @@ def submit(
     Paths are made absolute: data and runs belong on storage that all nodes share. Ctrl-C leaves the job running.
     Submitted again, `train` resumes its run.
 
-    Example: ptxdist submit --address http://127.0.0.1:8265 -- train --workers 8 --pipeline exp4 --data /shared/cache
+    \b
+    Example:
+      ptxdist submit --address http://127.0.0.1:8265 -- train --workers 8 \\
+        --pipeline exp4 --data /shared/cache
     """
     if sum(map(bool, (status_of, logs_of, stop_job, command))) != 1:
         raise click.UsageError("give either a command after --, or one of --status, --logs and --stop with a job")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEFAULT_PIPELINE = "paper"
 
 
-@click.command()
+@click.command(short_help="Train a pipeline, evaluate it and write a report.")
 @click.option("--workers", type=click.IntRange(1), help="Ray Train workers (DDP ranks).  [default: 1, or the site's]")
 @click.option("--pipeline", default=DEFAULT_PIPELINE, show_default=True, help="A name from pipelines/, or a TOML file.")
 @click.option("--site", help="A name from configs/ (local, gpu), or a TOML file, with settings of this machine.")
@@ -54,7 +54,10 @@ def train(
 ) -> None:
     """Train a pipeline with Ray Train, evaluate it and write a report. Rerun it to resume after an interruption.
 
-    Example: ptxdist train --workers 4 --pipeline exp4 --data cache
+    \b
+    Examples:
+      ptxdist train --pipeline plan.toml --data cache --run runs/first
+      ptxdist train --workers 4 --pipeline exp4 --data cache
     """
     from ptxdist.config import complete
     from ptxdist.resolve import load_settings

@@ -85,13 +85,18 @@ def ray_for_training(train: TrainSettings) -> Iterator[bool]:
         gpus, cpus = int(capacity.get("GPU", 0)), int(capacity.get("CPU", 0))
         if train.device == "gpu" and gpus < fewest and not address:
             raise ClusterError(
-                f"{fewest} workers need a GPU each, and this machine has {gpus}; use fewer --workers or "
-                "--set train.device=cpu"
+                f"{need(fewest, 'GPU')}, and this machine has {gpus or 'none'}; "
+                f"{f'use --workers {gpus} or' if gpus else 'use'} --set train.device=cpu"
             )
         use_gpu = train.device == "gpu" or (train.device == "auto" and gpus >= fewest)
         if cpus < fewest and address and not use_gpu:
-            raise ClusterError(f"{fewest} workers need a CPU each, and the cluster has {cpus}; use fewer --workers")
+            raise ClusterError(f"{need(fewest, 'CPU')}, and the cluster has {cpus}; use fewer --workers")
         yield use_gpu
+
+
+def need(workers: int, what: str) -> str:
+    """The start of a sentence about what so many workers need."""
+    return f"the worker needs a {what}" if workers == 1 else f"{workers} workers need a {what} each"
 
 
 def on_cluster() -> str | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptxdist.cluster.connection import on_cluster, ray_for_training
+from ptxdist.cluster.connection import need, on_cluster, ray_for_training
 from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.cluster.failures import LostError, brief, cause_of, loss_of, verdict
 from ptxdist.cluster.inbox import Inbox
@@ -191,8 +191,8 @@ class Workers:
                 if isinstance(cause, InsufficientClusterResourcesError):
                     fewest, kind = train.min_workers or train.workers, "GPU and a CPU" if use_gpu else "CPU"
                     raise ClusterError(
-                        f"{fewest} workers need a {kind} each, and the cluster never has so many; use fewer --workers, "
-                        "or raise the largest number of its nodes"
+                        f"{need(fewest, kind)}, and the cluster never has so many; use fewer --workers, or raise the "
+                        "largest number of its nodes"
                     ) from error
                 raise TrainingError(f"{what} stopped: {brief(cause)}") from error
             except RayError as error:  # the controller was killed, for example when memory runs out

@@ -12,6 +12,7 @@ from ptxdist.console.tables import (
     show_damages,
     show_findings,
     show_pairs,
+    show_settings,
 )
 from ptxdist.console.terminal import divert, err, fail, out, progress, say, show_json
 from ptxdist.errors import plain
@@ -39,6 +40,7 @@ __all__ = [
     "show_json",
     "show_pairs",
     "show_result",
+    "show_settings",
     "show_stages",
 ]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +26,14 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     for name, value in pairs:
         table.add_row(name, value)
     out.print(table)
+
+
+def show_settings(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """Print settings: key, type, default ("" if there is none) and meaning."""
+    for key, kind, default, meaning in rows:
+        value = f" = {default}" if default else ""
+        out.print(Text.assemble((key, "bold"), f"{value}  ", (kind, "dim")), soft_wrap=True)
+        out.print(Padding(Text(meaning), (0, 0, 0, 4)))
 
 
 def show_catalog(catalog: Catalog) -> None:

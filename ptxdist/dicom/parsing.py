@@ -141,6 +141,8 @@ def _file_meta(content: bytes) -> tuple[str, int]:
 def _guess_syntax(content: bytes) -> str:
     """Transfer syntax of a file without a header, as old devices write it; it must have SOP class and instance UIDs."""
     refusal = DicomError("is not a DICOM file (no DICM prefix)")
+    if content.startswith(b"\xff\xd8\xff"):
+        raise DicomError("is a JPEG image; convert it to PNG (ImageMagick: `mogrify -format png *.jpg`)")
     if len(content) < 256 or content[:2] != b"\10\0" or content[3] != 0:
         raise refusal
     explicit = content[4:6] in _SHORT_VRS

@@ -9,6 +9,7 @@ size that a radiograph may have. Zip files inside zip files are skipped.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from ptxdist.cache.scan import choose_images, digest_of, find_files
+from ptxdist.cache.scan import choose_images, digest_of, find_files, no_images
 from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import read_bytes, read_header, read_start
@@ -88,7 +89,9 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
             images = [item for item in inputs if kind_of(item.start()) != "object"]
             inputs, others = images, others + len(inputs) - len(images)
         if not inputs:
-            raise CatalogError(f"{path}: no DICOM files (*.dcm) and no PNG images in it ({others} other files)")
+            below = [name for *_, files in os.walk(path) for name in files]  # none below a zip file
+            held = below if path.is_dir() else _open(str(path)).namelist()
+            raise CatalogError(no_images(path, held))
         found += inputs
     return found
 

@@ -71,7 +71,7 @@ def test_a_cd_is_read_without_its_directory_its_reports_and_its_other_files(tmp_
     assert [file.reason for file in found if file.reason] == ["contains no image (Rows or Columns is missing)"]
     (tmp_path / "reports").mkdir()
     write_object(tmp_path / "reports" / "one.dcm", "1.2.840.10008.5.1.4.1.1.88.11")
-    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files\)"):
+    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files: "):
         scan(tmp_path / "reports")
 
 
@@ -109,7 +109,7 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
         scan(tmp_path / "nowhere")
     assert caught.value.exit_code == 6
     (tmp_path / "table.csv").touch()
-    with pytest.raises(CatalogError, match=r"no DICOM files \(\*.dcm\) and no PNG images in it .* \(1 other files\)"):
+    with pytest.raises(CatalogError, match=r"no DICOM files \(\*.dcm\) and no PNG images in it .* \(1 other files: "):
         scan(tmp_path)
 
 

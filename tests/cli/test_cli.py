@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from click.testing import CliRunner, Result
 
 from ptxdist.cli import cli
 from ptxdist.cli.submit import absolute_paths
+from ptxdist.config import ModelSettings, complete
 from ptxdist.errors import PtxdistError
 from ptxdist.places import RESULT, SETTINGS
 from ptxdist.resolve import load_settings
@@ -47,8 +50,51 @@ def test_help_answers_in_well_under_a_second_and_loads_nothing_heavy() -> None:
 def test_every_command_has_help_with_an_example_and_stands_in_the_readme(name: str) -> None:
     done = run(name, "--help")
     assert done.exit_code == 0
-    assert re.search(rf"Examples?: ptxdist {name}\b", done.output)
+    assert re.search(rf"Examples?:\n    ptxdist {name}\b", done.output)
+    assert max(map(len, done.output.splitlines())) <= 80
     assert f"ptxdist {name}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_in_the_help_can_be_copied(name: str) -> None:
+    """As they are shown, with their line breaks; each parses."""
+    shown = run(name, "--help").output
+    examples = re.findall(r"^    (ptxdist (?:.*\\\n)*.*)$", shown, re.MULTILINE)
+    assert examples
+    for words in (shlex.split(example.replace("\\\n", "")) for example in examples):
+        assert words[:2] == ["ptxdist", name]
+        cli.commands[name].make_context(name, words[2:])
+
+
+def test_the_commands_stand_in_the_order_of_use_and_no_line_is_cut() -> None:
+    shown = run("--help").output
+    names = re.findall(r"^  ([a-z]+)  ", shown[shown.index("Commands:") :], re.MULTILINE)
+    way = ["demo", "preprocess", "plan", "train", "evaluate", "report", "predict", "serve", "export", "submit"]
+    assert [name for name in names if name in way] == way
+    assert sorted(names) == COMMANDS
+    assert "..." not in shown.replace("[ARGS]...", "")
+
+
+def test_settings_are_listed_with_type_default_and_meaning() -> None:
+    items = {item["key"]: item for item in json.loads(run("settings", "--json").stdout)}
+    assert items["stages.*.epochs"] == {
+        "key": "stages.*.epochs", "type": "whole number from 1 to 100,000", "default": "",
+        "meaning": "passes over the training cases",
+    }  # fmt: skip
+    assert all(item["meaning"] for item in items.values())
+    assert json.loads(items["model.decoder_channels"]["default"]) == list(ModelSettings().decoder_channels)
+    settings = complete(load_settings("small"))
+    leaves = {
+        *(f"{group}.{name}" for group in ("data", "train") for name in settings[group]),
+        *(name for name, value in settings["pipeline"].items() if not isinstance(value, dict | list)),
+        *(f"{group}.{name}" for group in ("model", "evaluation") for name in settings["pipeline"][group]),
+        *(f"stages.*.{name}" for name in settings["pipeline"]["stages"][0]),
+    }
+    assert items.keys() == leaves
+    shown = run("settings", "epochs", "batch").stdout
+    assert "stages.*.batch_size  whole number" in shown
+    assert "    passes over the training cases" in shown
+    assert "model." not in shown
 
 
 @pytest.mark.parametrize("name", COMMANDS)

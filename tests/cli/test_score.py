@@ -52,7 +52,7 @@ def test_json_and_markdown(files: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("gone.csv",), 4, "there is no gone.csv"),
+        (("gone.csv",), 4, "nothing at gone.csv"),
         ((".",), 4, "has no mask images"),
         (("p.csv", "--threshold", "0.5"), 3, "leave out --threshold"),
         (("p.csv", "--dialect", "rows"), 3, "unknown mask encoding"),

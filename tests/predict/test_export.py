@@ -300,7 +300,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
         (finished_run, out, SettingsError, "names the format"),
         (unfinished, out.with_suffix(".onnx"), RunError, "is not finished"),
         (unfinished, out.with_suffix(".ptxdist"), RunError, "is not finished"),
-        (tmp_path / "nowhere", out.with_suffix(".pt2"), RunError, "there is no"),
+        (tmp_path / "nowhere", out.with_suffix(".pt2"), RunError, "nothing at"),
         (tmp_path / "nowhere", out.with_suffix(".ptxdist"), RunError, "nowhere"),
         (bundle, out.with_suffix(".ptxdist"), RunError, "copy it"),
         (tmp_path / "in" / "file", out.with_suffix(".onnx"), RunError, "is a file and not a run"),

@@ -339,7 +339,7 @@ def test_members_of_one_name_and_files_that_are_no_images(images: Path, tmp_path
     report = tmp_path / "CD" / "report.dcm"
     report.parent.mkdir()
     report.write_bytes(bytes(128) + b"DICM\2\0\2\0UI\x1e\x001.2.840.10008.5.1.4.1.1.88.11\0")
-    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files\)"):
+    with pytest.raises(CatalogError, match=r"no DICOM files .* \(1 other files: "):
         find_inputs([report.parent])
     shutil.copy(first, report.parent / "IM1")
     assert [Path(item.path).name for item in find_inputs([report.parent])] == ["IM1"]
@@ -445,7 +445,7 @@ def test_bad_input_is_refused_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["file"]
     done = CliRunner().invoke(cli, ["predict", str(tmp_path / "none"), str(images), "--out", str(tmp_path / "x")])
     assert done.exit_code == RunError.exit_code
-    assert f"there is no {tmp_path / 'none'}" in done.stderr
+    assert f"nothing at {tmp_path / 'none'}" in done.stderr
     assert not (tmp_path / "x").exists()
 
 
