@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ptxdist.records import EvaluationResult, Intervals, OperatingPoint, Scores
 
 WIDE, NARROW = 0.05, 0.005  # an interval as wide as this has two digits, a narrower one three or four
+MISSES = 0.8  # a sensitivity this low, of a point chosen for the Kaggle Dice, needs a word
 Span = tuple[float, float] | None
 
 
@@ -74,7 +75,10 @@ def short(point: OperatingPoint) -> str:
 
 
 def sentences(evaluation: EvaluationResult) -> Iterator[str]:
-    """What the point in use finds, and its Kaggle Dice beside that of predicting nothing; each fits a line of 80."""
+    """What the point in use finds, and its Kaggle Dice beside that of predicting nothing; each fits a line of 80.
+
+    Where that point misses one positive image in five or more, a last sentence says how to find more of them.
+    """
     used = points(evaluation)[0]
     scores, one = used.scores, evaluation.finding.one
     hits, alarms = found(scores)
@@ -88,6 +92,8 @@ def sentences(evaluation: EvaluationResult) -> Iterator[str]:
     dice, nothing = number(scores.kaggle_dice, places), number(scores.all_empty_dice, places)
     better = scores.kaggle_dice > scores.all_empty_dice
     yield f"Kaggle Dice {dice}; predicting nothing scores {nothing}{'' if better else ', which is no worse'}."
+    if used.tuned and not evaluation.working and scores.sensitivity is not None and scores.sensitivity <= MISSES:
+        yield "To find more: `evaluate RUN --sensitivity 0.95`, then `predict --at` that point."
 
 
 def found(scores: Scores) -> tuple[str, str]:

@@ -33,11 +33,12 @@ def test_an_evaluation_is_a_sentence_and_five_rows(
     )  # fmt: skip
     console.show_result(evaluation)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[:2] == [
+    assert lines[:3] == [
         "Finds 1,334 of 2,669 with a pneumothorax; false alarms in 938 of 9,378 without.",
         "Kaggle Dice 0.800; predicting nothing scores 0.667.",
+        "To find more: `evaluate RUN --sensitivity 0.95`, then `predict --at` that point.",
     ]
-    assert [line.split() for line in lines[2:8]] == [
+    assert [line.split() for line in lines[3:9]] == [
         ["in", "use", "95", "%", "interval", "at", "0.25", "at", "0.5", "at", "0.55", "nothing"],
         ["Kaggle", "Dice", "0.800", "0.790", "to", "0.810", "0.750", "0.750", "0.750", "0.667"],
         ["Dice", "of", "positives", "0.40", "too", "few", "0.40", "0.40", "0.40", "0.00"],
