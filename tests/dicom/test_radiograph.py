@@ -386,3 +386,13 @@ def test_real_files_decode_like_the_reference_decoder(real_data: Path) -> None:
 def test_stage_2_file_with_an_invalid_uid_is_read(real_data: Path) -> None:
     path = sorted((real_data / "siim-real" / "stage_2_images").glob("*.dcm"))[0]
     assert read_header(path.read_bytes(), b"").case_id == path.stem
+
+
+@pytest.mark.parametrize(
+    ("orientation", "expected"),
+    [(["L", "F"], "LF"), (["RA", "FP"], "RF"), (["A", "FR"], "AF"), ("L", ""), (["", ""], ""), (["L", "X"], "")],
+)
+def test_the_patients_directions_are_known_where_both_are_given(  # type: ignore[no-untyped-def]
+    written, orientation: object, expected: str
+) -> None:
+    assert read_header(written(PatientOrientation=orientation), b"").orientation == expected
