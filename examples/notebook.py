@@ -20,7 +20,7 @@ work = Path("notebook")  # everything is written here; delete it to start again
 # %%
 data = work / "phantoms"
 if not data.exists():
-    ptxdist.write_phantoms(data, cases=24, positive_share=0.5)
+    ptxdist.phantom(data, cases=24, positive_share=0.5)
 
 # %% [markdown]
 # **Cache.** Images and masks at the sizes that will be trained, split by patient into folds. A second call checks the
@@ -28,26 +28,24 @@ if not data.exists():
 
 # %%
 built = ptxdist.preprocess(
-    data / "dicom-images", data / "train-rle.csv", work / "cache", patients=data / "patients.csv", sizes_px=(64, 96)
+    data / "dicom-images", data / "train-rle.csv", work / "cache", patients=data / "patients.csv", size=(64, 96)
 )
 print(f"{len(built.catalog.labelled)} labelled images, {built.written} shards written")
 
 # %% [markdown]
-# **Training.** `smoke` is a pipeline of two short stages; `paper` is the real one. `options` changes any setting by its
+# **Training.** `smoke` is a pipeline of two short stages; `paper` is the real one. `set` changes any setting by its
 # name. `on_event` is called with the events listed in `ptxdist.events.Event`. Training takes place in this process, or
-# on Ray with `engine=ptxdist.cluster.engine.ray_engine`.
+# with `workers` on so many Ray workers.
+
 
 # %%
-settings = ptxdist.load_settings("smoke", options={"data.cache": str(work / "cache"), "train.device": "cpu"})
-
-
 def show(event: Event) -> None:
     """Print a line for each epoch."""
     if isinstance(event, EpochMetrics):
         print(f"stage {event.stage} epoch {event.epoch}: validation loss {event.val_loss:.3f}")
 
 
-result = ptxdist.train(settings, work / "run", on_event=show)
+result = ptxdist.train(work / "cache", pipeline="smoke", run=work / "run", set={"train.device": "cpu"}, on_event=show)
 print(f"Kaggle Dice {result.evaluation.scores.kaggle_dice:.3f}, report: {work / 'run' / 'report' / 'index.html'}")
 
 # %% [markdown]
@@ -55,7 +53,7 @@ print(f"Kaggle Dice {result.evaluation.scores.kaggle_dice:.3f}, report: {work / 
 # runs, for example for an ensemble. Scores come with 95 % intervals by patient, if there are five patients at least.
 
 # %%
-evaluation = ptxdist.evaluate([work / "run"])
+evaluation = ptxdist.evaluate(work / "run")
 span = evaluation.intervals.get("kaggle_dice", "too few patients for an interval")
 empty = evaluation.scores.all_empty_dice
 print(f"Kaggle Dice {evaluation.scores.kaggle_dice:.3f}, {span}; predicting nothing scores {empty:.3f}")

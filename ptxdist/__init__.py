@@ -1,35 +1,27 @@
 """ptxdist: DICOM chest X-rays with masks → verified cache → distributed two-stage U-Net → numbers one can trust.
 
-The Python API, as `examples/notebook.py` uses it. Each name is loaded on first use, and torch only with those that
-need it:
+The Python API has the names of the commands and of their options; `examples/notebook.ipynb` goes the whole way with it.
+Each name is loaded on first use, and torch only with those that need it:
 
-    write_phantoms      synthetic images with masks         `ptxdist phantom`
-    preprocess          image files and masks → cache       `ptxdist preprocess`
-    load_settings       a pipeline, as Settings
-    train, train_folds  cache → run                         `ptxdist train`, `ptxdist train --fold all`
-    evaluate            runs → scores                       `ptxdist evaluate`
-    evaluate_elsewhere  models on another cache → scores    `ptxdist evaluate --data`
-    compare             evaluated runs beside each other    `ptxdist compare`
-    score               masks of any tool → scores          `ptxdist score`
-    write_report        run → HTML page                     `ptxdist report`
-    Predictor           run or bundle → masks               `ptxdist predict`
+    phantom       synthetic images with masks
+    preprocess    image files and masks → cache
+    plan          cache → a pipeline that fits data and machine
+    train         cache → run
+    evaluate      runs → scores, also on another cache
+    compare       evaluated runs beside each other
+    score         masks of any tool → scores
+    report        run → HTML page
+    Predictor     run or bundle → a Prediction for a file or an array
+
+Every error is a `ptxdist.errors.PtxdistError`.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptxdist.cache.preprocess import preprocess
-    from ptxdist.phantoms.dataset import write_phantoms
-    from ptxdist.predict.elsewhere import evaluate_elsewhere
+    from ptxdist.api import compare, evaluate, phantom, plan, preprocess, report, score, train
     from ptxdist.predict.predictor import Prediction, Predictor
-    from ptxdist.report.report import write_report
-    from ptxdist.resolve import load_settings
-    from ptxdist.run.folds import train_folds
-    from ptxdist.run.pipeline import train
-    from ptxdist.scores.compare import compare
-    from ptxdist.scores.external import score_predictions as score
-    from ptxdist.train.evaluate import evaluate_runs as evaluate
 
 __all__ = [
     "Prediction",
@@ -37,43 +29,27 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
-    "evaluate_elsewhere",
-    "load_settings",
+    "phantom",
+    "plan",
     "preprocess",
+    "report",
     "score",
     "train",
-    "train_folds",
-    "write_phantoms",
-    "write_report",
 ]
 __version__ = "0.1.0"
 
-_FROM = {
-    "Prediction": ("predict.predictor", "Prediction"),
-    "Predictor": ("predict.predictor", "Predictor"),
-    "compare": ("scores.compare", "compare"),
-    "evaluate": ("train.evaluate", "evaluate_runs"),
-    "evaluate_elsewhere": ("predict.elsewhere", "evaluate_elsewhere"),
-    "load_settings": ("resolve", "load_settings"),
-    "preprocess": ("cache.preprocess", "preprocess"),
-    "score": ("scores.external", "score_predictions"),
-    "train": ("run.pipeline", "train"),
-    "train_folds": ("run.folds", "train_folds"),
-    "write_phantoms": ("phantoms.dataset", "write_phantoms"),
-    "write_report": ("report.report", "write_report"),
-}
-
-# `ptxdist.train` is the function and not the folder of this name. Python sets the attribute when the folder is first
-# imported, so the folder (a docstring) is imported now, and the attribute removed.
-importlib.import_module("ptxdist.train")
-del globals()["train"]
+# `ptxdist.train` and `ptxdist.report` are functions and not folders. Python sets the attribute when a
+# folder is first imported, so the folders (docstrings) are imported now, and the attributes removed.
+for _name in ("report", "train"):
+    importlib.import_module(f"ptxdist.{_name}")
+    del globals()[_name]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _FROM:
+    if name not in __all__:
         raise AttributeError(f"module 'ptxdist' has no attribute {name!r}")
-    module, attribute = _FROM[name]
-    return getattr(importlib.import_module(f"ptxdist.{module}"), attribute)
+    module = "predict.predictor" if name.startswith("Predict") else "api"
+    return getattr(importlib.import_module(f"ptxdist.{module}"), name)
 
 
 def __dir__() -> list[str]:

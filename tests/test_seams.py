@@ -20,8 +20,10 @@ from ptxdist.errors import SettingsError
 from ptxdist.predict.bundle import write_bundle
 from ptxdist.report import charts
 from ptxdist.report.page import Chart, Section
+from ptxdist.report.report import write_report
 from ptxdist.report.sections import RunData, sections
 from ptxdist.resolve import load_settings
+from ptxdist.run.pipeline import train
 from ptxdist.rundir import read_metrics
 from ptxdist.train.augment import RECIPES, Named, load_albumentations
 from ptxdist.train.encoders import ENCODERS, Encoder
@@ -87,13 +89,13 @@ def test_what_is_added_in_one_place_is_trained_and_described_everywhere(
         options={"data.cache": str(small_cache[0])},
     )  # fmt: skip
     run = tmp_path / "run"
-    result = ptxdist.train(settings, run)
+    result = train(settings, run)
 
     best = result.stages[0].best
     assert 0 < best.val_loss < 0.8, "validated with the loss that was trained: BCE plus Dice is above 1 at first"
     assert sum(v.numel() for k, v in read_weights(run / result.stages[0].weights).items() if "encoder" in k) == 704
 
-    page = ptxdist.write_report(
+    page = write_report(
         run, sections=lambda data: (*sections(data), Section("gap", "Gap", (gap_chart(data),)))
     ).read_text()
     for words in (
@@ -138,6 +140,6 @@ def test_a_name_that_is_in_no_dict_is_refused_before_anything_is_made(
 ) -> None:
     settings = load_settings("smoke", assignments=[assignment], options={"data.cache": str(small_cache[0])})
     with pytest.raises(SettingsError) as caught:
-        ptxdist.train(settings, tmp_path / "run")
+        train(settings, tmp_path / "run")
     assert words in str(caught.value)
     assert list(tmp_path.iterdir()) == []

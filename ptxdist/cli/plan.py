@@ -40,28 +40,10 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
         raise SettingsError(f"--out {out}: `ptxdist train --pipeline` reads files named *.toml; give such a name")
     places.refuse_other(cache, places.CACHE)
     begin(f"looks at {cache}, then trains a few steps of each stage to estimate the time")
-    from ptxdist import console
-    from ptxdist.cache.survey import survey
-    from ptxdist.config import DataSettings, Settings
-    from ptxdist.files import write_whole
-    from ptxdist.run.advice import WRITTEN_BY, advise
-    from ptxdist.run.timing import measure, this_machine
-    from ptxdist.storage.caches import local_cache
-    from ptxdist.train.choices import refuse_unknown
+    from ptxdist import api, console
 
-    if out.exists() and not (out.is_file() and out.read_bytes().startswith(WRITTEN_BY.encode())):
-        raise SettingsError(f"{out} exists and is not a plan of this command; give another name with --out")
-    with console.progress() as update:
-        folder = local_cache(cache, on_progress=update)
-        data, machine = survey(folder), this_machine()
-        advice = advise(data, machine)
-        settings = Settings(data=DataSettings(cache=str(cache)), pipeline=advice.settings(out.stem))
-        refuse_unknown(settings)
-        speeds = measure(settings, folder, update)
-    write_whole(out, advice.toml([speed.sentence for speed in speeds]), error=SettingsError)
-    minutes = sum(speed.minutes for speed in speeds)
-    workers = f" --workers {len(machine.gpus)}" if len(machine.gpus) > 1 else ""
-    command = f"ptxdist train --pipeline {out} --data {cache}{workers}"
+    planned = api.plan(cache, out=out)
+    data, machine, advice, speeds = planned.data, planned.machine, planned.advice, planned.speeds
     if as_json:
         found = {
             "plan": out,
@@ -69,23 +51,23 @@ def plan(cache: Path | str, out: Path, as_json: bool) -> None:
             "machine": asdict(machine),
             "notes": advice.warnings,
         }
-        estimate = {"minutes": minutes, "stages": [asdict(speed) for speed in speeds]}
+        estimate = {"minutes": planned.minutes, "stages": [asdict(speed) for speed in speeds]}
         decisions = [asdict(decision) for decision in advice.decisions]
-        console.show_json({**found, "decisions": decisions, "estimate": estimate, "next": command})
+        console.show_json({**found, "decisions": decisions, "estimate": estimate, "next": planned.command})
         return
     console.show_pairs(str(cache), _data(data))
     console.show_pairs("this machine", _machine(machine))
     stages = [
         (f"stage {speed.stage}: {stage.size_px} px", f"{stage.epochs} epochs, about {speed.minutes:,.0f} minutes")
-        for stage, speed in zip(settings.pipeline.stages, speeds, strict=True)
+        for stage, speed in zip(planned.settings.pipeline.stages, speeds, strict=True)
     ]
-    model = settings.pipeline.model
+    model = planned.settings.pipeline.model
     console.show_pairs(str(out), [("encoder", f"{model.encoder}, {model.encoder_weights}"), *stages])
     for text in advice.warnings:
         console.say(f"note: {text}")
     if any(speed.is_busy for speed in speeds):
         console.say("note: other programs use this machine, so training will take less time when they have ended")
-    console.say(f"{out} has the reason of each setting. Next, about {minutes:,.0f} minutes: {command}")
+    console.say(f"{out} has the reason of each setting. Next, about {planned.minutes:,.0f} minutes: {planned.command}")
 
 
 def _data(data: Survey) -> list[tuple[str, str]]:

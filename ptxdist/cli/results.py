@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +10,10 @@ import click
 
 from ptxdist import places
 from ptxdist.cli.options import FILE, FOLDER, PLACE, begin, json_option
-from ptxdist.cli.train import ray_log
-from ptxdist.errors import LabelError, RunError, SettingsError, StoreError
+from ptxdist.errors import LabelError, RunError, StoreError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split
-    from ptxdist.records import EvaluationResult
-    from ptxdist.run.evaluation import EvaluationTask
-    from ptxdist.scores.working import Kind
 
 _TARGET = click.FloatRange(0, 1, min_open=True)
 
@@ -70,36 +65,35 @@ def evaluate(
       ptxdist evaluate runs/first --data other-hospital --out elsewhere \\
         --sensitivity 0.95
     """
-    targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
-    targets += [("specificity", value) for value in specificity]
-    _refuse_unfit(runs, out, patients, data, split)
-    if prevalence is not None and not targets:
-        raise SettingsError("--prevalence goes with --sensitivity or --specificity")
+    from ptxdist import api
+
+    api.refuse_unfit(runs, out, data, split, (*sensitivity, *specificity), prevalence)
+    _refuse_other(runs, patients, data)
     shown = runs[0] if len(runs) == 1 else f"{len(runs)} models"
     begin(f"evaluates {shown} on {'its own held-out cases' if data is None else data}")
     from ptxdist import console
-    from ptxdist.rundir import read_stages
+    from ptxdist.rundir import EVALUATION, read_stages
 
     if data is None:
         for run in runs:
             if isinstance(run, Path):
                 read_stages(run)  # before torch is imported
     from ptxdist.predict.elsewhere import unknown_patients
-    from ptxdist.run.evaluation import EvaluationTask
-    from ptxdist.scores.working import Wanted
 
-    task = EvaluationTask(
-        models=tuple(map(_absolute, runs)),
-        data=None if data is None else _absolute(data),
+    evaluation = api.evaluate(
+        runs,
+        out=out,
+        patients=patients,
+        data=data,
         split=split,
-        out=None if out is None else _absolute(out),
-        patients=None if patients is None else _absolute(patients),
-        working=Wanted(tuple(targets), prevalence),
+        sensitivity=sensitivity,
+        specificity=specificity,
+        prevalence=prevalence,
+        workers=workers,
     )
-    evaluation = _evaluated(task, workers)
-    if evaluation is None:
+    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes only the first one prints
         return
-    if task.patients and (missing := unknown_patients(task.folder, Path(task.patients))):
+    if patients and (missing := unknown_patients(out or Path(runs[0]) / EVALUATION, patients)):
         console.say(f"warning: {missing}")
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
@@ -107,55 +101,14 @@ def evaluate(
         console.show_result(evaluation)
 
 
-def _refuse_unfit(
-    runs: tuple[Path | str, ...], out: Path | None, patients: Path | None, data: Path | str | None, split: Split
-) -> None:
-    """Errors for what an evaluation does not take, before anything heavy is imported."""
-    if split != "all" and data is None:
-        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
+def _refuse_other(runs: tuple[Path | str, ...], patients: Path | None, data: Path | str | None) -> None:
+    """Errors for places of another kind, before anything heavy is imported."""
     for run in runs:
         places.refuse_other(run, *((places.RUN, places.UNFINISHED) if data is None else (places.RUN, places.BUNDLE)))
     if data is not None:
         places.refuse_other(data, places.CACHE)
     if patients:
         places.refuse_missing(patients, "--patients", LabelError)
-    if out is None and (data is not None or isinstance(runs[0], str)):
-        reason = "" if data is not None else f"{runs[0]} is only read; "
-        raise RunError(f"{reason}name a folder for the evaluation with --out")
-
-
-def _absolute(place: Path | str) -> str:
-    return place if isinstance(place, str) else os.path.abspath(place)
-
-
-def _evaluated(task: EvaluationTask, workers: int | None) -> EvaluationResult | None:
-    """The result of an evaluation on Ray workers, or of this process; None if it is another than torchrun's first."""
-    from ptxdist import console
-    from ptxdist.config import TrainSettings
-    from ptxdist.events import Event, Progress
-    from ptxdist.run.evaluation import evaluate_models
-    from ptxdist.train.distributed import process_group, rank
-
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
-    with console.progress() as update:
-
-        def on_event(event: Event) -> None:
-            if isinstance(event, Progress):
-                update("images", event.done, event.total)
-
-        if workers is not None:
-            from ptxdist.cluster.engine import evaluate_on_workers
-
-            with ray_log(task.folder if task.out else task.folder.parent):
-                return evaluate_on_workers(task, TrainSettings(workers=workers), on_event)
-        with process_group("auto", ranks, TrainSettings().collective_timeout_s) as device:
-            is_first = rank() == 0
-            result = evaluate_models(
-                task,
-                device=device if ranks > 1 else None,
-                on_cases=partial(update, "images") if is_first else lambda done, total: None,
-            )
-    return result if is_first else None
 
 
 @click.command(short_help="Compare evaluated runs with the first one.")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +10,10 @@ import click
 
 from ptxdist import places
 from ptxdist.cli.options import PLACE, begin, json_option
-from ptxdist.errors import PtxdistError, RunError
+from ptxdist.errors import RunError
 
 if TYPE_CHECKING:
     from ptxdist.config import Settings
-    from ptxdist.events import OnEvent
-    from ptxdist.run.engine import Engine
-    from ptxdist.storage.runs import Mirror
 
 DEFAULT_PIPELINE = "paper"
 
@@ -89,6 +84,7 @@ def train(
         console.show_json(complete(settings))
         return
 
+    from ptxdist.api import ray_with_log
     from ptxdist.records import PipelineResult
     from ptxdist.run.folds import OUT_OF_FOLD, train_folds
     from ptxdist.run.pipeline import train as train_run
@@ -97,7 +93,7 @@ def train(
     if is_other_rank:  # of torchrun's processes only the first one prints
         console.out.quiet = console.err.quiet = True
     work = train_folds if fold == "all" else train_run
-    engine = None if without_ray else _ray_with_log
+    engine = None if without_ray else ray_with_log
     with console.TrainingDisplay(settings.pipeline.stages) as display:
         result = work(settings, run, engine=engine, on_event=display.show, on_progress=display.progress)
     if is_other_rank:
@@ -122,30 +118,6 @@ def _refuse_other_folder(run: Path | str) -> None:
     kind = places.kind_of(run) if isinstance(run, Path) else places.NOTHING
     if kind not in (places.RUN, places.UNFINISHED, places.RUNS, places.NOTHING, "folder"):
         raise RunError(f"--run {run} is {places.in_words(kind)}; give a new folder, or a run to resume")
-
-
-@contextmanager
-def _ray_with_log(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Iterator[Engine]:
-    """The Ray engine, with the output of Ray in RUN/ray.log."""
-    from ptxdist.cluster.engine import ray_engine
-
-    with ray_log(mirror.folder), ray_engine(settings, mirror, on_event) as engine:
-        yield engine
-
-
-@contextmanager
-def ray_log(folder: Path) -> Iterator[None]:
-    """Write the output of Ray to a file in `folder`, which errors name."""
-    from ptxdist import console
-    from ptxdist.rundir import RAY_LOG
-
-    log = folder / RAY_LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with console.divert(log):
-            yield
-    except PtxdistError as error:
-        raise type(error)(f"{error} (the output of Ray is in {log})") from error
 
 
 def _report_page(settings: Settings, run: Path | str) -> Path:

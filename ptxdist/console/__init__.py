@@ -14,7 +14,7 @@ from ptxdist.console.tables import (
     show_pairs,
     show_settings,
 )
-from ptxdist.console.terminal import divert, err, fail, out, progress, say, show_json
+from ptxdist.console.terminal import divert, err, fail, out, progress, ray_log, say, show_json
 from ptxdist.errors import plain
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "out",
     "plain",
     "progress",
+    "ray_log",
     "say",
     "show_catalog",
     "show_comparison",

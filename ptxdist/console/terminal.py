@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.segment import Segment
 from rich.text import Text
 
-from ptxdist.errors import plain
+from ptxdist.errors import PtxdistError, plain
 
 _LOG_EVERY_S = 10.0
 
@@ -141,3 +141,17 @@ def divert(log: Path) -> Iterator[None]:
             if is_real:
                 console._file = None  # back to sys.stdout and sys.stderr
             terminal.close()
+
+
+@contextmanager
+def ray_log(folder: Path) -> Iterator[None]:
+    """Write the output of Ray to a file in `folder`, which errors name."""
+    from ptxdist.rundir import RAY_LOG  # late: it brings the settings
+
+    log = folder / RAY_LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with divert(log):
+            yield
+    except PtxdistError as error:
+        raise type(error)(f"{error} (the output of Ray is in {log})") from error

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ptxdist.cache.likeness import look, unlike
 from ptxdist.cache.render import fit_square, resize
+from ptxdist.dicom.array import radiograph_of
 from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import Radiograph, read_bytes, read_radiograph
@@ -90,6 +91,11 @@ class Predictor:
     `cards` describe the models; `models` are on `device`, in inference mode. `image_head` says whether they have image
     heads. `caution` is a sentence to be shown with every answer, "" if there is none. To be used from one thread at a
     time.
+
+    >>> predictor = ptxdist.Predictor.load("runs/first", device="cpu")
+    >>> prediction = predictor.predict(next(Path("phantoms/dicom-images").rglob("*.dcm")))
+    >>> prediction.mask.shape, prediction.probability.dtype, 0 <= prediction.score <= 1
+    ((1024, 1024), dtype('float32'), True)
     """
 
     def __init__(
@@ -135,9 +141,18 @@ class Predictor:
             operating_point = point_at(loaded[0][0], at)[0]
         return cls([card for card, _ in loaded], [model for _, model in loaded], choose_device(device), operating_point)
 
-    def predict(self, path: str | os.PathLike[str]) -> Prediction:
-        """Predict one DICOM or PNG file; DicomError when it is not a radiograph."""
-        return self.predict_content(read_bytes(Path(path)), name=Path(path).name)
+    def predict(self, image: str | os.PathLike[str] | npt.NDArray[Any]) -> Prediction:
+        """Predict one DICOM or PNG file, or an array (rows, columns) of grey levels, air dark.
+
+        An array of uint8 is taken as it is, of other integers and of floats the range of the values becomes 0..255; the
+        prediction then has neither `case_id` nor `content`. Raises DicomError for what is not a radiograph.
+
+        >>> predictor.predict(np.zeros((300, 200), np.uint8)).mask.shape
+        (300, 200)
+        """
+        if isinstance(image, np.ndarray):
+            return self._one(self._fitted(radiograph_of(image), b""))
+        return self.predict_content(read_bytes(Path(image)), name=Path(image).name)
 
     def predict_content(
         self, content: bytes, name: str = "", check: Callable[[Tags | None], None] = lambda file: None
@@ -146,7 +161,10 @@ class Predictor:
 
         `check` may refuse a file by its header, see `read_radiograph`.
         """
-        result = next(iter(self._run([self._load(content, name, check)], fewest=1)))
+        return self._one(self._load(content, name, check))
+
+    def _one(self, item: _Loaded) -> Prediction:
+        result = next(iter(self._run([item], fewest=1)))
         if isinstance(result, DicomError):
             raise result
         return result
@@ -180,7 +198,9 @@ class Predictor:
                 yield key, item if isinstance(item, DicomError) else next(predictions)
 
     def _load(self, content: bytes, name: str, check: Callable[[Tags | None], None] = lambda file: None) -> _Loaded:
-        radiograph = read_radiograph(content, name=name, check=check)
+        return self._fitted(read_radiograph(content, name=name, check=check), content)
+
+    def _fitted(self, radiograph: Radiograph, content: bytes) -> _Loaded:
         square = fit_square(radiograph.pixels)
         squares = {size: resize(square, size) for size in self._sizes}
         return _Loaded(radiograph, squares, content)

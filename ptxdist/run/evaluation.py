@@ -1,20 +1,24 @@
 """An evaluation of finished models as a task: here, by the processes of torchrun, or on Ray's workers.
 
-`evaluate_models` is called by each rank. `cluster.engine` does so on Ray's workers, the command line without Ray.
+`evaluate_models` is called by each rank. `cluster.engine` does so on Ray's workers, `evaluate_here` without Ray.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from ptxdist.config import TrainSettings
+from ptxdist.errors import RunError, SettingsError
 from ptxdist.predict.elsewhere import Split, evaluate_elsewhere
 from ptxdist.records import EvaluationResult, Record
 from ptxdist.rundir import EVALUATION
-from ptxdist.scores.working import NO_POINTS, Wanted
+from ptxdist.scores.working import NO_POINTS, Kind, Wanted
 from ptxdist.storage.runs import local_run
+from ptxdist.train.distributed import process_group
 from ptxdist.train.evaluate import evaluate_runs
 
 
@@ -39,6 +43,52 @@ class EvaluationTask(Record):
     def folder(self) -> Path:
         """Where the files of the evaluation are written."""
         return Path(self.out) if self.out is not None else Path(self.models[0]) / EVALUATION
+
+
+def evaluation_task(
+    models: Sequence[Path | str],
+    *,
+    out: Path | None,
+    patients: Path | None,
+    data: Path | str | None,
+    split: Split,
+    sensitivity: Sequence[float],
+    specificity: Sequence[float],
+    prevalence: float | None,
+) -> EvaluationTask:
+    """The task of the command `evaluate` with these options; SettingsError or RunError when they do not go together."""
+    targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
+    targets += [("specificity", value) for value in specificity]
+    if prevalence is not None and not targets:
+        raise SettingsError("--prevalence goes with --sensitivity or --specificity")
+    if split != "all" and data is None:
+        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
+    if not models:
+        raise RunError("no model to evaluate: give a finished run or a bundle")
+    if out is None and (data is not None or isinstance(models[0], str)):
+        reason = "" if data is not None else f"{models[0]} is only read; "
+        raise RunError(f"{reason}name a folder for the evaluation with --out")
+    return EvaluationTask(
+        models=tuple(map(_absolute, models)),
+        data=None if data is None else _absolute(data),
+        split=split,
+        out=None if out is None else _absolute(out),
+        patients=None if patients is None else _absolute(patients),
+        working=Wanted(tuple(targets), prevalence),
+    )
+
+
+def _absolute(place: Path | str) -> str:
+    return place if isinstance(place, str) else os.path.abspath(place)
+
+
+def evaluate_here(
+    task: EvaluationTask, *, on_cases: Callable[[int, int], None] = lambda done, total: None
+) -> EvaluationResult:
+    """Evaluate in this process, or under torchrun in all of its processes, each of which returns the result."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun
+    with process_group("auto", ranks, TrainSettings().collective_timeout_s) as device:
+        return evaluate_models(task, device=device if ranks > 1 else None, on_cases=on_cases)
 
 
 def evaluate_models(

@@ -15,7 +15,6 @@ import torch
 from tiny_caches import make_cache
 from tiny_encoder import TINY
 
-import ptxdist
 from ptxdist import files
 from ptxdist.config import Settings
 from ptxdist.errors import CheckpointError, PtxdistError, RunError
@@ -25,7 +24,7 @@ from ptxdist.records import Origin
 from ptxdist.report import model_card
 from ptxdist.resolve import load_settings
 from ptxdist.run.origin import load_init
-from ptxdist.run.pipeline import run_pipeline
+from ptxdist.run.pipeline import run_pipeline, train
 from ptxdist.run.plan import plan_run
 from ptxdist.rundir import read_origin, read_result
 from ptxdist.train.encoders import ENCODERS, read_weights
@@ -58,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("origin")
     cache = make_cache(folder / "cache")
     (cache / "salt").write_bytes(b"1" * 32)
-    result = ptxdist.train(settings(cache), folder / "base")
+    result = train(settings(cache), folder / "base")
     write_bundle(folder / "base", folder / "base.ptxdist")
     torch.save(dict(read_weights(folder / "base" / result.stages[-1].weights)), folder / "base.pt")
     return folder
@@ -103,7 +102,7 @@ def test_a_first_stage_goes_on_from_it_and_the_cards_say_so(folder: Path, tmp_pa
     said: list[Event] = []
     run, init = tmp_path / "tuned", folder / "base.ptxdist"
     more = ("model.encoder_weights=/nowhere/which/is/not/read", "model.image_head=true")
-    ptxdist.train(settings(folder / "cache", f"model.init={init}", *more), run, on_event=said.append)
+    train(settings(folder / "cache", f"model.init={init}", *more), run, on_event=said.append)
 
     before = read_weights(folder / "base" / read_result(folder / "base").stages[-1].weights)
     first = read_weights(run / read_result(run).stages[0].weights)
