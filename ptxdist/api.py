@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ptxdist.errors import SettingsError
+from ptxdist.errors import RunError, SettingsError
 
 if TYPE_CHECKING:
     from ptxdist.cache.preprocess import PreprocessResult
@@ -178,12 +178,12 @@ def train(
         **(set or {}),
         "train.workers": workers,
         "train.reuse": False if no_reuse else None,
-        "data.cache": _text(data),
-        "pipeline.model.encoder_weights": _text(encoder_weights),
-        "pipeline.model.init": _text(init),
+        "data.cache": data,
+        "pipeline.model.encoder_weights": encoder_weights,
+        "pipeline.model.init": init,
         "pipeline.fold": None if fold == "all" else fold,
     }
-    settings = load_settings(os.fspath(pipeline), site=_text(site), options=options)
+    settings = load_settings(os.fspath(pipeline), site=None if site is None else os.fspath(site), options=options)
     refuse_unknown(settings)
     work: Callable[..., PipelineResult | EvaluationResult] = folds.train_folds if fold == "all" else one.train
     with _display(settings, quiet, on_event) as (show, progress):
@@ -221,11 +221,13 @@ def evaluate(
     >>> evaluation.scores.kaggle_dice == result.evaluation.scores.kaggle_dice
     True
     """
+    places = [_place(model) for model in _many(models)]
+    refuse_unfit(places, out, data, split, (*_many(sensitivity), *_many(specificity)), prevalence)
     from ptxdist.events import Progress
     from ptxdist.run.evaluation import evaluate_here, evaluation_task
 
     task = evaluation_task(
-        [_place(model) for model in _many(models)],
+        places,
         out=_path(out),
         patients=_path(patients),
         data=None if data is None else _place(data),
@@ -248,6 +250,26 @@ def evaluate(
 
         with console.ray_log(task.folder if task.out else task.folder.parent):
             return evaluate_on_workers(task, TrainSettings(workers=workers), on_event)
+
+
+def refuse_unfit(
+    models: Sequence[Path | str],
+    out: Place | None,
+    data: Place | None,
+    split: str,
+    targets: Sequence[float],
+    prevalence: float | None,
+) -> None:
+    """Raise SettingsError or RunError when the options of `evaluate` do not go together; loads nothing."""
+    if prevalence is not None and not targets:
+        raise SettingsError("--prevalence goes with --sensitivity or --specificity")
+    if split != "all" and data is None:
+        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
+    if not models:
+        raise RunError("no model to evaluate: give a finished run or a bundle")
+    if out is None and (data is not None or isinstance(models[0], str)):
+        reason = "" if data is not None else f"{models[0]} is only read; "
+        raise RunError(f"{reason}name a folder for the evaluation with --out")
 
 
 def compare(runs: Sequence[Place]) -> Comparison:
@@ -334,16 +356,13 @@ def ray_with_log(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Itera
         yield engine
 
 
-@contextmanager
-def _progress(quiet: bool) -> Iterator[OnProgress]:
+def _progress(quiet: bool) -> AbstractContextManager[OnProgress]:
     """A callable (what, done, total) that prints, unless `quiet` or in another process of torchrun's than the first."""
     if _is_silent(quiet):
-        yield lambda what, done, total: None
-        return
+        return nullcontext(lambda what, done, total: None)
     from ptxdist import console
 
-    with console.progress() as update:
-        yield update
+    return console.progress()
 
 
 @contextmanager
@@ -374,10 +393,6 @@ def _place(place: Place) -> Path | str:
 
 def _path(place: Place | None) -> Path | None:
     return None if place is None else Path(place)
-
-
-def _text(place: Place | None) -> str | None:
-    return None if place is None else os.fspath(place)
 
 
 def _many(value: Any) -> tuple[Any, ...]:

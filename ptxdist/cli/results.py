@@ -10,7 +10,7 @@ import click
 
 from ptxdist import places
 from ptxdist.cli.options import FILE, FOLDER, PLACE, begin, json_option
-from ptxdist.errors import LabelError, RunError, StoreError
+from ptxdist.errors import LabelError, StoreError
 
 if TYPE_CHECKING:
     from ptxdist.predict.elsewhere import Split

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from ptxdist.config import TrainSettings
-from ptxdist.errors import RunError, SettingsError
 from ptxdist.predict.elsewhere import Split, evaluate_elsewhere
 from ptxdist.records import EvaluationResult, Record
 from ptxdist.rundir import EVALUATION
@@ -56,18 +55,9 @@ def evaluation_task(
     specificity: Sequence[float],
     prevalence: float | None,
 ) -> EvaluationTask:
-    """The task of the command `evaluate` with these options; SettingsError or RunError when they do not go together."""
+    """The task of the command `evaluate` with these options."""
     targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
     targets += [("specificity", value) for value in specificity]
-    if prevalence is not None and not targets:
-        raise SettingsError("--prevalence goes with --sensitivity or --specificity")
-    if split != "all" and data is None:
-        raise SettingsError("--split goes with --data; a run is evaluated on the cases that it has held out")
-    if not models:
-        raise RunError("no model to evaluate: give a finished run or a bundle")
-    if out is None and (data is not None or isinstance(models[0], str)):
-        reason = "" if data is not None else f"{models[0]} is only read; "
-        raise RunError(f"{reason}name a folder for the evaluation with --out")
     return EvaluationTask(
         models=tuple(map(_absolute, models)),
         data=None if data is None else _absolute(data),
