@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pydicom
 import pytest
+from browser import CHROMIUM, CONTRAST, browser
 from click.testing import CliRunner
 from imagecodecs import jpeg2k_encode
 from locking import NO_LOCKS, failing, held
@@ -162,6 +163,24 @@ def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
     table = read_table(out / "findings.csv")
     assert table[0][:2] == ["ImageId", "file"]
     assert {row[1] for row in table[1:]} == {f"'=<b>{uid[-1]}.dcm" for uid in SIZES}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+def test_a_browser_shows_the_page_without_complaint(done: Path, tmp_path: Path) -> None:
+    """With a caution, an image that is unlike others, and one in the table; in both modes, wide and narrow."""
+    out = shutil.copytree(done, tmp_path / "out")
+    findings = [Finding.model_validate(read_json(path, "")) for path in sorted((done / "findings").iterdir())]
+    (out / "overlays" / f"{findings[0].case_id}.jpg").unlink()
+    findings = [finding.model_copy(update={"unlike": "darker than nearly all of them"}) for finding in findings]
+    prediction_page.write_page(out, findings, None, PAGE)
+    with browser(tmp_path / "chromium") as tab:
+        for width, dark in ((1280, False), (390, True)):
+            tab.open((out / "index.html").as_uri(), width, dark=dark)
+            assert tab.run(CONTRAST) == []
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            assert tab.run("[...document.images].filter(image => image.naturalWidth !== 384).length") == 0
+            assert tab.complaints() == []
+            assert [url for url in tab.requests() if not url.startswith("data:")] == [(out / "index.html").as_uri()]
 
 
 @pytest.mark.parametrize(
