@@ -9,7 +9,6 @@ complete. After an interruption the manifest never lists more than there is.
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
 from ptxdist.cache.duplicates import find_duplicates
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
 from ptxdist.cache.render import TRANSFORM, Shard, shard_fingerprint, write_shard
-from ptxdist.cache.salt import SALT, keep_salt, read_key, read_salt
+from ptxdist.cache.salt import SALT, choose_salt, keep_salt
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import (
     ARRAYS,
@@ -110,9 +109,7 @@ def preprocess(
             if not is_new:
                 held.enter_context(exclusive(out))
             # All tables and headers are read before the first byte is written.
-            salt = read_salt(out) or secrets.token_bytes(32)
-            if patient_key is not None:
-                salt = read_key(patient_key, out)
+            salt = choose_salt(out, patient_key, anew=replace_other)
             former, was_there = _former(out), (out / FILE_NAME).is_file()
             if former is not None:
                 _refuse_other_finding(former, finding, out)

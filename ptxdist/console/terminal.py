@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.segment import Segment
 from rich.text import Text
 
-from ptxdist.errors import PtxdistError, plain
+from ptxdist.errors import ClusterError, PtxdistError, TrainingError, plain
 
 _LOG_EVERY_S = 10.0
 
@@ -145,13 +145,23 @@ def divert(log: Path) -> Iterator[None]:
 
 @contextmanager
 def ray_log(folder: Path) -> Iterator[None]:
-    """Write the output of Ray to a file in `folder`, which errors name."""
+    """Write the output of Ray to a file in `folder`, which errors name; a refusal leaves no folder that was not there.
+
+    For a failure of Ray or of the workers the file stays.
+    """
     from ptxdist.rundir import RAY_LOG  # late: it brings the settings
 
     log = folder / RAY_LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         with divert(log):
             yield
     except PtxdistError as error:
+        if made and not isinstance(error, TrainingError | ClusterError):
+            with suppress(OSError):  # other files are in it
+                log.unlink()
+                for path in made:
+                    path.rmdir()
+                raise
         raise type(error)(f"{error} (the output of Ray is in {log})") from error

@@ -257,10 +257,20 @@ def test_store_that_fits_the_new_split_no_more_is_not_trained_on(renewal: Renewa
     assert open_store(renewal.cache, 48).column("split").tolist() == splits
 
 
-def test_key_of_no_bytes_is_replaced(renewal: Renewal) -> None:
-    """As a loss of power may leave it."""
-    (renewal.cache / "salt").write_bytes(b"")
-    rows, folds = rows_of(renewal.cache), folds_of(renewal.cache)
-    assert renewal.changed() == set()
+@pytest.mark.parametrize("content", [b"", b"x" * 32, None], ids=["empty", "other", "gone"])
+def test_a_damaged_key_is_refused_and_put_back_or_replaced_on_demand(renewal: Renewal, content: bytes | None) -> None:
+    """With another one, all hashes of patients would change."""
+    path, rows, folds = renewal.cache / "salt", rows_of(renewal.cache), folds_of(renewal.cache)
+    whole = path.read_bytes()
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(CatalogError, match=r"salt is missing or damaged; .* put it back from a copy, .* --replace"):
+        renewal.run()
+    assert (path.read_bytes() if path.is_file() else None) == content
+    renewal.run(replace_other=True)
     assert (rows_of(renewal.cache), folds_of(renewal.cache)) == (rows, folds)
-    assert len((renewal.cache / "salt").read_bytes()) == 32
+    assert len(path.read_bytes()) == 32
+    assert path.read_bytes() not in (whole, content)
+    assert renewal.changed() == set()

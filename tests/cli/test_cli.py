@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 from ptxdist.cli import cli
 from ptxdist.cli.submit import absolute_paths
 from ptxdist.config import ModelSettings, complete
-from ptxdist.errors import PtxdistError
+from ptxdist.console import ray_log
+from ptxdist.errors import PtxdistError, RunError, TrainingError
 from ptxdist.places import RESULT, SETTINGS
 from ptxdist.resolve import load_settings
 
@@ -243,3 +244,57 @@ def test_a_submitted_command_that_does_not_parse_is_refused_before_it_is_sent() 
     done = run("submit", "--address", "http://127.0.0.1:1", "--", "train", "--wokers", 3)
     assert done.exit_code == 2
     assert "--wokers" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "stays"), [(RunError("other findings"), False), (TrainingError("a worker failed"), True)]
+)
+def test_a_refusal_while_ray_runs_leaves_nothing(tmp_path: Path, error: PtxdistError, stays: bool) -> None:
+    out = tmp_path / "runs" / "out"
+    with pytest.raises(type(error), match=str(error)) as caught, ray_log(out):
+        raise error
+    assert [path.name for path in tmp_path.rglob("*.log")] == ["ray.log"][: int(stays)]
+    assert (tmp_path / "runs").exists() == stays
+    assert (str(out / "ray.log") in str(caught.value)) == stays
+
+
+FIRST_LINES = """
+import json, sys
+sys.modules.update(dict.fromkeys(["torch", "ray", "numpy", "cv2", "zarr", "rich"]))  # importing them fails
+from click.testing import CliRunner
+from ptxdist.cli import cli
+print(json.dumps([CliRunner().invoke(cli, words).stderr.splitlines()[:1] for words in json.load(sys.stdin)]))
+"""
+
+
+def test_every_command_says_what_it_does_before_it_imports_anything_heavy(cache: Path, tmp_path: Path) -> None:
+    for name in (SETTINGS, RESULT):
+        (tmp_path / name).touch()
+    (tmp_path / "a.csv").touch()
+    run, table, out = str(tmp_path), str(tmp_path / "a.csv"), str(tmp_path / "out")
+    commands = {
+        "demo": ["--out", out],
+        "phantom": [out],
+        "preprocess": ["--dicom", run, "--labels", table, "--out", out],
+        "verify": [str(cache)],
+        "inspect": [str(cache)],
+        "plan": [str(cache), "--out", f"{out}.toml"],
+        "train": ["--data", str(cache), "--run", out],
+        "evaluate": [run],
+        "compare": [run],
+        "report": [run],
+        "predict": [run, run, "--out", out],
+        "serve": [run],
+        "export": [run, "--out", f"{out}.onnx"],
+        "score": [table, "--truth", table],
+        "doctor": [],
+        "submit": ["--address", "http://127.0.0.1:9", "--status", "job"],
+    }
+    assert sorted([*commands, "settings"]) == COMMANDS
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_LINES], capture_output=True, text=True, check=True,
+        input=json.dumps([[name, *words] for name, words in commands.items()]),
+    )  # fmt: skip
+    lines = dict(zip(commands, json.loads(done.stdout), strict=True))
+    assert [name for name, line in lines.items() if not line or line[0].startswith(("error", "Usage"))] == []
+    assert lines["verify"] == [f"checks {cache}"]
