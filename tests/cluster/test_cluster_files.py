@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import ray
 import ray.autoscaler
 import yaml
+from packaging.specifiers import SpecifierSet
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from ptxdist.cli import cli
@@ -139,6 +141,21 @@ def test_both_launcher_files_install_the_same(onprem: dict[str, Any]) -> None:
     for remote, local in onprem["file_mounts"].items():
         assert remote == f"~/ptxdist/{local}"
     assert onprem["setup_commands"][-1] in aws["setup_commands"]
+
+
+def test_the_image_installs_the_same_for_a_user_who_is_not_root(onprem: dict[str, Any]) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [line.split(maxsplit=1) for line in (ROOT / "Dockerfile").read_text().splitlines() if line[:1].isalpha()]
+    copied = [name for command, words in lines if command == "COPY" for name in words.split()[:-1]]
+    assert sorted(copied) == sorted(set(onprem["file_mounts"].values()))
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert allowed == set(copied)
+    (base,) = (words for command, words in lines if command == "FROM")
+    assert SpecifierSet(project["requires-python"]).contains(base.removeprefix("python:").removesuffix("-slim"))
+    (install,) = (words for command, words in lines if command == "RUN" and "pip install" in words)
+    assert "--constraint constraints.txt" in install
+    assert set(install.split("[")[1].split("]")[0].split(",")) <= project["optional-dependencies"].keys()
+    assert [words for command, words in lines if command == "USER"] == ["ray"]
 
 
 def test_the_part_of_kuberay_s_schema_accepts_the_job(rayjob: dict[str, Any]) -> None:
