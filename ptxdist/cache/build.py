@@ -145,7 +145,8 @@ def _read(
     found, renamed = _by_image_id(found, usable)
     if not usable.keys() & found.masks.keys():
         stems = {Path(case_id).stem if Path(case_id).suffix.lower() in _SUFFIXES else "" for case_id in found.masks}
-        hint = "write ids without .dcm or .png" if stems & usable.keys() else _match_in_words(usable, found.masks)
+        hint = _match_in_words(usable, found.masks) if labels.is_dir() else "do both belong to the same data set?"
+        hint = "write ids without .dcm or .png" if stems & usable.keys() else hint
         ours, theirs = (", ".join(sorted(ids)[:3]) for ids in (usable, found.masks))
         raise CatalogError(
             f"none of the {len(usable)} images in {images} has a label in {labels} (ids of images: {ours}; of labels: "
@@ -162,7 +163,7 @@ def _match_in_words(images: Collection[str], masks: Collection[str]) -> str:
         rest = {mask[len(name) :] for name in images if name and mask.startswith(name)}
         rest = {text for text in rest if not text[0].isalnum()}
         if rest:
-            return f"if the masks are files, --match '*{min(rest, key=len)}' says how they are named"
+            return f"--match '*{min(rest, key=len)}' says how the masks are named"
     return "do both belong to the same data set?"
 
 

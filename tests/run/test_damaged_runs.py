@@ -5,6 +5,7 @@ Run and cache are those of tests/goldens, as version 0.1.0 wrote them, and the r
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import tarfile
@@ -22,6 +23,8 @@ from ptxdist.cli import cli
 from ptxdist.errors import RunError, StoreError
 from ptxdist.rundir import TABLES, read_evaluation, write_evaluation
 
+# `ptxdist.report` is the function of this name.
+REPORT = importlib.import_module("ptxdist.report.report")
 ARCHIVE = Path(__file__).resolve().parents[1] / "goldens" / "made-by-0.1.0.tar.xz"
 Damage = Callable[[bytes], bytes | None]
 JSON = ("settings.json", "result.json", "environment.json", "evaluation/result.json", "stages/2-96px/result.json")
@@ -101,7 +104,7 @@ def place(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copytree(runs / version, tmp_path / version, ignore=shutil.ignore_patterns("tensorboard"))
     monkeypatch.chdir(tmp_path)
     for name, value in (("draw_galleries", []), ("render", "the page")):  # which take most of the time
-        monkeypatch.setattr(f"ptxdist.report.report.{name}", lambda *given, value=value: value)
+        monkeypatch.setattr(REPORT, name, lambda *given, value=value: value)
     return tmp_path
 
 
@@ -189,7 +192,7 @@ def test_no_command_accepts_damage_of_a_file_of_a_cache_that_it_reads(
     settings = json.loads((run / "settings.json").read_bytes())
     settings["pipeline"]["fold"] = 1  # fold 0 needs no near_duplicates.csv
     files.write_json(run / "settings.json", settings)
-    monkeypatch.setattr("ptxdist.report.report.refuse_other_split", lambda *given: None)
+    monkeypatch.setattr(REPORT, "refuse_other_split", lambda *given: None)
     monkeypatch.setattr("ptxdist.cache.outlines.outline", lambda *given, side_px: np.zeros((1, 1, 3), np.uint8))
 
     def look(
@@ -199,7 +202,7 @@ def test_no_command_accepts_damage_of_a_file_of_a_cache_that_it_reads(
             store.checked(index)
         return []
 
-    monkeypatch.setattr("ptxdist.report.report.draw_galleries", look)
+    monkeypatch.setattr(REPORT, "draw_galleries", look)
     commands = ("verify", "train, evaluate", "inspect", "report")
     whole = {command: check(command, cache, run) for command in commands}
     assert {code for code, _ in whole.values()} == {0}
