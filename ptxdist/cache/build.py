@@ -241,7 +241,9 @@ def _refuse_empty_side(leakage: Leakage, labelled: int) -> None:
         return
     side = "validation" if leakage.val_cases == 0 else "training"
     if leakage.groups > 1:  # folds of a former split, whose other cases are gone
-        raise CatalogError(f"no image would be left for {side}; give another --seed, which splits all cases again")
+        raise CatalogError(
+            f"no image would be left for {side}; give another number of --folds, which splits all cases again"
+        )
     source = f" by {leakage.grouped_by}" if leakage.grouped_by != "nothing" else ""
     raise CatalogError(
         f"{'the only image' if labelled == 1 else f'all {labelled} images'} with a label would be on one side of the "

@@ -84,7 +84,7 @@ def phantom(
 @click.option("--out", type=PLACE, required=True, help="Cache to create or update: a folder, or s3://….")
 @click.option("--finding", default="pneumothorax", show_default=True, help=FINDING)
 @click.option("--unlisted", type=UNLISTED, default="unused", show_default=True, help="Images without a label.")
-@click.option("--patients", type=FILE, help="CSV with columns ImageId and PatientID; no patient is in two folds.")
+@click.option("--patients", type=FILE, help="CSV of image id and patient, as nih_id.csv; no patient is in two folds.")
 @click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
 @click.option(
     "--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True, help=SIDE

@@ -108,7 +108,7 @@ def predict(
             str(out),
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
-                (f"with {predictor.cards[0].finding.one}", f"{result.positive:,}"),
+                ("marked", f"{result.positive:,}"),
                 ("unlike the training images", f"{result.unlike:,}"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),

@@ -217,7 +217,8 @@ def _inspect_run(run: Path, as_json: bool) -> None:
     if as_json:
         console.show_json({"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]})
     else:
-        console.show_stages(done)
+        if done:
+            console.show_stages(done)
         console.say(f"not finished: {len(done)} of {len(folders)} stages; rerun `ptxdist train` to resume")
 
 

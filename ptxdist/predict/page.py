@@ -90,6 +90,7 @@ def write_page(out: Path, findings: Sequence[Finding], names: Mapping[str, str] 
         rest=[item for item in shown if not item.picture],
         images=len(findings),
         marked=sum(found.area_px > 0 for found in findings),
+        calibrated=any(found.calibrated is not None for found in findings),
         unlike=sum(found.unlike is not None for found in findings),
         style=style,
         side_px=PICTURE_PX,

@@ -200,7 +200,7 @@ def test_a_former_split_whose_validation_images_are_gone_is_refused(tmp_path: Pa
     for case in former.cases:
         if case.split == "val":
             (dicom / f"{case.case_id[2:]}.dcm").unlink()
-    with pytest.raises(CatalogError, match="no image would be left for validation; give another --seed"):
+    with pytest.raises(CatalogError, match="no image would be left for validation; give another number of --folds"):
         built(dicom, labels, former=former)
     assert built(dicom, labels, former=former, seed=1).leakage.val_cases
 

@@ -43,7 +43,7 @@ from ptxdist.train.evaluate import evaluate_runs
 
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "MAPPED-PERSON")  # of conftest
 ALWAYS = OperatingPoint(top=0.0, min_area_px=0, bottom=0.0)
-PAGE = prediction_page.Context("nodule", "a nodule", ("a", "b"), "no rule", "Means nothing.", rejected=2, repeated=0)
+PAGE = prediction_page.Context("nodule", "a nodule", ("a", "b"), "no rule", "Means nothing.", rejected=1, repeated=2)
 SIZES = {"1.2.1": (96, 128), "1.2.2": (160, 96), "1.2.3": (128, 128), "1.2.4": (120, 130), "1.2.5": (64, 96)}
 
 
@@ -146,7 +146,7 @@ def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
 
     findings = [Finding.model_validate(read_json(path, "")) for path in sorted((done / "findings").iterdir())]
     findings[0] = findings[0].model_copy(update={"area_px": 0, "score": 0.9, "side": None, "unlike": "darker <b>"})
-    findings[3] = findings[3].model_copy(update={"area_px": 7, "score": 0.1, "side": "both sides"})
+    findings[3] = findings[3].model_copy(update={"area_px": 7, "score": 0.1, "side": "both sides", "calibrated": 0.3})
     out, names = shutil.copytree(done, tmp_path / "out"), {uid: f"=<b>{uid[-1]}.dcm" for uid in SIZES}
     monkeypatch.setattr(prediction_page, "PICTURES", 4)
     prediction_page.write_page(out, findings, names, PAGE)
@@ -160,6 +160,9 @@ def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
     assert "darker &lt;b&gt;" in page
     assert "<b>" not in page
     assert PAGE.caution in page
+    assert "1 file was rejected" in page
+    assert "2 files repeat others" in page
+    assert "so many had a nodule" in page, "what a probability is, where there is one"
     table = read_table(out / "findings.csv")
     assert table[0][:2] == ["ImageId", "file"]
     assert {row[1] for row in table[1:]} == {f"'=<b>{uid[-1]}.dcm" for uid in SIZES}

@@ -151,6 +151,14 @@ def test_other_files_of_a_run_may_be_damaged(place: Path) -> None:
         assert call("report", place / "new").exit_code == 0
 
 
+def test_inspect_of_a_run_before_its_first_stage_shows_no_empty_table(place: Path) -> None:
+    (place / "old/result.json").unlink()
+    shutil.rmtree(place / "old/stages")
+    done = call("inspect", place / "old")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "not finished: 0 of 2 stages" in done.stderr
+
+
 def test_tables_and_result_of_different_evaluations_are_refused(place: Path) -> None:
     """As after a kill of `evaluate` between its files; the tables alone are whole."""
     run = place / "old"
