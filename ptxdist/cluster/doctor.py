@@ -124,7 +124,7 @@ def _versions(where: str, found: Mapping[str, str], mine: Mapping[str, str]) -> 
     text = ", ".join(f"{name} {value}" for name, value in found.items())
     if not differing:
         return Finding("versions", where, "ok", text)
-    advice = "install the same versions there: pip install --constraint constraints.txt ptxdist"
+    advice = "install the same versions there, in the same checkout: pip install --constraint constraints.txt ."
     return Finding("versions", where, "wrong", "; ".join(differing), advice)
 
 
