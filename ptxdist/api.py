@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,7 +56,7 @@ def phantom(
     """
     from ptxdist.phantoms.dataset import write_phantoms
 
-    with _progress(quiet) as update:
+    with _shown(quiet) as update:
         return write_phantoms(
             Path(out),
             cases=cases,
@@ -103,7 +103,7 @@ def preprocess(
 
     if unlisted not in ("unused", "negative"):
         raise SettingsError(f"unlisted={unlisted!r} is not one of 'unused', 'negative'")
-    with _progress(quiet) as update, working_cache(os.fspath(out), update) as folder:
+    with _shown(quiet) as update, working_cache(os.fspath(out), update) as folder:
         return build(
             Path(dicom),
             Path(labels),
@@ -136,7 +136,7 @@ def plan(cache: Place, *, out: Place = "plan.toml", quiet: bool = False) -> Plan
     """
     from ptxdist.run.planning import write_plan
 
-    with _progress(quiet) as update:
+    with _shown(quiet) as update:
         return write_plan(_place(cache), Path(out), on_progress=update)
 
 
@@ -169,6 +169,7 @@ def train(
     >>> [stage.best.epoch for stage in result.stages], 0 <= result.evaluation.scores.kaggle_dice <= 1
     ([1, 1], True)
     """
+    from ptxdist.console.calls import training_shown
     from ptxdist.resolve import load_settings
     from ptxdist.run import folds
     from ptxdist.run import pipeline as one
@@ -186,7 +187,7 @@ def train(
     settings = load_settings(os.fspath(pipeline), site=None if site is None else os.fspath(site), options=options)
     refuse_unknown(settings)
     work: Callable[..., PipelineResult | EvaluationResult] = folds.train_folds if fold == "all" else one.train
-    with _display(settings, quiet, on_event) as (show, progress):
+    with training_shown(settings.pipeline.stages, quiet, on_event) as (show, progress):
         return work(
             settings,
             Path("runs") / settings.pipeline.name if run is None else _place(run),
@@ -236,7 +237,7 @@ def evaluate(
         specificity=_many(specificity),
         prevalence=prevalence,
     )
-    with _progress(quiet) as update:
+    with _shown(quiet) as update:
         if workers is None:
             return evaluate_here(task, on_cases=partial(update, "images"))
 
@@ -315,7 +316,7 @@ def score(
     """
     from ptxdist.scores.external import score_predictions
 
-    with _progress(quiet) as update:
+    with _shown(quiet) as update:
         return score_predictions(
             Path(predictions),
             Path(truth),
@@ -356,34 +357,10 @@ def ray_with_log(settings: Settings, mirror: Mirror, on_event: OnEvent) -> Itera
         yield engine
 
 
-def _progress(quiet: bool) -> AbstractContextManager[OnProgress]:
-    """A callable (what, done, total) that prints, unless `quiet` or in another process of torchrun's than the first."""
-    if _is_silent(quiet):
-        return nullcontext(lambda what, done, total: None)
-    from ptxdist import console
+def _shown(quiet: bool) -> AbstractContextManager[OnProgress]:
+    from ptxdist.console.calls import shown
 
-    return console.progress()
-
-
-@contextmanager
-def _display(settings: Settings, quiet: bool, on_event: OnEvent) -> Iterator[tuple[OnEvent, OnProgress]]:
-    """What shows the events of a training and calls `on_event`, and what shows the progress of the checks before it."""
-    if _is_silent(quiet):
-        yield on_event, lambda what, done, total: None
-        return
-    from ptxdist import console
-
-    with console.TrainingDisplay(settings.pipeline.stages) as display:
-
-        def show(event: Event) -> None:
-            display.show(event)
-            on_event(event)
-
-        yield show, display.progress
-
-
-def _is_silent(quiet: bool) -> bool:
-    return quiet or os.environ.get("RANK", "0") != "0"
+    return shown(quiet)
 
 
 def _place(place: Place) -> Path | str:
