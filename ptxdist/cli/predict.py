@@ -103,13 +103,14 @@ def predict(
             {"out": out, **asdict(result), "operating_point": point.model_dump(), **caution, "page": page}
         )
     else:
-        done = result.predicted + result.kept
+        done, profile = result.predicted + result.kept, predictor.cards[0].profile
+        known = profile is not None and profile.likeness is not None
         console.show_pairs(
             str(out),
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
                 ("marked", f"{result.positive:,}"),
-                ("unlike the training images", f"{result.unlike:,}"),
+                ("unlike the training images", f"{result.unlike:,}" if result.unlike or known else "not known"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),
                 ("operating point", point.words),

@@ -99,6 +99,17 @@ def evaluate(
         console.show_json(evaluation.model_dump(mode="json"))
     else:
         console.show_result(evaluation)
+        console.say(_next(runs, out, data, [point.name for point in evaluation.working]))
+
+
+def _next(runs: tuple[Path | str, ...], out: Path | None, data: Path | str | None, working: list[str]) -> str:
+    """What can be done with an evaluation: its page, and the use of its first working point."""
+    place, words = out or runs[0], ""
+    if working and len(runs) == 1 and data is not None:
+        words = f"; `ptxdist export {runs[0]} --point {place} --at {working[0]} --out …` makes a model with this point"
+    elif working and out is None:
+        words = f"; `ptxdist predict {place} … --at {working[0]}` uses the working point"
+    return f"`ptxdist report {place}` writes a page of it{words}"
 
 
 def _refuse_other(runs: tuple[Path | str, ...], patients: Path | None, data: Path | str | None) -> None:

@@ -37,7 +37,10 @@ def show_result(evaluation: EvaluationResult) -> None:
     _show_point(evaluation)
     if evaluation.working:
         out.print(_working(evaluation.working))
-        out.print(f"PPV and NPV at a prevalence of {evaluation.working[0].prevalence:.3g}")
+        out.print(
+            f"PPV and NPV at a prevalence of {evaluation.working[0].prevalence:.3g}; "
+            "all numbers but the score are cross-fitted"
+        )
     if evaluation.elsewhere is not None:
         _show_elsewhere(evaluation.elsewhere)
 

@@ -134,7 +134,8 @@ def _operating_point(evaluation: EvaluationResult) -> tuple[OperatingPoint, str]
 def point_at(card: ModelCard, name: str) -> tuple[OperatingPoint, str]:
     """The operating point of a stored working point, such as sensitivity=0.95, and words that say where it is from.
 
-    Images are flagged by their score. A flagged image gets all pixels from the model's lower threshold on. Raises
+    Images are flagged by their score. A flagged image gets all pixels from the model's lower threshold on, or from that
+    of its stage if this is lower: a high one, tuned to empty masks, would leave flagged images without a mask. Raises
     SettingsError when the model's evaluation has no point of this name.
     """
     for working in card.evaluation.working:
@@ -151,7 +152,7 @@ def point_at(card: ModelCard, name: str) -> tuple[OperatingPoint, str]:
 
 
 def _flagging(card: ModelCard, threshold: float) -> OperatingPoint:
-    bottom = card.operating_point.bottom
+    bottom = min(card.operating_point.bottom, card.pipeline.stages[-1].threshold)
     if not card.pipeline.model.image_head:  # the score is the highest probability: then some pixel reaches it
         bottom = min(bottom, threshold)
     return OperatingPoint(image=threshold, top=bottom, min_area_px=0, bottom=bottom)

@@ -22,7 +22,7 @@ from ptxdist.cache.store import open_store
 from ptxdist.cli import cli
 from ptxdist.errors import CatalogError, RunError, StoreError
 from ptxdist.labels import rle
-from ptxdist.predict.bundle import load_model, read_members, write_bundle
+from ptxdist.predict.bundle import describe_run, load_model, point_at, read_members, write_bundle
 from ptxdist.predict.elsewhere import evaluate_elsewhere
 from ptxdist.predict.predictor import Predictor
 from ptxdist.records import EvaluationResult, OperatingPoint, Platt
@@ -344,10 +344,12 @@ def test_a_tuned_point_and_a_working_point_travel_with_a_bundle(
     finished_run: Path, other: Path, bundle: Path, tmp_path: Path
 ) -> None:
     """Evaluated on other data, exported with what was tuned there, used by `predict`."""
+    said: list[str] = []
 
     def run(*words: object, code: int = 0) -> str:
         done = CliRunner().invoke(cli, [str(word) for word in words])
         assert done.exit_code == code, done.stderr
+        said.append(done.stderr)
         return " ".join((done.stdout if not code else done.stderr).split())
 
     there, local = tmp_path / "there", tmp_path / "local.ptxdist"
@@ -356,7 +358,9 @@ def test_a_tuned_point_and_a_working_point_travel_with_a_bundle(
         "--prevalence", 0.05,
     )  # fmt: skip
     assert "working point score sensitivity specificity flagged PPV NPV sensitivity=0.8 " in text
-    assert "PPV and NPV at a prevalence of 0.05" in text
+    assert "PPV and NPV at a prevalence of 0.05; all numbers but the score are cross-fitted" in text
+    use = f"`ptxdist export {bundle} --point {there} --at sensitivity=0.8 --out …` makes a model with this point"
+    assert f"`ptxdist report {there}` writes a page of it; {use}" in said[-1], "said whole, to be pasted"
     result = read_evaluation(there)
     assert [point.name for point in result.working] == ["sensitivity=0.8", "specificity=0.75"]
     best = max(result.tuned, key=lambda tuned: tuned.estimate.kaggle_dice)
@@ -411,6 +415,9 @@ def test_a_run_that_was_evaluated_with_a_working_point_predicts_at_it_and_calibr
     files.write_json(own / RESULT, result)
     predictor = Predictor.load(own, device="cpu", at="specificity=0.7")
     assert predictor.operating_point.image == working[0].threshold
+    high = OperatingPoint(top=0.95, min_area_px=0, bottom=0.95)
+    card = describe_run(own)[0].at(high, "tuned to empty masks")
+    assert point_at(card, "specificity=0.7")[0].bottom <= evaluation.threshold < 0.95, "flagged images keep their masks"
     prediction = predictor.predict(next((other.parent / "dicom").iterdir()))
     odds = np.log(prediction.score / (1 - prediction.score))
     assert prediction.calibrated == pytest.approx(1 / (1 + np.exp(1 - 2 * odds)))
