@@ -9,7 +9,7 @@ demo: install
 	$(BIN)/ptxdist demo
 
 test: install .venv-s3/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 lint: install
 	$(BIN)/ruff check .
