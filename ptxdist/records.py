@@ -5,17 +5,28 @@ Owns: the content of these files (`rundir` has their names).
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ptxdist.finding import FindingType, unless_pneumothorax
+
+
+def _five_or_none(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) not in (0, 5):
+        raise ValueError("five percentiles, or none")
+    return values
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]  # just above 1, no image is flagged
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\z")]
 Intervals = dict[str, tuple[float, float]]
+View = Annotated[str, Field(pattern=r"\A[A-Za-z]{1,16}\z")]
+Range = tuple[float, float, float, float]
+Images = Annotated[int, Field(ge=0, le=2**53)]
+Percentiles = Annotated[tuple[Annotated[float, Field(ge=0, le=1e9)], ...], AfterValidator(_five_or_none)]
 SYNTHETIC = "The model was trained on synthetic images only, so its answer on a real radiograph means nothing."
 
 
@@ -237,14 +248,20 @@ class SharedPatients(Record):
     apart_intervals: Intervals = {}
 
 
+class Ranges(Record):
+    """Values at 0.1, 5, 95 and 99.9 % of the training images, by measure (`cache.likeness`)."""
+
+    brightness: Range
+    contrast: Range
+    sharpness: Range
+    size: Range
+    layout: Range
+
+
 class Likeness(Record):
-    """How training images look, to tell whether another image is unlike them (`cache.likeness` has the measures).
+    """How training images look, to tell whether another image is unlike them; `layout` is their mean, 16x16 in hex."""
 
-    `ranges` has the values at 0.1, 5, 95 and 99.9 % of the training images by measure; `layout` is the mean image,
-    16x16 grey levels in hex.
-    """
-
-    ranges: dict[str, tuple[float, float, float, float]]
+    ranges: Ranges
     layout: Annotated[str, Field(pattern=r"\A[0-9a-f]{512}\z")]
 
 
@@ -257,15 +274,21 @@ class Profile(Record):
     `likeness` is None for few images, and in files of older versions.
     """
 
-    images: int
-    positives: int
-    mask_share: tuple[float, ...]
-    brightness: tuple[float, ...]
-    age: tuple[float, ...]
-    side_px: tuple[float, ...]
-    views: dict[str, int]
+    images: Annotated[Images, Field(ge=1)]
+    positives: Images
+    mask_share: Percentiles
+    brightness: Percentiles
+    age: Percentiles
+    side_px: Percentiles
+    views: dict[View, Images]
     synthetic: bool = Field(False, exclude_if=lambda value: not value)
     likeness: Likeness | None = when_known()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if max((self.positives, *self.views.values())) > self.images:
+            raise ValueError("more positives, or more of a view, than images")
+        return self
 
 
 class SeenImages(Record):

@@ -27,7 +27,7 @@ import torch
 
 from ptxdist import files, locks
 from ptxdist.dicom.guard import guarded
-from ptxdist.errors import CatalogError, DicomError, RunError
+from ptxdist.errors import CatalogError, DicomError, RunError, plain
 from ptxdist.executor import Executor, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, Input, find_inputs, read_headers, reject_repeated
@@ -120,7 +120,7 @@ def predict_files(
             on_progress("images", number, len(left))
         found = [finding for item in items if (finding := findings[item.case_id])]
         rows = [(finding.case_id, finding.encoded_pixels) for finding in found]
-        names = {item.case_id: item.source.name for item in items} if keep_names else None
+        names = {item.case_id: plain(item.source.name) for item in items} if keep_names else None
         write_table(out, found, names)
         write_page(out, found, names, _context(predictor, len(rejected), repeated))
         files.write_table(out / SUBMISSION, ("ImageId", "EncodedPixels"), rows, lineterminator="\n")

@@ -130,6 +130,14 @@ ABSURD = (
     ({"pipeline.stages.0.batch_size": 10**12}, "batch_size"),
     ({"pipeline.model": [[]]}, "pipeline.model"),
     ({"evaluation.threshold": 7}, "evaluation.threshold"),
+    ({"profile.likeness": {"ranges": {"size": [9, 9, 10, 10]}, "layout": "00" * 256}}, "profile.likeness.ranges"),
+    ({"profile.likeness": {"ranges": {}, "layout": "00" * 255}}, "profile.likeness"),
+    ({"profile.images": 0}, "profile.images"),
+    ({"profile.images": 10**400}, "profile.images"),
+    ({"profile.positives": 10**9}, "more positives"),
+    ({"profile.side_px": [9.0]}, "profile.side_px"),
+    ({"profile.brightness": [1e300] * 5}, "profile.brightness"),
+    ({"profile.views": {"\x1b[31m": 1}}, "profile.views"),
 )  # fmt: skip
 
 

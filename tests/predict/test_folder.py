@@ -168,6 +168,23 @@ def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
     assert {row[1] for row in table[1:]} == {f"'=<b>{uid[-1]}.dcm" for uid in SIZES}
 
 
+def test_names_that_are_no_text_are_kept_escaped(
+    predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path
+) -> None:
+    """Bytes that are not UTF-8, control characters, and those that reverse the direction of reading."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    hostile = {"1.2.1": b"\xff\xfe.dcm", "1.2.2": b"\x1b[31m.dcm", "1.2.5": "\u202egnp.dcm".encode()}
+    for uid, name in hostile.items():
+        number = [*SIZES].index(uid)
+        shutil.copy(images / f"study{number}" / f"{number}.dcm", os.fsencode(folder) + b"/" + name)
+    predict_files([folder], tmp_path / "out", predictor, [finished_run], outputs=(), keep_names=True)
+    rows = {row[0]: row[1] for row in read_table(tmp_path / "out" / "findings.csv")[1:]}
+    assert rows == {"1.2.1": "\\udcff\\udcfe.dcm", "1.2.2": "\\x1b[31m.dcm", "1.2.5": "\\u202egnp.dcm"}
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert [name in page for name in rows.values()] == [True] * 3
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 def test_a_browser_shows_the_page_without_complaint(done: Path, tmp_path: Path) -> None:
     """With a caution, an image that is unlike others, and one in the table; in both modes, wide and narrow."""
