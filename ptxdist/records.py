@@ -1,32 +1,20 @@
-"""Records that a run writes as JSON.
-
-Owns: the content of these files (`rundir` has their names).
-"""
+"""Records that a run writes as JSON: the content of these files (`rundir` has their names)."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ptxdist.finding import FindingType, unless_pneumothorax
 
-
-def _five_or_none(values: tuple[float, ...]) -> tuple[float, ...]:
-    if len(values) not in (0, 5):
-        raise ValueError("five percentiles, or none")
-    return values
-
-
 Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]  # just above 1, no image is flagged
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\z")]
 Intervals = dict[str, tuple[float, float]]
-View = Annotated[str, Field(pattern=r"\A[A-Za-z]{1,16}\z")]
-Range = tuple[float, float, float, float]
-Images = Annotated[int, Field(ge=0, le=2**53)]
-Percentiles = Annotated[tuple[Annotated[float, Field(ge=0, le=1e9)], ...], AfterValidator(_five_or_none)]
+Measure = Literal["brightness", "contrast", "sharpness", "size", "layout"]
+Percentiles = tuple[Annotated[float, Field(ge=0, le=1e9)], ...]
 SYNTHETIC = "The model was trained on synthetic images only, so its answer on a real radiograph means nothing."
 
 
@@ -248,20 +236,10 @@ class SharedPatients(Record):
     apart_intervals: Intervals = {}
 
 
-class Ranges(Record):
-    """Values at 0.1, 5, 95 and 99.9 % of the training images, by measure (`cache.likeness`)."""
-
-    brightness: Range
-    contrast: Range
-    sharpness: Range
-    size: Range
-    layout: Range
-
-
 class Likeness(Record):
-    """How training images look, to tell whether another image is unlike them; `layout` is their mean, 16x16 in hex."""
+    """How training images look: 0.1, 5, 95, 99.9 % of each measure of `cache.likeness`; mean image, 16x16 in hex."""
 
-    ranges: Ranges
+    ranges: dict[Measure, tuple[float, float, float, float]] = Field(min_length=5)
     layout: Annotated[str, Field(pattern=r"\A[0-9a-f]{512}\z")]
 
 
@@ -270,24 +248,25 @@ class Profile(Record):
 
     `mask_share` is the area of a mask as a share of its image, of positive images; `brightness` the mean grey level at
     the network's size, 0..255; `age` in years, where it is known; `side_px` the longer side of the original image. ()
-    without values. `views` are numbers of images by view. `synthetic` says that all are phantoms, as far as is known.
+    without values. `views` are numbers of images by view. `synthetic` says that all are known to be phantoms.
     `likeness` is None for few images, and in files of older versions.
     """
 
-    images: Annotated[Images, Field(ge=1)]
-    positives: Images
+    images: Annotated[Count, Field(ge=1)]
+    positives: Count
     mask_share: Percentiles
     brightness: Percentiles
     age: Percentiles
     side_px: Percentiles
-    views: dict[View, Images]
+    views: dict[Annotated[str, Field(pattern=r"\A[A-Za-z]{1,16}\z")], Count]
     synthetic: bool = Field(False, exclude_if=lambda value: not value)
     likeness: Likeness | None = when_known()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if max((self.positives, *self.views.values())) > self.images:
-            raise ValueError("more positives, or more of a view, than images")
+        lengths = {*map(len, (self.mask_share, self.brightness, self.age, self.side_px))}
+        if max(self.positives, 0, *self.views.values()) > self.images or lengths - {0, 5}:
+            raise ValueError("more positives or more of a view than images, or not five percentiles")
         return self
 
 

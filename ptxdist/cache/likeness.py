@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.records import Likeness, Ranges
+from ptxdist.records import Likeness, Measure
 
 FEWEST = 100  # training images; with 50, more than two in a hundred images of the same source are outside
 MOST = 2000  # images that are looked at, evenly spaced
@@ -32,7 +32,7 @@ class _Measure(NamedTuple):
     above: str
 
 
-_MEASURES = {
+_MEASURES: dict[Measure, _Measure] = {
     "brightness": _Measure(5, "darker", "brighter"),  # mean grey level
     "contrast": _Measure(3, "of less contrast", "of more contrast"),  # standard deviation of the grey levels
     "sharpness": _Measure(
@@ -72,7 +72,7 @@ def likeness_of(looks: Sequence[Look]) -> Likeness | None:
     ranges = dict(zip(_MEASURES, np.quantile(table, _AT, axis=0).T.round(4).tolist(), strict=True))
     span = max(float(np.ptp(total)), 1e-6)
     mean = np.round(255 * (total - total.min()) / span).astype(np.uint8)
-    return Likeness(ranges=Ranges.model_validate(ranges), layout=mean.tobytes().hex())
+    return Likeness(ranges={name: tuple(row) for name, row in ranges.items()}, layout=mean.tobytes().hex())
 
 
 def unlike(found: Look, training: Likeness) -> str:
@@ -81,7 +81,7 @@ def unlike(found: Look, training: Likeness) -> str:
     values = (*found.values, float(_unit(mean) @ found.layout))
     words = {}
     for (name, measure), value in zip(_MEASURES.items(), values, strict=True):
-        least, low, high, most = getattr(training.ranges, name)
+        least, low, high, most = training.ranges[name]
         margin = max(measure.margin, _MARGIN * (high - low))
         words[name] = measure.below if value < least - margin else measure.above if value > most + margin else ""
     layout = words.pop("layout")

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from ptxdist import files
 from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
-from ptxdist.errors import DicomError, RunError
+from ptxdist.dicom.png import check_size
+from ptxdist.errors import DicomError, LabelError, RunError
 from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import ModelCard
@@ -142,17 +143,17 @@ def read_finished(out: Path, case_id: str, digest: str, outputs: Sequence[str]) 
     """The finding of a case that has all its files, made from the same bytes; None when it has to be predicted."""
     try:
         finding = Finding.model_validate(files.read_json(_path(out, FINDINGS, case_id), ""))
-    except (RunError, ValueError):
+        if finding.area_px and finding.side is None:  # of an older version
+            check_size(finding.rows, finding.columns)
+            mask = rle.decode((finding.encoded_pixels,), finding.rows, finding.columns) > 0
+            finding = finding.model_copy(update=position_of(mask, ""))
+    except (RunError, DicomError, LabelError, ValueError):
         return None
     missing = [name for name in outputs if not _path(out, name, case_id).is_file()]
     if missing == ["seg"] and finding.seg_reason:
         missing = []
-    if finding.digest != digest or missing:
-        return None
-    if finding.area_px and finding.side is None:  # of an older version
-        mask = rle.decode((finding.encoded_pixels,), finding.rows, finding.columns) > 0
-        finding = finding.model_copy(update=position_of(mask, ""))
-    return finding
+    is_same = (finding.case_id, finding.digest) == (case_id, digest)
+    return finding if is_same and not missing else None
 
 
 def overlay_path(out: Path, case_id: str) -> Path:

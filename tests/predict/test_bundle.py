@@ -135,7 +135,7 @@ ABSURD = (
     ({"profile.images": 0}, "profile.images"),
     ({"profile.images": 10**400}, "profile.images"),
     ({"profile.positives": 10**9}, "more positives"),
-    ({"profile.side_px": [9.0]}, "profile.side_px"),
+    ({"profile.side_px": [9.0]}, "not five percentiles"),
     ({"profile.brightness": [1e300] * 5}, "profile.brightness"),
     ({"profile.views": {"\x1b[31m": 1}}, "profile.views"),
 )  # fmt: skip

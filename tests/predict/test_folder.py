@@ -235,6 +235,22 @@ def test_a_finding_of_an_older_version_gets_its_place_from_its_mask(done: Path, 
     assert {"side": again.side, "zone": again.zone} == before
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"encoded_pixels": "x y"}, {"encoded_pixels": "99999 3"}, {"rows": -5}, {"rows": 10**9}, {"case_id": "1.2.2"}],
+    ids=str,
+)
+def test_a_damaged_finding_of_an_older_version_is_made_anew(tmp_path: Path, damage: dict[str, object]) -> None:
+    sound: dict[str, object] = {
+        "case_id": "1.2.1", "digest": "d", "rows": 9, "columns": 9, "score": 0.5, "area_px": 3, "area_mm2": None,
+        "mm2_plane": "", "mm2_reason": "", "seg_reason": "", "encoded_pixels": "1 3",
+    }  # fmt: skip
+    (tmp_path / "findings").mkdir()
+    for content, is_sound in ((sound, True), (sound | damage, False)):
+        write_json(tmp_path / "findings" / "1.2.1.json", content)
+        assert (read_finished(tmp_path, "1.2.1", "d", ()) is not None) == is_sound
+
+
 def test_the_folder_and_its_masks_can_be_scored(done: Path) -> None:
     """The noise of an untrained network is no truth in a folder, so it is given as a table with its encoding."""
     truth = done / "submission.csv"

@@ -22,7 +22,7 @@ from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_members, write_bundle
 from ptxdist.predict.export import describe
 from ptxdist.predict.predictor import ahead
-from ptxdist.records import SYNTHETIC, Likeness, OperatingPoint, Ranges
+from ptxdist.records import SYNTHETIC, Likeness, OperatingPoint
 from ptxdist.rundir import EVALUATION, ORIGIN, PREDICTIONS, TRAINING_IMAGES, read_origin, read_result
 from ptxdist.train.scoring import mask_at
 
@@ -89,7 +89,7 @@ def test_a_model_of_phantoms_says_so_and_an_image_unlike_its_training_images_too
     ranges = dict.fromkeys(("brightness", "contrast", "sharpness", "size", "layout"), (0.0, 0.0, 1.0, 1.0))
     ranges |= {"brightness": (90, 100, 120, 130), "contrast": (0, 0, 80, 90), "size": (6, 6, 8, 8)}
     ranges |= {"layout": (-1, -1, 1, 1), "sharpness": (-9, -9, 9, 9)}
-    likeness = Likeness(ranges=Ranges.model_validate(ranges), layout="00ff" * 128)
+    likeness = Likeness.model_validate({"ranges": ranges, "layout": "00ff" * 128})
     profile = origin.profile.model_copy(update={"synthetic": True, "likeness": likeness})
     write_json(run / ORIGIN, origin.model_copy(update={"profile": profile}), beside=(TRAINING_IMAGES,))
     write_bundle(run, tmp_path / "a.ptxdist")
