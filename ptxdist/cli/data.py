@@ -156,8 +156,9 @@ def preprocess(
     else:
         console.show_catalog(result.catalog)
         if rejects := result.catalog.rejects:
+            counted = "1 file was" if len(rejects) == 1 else f"{len(rejects)} files were"
             console.say(
-                f"warning: {len(rejects)} files were rejected, see {folder / 'rejects.csv'}; "
+                f"warning: {counted} rejected, see {folder / 'rejects.csv'}; "
                 f"the first one: {rejects[0].path} {rejects[0].reason}"
             )
         if result.is_new_split:

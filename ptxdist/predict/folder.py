@@ -170,10 +170,10 @@ def _check_folder(out: Path, predictor: Predictor) -> None:
         return
     before = files.read_json(path, f"remove {out} and rerun the command")
     if before != plain:
-        changed = [name for name in plain if before.get(name) != plain[name]]
+        changed = ", ".join(name.replace("_", " ") for name in plain if before.get(name) != plain[name])
         raise RunError(
-            f"{out} holds results of other {' and '.join(changed).replace('_', ' ')}, which cannot be mixed with new "
-            "ones; give another folder with --out, or remove this one"
+            f"{out} holds results with other settings ({changed}), which cannot be mixed with new ones; give another "
+            "folder with --out, or remove this one"
         )
 
 

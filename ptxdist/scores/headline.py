@@ -93,7 +93,7 @@ def sentences(evaluation: EvaluationResult) -> Iterator[str]:
     better = scores.kaggle_dice > scores.all_empty_dice
     yield f"Kaggle Dice {dice}; predicting nothing scores {nothing}{'' if better else ', which is no worse'}."
     if used.tuned and not evaluation.working and scores.sensitivity is not None and scores.sensitivity <= MISSES:
-        yield "To find more: `evaluate RUN --sensitivity 0.95`, then `predict --at` that point."
+        yield "To find more: ptxdist evaluate RUN --sensitivity 0.95, then predict with --at."
 
 
 def found(scores: Scores) -> tuple[str, str]:

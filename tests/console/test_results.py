@@ -36,7 +36,7 @@ def test_an_evaluation_is_a_sentence_and_five_rows(
     assert lines[:3] == [
         "Finds 1,334 of 2,669 with a pneumothorax; false alarms in 938 of 9,378 without.",
         "Kaggle Dice 0.800; predicting nothing scores 0.667.",
-        "To find more: `evaluate RUN --sensitivity 0.95`, then `predict --at` that point.",
+        "To find more: ptxdist evaluate RUN --sensitivity 0.95, then predict with --at.",
     ]
     assert [line.split() for line in lines[3:9]] == [
         ["in", "use", "95", "%", "interval", "at", "0.25", "at", "0.5", "at", "0.55", "nothing"],
