@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -11,6 +12,8 @@ from ptxdist import interrupts
 def main() -> None:
     """Run the command line; signals are handled from the start, also while it is imported."""
     interrupts.install()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack some characters
+        sys.stdout.reconfigure(errors="replace")
     try:
         from ptxdist.cli import cli
 

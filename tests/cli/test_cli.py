@@ -298,3 +298,12 @@ def test_every_command_says_what_it_does_before_it_imports_anything_heavy(cache:
     lines = dict(zip(commands, json.loads(done.stdout), strict=True))
     assert [name for name, line in lines.items() if not line or line[0].startswith(("error", "Usage"))] == []
     assert lines["verify"] == [f"checks {cache}"]
+
+
+def test_a_locale_without_some_characters_gets_others_instead() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptxdist", "settings"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?" in done.stdout
