@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -216,7 +216,7 @@ def evaluate(
     by default that of the only run. Scores have 95 % intervals by patient, if there are five patients at least.
     `sensitivity` and `specificity` find working points, which `Predictor.load(…, at="sensitivity=0.95")` uses. With
     `workers`, so many Ray workers divide the cases; under torchrun its processes do. Errors as
-    `run.evaluation.evaluate_models`.
+    `run.evaluation.evaluate_models`; BusyError while the run it would be written into is trained or evaluated.
 
     >>> evaluation = ptxdist.evaluate("runs/first", sensitivity=0.9)
     >>> evaluation.scores.kaggle_dice == result.evaluation.scores.kaggle_dice
@@ -224,8 +224,10 @@ def evaluate(
     """
     places = [_place(model) for model in _many(models)]
     refuse_unfit(places, out, data, split, (*_many(sensitivity), *_many(specificity)), prevalence)
+    from ptxdist import locks
     from ptxdist.events import Progress
     from ptxdist.run.evaluation import evaluate_here, evaluation_task
+    from ptxdist.rundir import LOCK, SETTINGS
 
     task = evaluation_task(
         places,
@@ -237,7 +239,11 @@ def evaluate(
         specificity=_many(specificity),
         prevalence=prevalence,
     )
-    with _shown(quiet) as update:
+    run = Path(task.models[0])
+    alone: AbstractContextManager[object] = nullcontext()
+    if task.out is None and (run / SETTINGS).is_file() and os.environ.get("RANK", "0") == "0":  # written into the run
+        alone = locks.only(run / LOCK, f"a `train` or `evaluate` works on {run}; wait for it, or give another --out")
+    with alone, _shown(quiet) as update:
         if workers is None:
             return evaluate_here(task, on_cases=partial(update, "images"))
 

@@ -16,12 +16,13 @@ import pytest
 from tiny_encoder import TINY
 
 import ptxdist
-from ptxdist import api
+from ptxdist import api, locks
 from ptxdist.cli import cli
-from ptxdist.errors import CatalogError, LabelError, PtxdistError, RunError, SettingsError, StoreError
+from ptxdist.errors import BusyError, CatalogError, LabelError, PtxdistError, RunError, SettingsError, StoreError
 from ptxdist.predict import predictor
 from ptxdist.run import advice, timing
 from ptxdist.run.advice import Machine
+from ptxdist.rundir import LOCK, SETTINGS
 from ptxdist.train import encoders
 
 FUNCTIONS = sorted(set(ptxdist.__all__) - {"__version__", "Prediction", "Predictor"})
@@ -140,3 +141,12 @@ def test_without_quiet_progress_is_printed_and_with_it_nothing(
     assert "images: 1 of 1" in capsys.readouterr().err
     ptxdist.phantom(tmp_path / "still", cases=1, quiet=True)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_that_is_trained_is_not_evaluated_into(tmp_path: Path) -> None:
+    (tmp_path / SETTINGS).touch()
+    with locks.only(tmp_path / LOCK), pytest.raises(BusyError, match="give another --out"):
+        ptxdist.evaluate(tmp_path)
+    with pytest.raises(PtxdistError) as caught:  # past the lock, and refused for what the file holds
+        ptxdist.evaluate(tmp_path)
+    assert not isinstance(caught.value, BusyError)
