@@ -175,7 +175,7 @@ def test_a_job_left_running_is_asked_after_followed_and_stopped(cluster: str, tm
     words = ["--", "phantom", str(tmp_path / "out"), "--cases", "5000", "--workers", "1"]
     process = subprocess.Popen([*command, *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    job = process.stderr.readline().split()[1].rstrip(":")
+    job = next(line for line in process.stderr if line.startswith("job ")).split()[1].rstrip(":")
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130

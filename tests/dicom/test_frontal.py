@@ -71,7 +71,7 @@ def test_what_is_no_dicom_is_refused() -> None:
     for content, reason in (
         (b"", r"is empty \(0 bytes\)"),
         (b"Dear colleague, " * 40, "is not a DICOM file"),
-        (cv2.imencode(".jpg", GREY)[1].tobytes(), "is not a DICOM file"),
+        (cv2.imencode(".jpg", GREY)[1].tobytes(), "is a JPEG image; convert it to PNG"),
     ):
         with pytest.raises(DicomError, match=reason):
             judge(content)

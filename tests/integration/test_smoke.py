@@ -112,8 +112,8 @@ def test_a_run_leaves_settings_metrics_results_and_a_report(
 
 def test_ray_keeps_out_of_the_terminal(trained: Trained) -> None:
     known = re.compile(
-        r"^(check of \d+ px|\S+ trains on |Ray starts|stage \d|training will take|evaluation|a worker |interrupted|"
-        r"warning: |the masks of |\s*$)"
+        r"^(check of \d+ px|trains smoke on |\S+ trains on |Ray starts|stage \d|training will take|evaluation|"
+        r"a worker |interrupted|warning: |the masks of |\s*$)"
     )
     assert [line for said in trained.said for line in said.splitlines() if not known.match(line)] == []
     assert (trained.run / "ray.log").is_file()
