@@ -49,6 +49,7 @@ class Host:
     shared: Path
     switch: int = 0  # process id of what has the bridge
     number: int = 0
+    line: subprocess.Popen[bytes] | None = None  # what makes its line slow
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
 
@@ -101,6 +102,27 @@ class Host:
         """Plug it in again."""
         _on(self.switch, "ip", "link", "set", f"cable{self.number}", "up")
 
+    def slow_down(self, delay_ms: float, lost: float) -> None:
+        """Make its line slow and lossy: each frame takes longer, and a share is lost, in both directions."""
+        behind = f"behind{self.number}"
+        _on(self.switch, "ip", "link", "add", behind, "type", "bridge")
+        _on(self.switch, "ip", "link", "set", behind, "up")
+        _on(self.switch, "ip", "link", "set", f"cable{self.number}", "master", behind)
+        words = [sys.executable, Path(__file__).with_name("slow_line.py"), "bridge0", behind, delay_ms, lost]
+        inside = ["nsenter", f"--target={self.switch}", "--net", "--", *map(str, words)]
+        self.line = line = subprocess.Popen(inside, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert line.stdout is not None
+        assert line.stdout.readline() == b"ready\n", f"no slow line to {self.name}"
+
+    def speed_up(self) -> None:
+        """Make its line as it was, if it is slow."""
+        if self.line is None:
+            return
+        self.line.communicate()  # closes its input, which ends it
+        self.line = None
+        _on(self.switch, "ip", "link", "set", f"cable{self.number}", "master", "bridge0")
+        _on(self.switch, "ip", "link", "del", f"behind{self.number}")
+
     def kill(self) -> None:
         """End everything on it at once."""
         self.first.kill()  # unshare, whose child is killed with it, and all processes of its namespace
@@ -138,16 +160,20 @@ def hosts(shared: Path, names: tuple[str, ...]) -> Iterator[dict[str, Host]]:
                 host.kill()
 
 
-def start_ray(host: Host, log: Path, *, head: bool = False, variables: Mapping[str, str] | None = None) -> None:
+def start_ray(
+    host: Host, log: Path, *, head: bool = False, dashboard: bool = False, variables: Mapping[str, str] | None = None
+) -> None:
     """Start Ray on a host, and again whenever it ends, as systemd does with `Restart=always`.
 
-    The head has no CPU for workers, every other host has one. Ray finds a dead host within some seconds.
+    The head has no CPU for workers, every other host has one. Ray finds a dead host within some seconds. A `dashboard`
+    on the head takes jobs from every host.
     """
     words = ["ray", "start", "--block", f"--node-ip-address={host.address}", "--object-store-memory=100000000"]
     if head:
         checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000,
                   "health_check_failure_threshold": 3}  # fmt: skip
-        words += ["--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
+        words += ["--head", f"--port={PORT}", "--num-cpus=0"]
+        words += [f"--dashboard-host={host.address}"] if dashboard else ["--include-dashboard=false"]
         words.append(f"--system-config={json.dumps(checks, separators=(',', ':'))}")
     else:
         words += [f"--address={NETWORK}.1:{PORT}", "--num-cpus=1"]

@@ -96,9 +96,17 @@ def store_goes(scene: Scene) -> None:
     scene.at["outside"].mend()
 
 
+def line_is_slow(scene: Scene) -> None:
+    """From now on a packet to or from a host takes 50 ms longer, and 2 % of them are lost in each direction."""
+    scene.at["two"].slow_down(50, 0.02)
+
+
+SUBMITTED = "nothing, submitted from another host"
 CASES: dict[str, tuple[Fault, bool]] = {  # and whether cache and run are in the object store
     "nothing": (nothing, False),
     "a host loses power and starts again": (host_dies, False),
+    SUBMITTED: (nothing, False),
+    "a slow and lossy line to a host": (line_is_slow, False),
     "a cable is cut for two seconds": (short_cut, False),
     "a cable is cut, and mended when the training waits": (cable_is_cut, False),
     "the local disk of a host is full": (disk_is_full, False),
@@ -116,8 +124,12 @@ def measure(name: str, scene: Scene) -> dict[str, object]:
     place = f"s3://{BUCKET}/{key}" if remote else run
     cache = f"s3://{BUCKET}/cache" if remote else scene.work / "cache"
     started = time.monotonic()
-    command = [*PTXDIST, "train", "--data", cache, "--run", place, *WORDS]
-    scene.training = scene.at["head"].start(*command, log=scene.log)
+    words = ["train", "--data", cache, "--run", place, *WORDS]
+    if name == SUBMITTED:
+        submit = [*PTXDIST, "submit", "--address", f"http://{NETWORK}.1:8265", "--", *words]
+        scene.training = scene.at["outside"].start(*submit, log=scene.log)
+    else:
+        scene.training = scene.at["head"].start(*PTXDIST, *words, log=scene.log)
     wait_until(lambda: "epoch 2/4" in scene.words, 600, lambda: scene.words)
     seen, hit = len(scene.words), time.monotonic()
     fault(scene)
@@ -128,6 +140,7 @@ def measure(name: str, scene: Scene) -> dict[str, object]:
             if key_ not in found and re.search(pattern, new):
                 found[key_] = round(time.monotonic() - hit, 1)
         time.sleep(0.1)
+    scene.at["two"].speed_up()
     row: dict[str, object] = {"case": name, "code": scene.training.returncode, **found,
                               "total_s": round(time.monotonic() - started, 1)}  # fmt: skip
     row["said"] = [line for line in scene.words[seen:].splitlines() if "epoch" not in line.split(":")[0]][-12:]
@@ -205,7 +218,8 @@ def main(names: list[str]) -> None:
                               "--size", 96)  # fmt: skip
                 at["head"].run(*PTXDIST, *preprocess)
             for host in ("head", "one", "two"):
-                start_ray(at[host], work / f"ray-{host}.log", head=host == "head")
+                jobs = SUBMITTED in chosen
+                start_ray(at[host], work / f"ray-{host}.log", head=host == "head", dashboard=jobs)
             scene = Scene(at, work, work / "none.log")
             for case in dict.fromkeys(["nothing", *chosen]):
                 try:
