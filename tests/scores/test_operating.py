@@ -181,10 +181,10 @@ def test_the_point_removes_the_false_alarms(images: tuple[torch.Tensor, torch.Te
 
 def noise(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Histograms of 30 masks whose sizes are independent of the truth, and the truth's areas."""
-    area = np.where(random.random(30) < 0.5, 3000, 0)
+    area = np.where(random.random(30) < 0.5, 20_000, 0)
     hist = np.zeros((30, 2, LEVELS), np.int32)
     for row in range(30):
-        hist[row, 0, : random.integers(1, LEVELS)] = 40
+        hist[row, 0, : random.integers(1, LEVELS)] = 200
     hist[:, 1] = hist[:, 0] * (area > 0)[:, None] // 2
     return hist, area
 
