@@ -1,6 +1,7 @@
 """Executors: call one function for many tasks and yield the results as they come.
 
 `serial` works in this process, `processes` in spawned ones, `cluster.executor` in Ray tasks. The results are the same.
+`ahead` uses threads of this process and keeps the order.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from ptxdist.errors import StoreError
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -108,6 +111,24 @@ def processes(workers: int) -> Iterator[Executor]:
         raise
     if executor.pool is not None:
         executor.pool.shutdown()
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Generator[Result]:
+    """Results of `function` for the items, in their order, computed in threads at most `most` items ahead.
+
+    An error is raised in its item's place; when the caller stops, so do the threads.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="ptxdist-ahead")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= most:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def start_worker() -> None:

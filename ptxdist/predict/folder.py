@@ -28,11 +28,11 @@ import torch
 from ptxdist import files, locks
 from ptxdist.dicom.guard import guarded
 from ptxdist.errors import CatalogError, DicomError, RunError, plain
-from ptxdist.executor import Executor, serial
+from ptxdist.executor import Executor, ahead, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, Input, find_inputs, read_headers, reject_repeated
 from ptxdist.predict.page import Context, write_page, write_table
-from ptxdist.predict.predictor import Prediction, Predictor, ahead
+from ptxdist.predict.predictor import Prediction, Predictor
 from ptxdist.records import OperatingPoint
 from ptxdist.rundir import PREDICT_SETTINGS, SUBMISSION
 from ptxdist.train.device import Device

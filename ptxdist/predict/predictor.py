@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +30,7 @@ from ptxdist.dicom.radiograph import Radiograph, read_bytes, read_radiograph
 from ptxdist.dicom.spacing import Spacing
 from ptxdist.dicom.tags import Tags
 from ptxdist.errors import CheckpointError, DicomError
+from ptxdist.executor import ahead
 from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_other_findings
 from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.scores.working import calibrated
@@ -44,7 +43,6 @@ _DECODERS = 4  # threads; together they decode an image in 3 ms, which is what a
 _AHEAD = 2  # batches decoded in advance
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -270,24 +268,6 @@ class Predictor:
                 heads.append(predicted.image[: len(squares)])
         probability = _mean(maps)
         return probability[:, 0], case_score(probability, _mean(heads) if heads else None)
-
-
-def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Iterator[Result]:
-    """Results of `function` for the items, in their order, computed in threads at most `most` items ahead.
-
-    An error is raised in its item's place; when the caller stops, so do the threads.
-    """
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="ptxdist-ahead")
-    waiting: deque[Future[Result]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) >= most:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
 """From a store and positions in it to batches, the same for any number of workers.
 
-Owns: the order of the cases, their division among ranks, and the prefetching thread. Batches are uint8 with one
+Owns: the order of the cases, their division among ranks, and what is prepared ahead. Batches are uint8 with one
 channel; three channels and normalisation are made in the model, on the device.
 
 Training: the epoch's order is cut into global batches; of each one, rank r takes the cases r, r + ranks, … A rank may
@@ -10,12 +10,11 @@ forward pass sees the same cases together whatever the number of ranks; nothing 
 
 from __future__ import annotations
 
-import queue
 import sys
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +22,12 @@ import torch
 from torch import Tensor
 
 from ptxdist.cache.store import Samples, Store
+from ptxdist.executor import ahead
 from ptxdist.train.augment import Augmentation, Draw, FullDraw, Part
 from ptxdist.train.on_device import OnDeviceStore, draws_as_tensors
 
 VAL_BLOCK = 8
-_PREFETCHED = 3
+_PREPARED = 4  # batches in advance
 
 Indices = npt.NDArray[np.int64]
 
@@ -173,59 +173,16 @@ def batches(
             drawn.append(_Drawn(augmentation.draw(epoch=epoch, case=name, repeat=repeat), mixed))
         return drawn
 
-    def prepare() -> Iterator[Callable[[], Batch]]:
-        for share in shares:
-            if isinstance(store, OnDeviceStore) and (augmentation is None or augmentation.by_table):
-                drawn = draws(share)
-                tables = None if drawn is None else [cast(Draw, item.draw) for item in drawn]
-                yield _on_device(store, share, tables, pin)
-            else:
-                yield _on_host(store, share, draws(share), allocate, device)
+    def prepare(share: Share) -> Callable[[], Batch]:
+        drawn = draws(share)
+        if isinstance(store, OnDeviceStore) and (augmentation is None or augmentation.by_table):
+            tables = None if drawn is None else [cast(Draw, item.draw) for item in drawn]
+            return _on_device(store, share, tables, pin)
+        return _on_host(store, share, drawn, allocate, device)
 
-    prepared = _prefetched(prepare())
-    try:
+    with closing(ahead(prepare, shares, threads=1, most=_PREPARED)) as prepared:
         for finish in prepared:
             yield finish()
-    finally:
-        prepared.close()
-
-
-Item = TypeVar("Item")
-
-
-def _prefetched(items: Iterator[Item]) -> Generator[Item]:
-    """The items, made ahead by a thread."""
-    ready: queue.Queue[tuple[Item] | BaseException | None] = queue.Queue(maxsize=_PREFETCHED)
-    stopped = threading.Event()
-
-    def put(item: tuple[Item] | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def prepare() -> None:
-        try:
-            for item in items:
-                put((item,))
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    thread = threading.Thread(target=prepare, name="ptxdist-batches", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item[0]
-    finally:
-        stopped.set()
-        thread.join()
 
 
 class _Buffers:

@@ -17,11 +17,11 @@ import torch
 
 from ptxdist import Prediction, Predictor
 from ptxdist.errors import CheckpointError, DicomError, SettingsError
+from ptxdist.executor import ahead
 from ptxdist.files import write_json
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import load_model, read_members, write_bundle
 from ptxdist.predict.export import describe
-from ptxdist.predict.predictor import ahead
 from ptxdist.records import SYNTHETIC, Likeness, OperatingPoint
 from ptxdist.rundir import EVALUATION, ORIGIN, PREDICTIONS, TRAINING_IMAGES, read_origin, read_result
 from ptxdist.train.scoring import mask_at

@@ -226,4 +226,4 @@ def test_a_reader_that_stops_early_leaves_no_thread(cache: Path) -> None:
     reader = batches(open_store(cache, 32), [Share(np.array([0]), 1, np.array([0]))] * 50)
     next(reader)
     reader.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "ptxdist-batches"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("ptxdist-ahead")]
