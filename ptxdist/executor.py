@@ -1,7 +1,7 @@
 """Executors: call one function for many tasks and yield the results as they come.
 
 `serial` works in this process, `processes` in spawned ones, `cluster.executor` in Ray tasks. The results are the same.
-`ahead` uses threads of this process and keeps the order.
+`in_chunks` and `ahead`, which uses threads of this process, keep the order.
 """
 
 from __future__ import annotations
@@ -111,6 +111,31 @@ def processes(workers: int) -> Iterator[Executor]:
         raise
     if executor.pool is not None:
         executor.pool.shutdown()
+
+
+def in_chunks(
+    executor: Executor,
+    function: Callable[..., Sequence[Result]],
+    items: Sequence[Any],
+    size: int,
+    *more: Any,
+    light: bool = False,
+    on_done: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Result]:
+    """Call `function` with `size` items at a time and the arguments `more`; the results of all items, in their order.
+
+    `on_done` is called with (items done, items); `light` as for an Executor.
+    """
+    tasks = [(function, start, items[start : start + size], *more) for start in range(0, len(items), size)]
+    found: dict[int, Sequence[Result]] = {}
+    for start, results in executor(_numbered, tasks, light=light):
+        found[start] = results
+        on_done(sum(map(len, found.values())), len(items))
+    return [result for start in sorted(found) for result in found[start]]
+
+
+def _numbered(function: Callable[..., Result], start: int, *arguments: Any) -> tuple[int, Result]:
+    return start, function(*arguments)
 
 
 def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, most: int) -> Generator[Result]:

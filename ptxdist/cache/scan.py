@@ -18,7 +18,7 @@ from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import Header, read_bytes, read_header, read_start
 from ptxdist.errors import CatalogError, DicomError
-from ptxdist.executor import Executor, serial
+from ptxdist.executor import Executor, in_chunks, serial
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UID = re.compile(r"\d+(\.\d+){3,}")
@@ -56,15 +56,8 @@ def scan(
     when there is no candidate.
     """
     names, others = find_files(root, skip)
-    starts = range(0, len(names), _FILES_A_TASK)
-    tasks = [(root, start, names[start : start + _FILES_A_TASK], salt) for start in starts]
-    found: dict[int, list[ScannedFile]] = {}
-    done = 0
-    for start, files in executor(_scan_files, tasks, light=True):
-        found[start] = files
-        done += len(files)
-        on_file(done, len(names))
-    images = [file for start in starts for file in found[start] if file.is_image]
+    found = in_chunks(executor, _scan_files, names, _FILES_A_TASK, root, salt, light=True, on_done=on_file)
+    images = [file for file in found if file.is_image]
     others += len(names) - len(images)
     if not images:
         raise CatalogError(
@@ -86,8 +79,7 @@ def no_images(place: Path, names: Iterable[str]) -> str:
     return f"{place}: no DICOM files (*.dcm) and no PNG images in it or below it{found}{advice}"
 
 
-def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tuple[int, list[ScannedFile]]:
-    """A task; `start` is returned with the results, which arrive in any order."""
+def _scan_files(names: Sequence[str], root: Path, salt: bytes) -> list[ScannedFile]:
     files = []
     for name in names:
         digest, header, reason, content = "", None, "", b""
@@ -99,7 +91,7 @@ def _scan_files(root: Path, start: int, names: Sequence[str], salt: bytes) -> tu
         except DicomError as error:
             reason = str(error)
         files.append(ScannedFile(name, digest, header, reason, not reason or kind_of(content) != "object"))
-    return start, files
+    return files
 
 
 def digest_of(content: bytes) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 from ptxdist.dicom.kind import START_BYTES
 from ptxdist.dicom.radiograph import read_start
 from ptxdist.errors import LabelError, SettingsError
-from ptxdist.executor import Executor, serial
+from ptxdist.executor import Executor, in_chunks, serial
 from ptxdist.files import require_extra
 from ptxdist.finding import known_name
 from ptxdist.labels import nifti, pictures, rle
@@ -98,7 +98,8 @@ def read_any(
     else:
         empty = files.get("", ()) if kind == SEG else ()  # an empty file says nothing of its kind
         ids = dict.fromkeys([*files[kind], *(each for each in empty if each.stat().st_size == 0)], "")
-    read, left_out = _of_finding(path, kind, _read_all(path, kind, list(ids), executor, on_file), finding)
+    masks = in_chunks(executor, _read_files, list(ids), _FILES_A_TASK, path, kind, on_done=on_file)
+    read, left_out = _of_finding(path, kind, masks, finding)
     labels = _join(path, kind, ids, read)
     if left_out:
         labels = replace(labels, kind=f"{labels.kind}, without other classes")
@@ -203,23 +204,8 @@ def _ids(folder: Path, paths: Sequence[Path], names: Names | None) -> dict[Path,
     return ids
 
 
-def _read_all(
-    folder: Path, kind: str, paths: Sequence[Path], executor: Executor, on_file: OnFile
-) -> list[list[FoundMask]]:
-    starts = range(0, len(paths), _FILES_A_TASK)
-    tasks = [(folder, kind, start, paths[start : start + _FILES_A_TASK]) for start in starts]
-    found: dict[int, list[list[FoundMask]]] = {}
-    done = 0
-    for start, masks in executor(_read_files, tasks):
-        found[start] = masks
-        done += len(masks)
-        on_file(done, len(paths))
-    return [masks for start in starts for masks in found[start]]
-
-
-def _read_files(folder: Path, kind: str, start: int, paths: Sequence[Path]) -> tuple[int, list[list[FoundMask]]]:
-    """One task: returns `start` with the results, since tasks finish in any order."""
-    return start, [_READERS[kind](folder, path) for path in paths]
+def _read_files(paths: Sequence[Path], folder: Path, kind: str) -> list[list[FoundMask]]:
+    return [_READERS[kind](folder, path) for path in paths]
 
 
 def _of_finding(

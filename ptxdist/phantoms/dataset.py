@@ -26,7 +26,7 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from ptxdist import files
 from ptxdist.dicom.synthetic import phantom_uids
 from ptxdist.errors import LabelError, RunError, SettingsError
-from ptxdist.executor import processes
+from ptxdist.executor import in_chunks, processes
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_labels
 from ptxdist.phantoms import anatomy, greys
@@ -74,7 +74,7 @@ def write_phantoms(
     labels: Path | None = None,
     bedside: bool = False,
     workers: int = 1,
-    on_image: Callable[[int, int], None] | None = None,
+    on_image: Callable[[int, int], None] = lambda done, total: None,
 ) -> PhantomResult:
     """Write `cases` phantoms under `out`: `dicom-images/<study>/<series>/<image>.dcm`, `train-rle.csv`, `patients.csv`.
 
@@ -99,7 +99,8 @@ def write_phantoms(
     tasks = [replace(task, bedside=bedside) for task in tasks]
     busy = f"another `ptxdist phantom` is writing {out}; wait for it or stop it"
     with files.replacing_folder(out, over=False, busy=busy) as folder:
-        rows = _draw_all(folder / "dicom-images", tasks, seed, workers, on_image)
+        with processes(workers) as executor:
+            rows = in_chunks(executor, _write_chunk, tasks, CHUNK, folder / "dicom-images", seed, on_done=on_image)
         labelled = [(name, text) for name, texts in rows for text in texts]
         owners = [(name, f"{task.patient:08d}") for task, (name, _) in zip(tasks, rows, strict=True)]
         for name, header, table in (
@@ -170,27 +171,10 @@ def _assign_patients(positive: npt.NDArray[np.bool_], rng: np.random.Generator) 
     return patients
 
 
-def _draw_all(
-    folder: Path, tasks: Sequence[_Task], seed: int, workers: int, on_image: Callable[[int, int], None] | None
-) -> list[tuple[str, list[str]]]:
-    """Draw and write all images; ids and label rows in the order of `tasks`."""
-    chunks = [(start, folder, tasks[start : start + CHUNK], seed) for start in range(0, len(tasks), CHUNK)]
-    results: dict[int, list[tuple[str, list[str]]]] = {}
-    done = 0
-    with processes(workers) as executor:
-        for start, rows in executor(_write_chunk, chunks):
-            results[start] = rows
-            done += len(rows)
-            if on_image:
-                on_image(done, len(tasks))
-    return [row for start in sorted(results) for row in results[start]]
-
-
-def _write_chunk(
-    start: int, folder: Path, tasks: Sequence[_Task], seed: int
-) -> tuple[int, list[tuple[str, list[str]]]]:
+def _write_chunk(tasks: Sequence[_Task], folder: Path, seed: int) -> list[tuple[str, list[str]]]:
+    """Draw and write some images; ids and label rows in the order of `tasks`."""
     cv2.setNumThreads(1)
-    return start, [_write_image(folder, task, seed) for task in tasks]
+    return [_write_image(folder, task, seed) for task in tasks]
 
 
 # --- one file ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -28,9 +28,9 @@ import torch
 from ptxdist import files, locks
 from ptxdist.dicom.guard import guarded
 from ptxdist.errors import CatalogError, DicomError, RunError, plain
-from ptxdist.executor import Executor, ahead, serial
+from ptxdist.executor import Executor, ahead, in_chunks, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
-from ptxdist.predict.inputs import FoundInput, Input, find_inputs, read_headers, reject_repeated
+from ptxdist.predict.inputs import FoundInput, find_inputs, read_headers, reject_repeated
 from ptxdist.predict.page import Context, write_page, write_table
 from ptxdist.predict.predictor import Prediction, Predictor
 from ptxdist.records import OperatingPoint
@@ -101,7 +101,10 @@ def predict_files(
         raise RunError(f"{out} cannot be created: {error.strerror}; give another folder with --out") from error
     with locks.only(out / locks.LOCK, f"another `ptxdist predict` is writing to {out}; wait for it or stop it"):
         _check_folder(out, predictor)
-        items, rejected = _read_all_headers(inputs, executor, on_progress)
+        headers = in_chunks(
+            executor, read_headers, inputs, _HEADERS_A_TASK, light=True, on_done=partial(on_progress, "headers")
+        )
+        items, rejected = reject_repeated(headers)
         repeated = len(inputs) - len(items) - len(rejected)
         findings = {item.case_id: read_finished(out, item.case_id, item.digest, outputs) for item in items}
         left = [item for item in items if findings[item.case_id] is None]
@@ -175,20 +178,6 @@ def _check_folder(out: Path, predictor: Predictor) -> None:
             f"{out} holds results with other settings ({changed}), which cannot be mixed with new ones; give another "
             "folder with --out, or remove this one"
         )
-
-
-def _read_all_headers(
-    inputs: Sequence[Input], executor: Executor, on_progress: Progress
-) -> tuple[list[FoundInput], list[FoundInput]]:
-    """The inputs to predict, each image id once, and those rejected."""
-    starts = range(0, len(inputs), _HEADERS_A_TASK)
-    found: dict[int, list[FoundInput]] = {}
-    for start, part in executor(
-        read_headers, [(start, inputs[start : start + _HEADERS_A_TASK]) for start in starts], light=True
-    ):
-        found[start] = part
-        on_progress("headers", sum(map(len, found.values())), len(inputs))
-    return reject_repeated([item for start in starts for item in found[start]])
 
 
 def predict_chunk(options: Options, items: Sequence[FoundInput]) -> list[tuple[FoundInput, Finding | str]]:

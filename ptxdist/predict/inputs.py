@@ -96,8 +96,8 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
     return found
 
 
-def read_headers(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundInput]]:
-    """One task: read the headers of some inputs; `start` is returned with them."""
+def read_headers(inputs: Sequence[Input]) -> list[FoundInput]:
+    """Read the headers of some inputs."""
     found = []
     for source in inputs:
         try:
@@ -107,7 +107,7 @@ def read_headers(start: int, inputs: Sequence[Input]) -> tuple[int, list[FoundIn
                 found.append(FoundInput(source, digest_of(content), case_id))
         except DicomError as error:
             found.append(FoundInput(source, reason=str(error)))
-    return start, found
+    return found
 
 
 def reject_repeated(found: Sequence[FoundInput]) -> tuple[list[FoundInput], list[FoundInput]]:

@@ -334,11 +334,11 @@ def test_what_a_killed_one_left_is_removed_and_a_second_one_is_refused(
     (tmp_path / "out.ptxdist-01234567.tmp" / "dicom-images").mkdir(parents=True)
     codes: list[int] = []
 
-    def nested(folder: Path, *given: object) -> list[tuple[str, list[str]]]:
+    def nested(*given: object, **more: object) -> list[tuple[str, list[str]]]:
         codes.append(phantom(tmp_path / "out").exit_code)
         return [("a", ["-1"])]
 
-    monkeypatch.setattr(dataset, "_draw_all", nested)
+    monkeypatch.setattr(dataset, "in_chunks", nested)
     assert phantom(tmp_path / "out").exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (phantom(tmp_path / "out").exit_code, codes) == (8, [12])

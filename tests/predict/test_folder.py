@@ -389,7 +389,7 @@ def test_members_of_one_name_and_files_that_are_no_images(images: Path, tmp_path
     inputs = find_inputs([archive])
     assert [item.shown for item in inputs] == [f"{archive}:CD/IM1"] * 2
     assert [item.read() for item in inputs] == [first.read_bytes(), second.read_bytes()]
-    assert [item.case_id for item in read_headers(0, inputs)[1]] == ["1.2.1", "1.2.2"]
+    assert [item.case_id for item in read_headers(inputs)] == ["1.2.1", "1.2.2"]
 
     report = tmp_path / "CD" / "report.dcm"
     report.parent.mkdir()
@@ -409,7 +409,7 @@ def test_a_compression_that_is_not_supported_is_not_called_damage(images: Path, 
     for start in (content.index(b"PK\3\4") + 8, content.index(b"PK\1\2") + 10):
         content[start] = 9  # Deflate64, as Windows makes it for large files
     archive.write_bytes(content)
-    [found] = read_headers(0, find_inputs([archive]))[1]
+    [found] = read_headers(find_inputs([archive]))
     assert found.reason == "is compressed in its zip file by a method that is not supported; unpack it first"
 
 
