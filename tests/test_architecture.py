@@ -45,7 +45,7 @@ RULES = {
     # report: its style sheet, which the viewer's page has too; starlette is what FastAPI stands on
     "predict": (
         "base version dicom labels cache storage phantoms scores train report",
-        "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn",
+        "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn h11",
     ),
     "run": ("base cache storage phantoms scores train report predict", "numpy torch safetensors tensorboardX mlflow"),
     # requests, packaging and grpc are what Ray itself stands on

@@ -19,7 +19,7 @@ from ptxdist.cache.catalog import Case
 from ptxdist.cache.manifest import ShardRecord
 from ptxdist.cache.scan import digest_of
 from ptxdist.cache.store import ARRAYS, crc32c, shard_path, shard_writer, store_path
-from ptxdist.dicom.guard import PassingError, guarded
+from ptxdist.dicom.guard import PassingError, bare, guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import read_bytes, read_radiograph
 from ptxdist.errors import DicomError
@@ -111,7 +111,7 @@ def _samples(
             with guarded():
                 samples = [*_of_case(case, shard.root / path, sizes_px)]
         except DicomError as error:
-            rejects.append((case.case_id, error))
+            rejects.append((case.case_id, bare(error)))
             continue
         for sample in samples:
             yield row, *sample

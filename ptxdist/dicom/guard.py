@@ -35,6 +35,11 @@ def guarded() -> Iterator[None]:
         ) from error
 
 
+def bare(error: DicomError) -> DicomError:
+    """The same error without its traceback and cause, which hold the content of the file as long as it is kept."""
+    return type(error)(str(error))
+
+
 def place_of(error: BaseException) -> str:
     """Kind of an exception, and file and line of ptxdist where it was raised."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]

@@ -70,6 +70,7 @@ _long = struct.Struct("<L").unpack_from
 # pydicom logs a traceback for each image that it cannot decode; ptxdist reports the reason in one line.
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
+_NO_DICOM = "is not a DICOM file (no DICM prefix)"
 _TOO_LONG = f"has more than {MAX_HEADER:,} bytes before its pixel data"
 
 
@@ -140,19 +141,18 @@ def _file_meta(content: bytes) -> tuple[str, int]:
 
 def _guess_syntax(content: bytes) -> str:
     """Transfer syntax of a file without a header, as old devices write it; it must have SOP class and instance UIDs."""
-    refusal = DicomError("is not a DICOM file (no DICM prefix)")
     if content.startswith(b"\xff\xd8\xff"):
         raise DicomError("is a JPEG image; convert it to PNG (ImageMagick: `mogrify -format png *.jpg`)")
     if len(content) < 256 or content[:2] != b"\10\0" or content[3] != 0:
-        raise refusal
+        raise DicomError(_NO_DICOM)
     explicit = content[4:6] in _SHORT_VRS
     syntax = EXPLICIT if explicit else IMPLICIT
     try:
         tags = _by_pydicom(content, 0, SIGNED, syntax)
     except DicomError:
-        raise refusal from None
+        raise DicomError(_NO_DICOM) from None
     if not all(re.fullmatch(r"[0-9.]{5,64}", tags.text(tag)) for tag in (SOP_CLASS, SOP_INSTANCE)):
-        raise refusal
+        raise DicomError(_NO_DICOM)
     return syntax
 
 

@@ -12,9 +12,26 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ptxdist.predict.gate import HEADERS, Limits
+
+_MOST_HEAD_BYTES = 64 * 1024
+
+
+class _Http(h11.Connection):
+    """HTTP without chunked bodies: one of a byte a chunk takes the server a second of computing for 250 kB."""
+
+    chunked = False
+
+    def next_event(self) -> Any:
+        """As h11's; RemoteProtocolError for a request with a chunked body, before any of it is read."""
+        event = super().next_event()
+        if isinstance(event, h11.Request) and any(name == b"transfer-encoding" for name, _ in event.headers):
+            self.chunked = True
+            raise h11.RemoteProtocolError("chunked", 411)
+        return event
 
 
 class Connection(H11Protocol):
@@ -22,6 +39,7 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, limits: Limits, peers: dict[Connection, None], **named: Any) -> None:
         super().__init__(*args, **named)
+        self.conn = _Http(h11.SERVER, max_incomplete_event_size=_MOST_HEAD_BYTES)
         self._limits, self._peers = limits, peers
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -74,7 +92,10 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is no HTTP; `msg` is uvicorn's sentence."""
-        self._refuse(400, "This is no valid HTTP request.")
+        if isinstance(self.conn, _Http) and self.conn.chunked:
+            self._refuse(411, "Send a file in one piece, with its Content-Length, and not chunked.")
+        else:
+            self._refuse(400, "This is no valid HTTP request.")
 
     def _head_is_late(self) -> None:
         received, _ = self.conn.trailing_data

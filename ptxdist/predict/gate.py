@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import math
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -32,6 +33,9 @@ HEADERS = {
     "X-Frame-Options": "DENY",
     "Connection": "close",  # each connection carries one request, so that its times can be limited
 }
+
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d+)?", re.ASCII)  # address in brackets, or name; port
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,10 @@ class Gate:
             self._inside += Counter()  # drops the addresses without a request
 
 
-async def read_body(request: Request, limits: Limits) -> bytes:
+async def read_body(request: Request, limits: Limits) -> bytearray:
     """The body of a request, at most `limits.max_bytes` of it; HTTPException 400, 408 or 413."""
-    too_large = HTTPException(413, f"This file has more than the {limits.max_bytes:,} bytes that are accepted.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limits.max_bytes:
-        raise too_large
+    if int(request.headers.get("content-length", 0)) > limits.max_bytes:
+        raise HTTPException(413, f"This file has more than the {limits.max_bytes:,} bytes that are accepted.")
     content, stream = bytearray(), request.stream()
     begin = asyncio.get_running_loop().time()
     try:
@@ -111,14 +113,12 @@ async def read_body(request: Request, limits: Limits) -> bytes:
                 part = await anext(stream, None)
             if part is None:
                 break
-            if len(content) + len(part) > limits.max_bytes:
-                raise too_large
             content += part
     except TimeoutError:
-        raise HTTPException(408, f"Of the file, only {len(content):,} bytes arrived within {granted:g} s.") from None
+        raise HTTPException(408, f"Of the file, only {len(content):,} bytes arrived within {granted:.3g} s.") from None
     except ClientDisconnect:
         raise HTTPException(400, "The file did not arrive.") from None
-    return bytes(content)
+    return content
 
 
 def refusal(request: Request, known: frozenset[str]) -> tuple[int, str] | None:
@@ -126,9 +126,9 @@ def refusal(request: Request, known: frozenset[str]) -> tuple[int, str] | None:
     host = request.headers.get("host", "")
     if not _is_known(host, known):
         return 421, "This server does not answer to that host name; use its address, or start it with --host NAME."
-    origin, site = request.headers.get("origin"), request.headers.get("sec-fetch-site", "none")
-    foreign = origin is not None and _host_of(origin) != host
-    if request.method not in ("GET", "HEAD") and (foreign or site not in ("same-origin", "none")):
+    foreign = any(_host_of(origin) != host for origin in request.headers.getlist("origin"))
+    foreign |= not {"same-origin", "none"}.issuperset(request.headers.getlist("sec-fetch-site"))
+    if foreign and request.method not in ("GET", "HEAD"):
         return 403, "Only the viewer's own page may send files here."
     return None
 
@@ -142,10 +142,9 @@ def _host_of(origin: str) -> str | None:
 
 def _is_known(host: str, known: frozenset[str]) -> bool:
     # An address is safe from DNS rebinding; only a name can be made to point to this server.
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
+    found = _HOST.fullmatch(host.lower())
+    if found is None:
         return False
     with suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return name in known
+        return bool(ipaddress.ip_address(found[1] or found[2]))
+    return found[2] in known

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ptxdist.cache.likeness import look, unlike
 from ptxdist.cache.render import fit_square, resize
 from ptxdist.dicom.array import radiograph_of
-from ptxdist.dicom.guard import guarded
+from ptxdist.dicom.guard import bare, guarded
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.dicom.radiograph import Radiograph, read_bytes, read_radiograph
 from ptxdist.dicom.spacing import Spacing
@@ -164,7 +164,7 @@ class Predictor:
     def _one(self, item: _Loaded) -> Prediction:
         result = next(iter(self._run([item], fewest=1)))
         if isinstance(result, DicomError):
-            raise result
+            raise bare(result)  # not itself, or this frame and the file in it were kept by each other
         return result
 
     def predict_many(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, Prediction | DicomError]]:
@@ -185,7 +185,7 @@ class Predictor:
                 with guarded():
                     return item[0], self._load(*item[1]())
             except DicomError as error:
-                return item[0], error
+                return item[0], bare(error)
 
         size = BATCH if self.device.type == "cpu" else _GPU_BATCH
         loaded = ahead(load, items, threads=_DECODERS, most=_AHEAD * size)
@@ -214,7 +214,7 @@ class Predictor:
                     parts = [(found[size][0][row], float(found[size][1][row]), share[size]) for size in self._sizes]
                     result = self._predicted(item, parts)
             except DicomError as error:
-                result = error
+                result = bare(error)
             yield result
 
     def _predicted(self, item: _Loaded, parts: Sequence[tuple[Tensor, float, float]]) -> Prediction:

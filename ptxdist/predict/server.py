@@ -56,7 +56,7 @@ def make_app(
 
     `on_defect` is called with kind and place of an internal error, never with its message, which may contain values.
     """
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     gate, turn, known = Gate(limits), asyncio.Lock(), names | {"localhost"}
     pool = ThreadPoolExecutor(1, thread_name_prefix="ptxdist-serve")  # waits for the worker
 
@@ -72,7 +72,7 @@ def make_app(
         return JSONResponse({"error": "This request met a defect in ptxdist."}, 500)
 
     async def answer(request: Request, wanted: Wanted) -> Response:
-        if request.headers.get("content-type", "").partition(";")[0].strip() not in TYPES:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() not in TYPES:
             raise HTTPException(
                 415, f"Send the bytes of one file as the body, with Content-Type: {TYPES[0]}, or {TYPES[1]}."
             )

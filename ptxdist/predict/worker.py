@@ -95,7 +95,7 @@ def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
             return Reply(200, *with_maps(prediction, answer))
         return Reply(200, "application/json", answer.model_dump_json().encode())
     except PassingError as error:
-        return refused(500, f"This file {error}.", place_of(error.__cause__ or error))
+        return refused(500, f"This file {error}.", str(error).partition("(")[2].partition(")")[0])
     except DicomError as error:
         return refused(422, f"This file {error}.")
     except SettingsError as error:  # an extra is not installed
@@ -134,7 +134,7 @@ class Worker:
         self._process.kill()
         self._process.join()
 
-    def predict(self, content: bytes, wanted: Wanted) -> Reply:
+    def predict(self, content: bytes | bytearray, wanted: Wanted) -> Reply:
         """The reply to the bytes of a file, at most `compute_s` seconds after the process is ready for it."""
         try:
             self._wait(self._compute_s + _RELOADS * self._loading_s)
