@@ -3,12 +3,13 @@
 Owns: how logits become probabilities, how these become a case's score, how a probability map becomes a mask at the
 original resolution (bilinear up-sampling of probabilities, threshold last, small masks emptied) and how truth is
 counted there. No map is kept: each rank fills in the counts of its cases, and the others' are zero there, so that sums
-over the ranks are identical for any number of ranks.
+over the ranks are identical for any number of ranks. On a CPU each block of cases is scored by one thread, so that the
+counts are those of any number of threads too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,19 +20,20 @@ from torch import Tensor, nn
 
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
+from ptxdist.executor import ahead
 from ptxdist.labels import rle
 from ptxdist.records import OperatingPoint
 from ptxdist.scores.counts import LEVELS, CaseCounts
-from ptxdist.train.dataset import Indices, batches, validation_shares
+from ptxdist.train.dataset import VAL_BLOCK, Batch, Indices, batches, validation_shares
 from ptxdist.train.device import autocast
 from ptxdist.train.distributed import barrier, rank, sum_over_ranks, world_size
 from ptxdist.train.losses import Loss
 from ptxdist.train.unet import Output, heads
 
+_PX_AT_ONCE = 2**24  # of the blocks in the network at the same time: eight of 512 pixels, about 6 GB
 _TOP_SHARE = 256  # one in so many pixels is among the highest ones, which are part of a case's score
 
 
-@torch.no_grad()
 def score_cases(
     model: nn.Module,
     store: Store,
@@ -63,8 +65,9 @@ def score_cases(
     detailed = len(indices) if histograms else 0
     levels, brightness = torch.zeros(detailed, 2, LEVELS, dtype=torch.int32), torch.zeros(detailed, dtype=torch.float64)
     model.eval()
-    done = 0
-    for batch in batches(store, validation_shares(indices, rank(), world_size()), device=device):
+
+    @torch.no_grad()
+    def score_block(batch: Batch) -> int:
         rows = [position[int(index)] for index in batch.index]
         with autocast(device, precision):
             output, probability, image_probability = predict_probability(model, batch.image, flip_averaging)
@@ -91,11 +94,39 @@ def score_cases(
                 levels[row] = _histogram(full, area)
             if on_mask is not None:
                 on_mask(index, masks[0].cpu().numpy())
-        done += len(rows)
+        return len(rows)
+
+    done = 0
+    blocks = batches(store, validation_shares(indices, rank(), world_size()), device=device)
+    for cases_done in _in_threads(score_block, blocks, device, store.size_px):
+        done += cases_done
         on_cases(done)
     parts = (losses, score, at_stage, at_full, levels, brightness)
     barrier()  # this rank's share may have taken minutes less than that of a slower machine
     return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
+
+
+def _in_threads(
+    score: Callable[[Batch], int], blocks: Iterable[Batch], device: torch.device, size_px: int
+) -> Iterator[int]:
+    """What `score` returns for the blocks, in order; on a CPU in as many threads as torch uses, each with one block.
+
+    Threads that share a convolution divide its sums, so that the result would depend on their number.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield from map(score, blocks)
+        return
+
+    def alone(block: Batch) -> int:
+        torch.set_num_threads(1)  # of this thread, and of those that are started later
+        return score(block)
+
+    at_once = max(1, min(threads, _PX_AT_ONCE // (VAL_BLOCK * size_px**2)))
+    try:
+        yield from ahead(alone, blocks, threads=at_once, most=2 * at_once)
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Predicted(NamedTuple):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ptxdist.cache.catalog import Case, read_catalog
@@ -121,3 +123,34 @@ def test_no_cases_give_empty_counts(cache: Path) -> None:
     cases: tuple[Case, ...] = read_catalog(cache).labelled
     counts = score_cases(Darkness(), open_store(cache, 32), cases, np.array([], np.int64), thresholds=[0.5], device=CPU)
     assert counts.at_full.shape == (1, 0, 3)
+
+
+class Wide(nn.Module):
+    """Many channels at few pixels: here threads that share a convolution divide the sums over its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(1, 480, 1), nn.ReLU(), nn.Conv2d(480, 80, 1), nn.Conv2d(80, 1, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        small = F.avg_pool2d(image.float() / 255, image.shape[-1] // 8)
+        return F.interpolate(self.layers(small), size=image.shape[-2:])
+
+
+def test_the_number_of_threads_changes_no_bit_of_the_counts(cache: Path) -> None:
+    """Ten cases are two blocks; a forward pass by two threads differs in the last digits."""
+    store, model, found = open_store(cache, 32), Wide(), []
+    cases = read_catalog(cache).labelled
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            counts = score_cases(
+                model, store, cases, np.arange(len(cases)), thresholds=[0.5], device=CPU, histograms=True,
+            )  # fmt: skip
+            assert torch.get_num_threads() == threads, "as it was before"
+            found.append([getattr(counts, field.name).tobytes() for field in fields(counts)])
+    finally:
+        torch.set_num_threads(before)
+    assert found[1:] == found[:1] * 2
