@@ -110,6 +110,11 @@ def predict(
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
                 ("marked", f"{result.positive:,}"),
+                *(
+                    [("flagged without a mask", f"{flagged:,}")]
+                    if (flagged := result.flagged - result.positive)
+                    else []
+                ),
                 ("unlike the training images", f"{result.unlike:,}" if result.unlike or known else "not known"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),

@@ -27,7 +27,7 @@ from ptxdist.labels import rle
 from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.dicom_seg import encode_segmentation
 from ptxdist.predict.predictor import Prediction
-from ptxdist.records import Record, when_known
+from ptxdist.records import OperatingPoint, Record, when_known
 from ptxdist.rundir import FINDINGS
 
 OUTPUTS = {"masks": ".png", "overlays": ".jpg", "seg": ".dcm"}
@@ -42,8 +42,8 @@ class Finding(Record):
     `area_mm2` is None where the spacing cannot be trusted, and `mm2_reason` says why; `mm2_plane` is "patient", or
     "detector", where anatomy is slightly magnified. `seg_reason` says why a DICOM SEG that was requested is missing.
     `side` and `zone` say where the mask is (`position_of`), if there is one, and `unlike` in which way the image is
-    unlike the training images, if it is. `digest` is a hash of the file's bytes. `finding` is what was looked for; None
-    for pneumothorax.
+    unlike the training images, if it is. `flagged` is as in `Prediction`. `digest` is a hash of the file's bytes.
+    `finding` is what was looked for; None for pneumothorax.
     """
 
     case_id: str
@@ -62,6 +62,7 @@ class Finding(Record):
     side: str | None = when_known()
     zone: str | None = when_known()
     unlike: str | None = when_known()
+    flagged: bool | None = when_known()
 
 
 def measure(prediction: Prediction) -> dict[str, Any]:
@@ -132,6 +133,7 @@ def write_case(
         seg_reason=reason,
         **measure(prediction),
         **position_of(mask, prediction.orientation),
+        flagged=prediction.flagged,
     )
     for name, content in contents.items():
         files.write_whole(_path(out, name, case_id), content, sync=False)
@@ -139,14 +141,21 @@ def write_case(
     return finding
 
 
-def read_finished(out: Path, case_id: str, digest: str, outputs: Sequence[str]) -> Finding | None:
-    """The finding of a case that has all its files, made from the same bytes; None when it has to be predicted."""
+def read_finished(
+    out: Path, case_id: str, digest: str, outputs: Sequence[str], point: OperatingPoint
+) -> Finding | None:
+    """The finding of a case that has all its files, made from the same bytes; None when it has to be predicted.
+
+    `point` is that of the folder.
+    """
     try:
         finding = Finding.model_validate(files.read_json(_path(out, FINDINGS, case_id), ""))
         if finding.area_px and finding.side is None:  # of an older version
             check_size(finding.rows, finding.columns)
             mask = rle.decode((finding.encoded_pixels,), finding.rows, finding.columns) > 0
             finding = finding.model_copy(update=position_of(mask, ""))
+        if finding.flagged is None:
+            finding = finding.model_copy(update={"flagged": point.flags(finding.score, finding.area_px)})
     except (RunError, DicomError, LabelError, ValueError):
         return None
     missing = [name for name in outputs if not _path(out, name, case_id).is_file()]

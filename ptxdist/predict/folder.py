@@ -61,7 +61,8 @@ class Options:
 class PredictResult:
     """Counts of one command: images predicted, finished before; files rejected, and repeated.
 
-    Of all images, those that are positive, and those that are unlike the training images.
+    Of all images, those with a mask (`positive`), those unlike the training images, and those that are flagged, with a
+    mask or without one.
     """
 
     predicted: int
@@ -70,6 +71,7 @@ class PredictResult:
     rejected: int
     repeated: int
     unlike: int
+    flagged: int
 
 
 def predict_files(
@@ -106,7 +108,10 @@ def predict_files(
         )
         items, rejected = reject_repeated(headers)
         repeated = len(inputs) - len(items) - len(rejected)
-        findings = {item.case_id: read_finished(out, item.case_id, item.digest, outputs) for item in items}
+        findings = {
+            item.case_id: read_finished(out, item.case_id, item.digest, outputs, predictor.operating_point)
+            for item in items
+        }
         left = [item for item in items if findings[item.case_id] is None]
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else 0
         options = Options(tuple(map(str, models)), device, predictor.operating_point, tuple(outputs), out, threads)
@@ -136,7 +141,8 @@ def predict_files(
     positive = sum(finding.area_px > 0 for finding in found)
     before = len(items) - len(left)
     other = sum(finding.unlike is not None for finding in found)
-    return PredictResult(len(found) - before, before, positive, len(rejected), repeated, other)
+    flagged = sum(bool(finding.flagged) for finding in found)
+    return PredictResult(len(found) - before, before, positive, len(rejected), repeated, other, flagged)
 
 
 def _context(predictor: Predictor, rejected: int, repeated: int) -> Context:

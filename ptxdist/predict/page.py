@@ -1,9 +1,9 @@
 """findings.csv and index.html of a folder of predictions: what was found in all images of a command.
 
-Owns: the order of the images, highest score first and marked ones before others on the page, and what the page shows:
-pictures of the first `PICTURES` images, made of their files in overlays/, and a table of the next `ROWS`. It is one
-file without scripts that fetches nothing; a click on a picture opens its file. File names are only there when they are
-given: a file may be named after a patient.
+Owns: the order of the images, highest score first, on the page marked ones before flagged ones before others, and what
+the page shows: pictures of the first `PICTURES` images, made of their files in overlays/, and a table of the next
+`ROWS`. It is one file without scripts that fetches nothing; a click on a picture opens its file. File names are only
+there when they are given: a file may be named after a patient.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ptxdist.rundir import FINDINGS_PAGE, FINDINGS_TABLE
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 PICTURES, PICTURE_PX = 400, 384  # about 23 kB each
 ROWS = 5000
-COLUMNS = ("ImageId", "score", "probability", "marked", "area_px", "area_mm2", "side", "zone", "unlike")
+COLUMNS = ("ImageId", "score", "probability", "marked", "area_px", "area_mm2", "side", "zone", "unlike", "flagged")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def write_table(out: Path, findings: Sequence[Finding], names: Mapping[str, str]
             found.area_px,
             _known(found.area_mm2),
             *(_known(value) for value in (found.side, found.zone, found.unlike)),
+            "yes" if found.flagged else "no",
         )
         for found in sorted(findings, key=lambda found: (-found.score, found.case_id))
     ]
@@ -77,7 +78,7 @@ def write_table(out: Path, findings: Sequence[Finding], names: Mapping[str, str]
 
 def write_page(out: Path, findings: Sequence[Finding], names: Mapping[str, str] | None, context: Context) -> None:
     """Write index.html; `names` as for `write_table`."""
-    ordered = sorted(findings, key=lambda found: (not found.area_px, -found.score, found.case_id))
+    ordered = sorted(findings, key=lambda found: (not found.area_px, not found.flagged, -found.score, found.case_id))
     shown = [_shown(out, found, names, number < PICTURES) for number, found in enumerate(ordered[: PICTURES + ROWS])]
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -90,6 +91,7 @@ def write_page(out: Path, findings: Sequence[Finding], names: Mapping[str, str] 
         rest=[item for item in shown if not item.picture],
         images=len(findings),
         marked=sum(found.area_px > 0 for found in findings),
+        flagged=sum(bool(found.flagged) and not found.area_px for found in findings),
         calibrated=any(found.calibrated is not None for found in findings),
         unlike=sum(found.unlike is not None for found in findings),
         style=style,

@@ -54,7 +54,8 @@ class Prediction:
     image is positive, from the score, if the model's evaluation has a calibration; `content` the bytes of the file;
     `spacing` the size of a pixel in mm where the file can be trusted with it; `orientation` the patient's directions
     along a row and down a column, such as "LF", or ""; `unlike` says in which way the image is unlike the training
-    images, "" if it is not or if that is not known.
+    images, "" if it is not or if that is not known; `flagged` is true with a mask, and without one if the score reaches
+    the operating point's threshold of the score: such an image is not negative.
     """
 
     case_id: str
@@ -67,6 +68,7 @@ class Prediction:
     calibrated: float | None = None
     orientation: str = ""
     unlike: str = ""
+    flagged: bool = False
 
     @property
     def area_px(self) -> int:
@@ -231,9 +233,10 @@ class Predictor:
         score = sum(score * share for _, score, share in parts)
         whole = probability.float().cpu().numpy()
         mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
+        flagged = self.operating_point.flags(score, int(np.count_nonzero(mask)))
         return Prediction(
             radiograph.header.case_id, radiograph.pixels, whole, mask, score, item.content, radiograph.spacing,
-            self._calibrated(score), radiograph.header.orientation, self._unlike(item),
+            self._calibrated(score), radiograph.header.orientation, self._unlike(item), flagged,
         )  # fmt: skip
 
     def _unlike(self, item: _Loaded) -> str:

@@ -146,13 +146,16 @@ def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
 
     findings = [Finding.model_validate(read_json(path, "")) for path in sorted((done / "findings").iterdir())]
     findings[0] = findings[0].model_copy(update={"area_px": 0, "score": 0.9, "side": None, "unlike": "darker <b>"})
+    findings[0] = findings[0].model_copy(update={"flagged": True})
     findings[3] = findings[3].model_copy(update={"area_px": 7, "score": 0.1, "side": "both sides", "calibrated": 0.3})
     out, names = shutil.copytree(done, tmp_path / "out"), {uid: f"=<b>{uid[-1]}.dcm" for uid in SIZES}
     monkeypatch.setattr(prediction_page, "PICTURES", 4)
     prediction_page.write_page(out, findings, names, PAGE)
     prediction_page.write_table(out, findings, names)
     page = (out / "index.html").read_text()
-    assert "<h1>4 of 5 images are marked</h1>" in page
+    assert "<h1>4 of 5 images are marked, 1 more is flagged without a mask</h1>" in page
+    assert page.count("flagged by its score, without a mask") == 1
+    assert "not marked" not in page, "a flagged image does not read as negative"
     assert page.count("<img ") == 4
     places = [page.index(f"=&lt;b&gt;{uid[-1]}.dcm") for uid in ("1.2.4", "1.2.1")]
     assert places == sorted(places), "marked ones first, whatever their score"
@@ -166,6 +169,7 @@ def test_the_page_shows_marked_images_first_and_the_rest_as_a_table(
     table = read_table(out / "findings.csv")
     assert table[0][:2] == ["ImageId", "file"]
     assert {row[1] for row in table[1:]} == {f"'=<b>{uid[-1]}.dcm" for uid in SIZES}
+    assert {row[0]: (row[4], row[-1]) for row in table[1:]}["1.2.1"] == ("no", "yes"), "marked, flagged"
 
 
 def test_names_that_are_no_text_are_kept_escaped(
@@ -225,14 +229,20 @@ def test_side_and_zone_of_a_mask(place: tuple[int, int], orientation: str, side:
     assert position_of(mask & False, orientation) == {}
 
 
-def test_a_finding_of_an_older_version_gets_its_place_from_its_mask(done: Path, tmp_path: Path) -> None:
+def test_a_finding_of_an_older_version_gets_its_place_and_its_flag(done: Path, tmp_path: Path) -> None:
     out = shutil.copytree(done, tmp_path / "out")
     found = read_json(out / "findings" / "1.2.1.json", "")
-    before = {name: found.pop(name) for name in ("side", "zone")}
+    before = {name: found.pop(name) for name in ("side", "zone", "flagged")}
     write_json(out / "findings" / "1.2.1.json", found)
-    again = read_finished(out, "1.2.1", found["digest"], ())
+    again = read_finished(out, "1.2.1", found["digest"], (), ALWAYS)
     assert again is not None
-    assert {"side": again.side, "zone": again.zone} == before
+    assert {"side": again.side, "zone": again.zone, "flagged": again.flagged} == before
+    write_json(out / "findings" / "1.2.1.json", found | {"area_px": 0, "encoded_pixels": "-1", "score": 0.3})
+    for image, flagged in ((0.0, False), (0.3, True), (0.4, False)):
+        point = OperatingPoint(image=image, top=0.5, min_area_px=0, bottom=0.5)
+        empty = read_finished(out, "1.2.1", found["digest"], (), point)
+        assert empty is not None
+        assert empty.flagged is flagged
 
 
 @pytest.mark.parametrize(
@@ -248,7 +258,7 @@ def test_a_damaged_finding_of_an_older_version_is_made_anew(tmp_path: Path, dama
     (tmp_path / "findings").mkdir()
     for content, is_sound in ((sound, True), (sound | damage, False)):
         write_json(tmp_path / "findings" / "1.2.1.json", content)
-        assert (read_finished(tmp_path, "1.2.1", "d", ()) is not None) == is_sound
+        assert (read_finished(tmp_path, "1.2.1", "d", (), ALWAYS) is not None) == is_sound
 
 
 def test_the_folder_and_its_masks_can_be_scored(done: Path) -> None:
