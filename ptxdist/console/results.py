@@ -179,6 +179,8 @@ def show_comparison(comparison: Comparison) -> None:
     for run in comparison.runs:
         table.add_row(run.run, *_dices(run.scores))
         table.add_row("  95 % interval", *_intervals("{:.3f} to {:.3f}", run.scores, run.intervals), style="dim")
+        if run.at_threshold is not None:
+            table.add_row("  at the stage's threshold", *_dices(run.at_threshold), style="dim")
         if run.differences:
             found = (run.differences.get(score.field) for score in DICES)
             table.add_row("  difference", *("" if value is None else f"{value:+.4f}" for value in found))
@@ -187,10 +189,10 @@ def show_comparison(comparison: Comparison) -> None:
     table.add_row("predicting nothing", *(f"{score.baseline_of(first):.4f}" for score in DICES), style="dim")
     out.print(table)
     images = f"{comparison.cases:,} images that all runs have evaluated, {first.positives:,} positive"
-    out.print(
-        f"{images};\nmasks at each stage's threshold (elsewhere: at the model's own point);\n"
-        "differences are from the first run"
-    )
+    out.print(f"{images};\ndifferences are from the first run; masks are those at the point in use:")
+    for run in comparison.runs:
+        tuned = "" if run.at_threshold is None else ", scored on images that it was not tuned on"
+        out.print(f"  {run.run}: {run.point}{tuned}", soft_wrap=True)
 
 
 def show_external(result: ExternalScores) -> None:

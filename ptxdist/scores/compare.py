@@ -1,7 +1,8 @@
 """Comparison of evaluations: their scores on the same cases, with 95 % intervals of the differences.
 
-Everything is computed from the cases.csv of each run. Differences are paired: each patient is left out of both runs at
-once, so that cases which are hard for every run cancel out.
+Everything is computed from the cases.csv of each run, at the operating point that it has in use (`headline.points`);
+a tuned point is scored on patients that it was not tuned on. Differences are paired: each patient is left out of both
+runs at once, so that cases which are hard for every run cancel out.
 
 Refuses: evaluations without a common case, or with different masks or findings (RunError).
 """
@@ -15,8 +16,9 @@ import numpy as np
 
 from ptxdist.errors import RunError
 from ptxdist.finding import PNEUMOTHORAX, FindingType
-from ptxdist.records import Intervals, Record, Scores
+from ptxdist.records import EvaluationResult, Intervals, Record, Scores
 from ptxdist.rundir import CASES, EVALUATION, RESULT, SETTINGS, read_evaluation, read_settings
+from ptxdist.scores.headline import points, short
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
 from ptxdist.scores.names import DICES, Score
@@ -26,7 +28,8 @@ from ptxdist.scores.tables import read_cases
 class Compared(Record):
     """One run of a comparison: its scores on the common cases, and its differences from the first run.
 
-    `run` is the name of its folder, `cases` how many it evaluated itself; the first run has no differences.
+    `run` is the name of its folder, `cases` how many it evaluated itself; the first run has no differences. Masks are
+    those at the `point` in use; `at_threshold` are the scores at the stage's own threshold, if another point is in use.
     """
 
     run: str
@@ -35,6 +38,8 @@ class Compared(Record):
     intervals: Intervals
     differences: dict[str, float]
     difference_intervals: Intervals
+    point: str = ""
+    at_threshold: Scores | None = None
 
 
 class Comparison(Record):
@@ -55,11 +60,13 @@ class DataComparison(Record):
 def compare(runs: Sequence[Path]) -> Comparison:
     """Scores of each run on the cases that all runs have evaluated, and differences from the first run.
 
-    A run may also be the folder of an evaluation of several runs. Raises RunError when a run has no evaluation, when
-    the runs have no common case, or when their true masks differ or show different findings.
+    Both are at the operating points in use. A run may also be the folder of an evaluation of several runs. Raises
+    RunError when a run has no evaluation, when the runs have no common case, or when their true masks differ or show
+    different findings.
     """
     _refuse_other_findings(runs)
-    tables = [{row.case_id: row for row in read_cases(run)} for run in runs]
+    used = [_in_use(run) for run in runs]
+    tables = [{row.case_id: row for row in read_cases(run, kind)} for run, (_, kind) in zip(runs, used, strict=True)]
     common = [case_id for case_id in tables[0] if all(case_id in table for table in tables)]
     if not common:
         raise RunError(f"{', '.join(map(str, runs))} have no case in common; did they hold out the same fold?")
@@ -69,7 +76,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
         if not np.array_equal(found[:, 2], counts[0][:, 2]):
             raise RunError(f"{run} and {runs[0]} were evaluated against different masks; evaluate both on one cache")
     compared = []
-    for name, table, found in zip(_names(runs), tables, counts, strict=True):
+    for run, name, (point, kind), table, found in zip(runs, _names(runs), used, tables, counts, strict=True):
+        own = {row.case_id: row.counts for row in read_cases(run)} if kind else {}
         compared.append(
             Compared(
                 run=name,
@@ -78,6 +86,8 @@ def compare(runs: Sequence[Path]) -> Comparison:
                 intervals=score_intervals(found, groups),
                 differences=differences(counts[0], found) if found is not counts[0] else {},
                 difference_intervals=(difference_intervals(counts[0], found, groups) if found is not counts[0] else {}),
+                point=point,
+                at_threshold=scores(np.array([own[case_id] for case_id in common], np.int64)) if own else None,
             )
         )
     return Comparison(cases=len(common), runs=tuple(compared))
@@ -121,8 +131,25 @@ def _refuse_other_findings(runs: Sequence[Path]) -> None:
 
 def _finding(run: Path) -> FindingType:
     """What the true masks of an evaluation show."""
+    evaluation = _evaluation(run)
+    return evaluation.finding if evaluation else PNEUMOTHORAX
+
+
+def _in_use(run: Path) -> tuple[str, str]:
+    """The point in use in words, and its kind if it is a tuned one."""
+    evaluation = _evaluation(run)
+    if evaluation is None:
+        return "the stage's threshold", ""
+    if evaluation.point is not None:
+        return f"the model's own {short(evaluation.point)}", ""
+    used = points(evaluation)[0]
+    return used.name, used.tuned
+
+
+def _evaluation(run: Path) -> EvaluationResult | None:
+    """The result of a run's evaluation, or of an evaluation's folder; None if there is only the table of cases."""
     folder = next((place for place in (run / EVALUATION, run) if (place / CASES).is_file()), run)
-    return read_evaluation(folder).finding if (folder / RESULT).is_file() else PNEUMOTHORAX
+    return read_evaluation(folder) if (folder / RESULT).is_file() else None
 
 
 def _origin(run: Path) -> tuple[str, str]:
@@ -142,7 +169,7 @@ def matrix_markdown(parts: Sequence[DataComparison]) -> str:
         f"{part.data}: {first.cases:,} images, {first.positives:,} positive"
         for part, first in zip(parts, firsts, strict=True)
     ]
-    rows = [["Kaggle Dice; positives-only Dice", *heads], ["---"] * (len(parts) + 1)]
+    rows = [["Kaggle Dice; positives-only Dice, at the point in use", *heads], ["---"] * (len(parts) + 1)]
     for model in models:
         cells = []
         for part in parts:
@@ -171,10 +198,10 @@ def as_markdown(comparison: Comparison) -> str:
     """The comparison as a Markdown table; each cell has the score, the difference from the first run, and intervals."""
     first = comparison.runs[0].scores
     rows = [
-        [f"{comparison.cases:,} images, {first.positives:,} positive", *(score.name for score in DICES)],
-        ["---"] * (len(DICES) + 1),
-        *([run.run, *(_cell(run, score) for score in DICES)] for run in comparison.runs),
-        ["predicting nothing", *(f"{score.baseline_of(first):.4f}" for score in DICES)],
+        [f"{comparison.cases:,} images, {first.positives:,} positive", "point in use", *(item.name for item in DICES)],
+        ["---"] * (len(DICES) + 2),
+        *([run.run, run.point, *(_cell(run, score) for score in DICES)] for run in comparison.runs),
+        ["predicting nothing", "", *(f"{score.baseline_of(first):.4f}" for score in DICES)],
     ]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 

@@ -75,7 +75,7 @@ def test_runs_are_shown_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
     first = Compared(run="one", cases=9, scores=SCORES, intervals=INTERVALS, differences={}, difference_intervals={})
     second = Compared(
         run="two", cases=9, scores=SCORES, intervals={}, differences={"pooled_dice": -0.125},
-        difference_intervals={"pooled_dice": (-0.25, 0.0)},
+        difference_intervals={"pooled_dice": (-0.25, 0.0)}, point="tuned threshold 0.45", at_threshold=SCORES,
     )  # fmt: skip
     console.show_comparison(Comparison(cases=9, runs=(first, second)))
     shown = capsys.readouterr().out
@@ -83,3 +83,5 @@ def test_runs_are_shown_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
     assert "-0.1250" in shown
     assert "-0.250 to +0.000" in shown
     assert "9 images that all runs have evaluated, 3 positive" in shown
+    assert shown.count("at the stage's threshold") == 1
+    assert "  two: tuned threshold 0.45, scored on images that it was not tuned on\n" in shown

@@ -27,10 +27,11 @@ from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.rundir import CASES, HISTOGRAMS, PREDICTIONS, read_evaluation
 from ptxdist.scores.compare import as_markdown, compare
 from ptxdist.scores.counts import LEVELS
+from ptxdist.scores.headline import points
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import auroc, scores
 from ptxdist.scores.operating import tune
-from ptxdist.scores.tables import COLUMNS, FIXED_THRESHOLDS
+from ptxdist.scores.tables import COLUMNS, FIXED_THRESHOLDS, read_cases
 from ptxdist.train.checkpoint import save_weights
 from ptxdist.train.evaluate import Ensemble, Member, evaluate
 from ptxdist.train.unet import build_unet
@@ -336,10 +337,17 @@ def test_a_comparison_is_of_the_same_cases_with_paired_differences(
     first, second = evaluated[0], tmp_path / "second"
     evaluate([member(tmp_path, seed=1)], folds, second / "evaluation", device=CPU)
     found = compare([first, second, first])
-    own = [counts_of(table(folder)) for folder in (first, second / "evaluation")]
+    used = [points(read_evaluation(folder))[0] for folder in (first, second / "evaluation")]
+    own = [
+        np.array([row.counts for row in read_cases(folder, point.tuned)])
+        for folder, point in zip((first, second), used, strict=True)
+    ]
     assert [run.run for run in found.runs] == [first.name, "second", first.name]
     assert found.runs[0].differences == {}
-    assert found.runs[1].scores == scores(own[1])
+    assert found.runs[1].scores == scores(own[1]) == used[1].scores, "both commands speak of the point in use"
+    assert used[1].tuned
+    assert found.runs[1].point == used[1].name
+    assert found.runs[1].at_threshold == read_evaluation(second / "evaluation").scores
     difference = scores(own[1]).kaggle_dice - scores(own[0]).kaggle_dice
     assert found.runs[1].differences["kaggle_dice"] == pytest.approx(difference)
     low, high = found.runs[1].difference_intervals["kaggle_dice"]
