@@ -77,10 +77,6 @@ class OperatingPoint(Record):
         """Whether a score reaches `image`; rounded to six digits, as it is written for people."""
         return round(score, 6) >= self.image
 
-    def flags(self, score: float, area_px: int) -> bool:
-        """Whether an image is not negative: it has a mask, or its score reaches `image` and no mask remains."""
-        return area_px > 0 or (self.image > 0 and self.admits(score))
-
     @property
     def words(self) -> str:
         """The point as a sentence without its end: when a mask is empty, and of which pixels it is made."""

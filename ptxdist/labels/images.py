@@ -93,9 +93,18 @@ class PngMasks:
         if self._brightest < min(_LOW, self._threshold):
             raise LabelError(
                 f"{self._folder}: no value is above {self._brightest:.3f} of the range, so these are probably labels "
-                "of several classes; write masks of 0 and 1"
+                "of several classes, or 8-bit values in 16 bits; write masks of 0 and 1"
             )
-        return f"PNG probabilities, threshold {self._threshold:g}", ()
+        return f"PNG probabilities, threshold {self._threshold:g}", _too_low(
+            self._folder, self._brightest, self._threshold
+        )
+
+
+def _too_low(folder: Path, highest: float, threshold: float) -> tuple[str, ...]:
+    """A note where all masks are empty because no probability reaches the threshold: they may be percentages."""
+    if highest >= threshold:
+        return ()
+    return (f"{folder}: no pixel reaches {threshold:g}, the highest has {highest:.3f} of the range; see --threshold",)
 
 
 class NiftiMasks:
@@ -108,7 +117,7 @@ class NiftiMasks:
         self.sizes: Mapping[str, Size] = {
             case_id: read_values(folder, path)[1] for case_id, path in self._files.items()
         }
-        self._between = False
+        self._between, self._highest = False, 0.0
 
     @property
     def ids(self) -> Collection[str]:
@@ -124,16 +133,21 @@ class NiftiMasks:
         values, _ = read_values(self._folder, path, pixels=True)
         low, top = values.min(), values.max()
         if not (low >= 0 and top <= 1):  # also true of NaN
+            found = "pixels without a value (NaN)" if low != low else f"values from {low:g} to {top:g}"
             raise LabelError(
-                f"{place_of(self._folder, path)} has values from {low:g} to {top:g}; expected a mask of 0 and 1, or "
-                "probabilities of 0 to 1"
+                f"{place_of(self._folder, path)} has {found}; expected a mask of 0 and 1, or probabilities of 0 to 1"
             )
         self._between = self._between or bool(((values > 0) & (values < 1)).any())
+        self._highest = max(self._highest, float(top))
         return rle.spans_of((values >= self._threshold).T)
 
     def describe(self) -> tuple[str, tuple[str, ...]]:
         """As in `masks.Masks`."""
-        return f"NIfTI probabilities, threshold {self._threshold:g}" if self._between else "NIfTI masks", ()
+        if not self._between:
+            return "NIfTI masks", ()
+        return f"NIfTI probabilities, threshold {self._threshold:g}", _too_low(
+            self._folder, self._highest, self._threshold
+        )
 
 
 def find_masks(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:

@@ -58,6 +58,8 @@ def read_values(folder: Path, path: Path, *, pixels: bool = False) -> tuple[npt.
             )
         check_size(shape[1], shape[0])
         values = np.asarray(image.dataobj) if pixels else np.zeros((0, 0))
+        if values.dtype.kind not in "biuf":
+            raise LabelError(f"{place} has colours or complex numbers; a mask has one number for each pixel")
     except DicomError as error:
         raise LabelError(f"{place} {error}") from None
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:

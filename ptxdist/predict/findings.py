@@ -26,7 +26,7 @@ from ptxdist.finding import PNEUMOTHORAX
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import ModelCard
 from ptxdist.predict.dicom_seg import encode_segmentation
-from ptxdist.predict.predictor import Prediction
+from ptxdist.predict.predictor import Prediction, is_flagged
 from ptxdist.records import OperatingPoint, Record, when_known
 from ptxdist.rundir import FINDINGS
 
@@ -155,7 +155,7 @@ def read_finished(
             mask = rle.decode((finding.encoded_pixels,), finding.rows, finding.columns) > 0
             finding = finding.model_copy(update=position_of(mask, ""))
         if finding.flagged is None:
-            finding = finding.model_copy(update={"flagged": point.flags(finding.score, finding.area_px)})
+            finding = finding.model_copy(update={"flagged": is_flagged(point, finding.score, finding.area_px)})
     except (RunError, DicomError, LabelError, ValueError):
         return None
     missing = [name for name in outputs if not _path(out, name, case_id).is_file()]

@@ -233,7 +233,7 @@ class Predictor:
         score = sum(score * share for _, score, share in parts)
         whole = probability.float().cpu().numpy()
         mask = mask_at(torch.from_numpy(whole), self.operating_point, score).numpy()
-        flagged = self.operating_point.flags(score, int(np.count_nonzero(mask)))
+        flagged = is_flagged(self.operating_point, score, int(np.count_nonzero(mask)))
         return Prediction(
             radiograph.header.case_id, radiograph.pixels, whole, mask, score, item.content, radiograph.spacing,
             self._calibrated(score), radiograph.header.orientation, self._unlike(item), flagged,
@@ -271,6 +271,11 @@ class Predictor:
                 heads.append(predicted.image[: len(squares)])
         probability = _mean(maps)
         return probability[:, 0], case_score(probability, _mean(heads) if heads else None)
+
+
+def is_flagged(point: OperatingPoint, score: float, area_px: int) -> bool:
+    """Whether an image is not negative: it has a mask, or its score reaches the point's and no mask remains."""
+    return area_px > 0 or (point.image > 0 and point.admits(score))
 
 
 def _mean(parts: Sequence[Tensor]) -> Tensor:

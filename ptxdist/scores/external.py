@@ -31,6 +31,7 @@ from ptxdist.scores.surfaces import SURFACES, require_surfaces, surface_scores
 SIZE_PX = 1024
 _EXAMPLES = 3
 _COMPARED = 100  # hits that are also compared with rows and columns swapped
+_MOST = 0.5  # of all pixels: where so many are predicted, and not in truth, the masks are probably inverted
 _CLEAR_SHARE = 0.2  # of the predicted pixels, which have to be in the truth for a verdict
 
 Floats = npt.NDArray[np.float64]
@@ -128,6 +129,12 @@ def score_predictions(
             0,
             f"{predictions}: the masks fit the truth better with rows and columns swapped; check the order of the "
             "axes, or for a table --dialect",
+        )
+    shares = counts[:, 1:3].sum(0) / counts[:, 3].sum()
+    if shares[0] > _MOST and shares[1] < _MOST:
+        notes.append(
+            f"{predictions}: the masks cover {100 * shares[0]:.0f} % of the images, the true ones "
+            f"{100 * shares[1]:.2g} %; are they inverted?"
         )
     if patients and (missing := sum(case_id not in patient_of for case_id in ids)):
         notes.append(f"{patients}: {missing} of the {len(ids)} images are not in it; each counts as one patient")

@@ -196,13 +196,32 @@ def test_labels_of_several_classes_are_no_probabilities(tmp_path: Path) -> None:
         opened.describe()
 
 
+def test_probabilities_that_never_reach_the_threshold_are_noted(tmp_path: Path) -> None:
+    """Percentages in a PNG file would score like empty masks, without a word."""
+    values = np.array([[0, 50, 100]], np.uint8)
+    (tmp_path / "png").mkdir()
+    (tmp_path / "nifti").mkdir()
+    Image.fromarray(values).save(tmp_path / "png" / "x.png")
+    nibabel.save(nibabel.Nifti1Image(values / 255, np.eye(4)), tmp_path / "nifti" / "x.nii.gz")
+    for folder in (tmp_path / "png", tmp_path / "nifti"):
+        for threshold, notes in ((0.5, 1), (0.3, 0)):
+            opened = open_predictions(folder, threshold=threshold)
+            read(opened)
+            assert [
+                f"no pixel reaches {threshold:g}, the highest has 0.392" in note for note in opened.describe()[1]
+            ] == [True] * notes
+
+
 @pytest.mark.parametrize(
     ("array", "message"),
     [
         (np.array([[0, 2]], np.uint8), "values from 0 to 2; expected a mask of 0 and 1, or probabilities of 0 to 1"),
         (np.array([[0, 1.5]], np.float32), "values from 0 to 1.5"),
         (np.array([[-0.1, 1]], np.float32), "values from -0.1 to 1"),
-        (np.array([[np.nan, 1]], np.float32), "values from nan to nan"),
+        (np.array([[np.nan, 1]], np.float32), "x.nii.gz has pixels without a value"),
+        (np.array([[0, np.inf]], np.float32), "values from 0 to inf"),
+        (np.array([[0, 1]], np.complex64), "x.nii.gz has colours or complex numbers"),
+        (np.zeros((2, 2), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "x.nii.gz has colours or complex numbers"),
     ],
 )
 def test_nifti_values_that_are_neither_mask_nor_probability(tmp_path: Path, array: Any, message: str) -> None:

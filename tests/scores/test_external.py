@@ -181,6 +181,11 @@ def test_predictions_whose_axes_are_swapped_are_named(tmp_path: Path, true: Mask
     assert run(pngs(tmp_path / "q", true), truth).notes == ()
 
 
+def test_inverted_predictions_are_named(tmp_path: Path, true: Masks) -> None:
+    files = pngs(tmp_path / "p", {name: ~mask for name, mask in true.items()}), pngs(tmp_path / "t", true)
+    assert ["are they inverted?" in note for note in run(*files).notes] == [True]
+
+
 def test_the_encoding_of_a_table_is_confirmed_by_the_truth(tmp_path: Path, true: Masks) -> None:
     truth = pngs(tmp_path / "t", true)
     assert run(table(tmp_path / "p.csv", true), truth).notes == ()
