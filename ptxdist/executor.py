@@ -7,18 +7,18 @@
 from __future__ import annotations
 
 import importlib
-import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ptxdist.errors import StoreError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ProcessPoolExecutor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -64,6 +64,9 @@ class _Processes:
         if self._workers == 1 or len(tasks) <= 1 or light:
             yield from serial(function, tasks)
             return
+        from concurrent.futures import FIRST_COMPLETED, wait  # late: a rerun without changes starts no process
+        from concurrent.futures.process import BrokenProcessPool
+
         pool = self._start()
         waiting: set[Future[Result]] = set()
         try:
@@ -89,6 +92,9 @@ class _Processes:
 
     def _start(self) -> ProcessPoolExecutor:
         if self.pool is None:
+            import multiprocessing
+            from concurrent.futures import ProcessPoolExecutor
+
             self.pool = ProcessPoolExecutor(
                 self._workers, multiprocessing.get_context("spawn"), initializer=start_worker
             )
@@ -143,6 +149,8 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads:
 
     An error is raised in its item's place; when the caller stops, so do the threads.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     pool = ThreadPoolExecutor(threads, thread_name_prefix="ptxdist-ahead")
     waiting: deque[Future[Result]] = deque()
     try:
@@ -165,7 +173,9 @@ def start_worker() -> None:
 
 def _end_with_parent() -> None:
     """End this worker when its parent is killed: it must not write beside the next run."""
-    parent = multiprocessing.parent_process()
+    from multiprocessing import parent_process
+
+    parent = parent_process()
     if parent is not None:
         parent.join()
         os._exit(1)

@@ -200,7 +200,7 @@ def parse_json(text: bytes | str) -> Any:
     """The content of JSON in UTF-8; ValueError when it is malformed, nested too deeply, or has a number like NaN."""
     try:
         words = text if isinstance(text, str) else text.decode()
-        return json.loads(words, parse_constant=_finite, parse_float=_finite)
+        return _DECODER.decode(words)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -209,6 +209,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(f"{text} is no number")
     return number
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_float=_finite)
 
 
 def content_sum(content: Mapping[str, Any]) -> str:

@@ -284,37 +284,41 @@ def _split(
     cases: list[Case], patient_of: Mapping[str, str], former: Catalog | None, folds: int, seed: int, salt: bytes
 ) -> tuple[tuple[Case, ...], Leakage]:
     """Group and split the cases and put them in the order of their rows; also returns what the split leaks."""
-    cases, grouped_by = _group(cases, patient_of, salt)
+    groups, grouped_by = _group(cases, patient_of, salt)
     has_map, known = bool(patient_of), {}
     # A map that comes or goes makes another split; one more image of a known PatientID only joins two cases.
     if former and (former.seed, former.folds, former.leakage.grouped_by == "patient map") == (seed, folds, has_map):
         known = {case.case_id: case.fold for case in former.cases if case.fold >= 0}
-    labelled = [case for case in cases if case.masks is not None]
-    groups, areas = [case.group for case in labelled], [case.area_px for case in labelled]
-    found = assign_folds([case.case_id for case in labelled], groups, areas, folds=folds, seed=seed, known=known)
-    labelled = [
-        replace(case, fold=fold, split="train" if fold else "val") for case, fold in zip(labelled, found, strict=True)
+    labelled = [(case, group) for case, group in zip(cases, groups, strict=True) if case.masks is not None]
+    ids, areas = [case.case_id for case, _ in labelled], [case.area_px for case, _ in labelled]
+    found = assign_folds(ids, [group for _, group in labelled], areas, folds=folds, seed=seed, known=known)
+    fold_of = dict(zip(ids, found, strict=True))
+    grouped = [
+        replace(case, group=group)
+        if (fold := fold_of.get(case.case_id)) is None
+        else replace(case, group=group, fold=fold, split="train" if fold else "val")
+        for case, group in zip(cases, groups, strict=True)
     ]
-    ordered = (*_arrange(labelled, former), *(case for case in cases if case.masks is None))
-    return ordered, leakage_of(labelled, grouped_by)
+    sides = _arrange([case for case in grouped if case.masks is not None], former)
+    ordered = (*sides, *(case for case in grouped if case.masks is None))
+    if former and former.cases == ordered and former.leakage.grouped_by == grouped_by:
+        return ordered, former.leakage
+    return ordered, leakage_of(ordered, grouped_by)
 
 
-def _group(cases: list[Case], patient_of: Mapping[str, str], salt: bytes) -> tuple[list[Case], str]:
-    """Cases with their final group, by the map, else by PatientID, else each its own; and what groups them.
+def _group(cases: list[Case], patient_of: Mapping[str, str], salt: bytes) -> tuple[list[str], str]:
+    """Final group of each case, by the map, else by PatientID, else each its own; and what groups them.
 
     A PatientID that all cases share is a placeholder, as anonymisation leaves it, and groups nothing.
     """
     if patient_of:
-        names = {case_id: f"patient {patient}" for case_id, patient in patient_of.items()}
-        return [
-            replace(case, group=hash_text(names.get(case.case_id, case.case_id), salt)) for case in cases
-        ], "patient map"
+        names = (
+            f"patient {patient_of[case.case_id]}" if case.case_id in patient_of else case.case_id for case in cases
+        )
+        return [hash_text(name, salt) for name in names], "patient map"
     placeholder = len({case.group for case in cases}) == 1
-    cases = [
-        case if case.group and not placeholder else replace(case, group=hash_text(case.case_id, salt)) for case in cases
-    ]
-    groups = len({case.group for case in cases})
-    return cases, "PatientID" if groups < len(cases) else "nothing"
+    groups = [case.group if case.group and not placeholder else hash_text(case.case_id, salt) for case in cases]
+    return groups, "PatientID" if len(set(groups)) < len(cases) else "nothing"
 
 
 def _arrange(cases: Sequence[Case], former: Catalog | None) -> list[Case]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -37,12 +36,16 @@ Hashes = npt.NDArray[np.uint64]
 
 def thumbnail(sample: Samples) -> npt.NDArray[np.float32]:
     """An image of a store, uint8 (size, size), at 32x32 pixels, float32, by area averaging."""
+    import cv2  # late: a rerun without changes does not need it
+
     small = cv2.resize(sample, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.float32)
 
 
 def perceptual_hashes(small: npt.NDArray[np.float32]) -> Hashes:
     """256-bit hashes, uint64 (n, 4), of images float32 (n, 32, 32)."""
+    import cv2
+
     bits = np.zeros((len(small), FREQUENCIES * FREQUENCIES), bool)
     for number, image in enumerate(small):
         low = cv2.dct(image)[:FREQUENCIES, :FREQUENCIES].reshape(-1)

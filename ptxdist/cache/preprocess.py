@@ -216,7 +216,7 @@ def _write_cache(
     cases = tuple(
         replace(case, split="rejected", fold=-1) if case.case_id in unreadable else case for case in catalog.cases
     )
-    leakage = leakage_of(cases, catalog.leakage.grouped_by)
+    leakage = leakage_of(cases, catalog.leakage.grouped_by) if unreadable else catalog.leakage
     final = replace(catalog, cases=cases, rejects=rejects, leakage=leakage)
     final = _put_in_place(final, former, out, prints, manifest, records)
     return PreprocessResult(final, paths, sizes, len(sizes) * len(blocks) - reused, reused)

@@ -8,11 +8,12 @@ inside the mask. A file that cannot be used becomes a row of zeros, with a reaso
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import cv2
 import numpy as np
 
 from ptxdist.cache.catalog import Case
@@ -51,6 +52,8 @@ def fit_square(pixels: Pixels) -> Pixels:
 
 def resize(square: Pixels, size_px: int) -> Pixels:
     """Resize a square uint8 image by area averaging, or bilinearly when it grows."""
+    import cv2
+
     shrinks = size_px <= len(square)
     resized = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return np.asarray(resized, dtype=np.uint8)
@@ -59,7 +62,17 @@ def resize(square: Pixels, size_px: int) -> Pixels:
 def shard_fingerprint(cases: Sequence[Case], size_px: int) -> str:
     """Hash of what determines a shard's bytes: the transform, the files, their decoders, and the masks."""
     sources = [[case.case_id, case.digest, case.decoder, case.masks] for case in cases]
-    return fingerprint(TRANSFORM, size_px, f"cv2 {cv2.__version__}", sources)
+    return fingerprint(TRANSFORM, size_px, f"cv2 {version_of_cv2()}", sources)
+
+
+@cache
+def version_of_cv2() -> str:
+    """cv2.__version__, as the package states it: the import takes as long as reading the headers of 800 files."""
+    with suppress(PackageNotFoundError):
+        return ".".join(version("opencv-python-headless").split(".")[:3])
+    import cv2
+
+    return str(cv2.__version__)
 
 
 def write_shard(shard: Shard, out: Path, sizes_px: Sequence[int]) -> tuple[int, dict[int, ShardRecord]]:
@@ -103,6 +116,8 @@ def _samples(
     shard: Shard, sizes_px: Sequence[int], rejects: list[tuple[str, DicomError]]
 ) -> Iterator[tuple[int, int, str, Pixels]]:
     """(row, size, array, sample) of every case that can be read, without empty masks; the others go to `rejects`."""
+    import cv2
+
     cv2.setNumThreads(1)  # the processes use all cores already
     for row, (case, path) in enumerate(zip(shard.cases, shard.paths, strict=True)):
         if not case.digest:

@@ -59,7 +59,7 @@ def assign_folds(
     members: dict[str, list[int]] = {}
     for index in sorted(range(len(case_ids)), key=case_ids.__getitem__):
         members.setdefault(groups[index], []).append(index)
-    strata = np.eye(4)[[np.searchsorted((1, *AREA_STRATA_PX), area, side="right") for area in areas_px]].reshape(-1, 4)
+    strata = np.eye(4)[np.searchsorted((1, *AREA_STRATA_PX), areas_px, side="right")].reshape(-1, 4)
     counts = {group: strata[indices].sum(axis=0) for group, indices in members.items()}
     fair_share = np.maximum(strata.sum(axis=0), 1) / folds
 

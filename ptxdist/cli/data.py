@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -131,9 +133,8 @@ def preprocess(
     from ptxdist import console
     from ptxdist.cache.preprocess import preprocess as build
     from ptxdist.cache.summary import split_doubts
-    from ptxdist.storage.caches import working_cache
 
-    with console.progress() as update, working_cache(out, update) as folder:
+    with console.progress() as update, _folder_of(out, update) as folder:
         result = build(
             dicom,
             labels,
@@ -168,6 +169,14 @@ def preprocess(
             )
         done = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
         console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} pixels: {done}")
+
+
+def _folder_of(out: Path | str, on_progress: Callable[[str, int, int], None]) -> AbstractContextManager[Path]:
+    if "://" not in str(out):
+        return nullcontext(Path(out))
+    from ptxdist.storage.caches import working_cache  # late: a folder needs none of its imports
+
+    return working_cache(out, on_progress)
 
 
 @click.command(short_help="Check every byte of a cache, and repair it.")

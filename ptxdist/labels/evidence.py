@@ -107,6 +107,18 @@ class Fit:
         return [float(np.diff(image.union).sum()) / (image.rows * image.columns) for image in self.images]
 
     @cached_property
+    def down_columns(self) -> tuple[float | None, Floats]:
+        """`_line_share` and `_mean_mask` of masks whose pixels are numbered down the columns."""
+        return _line_share(self.images, "columns", self.limits.parts), _mean_mask(self.images, "columns")
+
+    @cached_property
+    def along_rows(self) -> tuple[float | None, Floats]:
+        """The same of masks along the rows, which in square images are those down the columns, turned."""
+        if all(image.rows == image.columns for image in self.images):
+            return self.down_columns[0], self.down_columns[1].T
+        return _line_share(self.images, "rows", self.limits.parts), _mean_mask(self.images, "rows")
+
+    @cached_property
     def constant_dice(self) -> float | None:
         """As `_constant_dice`, computed once for columns and rows."""
         return _constant_dice(self.images)
@@ -162,12 +174,12 @@ def measure(dialect: str, order: Order, fit: Fit) -> Reading:
     if fit.misfits:
         counts = f"{reading.misfits:,} of {reading.masks:,} masks do not fit their image"
         return replace(reading, fault=f"{counts} (the first one: {fit.misfits[0][2]})")
-    reading = replace(reading, line_share=_line_share(fit.images, order, limits.parts))
+    line_share, mean = fit.down_columns if order == "columns" else fit.along_rows
+    reading = replace(reading, line_share=line_share)
     if reading.images < ENOUGH_IMAGES:
         return replace(reading, fault=_fault(reading, order, fit))
     areas = sorted(fit.area_shares)  # as np.quantile, which first imports numpy.ma
     median_area, large_area = np.interp(np.multiply((0.5, 0.9), len(areas) - 1), range(len(areas)), areas).tolist()
-    mean = _mean_mask(fit.images, order)
     left_right, up_down, valley = _stance(mean)
     upper = float(mean[: _CELLS // 2].sum() / mean.sum()) if mean.any() else None
     reading = replace(
@@ -253,13 +265,18 @@ def _constant_dice(images: Sequence[MaskedImage]) -> float | None:
     unions = [image.union for image in images if (image.rows, image.columns) == (rows, columns)]
     firsts = np.cumsum([0, *map(len, unions[:-1])])
     step = -(-rows * columns // _POSITIONS)
-    begins, ends = np.concatenate(unions).T // step
-    areas = np.maximum(np.add.reduceat(ends - begins, firsts), 1)
-    length = rows * columns // step + 1
-    shared = np.cumsum(np.bincount(begins, minlength=length) - np.bincount(ends, minlength=length))
+    edges = np.concatenate(unions) // step
+    areas = np.maximum(np.add.reduceat(edges[:, 1] - edges[:, 0], firsts), 1)
+    # Between two neighbours among all edges, every position is in the same masks.
+    is_edge = np.zeros(rows * columns // step + 1, bool)
+    is_edge[edges] = True
+    positions = np.flatnonzero(is_edge)
+    begins, ends = (np.cumsum(is_edge, dtype=np.int32) - 1)[edges].T
+    changes = [np.bincount(each, minlength=len(positions)) for each in (begins, ends)]
+    shared, lengths = np.cumsum(changes[0] - changes[1])[:-1], np.diff(positions)
     scores = []
     for least in sorted(set(np.geomspace(1, max(1, shared.max()), 16).astype(int).tolist())):
-        before = np.concatenate(([0], np.cumsum(shared >= least)))  # pixels of the constant mask before each position
+        before = np.concatenate(([0], np.cumsum(lengths * (shared >= least))))  # pixels of the mask before each edge
         common = np.add.reduceat(before[ends] - before[begins], firsts)
         scores.append(float((2 * common / (areas + before[-1])).mean()))
     return max(scores)
