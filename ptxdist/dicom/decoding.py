@@ -32,12 +32,18 @@ _PROCESSES = {
     **dict.fromkeys((syntax.LOSSLESS, syntax.LOSSLESS_SV1), frozenset((codestream.SOF_LOSSLESS,))),
     **dict.fromkeys(syntax.JPEG_LS, frozenset((codestream.SOF_JPEG_LS,))),
 }
+# An image read with a wrong sign has twice the differences between neighbours, with too few bits one and a half times;
+# 853 radiographs, and those of pydicom, would not be smoother in another reading (at most by 2 %).
+_FOLDED = 0.8
+_ENOUGH = 1000  # pairs of neighbours
+_FLAT = 0.03  # of the pixels have the value of padding or saturation
 
 
 def decode(file: Tags, rows: int, columns: int) -> Stored:
     """Stored values (rows, columns) of a single-frame grayscale image: uint8, int8, uint16 or int16.
 
-    Raises DicomError when the pixel data are missing, cut off, damaged, or of another size.
+    Raises DicomError when the pixel data are missing, cut off, damaged, or of another size, and when they are evidently
+    of another sign or of more bits than the header says.
     """
     if not len(file.values.get(tags.PIXEL_DATA, b"")):
         raise DicomError("has no pixel data")
@@ -47,9 +53,9 @@ def decode(file: Tags, rows: int, columns: int) -> Stored:
     try:
         with warnings.catch_warnings(action="ignore"):
             warnings.filterwarnings("error", "The decoded RLE segment")  # … is not of the expected length
-            if not file.encapsulated:
-                return _native(file, rows, columns)
-            return _compressed(file, rows, columns)
+            stored = _compressed(file, rows, columns) if file.encapsulated else _native(file, rows, columns)
+            _refuse_other_sign(stored, file.bits_stored())
+            return stored
     except DicomError:
         raise
     except Exception as error:  # each decoder raises errors of its own
@@ -76,11 +82,16 @@ def _words(file: Tags, data: bytes, rows: int, columns: int) -> Stored:
     """Stored values of an image that is kept in words of Bits Allocated."""
     allocated, bits = file.whole(tags.BITS_ALLOCATED, 0), file.bits_stored()
     below = _bits_below(file)
-    if not below:
-        return _by_pydicom(file, data, rows, columns)
     words = _by_pydicom(file, data, rows, columns, allocated, allocated)
+    if bits == allocated:
+        return words
     plain = _field(words, 0, bits)
     unsigned = words.view(f"u{words.dtype.itemsize}")
+    if not below:
+        # Overlays or noise above the stated bits make an image rougher, bits of its values smoother.
+        if unsigned.max() >= 2**bits and _is_folded(plain, unsigned):
+            raise DicomError(f"contradicts itself: its header says {bits} bits, its values have more; correct it")
+        return plain
     # Some devices state a High Bit of 15 for values in the lower bits. Then all words fit these, and use the lowest.
     fits = np.array_equal(plain, words) or unsigned.max() < 2**bits
     return plain if fits and (unsigned & (2**below - 1)).any() else _field(words, below, bits)
@@ -174,6 +185,7 @@ def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
     """
     bits, below, signed = file.bits_stored(), _bits_below(file), file.whole(tags.SIGNED, 0) == 1
     overlay = file.whole(tags.OVERLAY_BIT, 0) >= bits
+    overlay = overlay or (stream.bits > bits and not below and _is_folded(pixels, _field(pixels, 0, bits)))
     # Equal bits leave one doubt: values that are signed in the stream only.
     if not (stream.signed and not signed) and (stream.bits == bits or not (below or signed or overlay)):
         return pixels
@@ -197,6 +209,25 @@ def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
     if stream.bits > bits and (below or inside or overlay):
         return _field(pixels, below, bits)
     return pixels
+
+
+def _refuse_other_sign(stored: Stored, bits: int) -> None:
+    """Raise DicomError for an image that is far smoother with the other sign: it jumps in the middle of its range."""
+    signed, bits = stored.dtype.kind == "i", min(bits, 8 * stored.dtype.itemsize)
+    words = stored.view(f"u{stored.dtype.itemsize}") & (2**bits - 1)
+    if _is_folded(stored, words if signed else words ^ (2 ** (bits - 1))):
+        stated = "signed" if signed else "unsigned"
+        raise DicomError(f"contradicts itself: its header says {stated} values, its pixels do not; correct it")
+
+
+def _is_folded(stored: Stored, other: Stored) -> bool:
+    """Whether an image is far smoother in another reading, without the hard edges of padding and saturation."""
+    stored, other = (values[:: max(1, len(values) // 64)].astype(np.int32) for values in (stored, other))
+    ends = [end for end in (stored.min(), stored.max()) if (stored == end).mean() > _FLAT]
+    inner = ~np.isin(stored, ends)
+    pairs = inner[:, 1:] & inner[:, :-1]
+    rough, smooth = (np.abs(np.diff(values, axis=1))[pairs].sum() for values in (stored, other))
+    return bool(pairs.sum() >= _ENOUGH and smooth < _FOLDED * rough)
 
 
 def _roughness(words: Stored) -> float:

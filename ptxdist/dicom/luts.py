@@ -87,11 +87,14 @@ def window_of(
     """Values through a window; those inside become 0..1 (PS3.3 C.11.2.1.2 and C.11.2.1.3).
 
     LINEAR, the default, is defined for integers and widths of at least 1. A window below 1 that spans several rescaled
-    values, which are `slope` apart, can only be meant as LINEAR_EXACT.
+    values, which are `slope` apart, can only be meant as LINEAR_EXACT. Raises DicomError for any other window.
     """
+    function = function.upper() or "LINEAR"
     if center is None or width <= 0:
         raise DicomError("has a window without a center or without a width")
-    if function not in ("SIGMOID", "LINEAR_EXACT") and width < 1:
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise DicomError("has a window of an unknown function (VOI LUT Function); correct or remove it")
+    if function == "LINEAR" and width < 1:
         if width < 2 * slope:
             raise DicomError(f"has a window of width {width:g}, but its function LINEAR needs at least 1; correct it")
         function = "LINEAR_EXACT"

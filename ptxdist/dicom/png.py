@@ -14,13 +14,16 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import PIL
 
 from ptxdist.errors import DicomError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Anything above is rejected before it is decoded. A film digitised at 50 um has 7,112 x 8,636 pixels. The side bounds
@@ -78,6 +81,8 @@ def decode_png(content: bytes, *, mask: bool = False) -> npt.NDArray[np.uint8] |
     _check_chunks(content, mask)
     try:
         values = _by_pillow(content)
+    except DicomError:
+        raise
     except Exception:  # Pillow raises almost anything on damaged files, and refuses long texts and profiles
         try:
             values = _by_pillow(_critical(content))
@@ -106,7 +111,17 @@ def _by_pillow(content: bytes) -> npt.NDArray[Any]:
     from PIL import Image  # late: most data sets have no PNG
 
     with warnings.catch_warnings(action="ignore"), Image.open(BytesIO(content), formats=("PNG",)) as image:
-        return np.asarray(image)
+        values = np.asarray(image)
+        refuse_turned(image)
+        return values
+
+
+def refuse_turned(image: Image.Image) -> None:
+    """Raise DicomError for a decoded picture that some programs turn or mirror, by an Orientation in EXIF or XMP."""
+    if image.getexif().get(0x0112, 1) not in (0, 1):
+        raise DicomError(
+            "is to be shown turned or mirrored (EXIF Orientation); turn image and mask alike and save them without it"
+        )
 
 
 def _critical(content: bytes) -> bytes:

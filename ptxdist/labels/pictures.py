@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ptxdist.dicom.png import SIGNATURE, check_size, decode_png, refuse_damaged
+from ptxdist.dicom.png import SIGNATURE, check_size, decode_png, refuse_damaged, refuse_turned
 from ptxdist.dicom.radiograph import read_bytes
 from ptxdist.errors import DicomError, LabelError
 from ptxdist.labels.found import CLASSES, FoundMask, place_of
@@ -94,7 +94,9 @@ def _open(content: bytes) -> npt.NDArray[Any]:
             check_size(image.height, image.width)  # nothing is decoded yet
             if getattr(image, "n_frames", 1) != 1:
                 raise DicomError("has several pages; only single images are accepted")
-            return _values(image)
+            values = _values(image)
+            refuse_turned(image)  # a TIFF was turned when it was decoded
+            return values
     except DicomError:
         raise
     except Exception as error:  # Pillow raises almost anything on damaged files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ from ptxdist.dicom import luts
 from ptxdist.dicom.decoding import decode
 from ptxdist.dicom.parsing import read_tags
 from ptxdist.dicom.radiograph import read_header, read_radiograph
-from ptxdist.errors import DicomError
+from ptxdist.errors import DicomError, LabelError
+from ptxdist.labels.pictures import read_picture
 
 RAW = uid.ExplicitVRLittleEndian
 RANDOM = np.random.default_rng(7)
@@ -96,6 +98,24 @@ def test_a_high_bit_that_cannot_be_is_refused(file_of, high: int) -> None:  # ty
     refused(file_of(TWELVE, RAW, bits=12, HighBit=high), f"12 bits stored of 16 with High Bit {high}")
 
 
+@pytest.mark.parametrize(
+    ("pixels", "bits", "says"),
+    [
+        (TWELVE.view(np.int16), 12, "signed values"),
+        (SIGNED.view(np.uint16), 16, "unsigned values"),
+        ((SIGNED * 16).view(np.uint16), 16, "unsigned values"),
+        ((TWELVE >> 4).astype(np.uint8).view(np.int8), 8, "signed values"),
+        (TWELVE, 10, "10 bits, its values have more"),
+        (TWELVE >> 4, 7, "7 bits, its values have more"),
+    ],
+)
+@pytest.mark.parametrize("syntax", [RAW, uid.RLELossless])
+def test_a_sign_or_a_number_of_bits_that_folds_the_image_is_refused(  # type: ignore[no-untyped-def]
+    file_of, pixels: npt.NDArray[np.generic], bits: int, says: str, syntax: str
+) -> None:
+    refused(file_of(pixels, syntax, BitsStored=bits, HighBit=bits - 1), f"contradicts itself: its header says {says}")
+
+
 # --- compressed images of another depth -----------------------------------------------------------------------------
 
 DEEP = (uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEG2000Lossless)
@@ -121,7 +141,7 @@ def test_a_deeper_compressed_image_keeps_high_bit_and_sign(file_of, syntax: str)
     assert np.array_equal(stored_values(file_of(wide, syntax, bits=14, **stated)), wide)
     overlay = TWELVE | (RANDOM.integers(0, 2, TWELVE.shape) << 15).astype(np.uint16)
     content = file_of(overlay, syntax, bits=16, **stated)
-    assert np.array_equal(stored_values(content), overlay)
+    assert np.array_equal(stored_values(content), TWELVE)
     file = dcmread(BytesIO(content))
     file.add_new(0x60000102, "US", 15)  # Overlay Bit Position
     buffer = BytesIO()
@@ -169,6 +189,12 @@ def test_a_window_below_one_is_exact_where_it_spans_several_values(file_of) -> N
     window = {"RescaleSlope": "0.0001", "RescaleIntercept": 0, "WindowCenter": "0.2047", "WindowWidth": "0.4095"}
     assert np.abs(grey(file_of(TWELVE, RAW, bits=12, **window)) - SHOWN).max() <= 1
     refused(file_of(TWELVE, RAW, bits=12, **{**window, "WindowWidth": "0.00015"}), "LINEAR needs at least 1")
+
+
+def test_the_function_of_a_window_is_known_in_any_case_or_refused(file_of) -> None:  # type: ignore[no-untyped-def]
+    expected = 255 / (1 + np.exp(-4 * (TWELVE - 2048.0) / 4096))
+    assert np.abs(grey(file_of(TWELVE, RAW, bits=12, **FULL, VOILUTFunction="Sigmoid")) - expected).max() <= 1
+    refused(file_of(TWELVE, RAW, bits=12, **FULL, VOILUTFunction="LOGARITHMIC"), "a window of an unknown function")
 
 
 def test_numbers_beyond_all_bounds_are_refused(file_of) -> None:  # type: ignore[no-untyped-def]
@@ -387,6 +413,20 @@ def test_a_png_may_say_that_its_pixels_are_not_square() -> None:
 
     assert np.array_equal(grey(with_sizes(5000, 5000)), eight)
     refused(with_sizes(5000, 2500), "has pixels that are not square")
+
+
+@pytest.mark.parametrize(("orientation", "is_turned"), [(1, False), (3, True), (6, True)])
+def test_a_png_that_some_programs_turn_is_refused(orientation: int, is_turned: bool, tmp_path: Path) -> None:
+    exif, buffer, eight = Image.Exif(), BytesIO(), (TWELVE // 16).astype(np.uint8)
+    exif[0x0112] = orientation
+    Image.fromarray(eight).save(buffer, "PNG", exif=exif)
+    Image.fromarray(eight * (eight > 127)).convert("RGB").save(tmp_path / "a.png", exif=exif)
+    if is_turned:
+        refused(buffer.getvalue(), "is to be shown turned or mirrored")
+        with pytest.raises(LabelError, match=r"a\.png is to be shown turned or mirrored"):
+            read_picture(tmp_path, tmp_path / "a.png")
+    else:
+        assert np.array_equal(grey(buffer.getvalue()), eight)
 
 
 def test_files_of_more_than_8_bits_name_the_reading(file_of) -> None:  # type: ignore[no-untyped-def]
