@@ -74,13 +74,13 @@ def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
 
 
 def _coco(content: dict[str, Any]) -> list[FoundMask]:
-    names = {item.get("id"): _class(item.get("name")) for item in _dicts(content.get("categories") or [], "category")}
-    images: dict[object, tuple[str, Size]] = {}
-    spans: dict[object, dict[str, list[Spans]]] = {}
+    names = {_id(item, "id"): _class(item.get("name")) for item in _dicts(content.get("categories"), "category")}
+    images: dict[str, tuple[str, Size]] = {}
+    spans: dict[str, dict[str, list[Spans]]] = {}
     ids = set[str]()
     for number, image in enumerate(_dicts(content["images"], "image")):
-        key, where = image.get("id"), f"image {number + 1}"
-        if not isinstance(key, int | str) or key in images:
+        key, where = _id(image, "id"), f"image {number + 1}"
+        if not key or key in images:
             raise LabelError(f"{where} has no id of its own")
         with _about(where):
             case_id = bare_id(_text(image.get("file_name"), "file_name"))
@@ -90,16 +90,22 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
             raise LabelError(f"two images are named {case_id}")
         ids.add(case_id)
     for number, item in enumerate(_dicts(content["annotations"], "annotation")):
-        key = item.get("image_id")
-        if not isinstance(key, int | str) or key not in images:
+        key, category = _id(item, "image_id"), _id(item, "category_id")
+        if key not in images:
             raise LabelError(f"annotation {number + 1} is of an image that is not in the file ({short(key)})")
         case_id, size = images[key]
         with _about(f"annotation {number + 1}, of {case_id},"):
-            category = item.get("category_id")
-            name = names.get(category) if isinstance(category, int | str) else None
+            if names and category not in names:
+                raise LabelError(f"is of a category that is not in the file ({short(category)})")
             found = _segmentation(item.get("segmentation"), size)
-            spans[key].setdefault(name or _class(category), []).append(found)
+            spans[key].setdefault(names.get(category) or category, []).append(found)
     return [mask for key, image in images.items() for mask in _by_class(spans[key], *image, "COCO")]
+
+
+def _id(item: Mapping[str, object], name: str) -> str:
+    """An id as text, since tools that write JSON make texts of numbers; "" for none."""
+    value = item.get(name)
+    return _class(value) if isinstance(value, int | str) else ""
 
 
 def _segmentation(found: object, size: Size) -> Spans:

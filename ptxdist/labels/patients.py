@@ -7,13 +7,16 @@ certify that nothing leaks (LabelError with the columns or the line, never with 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ptxdist.errors import LabelError
 from ptxdist.labels.tables import image_id, open_text, table_rows
 
-_NIH_IMAGE = re.compile(r"^(\d{8})_\d{3}(\.png)?$")  # NIH ChestX-ray14: the first eight digits are the patient
+_NIH_IMAGE = re.compile(r"(?:.*/)?(\d{8})_\d{3,4}(\.\w+)?")  # NIH ChestX-ray14: the first eight digits are the patient
+_NOBODY = re.compile(r"#?n/?a!?|nan|<na>|null|none|nil|unknown|missing|[-?.]+", re.IGNORECASE)
+_ROUNDED = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)  # a long number after a visit to a spreadsheet
 # Names are compared in lower case, letters and digits only; earlier ones are preferred.
 _WHO = r"(anon(ym(ized|ised|ous))?|dicom|hashed|deid(entified)?|original)?(patient|subject|person|participant|pt)s?"
 _PATIENT = (rf"{_WHO}id", rf"{_WHO}(uid|key|code|hash|no|nr|num|number|identifier)?", r"pid|mrn|nihid", rf"{_WHO}name")
@@ -30,7 +33,9 @@ _OTHER = re.compile(  # in the name of the second of two columns
 _NO_IDS = re.compile(  # values, in lower case
     r"m|f|o|u|male|female|other|unknown|pa|ap|ll|rl|lat|lateral|ap supine|portable|-1|true|false|yes|no|normal|"
     r"abnormal|0?\d\d[ymwd]|train|val|valid|validation|test|\d+( \d+){3,}|no finding|.*(pneumo|effusion|atelecta|"
-    r"nodule|cardiomeg|consolid|infiltrat|edema|emphysem|fibrosis|pleura|hernia).*"
+    r"nodule|cardiomeg|consolid|infiltrat|edema|emphysem|fibrosis|pleura|hernia).*|"
+    r"\d{1,4}[-/]\d{1,2}[-/]\d{1,4}|\d+[-. ]+(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*|"
+    r".*/.*|.*\.(png|jpe?g|dcm|dicom|tiff?)"
 )
 
 
@@ -41,9 +46,11 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
     is that of images. Of two columns, one can have any name; two without a known name are taken for image and patient
     unless the second name or its values are of something else. NIH image names (`00028864_007.png`) are reduced to
     their patient. Raises LabelError for a file without such columns, with values that are no ids, without a header or
-    rows, a row without an id or a patient, an id with two patients, and if none of the `ids` is in it.
+    rows, a row without an id or a patient, an id with two patients, a patient in two spellings, and if none of the
+    `ids` is in it.
     """
     patients: dict[str, str] = {}
+    lines: dict[str, int] = {}  # of each patient, the first one
     with open_text(path) as file:
         rows = table_rows(path, file)
         _, header = next(rows, (0, []))
@@ -56,12 +63,14 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
             ):
                 raise LabelError(f"{path}, line {line}: expected an image id and a patient")
             case_id, patient = image_id(path, line, row[image_column]), row[patient_column].strip()
-            match = _NIH_IMAGE.match(patient)
+            match = _NIH_IMAGE.fullmatch(patient)
             patient = match.group(1) if match else patient
             if patients.setdefault(case_id, patient) != patient:
                 raise LabelError(f"{path}, line {line}: {case_id} has two different patients")
+            lines.setdefault(patient, line)
     if not patients:
         raise LabelError(f"{path}: the patient map has no rows")
+    _refuse_spellings(path, lines)
     named = header[patient_column].strip()
     values = {patient.lower() for patient in patients.values()}
     is_known = any(re.fullmatch(pattern, _plain(named)) for pattern in _PATIENT)
@@ -69,12 +78,34 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
         not is_known and all(map(_is_small, values))
     ):
         raise LabelError(
-            f"{path}: the values of the column {named!r} look like findings, views, ages or numbers of visits, not "
+            f"{path}: the values of the column {named!r} look like findings, views, ages, dates, files or visits, not "
             "like patients; give a table with a column PatientID"
         )
     if ids and not patients.keys() & set(ids):
         raise LabelError(f"{path}: none of the {len(ids)} images in it; its image ids are others")
     return patients
+
+
+def _refuse_spellings(path: Path, lines: Mapping[str, int]) -> None:
+    """Raise LabelError for what stands for no patient, and for two patients that are probably one.
+
+    `lines` are those of all patients. Ids that differ only in case, blanks, signs that cannot be seen, apostrophes, or
+    as numbers in zeros at their start or `.0` at their end, are of one patient; so Excel and pandas change them.
+    """
+    found: dict[str, int] = {}
+    for patient, line in lines.items():
+        if _NOBODY.fullmatch(patient) or _ROUNDED.fullmatch(patient):
+            what = "no patient" if _NOBODY.fullmatch(patient) else "a patient whose number a spreadsheet has rounded"
+            raise LabelError(f"{path}, line {line}: it has {what}; correct the row, or remove it")
+        plain = patient if patient.isascii() else unicodedata.normalize("NFKC", patient)
+        plain = "".join(sign for sign in plain.casefold() if sign.isprintable() and sign not in " '\"")
+        number = re.fullmatch(r"0*(\d+?)(\.0+)?", plain)
+        first = found.setdefault(number[1] if number else plain, line)
+        if first != line:
+            raise LabelError(
+                f"{path}, lines {first} and {line}: the patients differ only in case, blanks, zeros or the like, and "
+                "are probably one; write each patient in one way"
+            )
 
 
 def without_patient(path: Path, ids: Collection[str]) -> str:
@@ -97,10 +128,12 @@ def _columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
     """Places of the image id and of the patient; LabelError if they cannot be known."""
     if len(header) < 2:
         raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
-    if any(_NIH_IMAGE.match(name.strip()) or re.fullmatch(r"\d+(\.\d+){3,}", name.strip()) for name in header):
-        raise LabelError(f"{path}: the first line must name the columns, for example ImageId,PatientID")
     names = [_plain(name) for name in header]
     patients = _find(names, _PATIENT)
+    is_row = not patients and len(header) == 2 and all(re.search(r"\d", name) for name in header)
+    ids = (_NIH_IMAGE.fullmatch(name.strip()) or re.fullmatch(r"\d+(\.\d+){3,}", name.strip()) for name in header)
+    if is_row or any(ids):
+        raise LabelError(f"{path}: the first line must name the columns, for example ImageId,PatientID")
     if not patients and len(header) == 2 and not _OTHER.search(names[1]):
         patients = [1]
     if len(patients) != 1:

@@ -91,6 +91,9 @@ def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
             raise LabelError(f"{path}: the label table is empty")
         names = [name.strip().lower() for name in header]
         found = [next((names.index(name) for name in known if name in names), None) for known in (_IDS, _MASKS)]
+        for place in found:
+            if place is not None and names.count(names[place]) > 1:
+                raise LabelError(f"{path}: two columns are named {header[place].strip()}; keep one of them")
         if found[0] is not None and found[1] is not None:
             id_column, mask_column = found[0], found[1]
         elif len(header) == 2 and re.fullmatch(r"-1|\d+( \d+)+", header[1].strip()):
@@ -123,6 +126,8 @@ def image_id(path: Path, line: int, text: str) -> str:
     text = text.strip()
     if len(text) > _MOST_ID or "\n" in text:
         raise LabelError(f"{path}, line {line}: an image id has {len(text):,} characters; is a quote not closed?")
+    if not text.isprintable():
+        raise LabelError(f"{path}, line {line}: an image id has a character that cannot be seen; remove it")
     return text
 
 
@@ -171,7 +176,8 @@ def _unpacked(path: Path, start: bytes, file: IO[bytes]) -> IO[bytes]:
         names = [
             name
             for name in archive.namelist()
-            if name.lower().endswith((".csv", ".txt")) and not name.startswith("__MACOSX/")  # what a file manager adds
+            if name.lower().endswith((".csv", ".txt"))
+            and not name.startswith(("__MACOSX/", "._"))  # what a file manager adds
         ]
         if len(names) != 1:
             what = "an Excel workbook; save it as CSV" if "[Content_Types].xml" in archive.namelist() else "a zip file"

@@ -145,6 +145,12 @@ def test_of_several_classes_the_finding_is_read(tmp_path: Path) -> None:
         read_any(alone, finding="pneumothorax")
 
 
+def test_ids_are_the_same_as_numbers_and_as_texts(tmp_path: Path) -> None:
+    annotations = [annotation(image_id="1", category_id="7"), annotation(image_id=2, category_id="8")]
+    path = write(tmp_path / "instances.json", coco(annotations=annotations))
+    assert read_any(path, finding="pneumothorax").masks == {"a": ("25 1 5 1",), "b": ()}
+
+
 def test_a_labelme_file_without_shapes_is_negative(tmp_path: Path) -> None:
     write(tmp_path / "x.json", labelme(shape(), shape(label="PTX", shape_type=None), imagePath="..\\images\\a.png"))
     write(tmp_path / "b.json", labelme(imagePath=None))
@@ -173,6 +179,7 @@ HUGE = {"id": 3, "file_name": "c.png", "height": 100_000, "width": 100_000}
             "classes (a.json has 'pneumothorax', a.json has 'lung')",
         ),
         (coco(annotations=[annotation(image_id=9)]), "annotation 1 is of an image that is not in the file ('9')"),
+        (coco(annotations=[annotation(category_id=9)]), "annotation 1, of a, is of a category that is not in the file"),
         (segment([]), "annotation 1, of a, has no outline (a box is not enough)"),
         (segment([[1, 2, 3, 4]]), "has an outline of 4 numbers; expected x and y"),
         (segment([[1, 2, 3, 4, 5, math.inf]]), "a number that is not finite"),

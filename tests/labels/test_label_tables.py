@@ -50,7 +50,8 @@ def test_all_variants_of_the_table_are_read_alike(tmp_path: Path, text: str) -> 
     for name in ("labels.csv.zip", "labels.csv"):  # Kaggle's client may leave out the suffix
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("train-rle.csv", text)
-            archive.writestr("__MACOSX/._train-rle.csv", "what a file manager adds")
+            for name_of_rest in ("__MACOSX/._train-rle.csv", "._train-rle.csv"):
+                archive.writestr(name_of_rest, "what a file manager adds")
         assert read_labels(tmp_path / name) == TABLE
 
 
@@ -98,6 +99,10 @@ def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pyt
         ("ImageId,EncodedPixels\na,5 3\na,\n", "line 3: a has a row without a mask"),
         ("ImageId,EncodedPixels\na\n", "line 2: expected an id and a run-length text"),
         ("ImageId,EncodedPixels\n ,-1\n", "line 2: expected an id"),
+        ("ImageId,EncodedPixels\na,-1\nb\0,-1\n", "line 3: an image id has a character that cannot be seen"),
+        ("ImageId,EncodedPixels\nb\u200b1,-1\n", "line 2: an image id has a character that cannot be seen"),
+        ("ImageId,EncodedPixels,EncodedPixels\na,-1,5 3\n", "two columns are named EncodedPixels; keep one"),
+        ("ImageId,EncodedPixels,imageid\na,-1,b\n", "two columns are named ImageId; keep one"),
         (b"ImageId,EncodedPixels\n\xff\xfe,-1\n", "cannot be read as a CSV file: it is not text in UTF-8"),
         (json.dumps({"images": [{"file_name": f"patient-{i}.png"} for i in range(9999)]}), "is JSON; give a CSV file"),
         (json.dumps([{"id": i} for i in range(9999)], indent=1), "is JSON; give a CSV file"),

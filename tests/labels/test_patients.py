@@ -73,6 +73,22 @@ def test_columns_are_found_by_their_names(tmp_path: Path, header: str, row: str)
         ("id,patient\na,062Y\nb,031Y\n", "not like patients"),
         ("id,patient\na,-1\nb,5 3 9 1\n", "not like patients"),
         ("id,years\na,62\nb,31\n", "the values of the column 'years' look like"),
+        ("id,patient\na,2020-01-05\nb,1/3/2020\n", "look like findings, views, ages, dates, files"),
+        ("id,patient\na,5. Mar\nb,05-Mar\n", "look like findings, views, ages, dates"),
+        ("id,patient\na,patient1/study1/v.jpg\nb,x.dcm\n", "look like findings, views, ages, dates, files"),
+        ("c00,P0\nc01,P1\n", "the first line must name the columns"),
+        ("id,patient\na,P1\nb,1.23E+10\n", "line 3: it has a patient whose number a spreadsheet has rounded"),
+        *((f"id,patient\na,P1\nb,{nobody}\n", "line 3: it has no patient") for nobody in ("NaN", "#N/A", "none", "-")),
+        *(
+            (
+                f"id,patient\na,{one}\nb,P0\nc,{other}\n",
+                "lines 2 and 4: the patients differ only in case, blanks, zeros",
+            )
+            for one, other in (
+                *(("P1", "p1"), ("Doe J", "Doe  J"), ("Doe J", "Doe\xa0J"), ("M\xfcller", "Mu\u0308ller")),
+                *(("P1", "P\u200b1"), ("1000", "001000"), ("1000", "1000.0"), ("'1000", "1000")),
+            )
+        ),
     ],
 )
 def test_wrong_patient_map_is_refused_with_file_and_line(tmp_path: Path, content: str | bytes, expected: str) -> None:
@@ -88,6 +104,12 @@ def test_a_map_of_other_images_is_refused(tmp_path: Path) -> None:
     assert read_patients(path, ["a", "b"]) == {"a": "1"}
     with pytest.raises(LabelError, match="none of the 2 images in it; its image ids are others"):
         read_patients(path, ["b", "c"])
+
+
+def test_what_only_looks_alike_stays_apart(tmp_path: Path) -> None:
+    patients = ["1.2.3", "1.2.3.0", "12.3", "P-1", "P1", "100", "10"]
+    path = write(tmp_path, "id,patient\n" + "".join(f"i{number},{who}\n" for number, who in enumerate(patients)))
+    assert list(read_patients(path).values()) == patients
 
 
 def test_no_patient_is_named(tmp_path: Path) -> None:
