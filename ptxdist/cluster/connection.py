@@ -78,6 +78,8 @@ def ray_for_training(train: TrainSettings) -> Iterator[bool]:
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(train.worker_timeout_s))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = on_cluster()
+    # Nobody sends a notice before this machine is taken away, so no process has to look for one.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "1" if address else "0"
     with connection(address, cpus=max(os.cpu_count() or 1, train.workers)):
         import ray
 

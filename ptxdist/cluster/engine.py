@@ -206,11 +206,19 @@ class Workers:
 def _trainer(waiting: Waiting) -> type[TorchTrainer]:
     """TorchTrainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait.
 
-    In the main thread, `waiting` gets its controller; in others, a training waits for nodes without a limit.
+    In the main thread, `waiting` gets its controller; in others, a training waits for nodes without a limit. It starts
+    no processes for Ray's data sets, which are not used, and for what `_free_capacity` does.
     """
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import DatasetsCallback
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+        def _create_default_callbacks(self) -> list[Any]:
+            """Those of Ray that do something here."""
+            idle = DatasetsCallback, PlacementGroupCleanerCallback
+            return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
+
         def _register_sigint_handler(self, controller: Any) -> None:
             """`ptxdist.interrupts` handles it."""
             waiting.controller = controller

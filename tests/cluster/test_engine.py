@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray._private.state import actors
 from ray.exceptions import ActorDiedError, NodeDiedError
 from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -114,6 +115,10 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
         while (free := ray.available_resources().get("CPU")) != ray.cluster_resources()["CPU"]:
             assert time.monotonic() < end, f"of the CPUs {free} are free"
             time.sleep(0.1)
+        # Each is a process, and most of them load pandas and more of Ray for a second or two.
+        assert sorted(actor["ActorClassName"] for actor in actors().values()) == [
+            "Inbox", "RayTrainWorker", "SynchronizationActor", "TrainController", "_AutoscalingCoordinatorActor",
+        ]  # fmt: skip
     assert tries.read_text() == "x"
     assert events == [Message(text="Ray starts")]
     assert 'config["absent"]' in caplog.text, "the traceback, which RUN/ray.log gets"
