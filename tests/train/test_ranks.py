@@ -89,7 +89,7 @@ def digests(model: torch.nn.Module) -> dict[str, str]:
 def validate(cache: Path) -> dict[str, torch.Tensor]:
     """Counts of all 26 cases, in four blocks, by a network of random weights that finds something."""
     torch.manual_seed(1)
-    model = build_unet(ModelSettings(encoder_weights="none", image_head=True))
+    model = build_unet(HEADED)
     cases = read_catalog(cache).labelled
     counts = score_cases(
         model, open_store(cache, 32), cases, np.arange(len(cases)), thresholds=[0.4, 0.5], device=CPU,
@@ -101,7 +101,7 @@ def validate(cache: Path) -> dict[str, torch.Tensor]:
 def statistics(cache: Path, ranks: int, rank: int, *, synchronised: bool = True) -> dict[str, torch.Tensor]:
     """What is re-estimated over this rank's part of an epoch, whose last global batch has one case."""
     torch.manual_seed(2)
-    model = build_unet(ModelSettings(encoder_weights="none"))
+    model = build_unet(TRAINED)
     if synchronised:
         model = batchnorm.convert(model)
     order = np.arange(6)
