@@ -38,11 +38,15 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
 PATIENT_FOLDER = "Quagmire_Zebulon"
-WITH_RAY = {
-    "first": tuple(f"tests/integration/test_{name}" for name in ("smoke", "lost", "real")),
-    "last": ("tests/cluster/", "tests/storage/test_runs"),
-}
-LONG = ("tests/integration/", "tests/predict/", "tests/train/")
+# Files that start Ray, the longest first; and folders whose files take long.
+WITH_RAY = tuple(
+    f"tests/{name}"
+    for name in (
+        "integration/test_lost", "integration/test_smoke", "cluster/test_several_nodes", "cluster/test_submit",
+        "storage/test_runs", "cluster/test_engine", "cluster/test_doctor",
+    )
+)  # fmt: skip
+LONG = ("tests/integration/", "tests/predict/", "tests/train/", "tests/test_")
 
 
 @dataclass(frozen=True)
@@ -56,31 +60,34 @@ class Dataset:
     masks: Mapping[str, Image]
 
 
-class FewRayAtOnce(LoadFileScheduling):  # type: ignore[misc]
-    """Each file goes to one process; the files with Ray form two groups, of which each goes to one process.
+class OneRayAtOnce(LoadFileScheduling):  # type: ignore[misc]
+    """Each file goes to one process. One process gets the files with Ray, one after the other, the others the rest.
 
-    Two Ray clusters at once on two cores take several times as long as one after the other. So the first group runs
-    beside the tests without Ray, and the second one when these are finished.
+    Two Ray clusters at once on two cores take several times as long as one after the other. Only what is left when all
+    others are given out, of one kind or the other, goes to any process.
     """
 
-    def _split_scope(self, nodeid: str) -> str:
-        file = str(super()._split_scope(nodeid))
-        return next((group for group, files in WITH_RAY.items() if file.startswith(files)), file)
+    _ray: Any = None  # the process that gets the files with Ray
+
+    def _assign_work_unit(self, node: Any) -> None:
+        self._ray = self._ray or node
+        mine = (file for file in self.workqueue if file.startswith(WITH_RAY) == (node is self._ray))
+        self.workqueue.move_to_end(next(mine, next(iter(self.workqueue))), last=False)
+        super()._assign_work_unit(node)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FewRayAtOnce:
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRayAtOnce:
     """Of pytest-xdist: who runs which test."""
-    return FewRayAtOnce(config, log)
+    return OneRayAtOnce(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the first group with Ray and other long files first, and the second group last."""
+    """Put the files with Ray first, in the order given above, and the other long ones next."""
 
     def place(item: pytest.Item) -> int:
-        if item.nodeid.startswith(WITH_RAY["last"]):
-            return 3
-        return 0 if item.nodeid.startswith(WITH_RAY["first"]) else 1 if item.nodeid.startswith(LONG) else 2
+        places = (*WITH_RAY, LONG)
+        return next((number for number, start in enumerate(places) if item.nodeid.startswith(start)), len(places))
 
     items.sort(key=place)
 

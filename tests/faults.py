@@ -25,7 +25,7 @@ def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
     try:
         for _ in range(nodes):
-            made.add_node(num_cpus=1)
+            made.add_node(num_cpus=1, wait=False)
         made.wait_for_nodes()
         yield made
     finally:
