@@ -41,6 +41,11 @@ def short(text: str, most: int = _MOST) -> str:
     return text if len(text) <= most else f"{text[: most - 100]} … {text[-50:]} ({len(text):,} characters)"
 
 
+def reason(error: BaseException) -> str:
+    """What an error of another library says, in one line: the first of its text, else its class."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class PtxdistError(Exception):
     """Base class of all errors; `exit_code` is that of the command line. A message that repeats input is bounded."""
 

@@ -47,12 +47,12 @@ RULES = {
         "base version dicom labels cache storage phantoms scores train report",
         "numpy cv2 torch safetensors pydicom highdicom jinja2 onnxruntime fastapi starlette uvicorn h11",
     ),
-    "run": ("base cache storage phantoms scores train report predict", "numpy torch safetensors tensorboardX mlflow"),
+    "run": ("base cache storage phantoms scores train report predict", "numpy torch tensorboardX mlflow"),
     # requests, packaging and grpc are what Ray itself stands on
     "cluster": ("base cache storage scores run", "ray torch requests packaging grpc"),
     "console": ("base cache scores", "rich"),
     "api": ("base cache storage phantoms scores train report run cluster console", ""),
-    "cli": ("base version cache storage phantoms scores train report predict run cluster console api", "click"),
+    "cli": ("base version cache storage scores train predict run cluster console api", "click"),
     "__main__": ("interrupts cli", ""),
     "": ("predict api", ""),  # loaded on first use
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -39,16 +40,7 @@ SIDE = "Side of the images in pixels; may be repeated."
 @click.option("--bedside", is_flag=True, help="Another hospital, that images in bed: all views AP, and darker.")
 @click.option("--workers", type=click.IntRange(1), default=lambda: os.cpu_count() or 1, help=CORES)
 @json_option
-def phantom(
-    out: Path,
-    cases: int,
-    seed: int,
-    positive_share: float,
-    labels: Path | None,
-    bedside: bool,
-    workers: int,
-    as_json: bool,
-) -> None:
+def phantom(out: Path, cases: int, labels: Path | None, as_json: bool, **options: Any) -> None:
     """Write a synthetic SIIM-like data set to OUT.
 
     \b
@@ -59,20 +51,9 @@ def phantom(
     if labels:
         places.refuse_missing(labels, "--labels", LabelError)
     begin(f"draws {'phantoms' if labels else f'{cases:,} phantoms'} into {out}")
-    from ptxdist import console
-    from ptxdist.phantoms.dataset import write_phantoms
+    from ptxdist import api, console
 
-    with console.progress() as update:
-        result = write_phantoms(
-            out,
-            cases=cases,
-            seed=seed,
-            positive_share=positive_share,
-            labels=labels,
-            bedside=bedside,
-            workers=workers,
-            on_image=lambda done, total: update("images", done, total),
-        )
+    result = api.phantom(out, cases=cases, labels=labels, **options)
     if as_json:
         console.show_json(asdict(result))
     else:
@@ -89,7 +70,7 @@ def phantom(
 @click.option("--patients", type=FILE, help="CSV of image id and patient, as nih_id.csv; no patient is in two folds.")
 @click.option("--patient-key", type=FILE, help="Secret of the site: patients can be compared with its other caches.")
 @click.option(
-    "--size", "sizes", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True, help=SIDE
+    "--size", "sizes_px", type=click.IntRange(32), multiple=True, default=(256, 512), show_default=True, help=SIDE
 )
 @click.option("--folds", type=click.IntRange(2, 100), default=10, show_default=True, help="Folds; 0 is held out.")
 @click.option("--dialect", help="Encoding of the masks, such as relative-columns.  [default: detected]")
@@ -100,19 +81,13 @@ def phantom(
 def preprocess(
     dicom: Path,
     labels: Path,
-    match: str | None,
     out: Path | str,
-    finding: str,
     unlisted: str,
     patients: Path | None,
-    patient_key: Path | None,
-    sizes: tuple[int, ...],
-    folds: int,
-    dialect: str | None,
-    replace_other: bool,
     workers: int,
     address: str | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Convert DICOM files and labels to a training cache.
 
@@ -139,17 +114,11 @@ def preprocess(
             dicom,
             labels,
             folder,
-            finding=finding,
             unlisted_negative=unlisted == "negative",
-            replace_other=replace_other,
             patients=patients,
-            patient_key=patient_key,
-            sizes_px=sizes,
-            folds=folds,
-            dialect=dialect,
-            match=match,
             executor=executor_for(workers, address),
             on_progress=update,
+            **options,
         )
     if as_json:
         work = {"cache": out, "sizes_px": result.sizes_px, "written": result.written, "reused": result.reused}

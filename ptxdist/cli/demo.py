@@ -52,7 +52,7 @@ def demo(context: click.Context, out: Path, workers: int, as_json: bool) -> None
         labels=phantoms / "train-rle.csv",
         out=cache,
         patients=phantoms / "patients.csv",
-        sizes=(*sizes, 256, 512),
+        sizes_px=(*sizes, 256, 512),
     )
     console.out.quiet = False
     context.invoke(

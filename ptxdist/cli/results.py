@@ -72,6 +72,7 @@ def evaluate(
     shown = runs[0] if len(runs) == 1 else f"{len(runs)} models"
     begin(f"evaluates {shown} on {'its own held-out cases' if data is None else data}")
     from ptxdist import console
+    from ptxdist.console.results import show_result
     from ptxdist.rundir import EVALUATION, read_stages
 
     if data is None:
@@ -98,7 +99,7 @@ def evaluate(
     if as_json:
         console.show_json(evaluation.model_dump(mode="json"))
     else:
-        console.show_result(evaluation)
+        show_result(evaluation)
         console.say(_next(runs, out, data, [point.name for point in evaluation.working]))
 
 
@@ -141,27 +142,23 @@ def compare(runs: tuple[Path | str, ...], markdown: bool, as_json: bool) -> None
         places.refuse_other(run, places.RUN, places.UNFINISHED, places.EVALUATION, "folder")
     begin(f"compares {len(runs)} evaluations")
     from ptxdist import console
+    from ptxdist.console.results import show_comparison
     from ptxdist.scores.compare import as_markdown, by_data, matrix_markdown
     from ptxdist.storage.runs import local_run
 
     parts = by_data([local_run(run) for run in runs])
-    if len(parts) > 1:
-        if as_json:
-            console.show_json([part.model_dump(mode="json") for part in parts])
-        elif markdown:
-            print(console.plain(matrix_markdown(parts)), end="")
-        else:
-            for part in parts:
-                console.out.print(part.data, style="bold")
-                console.show_comparison(part.comparison)
-        return
-    comparison = parts[0].comparison
+    several, comparison = len(parts) > 1, parts[0].comparison
     if as_json:
-        console.show_json(comparison.model_dump(mode="json"))
+        console.show_json(
+            [part.model_dump(mode="json") for part in parts] if several else comparison.model_dump(mode="json")
+        )
     elif markdown:
-        print(console.plain(as_markdown(comparison)), end="")
+        print(console.plain(matrix_markdown(parts) if several else as_markdown(comparison)), end="")
     else:
-        console.show_comparison(comparison)
+        for part in parts:
+            if several:
+                console.out.print(part.data, style="bold")
+            show_comparison(part.comparison)
 
 
 @click.command(short_help="Write the report of a finished run again.")
@@ -176,11 +173,9 @@ def report(run: Path | str, as_json: bool) -> None:
     """
     places.refuse_other(run, places.RUN, places.EVALUATION)
     begin(f"writes the report of {run}")
-    from ptxdist import console
-    from ptxdist.report.report import write_report
-    from ptxdist.storage.runs import local_run
+    from ptxdist import api, console
 
-    page = write_report(local_run(run))
+    page = api.report(run)
     if as_json:
         console.show_json({"report": str(page)})
     else:
@@ -212,6 +207,7 @@ def inspect(path: Path | str, as_json: bool) -> None:
 
 def _inspect_run(run: Path, as_json: bool) -> None:
     from ptxdist import console
+    from ptxdist.console.results import show_result, show_stages
     from ptxdist.rundir import RESULT, read_result, read_settings, read_stage_result, stage_folder
 
     settings = read_settings(run)
@@ -220,8 +216,8 @@ def _inspect_run(run: Path, as_json: bool) -> None:
         if as_json:
             console.show_json(result.model_dump(mode="json"))
         else:
-            console.show_stages(result.stages)
-            console.show_result(result.evaluation)
+            show_stages(result.stages)
+            show_result(result.evaluation)
         return
     folders = [stage_folder(run, n, stage.size_px) for n, stage in enumerate(settings.pipeline.stages, start=1)]
     done = [stage for stage in map(read_stage_result, folders) if stage]
@@ -229,7 +225,7 @@ def _inspect_run(run: Path, as_json: bool) -> None:
         console.show_json({"finished": False, "stages": [stage.model_dump(mode="json") for stage in done]})
     else:
         if done:
-            console.show_stages(done)
+            show_stages(done)
         console.say(f"not finished: {len(done)} of {len(folders)} stages; rerun `ptxdist train` to resume")
 
 

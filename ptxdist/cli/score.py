@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -31,17 +32,10 @@ SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]
 def score(
     predictions: Path,
     truth: Path,
-    match: str | None,
-    finding: str,
     patients: Path | None,
-    subset: bool,
-    threshold: float | None,
-    dialect: str | None,
-    truth_dialect: str | None,
-    size_px: int | None,
-    surfaces: bool,
     markdown: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Score the masks of any tool under every definition of Dice in use, without a model.
 
@@ -56,29 +50,16 @@ def score(
         if path:
             places.refuse_missing(path, option, LabelError)
     begin(f"scores {predictions} by {truth}")
-    from ptxdist import console
-    from ptxdist.scores.external import as_markdown, score_predictions
+    from ptxdist import api, console
+    from ptxdist.console.results import show_external
+    from ptxdist.scores.external import as_markdown
 
-    with console.progress() as update:
-        result = score_predictions(
-            predictions,
-            truth,
-            patients=patients,
-            threshold=threshold,
-            dialect=dialect,
-            truth_dialect=truth_dialect,
-            match=match,
-            finding=finding,
-            size_px=size_px,
-            subset=subset,
-            surfaces=surfaces,
-            on_progress=update,
-        )
+    result = api.score(predictions, truth, patients=patients, **options)
     if as_json:
         console.show_json(result.model_dump(mode="json"))
     elif markdown:
         print(console.plain(as_markdown(result)), end="")
     else:
-        console.show_external(result)
+        show_external(result)
     for note in result.notes:
         console.say(f"note: {note}")

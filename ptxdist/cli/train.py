@@ -84,18 +84,15 @@ def train(
         console.show_json(complete(settings))
         return
 
-    from ptxdist.api import ray_with_log
+    from ptxdist.api import train_settings
+    from ptxdist.console.results import show_result
     from ptxdist.records import PipelineResult
-    from ptxdist.run.folds import OUT_OF_FOLD, train_folds
-    from ptxdist.run.pipeline import train as train_run
+    from ptxdist.run.folds import OUT_OF_FOLD
 
     is_other_rank = without_ray and os.environ.get("RANK", "0") != "0"
     if is_other_rank:  # of torchrun's processes only the first one prints
         console.out.quiet = console.err.quiet = True
-    work = train_folds if fold == "all" else train_run
-    engine = None if without_ray else ray_with_log
-    with console.TrainingDisplay(settings.pipeline.stages) as display:
-        result = work(settings, run, engine=engine, on_event=display.show, on_progress=display.progress)
+    result = train_settings(settings, run, every_fold=fold == "all", with_ray=not without_ray)
     if is_other_rank:
         return
     if isinstance(result, PipelineResult):
@@ -110,7 +107,7 @@ def train(
     if as_json:
         console.show_json(content)
     else:
-        console.show_result(evaluation)
+        show_result(evaluation)
         console.out.print(where, soft_wrap=True)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ptxdist import interrupts
 from ptxdist.config import TrainSettings
-from ptxdist.errors import ClusterError
+from ptxdist.errors import ClusterError, reason
 
 LOOPBACK = "127.0.0.1"
 _PATIENCE_S = 10.0
@@ -44,18 +44,16 @@ def connection(address: str | None, *, cpus: int | None = None) -> Iterator[None
             with _signals_stay_ours():
                 ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except (OSError, RuntimeError, ValueError, ConnectionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if "version mismatch" in str(error).lower():
-            reason = " ".join(str(error).split())
             raise ClusterError(
-                f"the cluster at {address} and this machine have different versions: {reason}; install the same ones, "
-                "or use `ptxdist submit`, which runs the command on the cluster"
+                f"the cluster at {address} and this machine have different versions: {' '.join(str(error).split())}; "
+                "install the same ones, or use `ptxdist submit`, which runs the command on the cluster"
             ) from error
         if address is None:
-            raise ClusterError(f"Ray could not be started on this machine: {reason}") from error
+            raise ClusterError(f"Ray could not be started on this machine: {reason(error)}") from error
         raise ClusterError(
-            f"no Ray cluster can be reached at {address}: {reason}; if it requires a token, set RAY_AUTH_TOKEN to the "
-            "token of the cluster (`ray get-auth-token` on the head node prints it)"
+            f"no Ray cluster can be reached at {address}: {reason(error)}; if it requires a token, set RAY_AUTH_TOKEN "
+            "to the token of the cluster (`ray get-auth-token` on the head node prints it)"
         ) from error
     import ray
 

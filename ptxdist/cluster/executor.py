@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ptxdist.cluster.connection import connection
-from ptxdist.errors import ClusterError, PtxdistError
+from ptxdist.errors import ClusterError, PtxdistError, reason
 from ptxdist.executor import Executor, Result
 
 _END_S = 30.0  # running tasks have this long to end after an error; then their processes are killed
@@ -57,7 +57,7 @@ class _Tasks:
                         raise cause from error
                     raise
                 except ray.exceptions.RayError as error:
-                    raise ClusterError(f"a task failed after all retries: {str(error).splitlines()[0]}") from error
+                    raise ClusterError(f"a task failed after all retries: {reason(error)}") from error
         finally:
             # The caller may release its lock after this, so no task may still be writing.
             end = time.monotonic() + _END_S

@@ -33,7 +33,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from ptxdist.config import PACKAGE
-from ptxdist.errors import ClusterError
+from ptxdist.errors import ClusterError, reason
 from ptxdist.resolve import settings_folders
 
 OLDEST_RAY = "2.60"
@@ -146,15 +146,14 @@ def _client(address: str, job_id: str = "") -> Iterator[tuple[Any, _Job]]:
     except BrokenPipeError:  # the reader of what `on_log` writes is gone
         raise
     except (ConnectionError, requests.RequestException, RuntimeError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
         if job_id and "does not exist" in str(error):
             raise ClusterError(f"the Ray cluster at {address} knows no job {job_id}") from error
         if job.id:
             raise ClusterError(
-                f"lost the connection to {address} ({lines[0][:200]}); if the cluster is still up, job {job.id} is "
-                f"running: `ptxdist submit --address {address} --logs {job.id}` shows its log"
+                f"lost the connection to {address} ({reason(error)[:200]}); if the cluster is still up, job {job.id} "
+                f"is running: `ptxdist submit --address {address} --logs {job.id}` shows its log"
             ) from error
-        raise ClusterError(f"a request to the Ray cluster at {address} failed: {lines[0][:300]}") from error
+        raise ClusterError(f"a request to the Ray cluster at {address} failed: {reason(error)[:300]}") from error
 
 
 def _authorise(address: str) -> dict[str, str]:

@@ -186,35 +186,38 @@ def refuse_other_findings(cards: Sequence[ModelCard], error: type[PtxdistError])
 
 
 def load_model(path: Path) -> tuple[ModelCard, UNet]:
-    """Card and network, on the CPU, of a finished run (a folder) or a bundle (a file).
+    """Card and network, on the CPU, of a finished run (a folder) or a bundle (a file); errors as `read_model`.
 
-    Raises RunError when there is no finished run, CheckpointError when weights or bundle are damaged.
+    The weights are compared with the card before any memory is taken for the network.
     """
-    if path.is_dir():
-        card, weights = describe_run(path)
-        return card, _filled(card, read_weights(weights, card.weights_sha256), weights)
-    if not path.is_file():
-        raise RunError(f"no model at {path}: give a run folder of `ptxdist train` or a bundle of `ptxdist export`")
-    card, content = read_bundle(path)
-    try:
-        state = safetensors.torch.load(content)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path}: its weights are damaged: {error}") from error
-    return card, _filled(card, state, path)
-
-
-def _filled(card: ModelCard, state: Mapping[str, Tensor], source: Path) -> UNet:
-    """The network of a card with these weights, which are compared before any memory is taken for it."""
+    card, state = read_model(path)
     model = card.pipeline.model.model_copy(update={"encoder_weights": "none"})
     try:
         with torch.device("meta"):
             expected = build_unet(model).state_dict()
     except SettingsError as error:
-        raise CheckpointError(f"{source}: {error}") from error
-    refuse_other_model(expected, state, str(source))
+        raise CheckpointError(f"{path}: {error}") from error
+    refuse_other_model(expected, state, str(path))
     network = build_unet(model)
     network.load_state_dict(state)
-    return network
+    return card, network
+
+
+def read_model(path: Path) -> tuple[ModelCard, Mapping[str, Tensor]]:
+    """Card and weights of a finished run (a folder) or a bundle (a file).
+
+    Raises RunError when there is no finished run, CheckpointError when weights or bundle are damaged.
+    """
+    if path.is_dir():
+        card, weights = describe_run(path)
+        return card, read_weights(weights, card.weights_sha256)
+    if not path.is_file():
+        raise RunError(f"no model at {path}: give a run folder of `ptxdist train` or a bundle of `ptxdist export`")
+    card, members = read_members(path)
+    try:
+        return card, safetensors.torch.load(members[WEIGHTS])
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path}: its weights are damaged: {error}") from error
 
 
 def write_bundle(model: Path, out: Path, point: tuple[OperatingPoint, str] | None = None) -> str:
@@ -244,15 +247,6 @@ def write_bundle(model: Path, out: Path, point: tuple[OperatingPoint, str] | Non
             archive.writestr(zipfile.ZipInfo(name, _WHEN), content)
     files.write_whole(out, file.getvalue(), error=CheckpointError)
     return files.sha256(file.getvalue())
-
-
-def read_bundle(path: Path) -> tuple[ModelCard, bytes]:
-    """Card of a bundle, and its weights as the content of a safetensors file, both checked.
-
-    Raises CheckpointError as `read_members` does.
-    """
-    card, members = read_members(path)
-    return card, members[WEIGHTS]
 
 
 def read_members(path: Path) -> tuple[ModelCard, dict[str, bytes]]:

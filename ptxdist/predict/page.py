@@ -8,18 +8,16 @@ there when they are given: a file may be named after a patient.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import cv2
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptxdist import __version__, files
 from ptxdist.predict.findings import Finding, overlay_path
-from ptxdist.report.page import TEMPLATES as REPORT_TEMPLATES
+from ptxdist.report.page import data_uri, style_sheet, templates_in
 from ptxdist.rundir import FINDINGS_PAGE, FINDINGS_TABLE
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -80,12 +78,8 @@ def write_page(out: Path, findings: Sequence[Finding], names: Mapping[str, str] 
     """Write index.html; `names` as for `write_table`."""
     ordered = sorted(findings, key=lambda found: (not found.area_px, not found.flagged, -found.score, found.case_id))
     shown = [_shown(out, found, names, number < PICTURES) for number, found in enumerate(ordered[: PICTURES + ROWS])]
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    style = (REPORT_TEMPLATES / "report.css").read_text(encoding="utf-8")
-    text = environment.get_template("predictions.html").render(
+    template = templates_in(TEMPLATES).get_template("predictions.html")
+    text = template.render(
         context=context,
         pictures=[item for item in shown if item.picture],
         rest=[item for item in shown if not item.picture],
@@ -94,7 +88,7 @@ def write_page(out: Path, findings: Sequence[Finding], names: Mapping[str, str] 
         flagged=sum(bool(found.flagged) and not found.area_px for found in findings),
         calibrated=any(found.calibrated is not None for found in findings),
         unlike=sum(found.unlike is not None for found in findings),
-        style=style,
+        style=style_sheet(),
         side_px=PICTURE_PX,
         version=__version__,
     )
@@ -106,7 +100,7 @@ def _shown(out: Path, found: Finding, names: Mapping[str, str] | None, is_first:
     if is_first and path.is_file() and (whole := cv2.imread(str(path))) is not None:
         small = cv2.resize(whole, (PICTURE_PX, PICTURE_PX), interpolation=cv2.INTER_AREA)
         content = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes()
-        picture = "data:image/jpeg;base64," + base64.b64encode(content).decode()
+        picture = data_uri("image/jpeg", content)
     name = names[found.case_id] if names is not None else ""
     return _Shown(found, name, picture, quote(path.relative_to(out).as_posix()))
 

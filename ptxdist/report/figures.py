@@ -5,7 +5,6 @@ Each function returns a list of charts, which is empty when there are no numbers
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
@@ -15,7 +14,7 @@ import numpy.typing as npt
 
 from ptxdist.records import EpochMetrics, EvaluationResult, PipelineResult, Reliability, TunedPoint
 from ptxdist.report.charts import Axis, Point, Series, cell_axis, linear_axis, log_axis, plot, surface
-from ptxdist.report.page import Chart, Legend, Row, Table
+from ptxdist.report.page import Chart, Legend, Row, Table, data_uri
 from ptxdist.scores.headline import digits, number
 from ptxdist.scores.names import AUROC, DICES
 from ptxdist.scores.tables import CaseRow
@@ -196,7 +195,7 @@ def _colours(shares: npt.NDArray[np.float64]) -> str:
     colour = cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_CIVIDIS), cv2.COLOR_BGR2BGRA)
     colour[~known, 3] = 0
     _, content = cv2.imencode(".png", colour[::-1])
-    return "data:image/png;base64," + base64.b64encode(content.tobytes()).decode()
+    return data_uri("image/png", content.tobytes())
 
 
 def roc_curve(evaluation: EvaluationResult) -> list[Chart]:

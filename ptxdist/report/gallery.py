@@ -5,7 +5,6 @@ A case is named by its image id only.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from ptxdist.cache.outlines import encode, outline, outline_path, save
 from ptxdist.cache.render import fit_square
 from ptxdist.cache.store import Store
 from ptxdist.labels import rle
-from ptxdist.report.page import SIDE_PX, Gallery, Picture
+from ptxdist.report.page import SIDE_PX, Gallery, Picture, data_uri
 from ptxdist.scores.tables import CaseRow
 
 GALLERIES = (
@@ -97,7 +96,7 @@ def _picture(
         truth_px=row.truth_px,
         predicted_px=row.predicted_px,
         score=row.score,
-        source="data:image/jpeg;base64," + base64.b64encode(encode(shown, ".jpg")).decode(),
+        source=data_uri("image/jpeg", encode(shown, ".jpg")),
         truth=outline_path(truth, SIDE_PX),
         prediction=outline_path(prediction, SIDE_PX),
         words=f"Chest radiograph. Truth: {_place(truth)}. Prediction: {_place(prediction)}.",

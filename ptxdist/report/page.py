@@ -7,6 +7,7 @@ block is a record here and a macro there. jinja2 escapes every text.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -188,13 +189,7 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML text."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = templates_in(TEMPLATES)
 
     def draw(blocks: Iterable[Block]) -> Markup:
         macros = environment.get_template("blocks.html").module
@@ -202,6 +197,23 @@ def render(page: Page) -> str:
         return Markup("").join(getattr(macros, name)(run) for name, run in runs)
 
     environment.globals |= {"draw": draw, "swatch": swatch, "side_px": SIDE_PX}
-    style = Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
     sections = [section for section in page.sections if section.blocks]
-    return environment.get_template("report.html").render(page=page, sections=sections, style=style)
+    return environment.get_template("report.html").render(page=page, sections=sections, style=style_sheet())
+
+
+def templates_in(folder: Path) -> Environment:
+    """The templates of a folder; every text is escaped, and a name that is not given is an error."""
+    return Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+
+
+def style_sheet() -> Markup:
+    """The style sheet of a report, which other pages have too."""
+    return Markup((TEMPLATES / "report.css").read_text(encoding="utf-8"))
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file of this media type as the address of a picture."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

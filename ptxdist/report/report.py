@@ -5,11 +5,13 @@ Everything comes from the files of the run and from the cache; no network is run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ptxdist import __version__, files
-from ptxdist.cache.catalog import hold_out, read_catalog
+from ptxdist.cache.catalog import Catalog, hold_out, read_catalog
 from ptxdist.cache.duplicates import read_pairs
 from ptxdist.cache.manifest import read_manifest
 from ptxdist.cache.store import Store, open_store, store_path
@@ -17,7 +19,7 @@ from ptxdist.config import DataSettings
 from ptxdist.errors import RunError
 from ptxdist.records import Elsewhere, EvaluationResult
 from ptxdist.report.gallery import draw_galleries
-from ptxdist.report.page import Page, Section, render
+from ptxdist.report.page import Gallery, Page, Section, render
 from ptxdist.report.sections import RunData, sections_elsewhere
 from ptxdist.report.sections import sections as all_sections
 from ptxdist.rundir import (
@@ -57,45 +59,43 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
     refuse_other_split(run, catalog, fold)
     if fold:
         catalog = hold_out(catalog, fold, read_pairs(cache))
-    store = _sharpest_store(cache, size_px)
     if (run / EVALUATION / RESULT).is_file() and read_evaluation(run / EVALUATION) != result.evaluation:
         raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
-    (rows, predictions), environment = _read_tables(run, result.evaluation), read_environment(run).model_dump()
+    environment = read_environment(run).model_dump()
     metrics = [epoch for stage in result.stages for epoch in stage.history]
-    with files.replacing_folder(run / REPORT, busy="") as folder:
+
+    def chosen(rows: Sequence[CaseRow], galleries: Sequence[Gallery]) -> Iterable[Section]:
+        return sections(RunData(settings, result, metrics, environment, catalog, rows, galleries, read_origin(run)))
+
+    about = Page(settings.pipeline.name, catalog.finding.name, settings.pipeline.purpose, (), _FOOT.format("run"))
+    return _write(run, about, result.evaluation, catalog, _sharpest_store(cache, size_px), chosen)
+
+
+def _write_elsewhere(folder: Path, evaluation: EvaluationResult, elsewhere: Elsewhere) -> Path:
+    cache = local_cache(elsewhere.data, data=DataSettings(cache=elsewhere.data))
+    catalog, store = read_catalog(cache), _sharpest_store(cache, min(read_manifest(cache).sizes))
+    purpose = f"evaluated on {Path(elsewhere.data).name}, data from elsewhere"
+    about = Page(" + ".join(elsewhere.models), catalog.finding.name, purpose, (), _FOOT.format("evaluation"))
+    return _write(folder, about, evaluation, catalog, store, partial(sections_elsewhere, evaluation, catalog))
+
+
+def _write(
+    place: Path,
+    about: Page,
+    evaluation: EvaluationResult,
+    catalog: Catalog,
+    store: Store,
+    sections: Callable[[Sequence[CaseRow], Sequence[Gallery]], Iterable[Section]],
+) -> Path:
+    """Write the report of a run or an evaluation: the page `about` it with these sections, and the overlays."""
+    rows, predictions = _read_tables(place, evaluation)
+    with files.replacing_folder(place / REPORT, busy="") as folder:
         overlays = folder / "overlays"
         overlays.mkdir()
         galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)
-        page = Page(
-            name=settings.pipeline.name,
-            finding=catalog.finding.name,
-            purpose=settings.pipeline.purpose,
-            sections=tuple(
-                sections(RunData(settings, result, metrics, environment, catalog, rows, galleries, read_origin(run)))
-            ),
-            foot=_FOOT.format("run"),
-        )
+        page = replace(about, sections=tuple(sections(rows, galleries)))
         (folder / "index.html").write_text(render(page), encoding="utf-8")
-    return run / REPORT / "index.html"
-
-
-def _write_elsewhere(folder: Path, evaluation: EvaluationResult, about: Elsewhere) -> Path:
-    cache = local_cache(about.data, data=DataSettings(cache=about.data))
-    catalog, store = read_catalog(cache), _sharpest_store(cache, min(read_manifest(cache).sizes))
-    rows, predictions = _read_tables(folder, evaluation)
-    with files.replacing_folder(folder / REPORT, busy="") as draft:
-        overlays = draft / "overlays"
-        overlays.mkdir()
-        galleries = draw_galleries(rows, predictions, catalog.labelled, store, overlays)
-        page = Page(
-            name=" + ".join(about.models),
-            finding=catalog.finding.name,
-            purpose=f"evaluated on {Path(about.data).name}, data from elsewhere",
-            sections=sections_elsewhere(evaluation, catalog, rows, galleries),
-            foot=_FOOT.format("evaluation"),
-        )
-        (draft / "index.html").write_text(render(page), encoding="utf-8")
-    return folder / REPORT / "index.html"
+    return place / REPORT / "index.html"
 
 
 def _read_tables(run: Path, evaluation: EvaluationResult) -> tuple[list[CaseRow], dict[str, str]]:

@@ -80,24 +80,14 @@ def load_init(network: nn.Module, place: str, sha256: str) -> None:
 
 
 def _read(path: Path) -> _Model:
-    import safetensors.torch
-
-    from ptxdist.predict.bundle import SUFFIX, describe_run, read_bundle
+    from ptxdist.predict.bundle import SUFFIX, read_model
     from ptxdist.train.encoders import read_weights
 
-    if path.is_dir():
-        card, weights = describe_run(path)
-        if not weights.is_file() or files.sha256(weights) != card.weights_sha256:
-            raise CheckpointError(f"{weights} is missing or was altered after training; train its stage again")
-        return _Model(read_weights(weights), card.weights_sha256, card)
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"no model at {path}: give a run, a bundle or a file with weights of the whole network")
-    if path.suffix == SUFFIX:
-        card, content = read_bundle(path)
-        try:
-            return _Model(safetensors.torch.load(content), card.weights_sha256, card)
-        except safetensors.SafetensorError as error:
-            raise CheckpointError(f"{path}: its weights are damaged: {error}") from error
+    if path.is_dir() or path.suffix == SUFFIX:
+        card, weights = read_model(path)
+        return _Model(weights, card.weights_sha256, card)
     return _Model(read_weights(path), files.sha256(path), None)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ptxdist import files
 from ptxdist.config import Settings, snapshot
-from ptxdist.errors import SettingsError
+from ptxdist.errors import SettingsError, reason
 from ptxdist.events import Event, Message, OnEvent
 from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
 from ptxdist.rundir import MLFLOW, TENSORBOARD, stage_folder, write_metrics
@@ -98,7 +98,7 @@ class Tracker:
         except Exception as error:
             if name not in self._failed:
                 self._failed.add(name)
-                text = f"warning: {name} could not be written ({_reason(error)[:200]}); training continues"
+                text = f"warning: {name} could not be written ({reason(error)[:200]}); training continues"
                 self._on_event(Message(text=text))
 
 
@@ -106,10 +106,6 @@ def refuse_missing_mlflow(settings: Settings) -> None:
     """Raise SettingsError when train.mlflow is set and MLflow is not installed."""
     if settings.train.mlflow:
         files.require_extra("mlflow", "train.mlflow", "mlflow", otherwise="or leave it out")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _point(item: EpochMetrics) -> Point:
@@ -201,7 +197,7 @@ class _MLflow:
             for start in range(0, len(params), 100):  # the limit of one request
                 self._client.log_batch(self._id, params=params[start : start + 100])
         except Exception as error:  # of any class: MLflow does not wrap those of its stores and connections
-            raise SettingsError(f"MLflow at {uri} (train.mlflow) cannot be used: {_reason(error)[:300]}") from error
+            raise SettingsError(f"MLflow at {uri} (train.mlflow) cannot be used: {reason(error)[:300]}") from error
         files.write_json(record, {"uri": uri, "run_id": self._id})
 
     def sync(self, group: str, points: list[Point]) -> None:

@@ -51,9 +51,11 @@ def save_weights(state: Mapping[str, Tensor], path: Path) -> str:
 def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> None:
     """Load a file of `save_weights` into a model of the same shape.
 
-    Raises CheckpointError when the file is missing, damaged, not the one of `sha256`, or of another model.
+    Raises CheckpointError when the file is missing, damaged, not the one of `sha256`, of another model, or has NaN.
     """
-    fill_model(model, read_weights(path, sha256), str(path))
+    state = read_weights(path, sha256)
+    refuse_other_model(model.state_dict(), state, str(path))
+    model.load_state_dict(state)
 
 
 def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -61,12 +63,6 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     if sha256 is not None and files.damage_of(path, sha256):
         raise CheckpointError(f"{path} is missing or was altered after it was written; retrain its stage")
     return _read(path)
-
-
-def fill_model(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict into a model; CheckpointError naming its `source` if it is of another model, or has NaN."""
-    refuse_other_model(model.state_dict(), state, source)
-    model.load_state_dict(state)
 
 
 def refuse_other_model(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ptxdist.config import Settings, Transform, explain, nearest
-from ptxdist.errors import SettingsError
+from ptxdist.errors import SettingsError, reason
 from ptxdist.train import augment, encoders, losses
 
 _TRIALS = 3  # of a transform, each with other random numbers
@@ -84,9 +84,8 @@ def _try(transform: Any, name: str, size_px: int, seed: int) -> None:
     try:
         result = transform(image=image, mask=mask, force_apply=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingsError(
-            f"{name} cannot be applied to a grey image of {size_px} pixels and its mask: {reason}"
+            f"{name} cannot be applied to a grey image of {size_px} pixels and its mask: {reason(error)}"
         ) from error
     for part in ("image", "mask"):
         found = result[part]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptxdist.config import ModelSettings, nearest
-from ptxdist.errors import CheckpointError, SettingsError
+from ptxdist.errors import CheckpointError, SettingsError, reason
 from ptxdist.train import pretrained
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ptxdist.train.features import Features
 
 State = Mapping[str, "Tensor"]
+_UNREADABLE = (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError)  # of torch.load
 
 
 @dataclass(frozen=True)
@@ -163,18 +164,13 @@ def read_weights(path: Path) -> State:
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise _unusable(path, error) from error
-    except safetensors.SafetensorError as error:
-        raise _unusable(path, error) from error
+    except (*_UNREADABLE, safetensors.SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as weights (.pth, .pt or .safetensors): {reason(error)}"
+        ) from error
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: expected a state dict, names and tensors only, found {type(state).__name__}")
     return state
-
-
-def _unusable(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(f"{path}: cannot be read as weights (.pth, .pt or .safetensors): {reason}")
 
 
 def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

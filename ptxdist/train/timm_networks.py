@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ptxdist.errors import SettingsError
+from ptxdist.errors import SettingsError, reason
 from ptxdist.train.features import STRIDES, Features
 
 
@@ -57,9 +57,8 @@ def check_timm(name: str, size_px: int) -> None:
         try:
             found = [tuple(feature.shape) for feature in network(torch.zeros(2, 3, size_px, size_px))]
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise SettingsError(
-                f"timm's '{name}' takes no images of {size_px} x {size_px} pixels: {reason}; use another one"
+                f"timm's '{name}' takes no images of {size_px} x {size_px} pixels: {reason(error)}; use another one"
             ) from error
     expected = [
         (2, channels, size_px // stride, size_px // stride)
@@ -93,8 +92,7 @@ def _create(name: str, **arguments: Any) -> Any:
     try:
         return timm.create_model(name, pretrained=False, features_only=True, **arguments)
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingsError(f"timm's '{name}' cannot be an encoder: {reason}; use another one") from error
+        raise SettingsError(f"timm's '{name}' cannot be an encoder: {reason(error)}; use another one") from error
 
 
 def _nearest(name: str) -> str:

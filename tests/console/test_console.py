@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ptxdist import console
 from ptxdist.config import StageSettings
+from ptxdist.console.training import TrainingDisplay, epoch_line, epoch_table
 from ptxdist.events import Message, Progress, RunStart
 from ptxdist.records import EpochMetrics, Scores, StageHistory, StageResult
 
@@ -29,7 +30,7 @@ def stages(*sizes_and_epochs: tuple[int, int]) -> list[StageSettings]:
 
 
 def test_a_line_of_the_log_file_has_all_numbers_and_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.TrainingDisplay(stages((256, 5), (512, 2))) as display:
+    with TrainingDisplay(stages((256, 5), (512, 2))) as display:
         display.show(StageHistory(stage=1, epochs=(epoch(1),)))
         display.show(epoch(2))
     line = capsys.readouterr().err.splitlines()[-1]
@@ -41,7 +42,7 @@ def test_a_run_says_what_it_will_do_and_after_its_first_steps_how_long_it_will_t
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = 0.0
-    display = console.TrainingDisplay(stages((256, 60), (512, 29)))
+    display = TrainingDisplay(stages((256, 60), (512, 29)))
     monkeypatch.setattr(display._left, "_clock", lambda: now)
     run = {"run": "runs/x", "train": 600, "positive": 150, "shown": "a pneumothorax", "held_out": 300}
     start = RunStart.model_validate({**run, "images": (600, 900), "fold": 1, "folds_left": 2, "workers": 4, "cores": 2})
@@ -74,7 +75,7 @@ def test_the_live_table_shows_epochs_from_before_an_interruption_and_the_time_le
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
     for module in (console.terminal, console.training):
         monkeypatch.setattr(module, "err", terminal)
-    with console.TrainingDisplay(stages((64, 4))) as display:
+    with TrainingDisplay(stages((64, 4))) as display:
         display.show(StageHistory(stage=1, epochs=(epoch(1), epoch(2))))
         display.show(epoch(3))
         display.show(Progress(stage=1, step="train", epoch=4, done=3, total=9))
@@ -91,10 +92,10 @@ def test_an_epoch_that_predicts_nothing_says_so_in_the_table_and_in_the_log() ->
     item = epoch(1)
     empty = item.at_full.model_copy(update={"sensitivity": 0.0, "specificity": 1.0, "kaggle_dice": 0.6667})
     item = item.model_copy(update={"at_full": empty})
-    assert "Dice 0.6667 Kaggle (as predicting nothing), 0.2000 positives only" in console.epoch_line(item, 5, "empty")
-    assert "Dice 0.7000 Kaggle (predicting nothing 0.6667)" in console.epoch_line(epoch(1), 5, "pays")
+    assert "Dice 0.6667 Kaggle (as predicting nothing), 0.2000 positives only" in epoch_line(item, 5, "empty")
+    assert "Dice 0.7000 Kaggle (predicting nothing 0.6667)" in epoch_line(epoch(1), 5, "pays")
     terminal = Console(file=io.StringIO(), width=120)
-    terminal.print(console.epoch_table([item, epoch(2)], "stage 1", ["empty", "pays"]))
+    terminal.print(epoch_table([item, epoch(2)], "stage 1", ["empty", "pays"]))
     assert terminal.file.getvalue().count("(nothing)") == 1  # type: ignore[attr-defined]
 
 
@@ -105,7 +106,7 @@ def test_a_collapsed_epoch_is_marked_in_the_table_and_in_the_log(
     gone = {"sensitivity": 0.0, "specificity": 1.0, "positive_dice": 0.0, "kaggle_dice": 0.6667}
     empty = epoch(1).at_full.model_copy(update=gone)
     epochs = [epoch(1), epoch(2), *(epoch(n).model_copy(update={"at_full": empty}) for n in (3, 4))]
-    with console.TrainingDisplay(stages((64, 4))) as display:
+    with TrainingDisplay(stages((64, 4))) as display:
         for item in epochs:
             display.show(item)
     starts = [line.partition(":")[0] for line in capsys.readouterr().err.splitlines()]
@@ -113,7 +114,7 @@ def test_a_collapsed_epoch_is_marked_in_the_table_and_in_the_log(
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
     for module in (console.terminal, console.training):
         monkeypatch.setattr(module, "err", terminal)
-    with console.TrainingDisplay(stages((64, 4))) as display:
+    with TrainingDisplay(stages((64, 4))) as display:
         display.show(StageHistory(stage=1, epochs=tuple(epochs)))
         with terminal.capture() as capture:
             terminal.print(display._render())
@@ -125,7 +126,7 @@ def test_a_collapsed_epoch_is_marked_in_the_table_and_in_the_log(
 def test_masks_that_do_not_pay_are_said_once_at_the_end_of_the_stage(capsys: pytest.CaptureFixture[str]) -> None:
     poor = epoch(1).at_full.model_copy(update={"specificity": 0.5, "kaggle_dice": 0.4})
     best = epoch(1).model_copy(update={"at_full": poor})
-    with console.TrainingDisplay(stages((64, 1))) as display:
+    with TrainingDisplay(stages((64, 1))) as display:
         display.show(best)
         display.show(
             StageResult(
@@ -141,7 +142,7 @@ def test_masks_that_do_not_pay_are_said_once_at_the_end_of_the_stage(capsys: pyt
 
 
 def test_each_fold_starts_with_its_own_lines_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
-    with console.TrainingDisplay(stages((64, 2), (96, 1))) as display:
+    with TrainingDisplay(stages((64, 2), (96, 1))) as display:
         for fold in range(2):
             display.show(Message(text=f"fold {fold}"))
             for done in (1, 9):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ptxdist import console
+from ptxdist.console.results import show_comparison, show_result
 from ptxdist.records import EvaluationResult, Intervals, OperatingPoint, Scores, TunedPoint
 from ptxdist.scores.compare import Compared, Comparison
 
@@ -31,7 +31,7 @@ def test_an_evaluation_is_a_sentence_and_five_rows(
         threshold=0.25, min_area_px=0, flip_averaging=True, scores=large, auroc=0.8, intervals=INTERVALS,
         at_other_thresholds={"0.5": large, "0.55": large}, tuned=(tuned,), seconds=1.0,
     )  # fmt: skip
-    console.show_result(evaluation)
+    show_result(evaluation)
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[:3] == [
         "Finds 1,334 of 2,669 with a pneumothorax; false alarms in 938 of 9,378 without.",
@@ -63,7 +63,7 @@ def test_the_sentence_says_when_a_model_is_of_no_use(
     changed: dict[str, float], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scores = SCORES.model_copy(update=changed)
-    console.show_result(
+    show_result(
         EvaluationResult(
             threshold=0.5, min_area_px=0, flip_averaging=True, scores=scores, at_other_thresholds={}, seconds=1.0
         ),
@@ -77,7 +77,7 @@ def test_runs_are_shown_beside_each_other(capsys: pytest.CaptureFixture[str]) ->
         run="two", cases=9, scores=SCORES, intervals={}, differences={"pooled_dice": -0.125},
         difference_intervals={"pooled_dice": (-0.25, 0.0)}, point="tuned threshold 0.45", at_threshold=SCORES,
     )  # fmt: skip
-    console.show_comparison(Comparison(cases=9, runs=(first, second)))
+    show_comparison(Comparison(cases=9, runs=(first, second)))
     shown = capsys.readouterr().out
     assert shown.startswith("Best Kaggle Dice: 0.75, one; predicting nothing scores 0.67.\n")
     assert "-0.1250" in shown

@@ -17,7 +17,7 @@ import torch
 
 from ptxdist.config import fingerprint
 from ptxdist.errors import CheckpointError, RunError
-from ptxdist.predict.bundle import CARD, README, WEIGHTS, load_model, read_bundle, write_bundle
+from ptxdist.predict.bundle import CARD, README, WEIGHTS, load_model, read_members, write_bundle
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_what_is_altered_is_named(bundle: Path, tmp_path: Path) -> None:
         ({"card": b"\xff"}, "cannot be read"),
     ):
         with pytest.raises(CheckpointError, match=words):
-            read_bundle(altered(bundle, tmp_path / "altered", **members))
+            read_members(altered(bundle, tmp_path / "altered", **members))
 
 
 def test_what_is_no_bundle_is_refused(bundle: Path, finished_run: Path, tmp_path: Path) -> None:

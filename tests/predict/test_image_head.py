@@ -22,7 +22,7 @@ from ptxdist import Predictor
 from ptxdist.cache.preprocess import PreprocessResult
 from ptxdist.errors import CheckpointError
 from ptxdist.labels import rle
-from ptxdist.predict.bundle import load_model, read_bundle, write_bundle
+from ptxdist.predict.bundle import load_model, read_members, write_bundle
 from ptxdist.predict.export import ABOUT, describe, export_model, load
 from ptxdist.predict.parity import Run, largest_difference
 from ptxdist.predict.viewer import page_files
@@ -94,7 +94,7 @@ def test_run_and_bundle_give_a_held_out_case_the_mask_of_the_evaluation(
     run: Path, evaluated: dict[str, tuple[float, str]], point: OperatingPoint, paths: list[Path], tmp_path: Path
 ) -> None:
     write_bundle(run, tmp_path / "model.ptxdist")
-    assert read_bundle(tmp_path / "model.ptxdist")[0].evaluation.image_head
+    assert read_members(tmp_path / "model.ptxdist")[0].evaluation.image_head
     for model in (run, tmp_path / "model.ptxdist"):
         predictor = Predictor.load(model, device="cpu", operating_point=point)
         found = [prediction for _, prediction in predictor.predict_many(paths)]
