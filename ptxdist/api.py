@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ptxdist.run.planning import Planned
     from ptxdist.scores.compare import Comparison
     from ptxdist.scores.external import ExternalScores
+    from ptxdist.scores.working import Kind
     from ptxdist.storage.runs import Mirror
 
 Place = str | os.PathLike[str]
@@ -241,18 +242,19 @@ def evaluate(
     refuse_unfit(places, out, data, split, (*_many(sensitivity), *_many(specificity)), prevalence)
     from ptxdist import locks
     from ptxdist.events import Progress
-    from ptxdist.run.evaluation import evaluate_here, evaluation_task
+    from ptxdist.run.evaluation import EvaluationTask, evaluate_here
     from ptxdist.rundir import LOCK, SETTINGS
+    from ptxdist.scores.working import Wanted
 
-    task = evaluation_task(
-        places,
-        out=_path(out),
-        patients=_path(patients),
-        data=None if data is None else _place(data),
+    targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in _many(sensitivity)]
+    targets += [("specificity", value) for value in _many(specificity)]
+    task = EvaluationTask(
+        models=tuple(map(_absolute, places)),
+        data=None if data is None else _absolute(data),
         split=split,
-        sensitivity=_many(sensitivity),
-        specificity=_many(specificity),
-        prevalence=prevalence,
+        out=None if out is None else _absolute(out),
+        patients=None if patients is None else _absolute(patients),
+        working=Wanted(tuple(targets), prevalence),
     )
     run = Path(task.models[0])
     alone: AbstractContextManager[object] = nullcontext()
@@ -387,6 +389,10 @@ def _shown(quiet: bool) -> AbstractContextManager[OnProgress]:
 def _place(place: Place) -> Path | str:
     """An address in an object store as text, anything else as a path."""
     return text if "://" in (text := os.fspath(place)) else Path(text)
+
+
+def _absolute(place: Place) -> str:
+    return text if "://" in (text := os.fspath(place)) else os.path.abspath(text)
 
 
 def _path(place: Place | None) -> Path | None:

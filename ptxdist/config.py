@@ -306,6 +306,17 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{name}: {json.dumps(before)} -> {json.dumps(after)}"
 
 
+def leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys, with stages from 1 as in `--set`, and values of all that is not a group of settings."""
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        content = {str(number): item for number, item in enumerate(content, start=1)}
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from leaves(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix, content
+
+
 def explain(error: ValidationError, sources: Sequence[tuple[str, str]], default: str) -> str:
     """The errors as one sentence each, with the source of the value.
 

@@ -151,7 +151,6 @@ def write_json(
     *,
     beside: Iterable[str] = (),
     sync: bool = True,
-    error: Error = RunError,
 ) -> None:
     """Write a mapping or a pydantic model as JSON, indented by two, atomically.
 
@@ -162,7 +161,7 @@ def write_json(
     plain["sha256"] = sums = {name: sha256(path.parent / name) for name in beside}
     sums[path.name] = content_sum(plain)
     text = json.dumps(plain, indent=2, allow_nan=False)
-    write_whole(path, text + "\n", sync=sync, error=error)
+    write_whole(path, text + "\n", sync=sync)
 
 
 def read_json(path: Path, remedy: str, *beside: str, error: type[PtxdistError] = RunError) -> dict[str, Any]:

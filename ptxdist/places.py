@@ -28,12 +28,6 @@ _FOR = {  # what else can be done with each
     EVALUATION: "a folder of `ptxdist evaluate`, which `compare`, `report` and `export --point` take",
     PREDICTIONS: "a folder of `ptxdist predict`, which `score` takes",
 }
-_NAMES = {
-    RUN: "a run of `ptxdist train`",
-    CACHE: "a cache of `ptxdist preprocess`",
-    BUNDLE: "a bundle of `ptxdist export`",
-}
-_NAMES |= {EVALUATION: "a folder of `ptxdist evaluate`"}
 _MADE_BY = {RUN: "`ptxdist train --run {}` makes a run", CACHE: "make a cache with `ptxdist preprocess … --out {}`"}
 _SHOWN = 3
 
@@ -70,7 +64,7 @@ def refuse_other(place: Path | str, *wanted: str) -> None:
     if kind in wanted:
         return
     error: type[PtxdistError] = StoreError if wanted == (CACHE,) else RunError
-    expected = " or ".join(_NAMES[item] for item in wanted if item in _NAMES)
+    expected = " or ".join(_FOR[item].partition(",")[0] for item in wanted if item in _FOR and item != UNFINISHED)
     if kind == NOTHING:
         made = "; ".join(_MADE_BY[item].format(place) for item in wanted if item in _MADE_BY)
         raise error(f"nothing at {place}{near(place)}; expected {expected}; {made}")

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from ptxdist.config import PACKAGE, PipelineSettings, Settings, StageSettings, explain, nearest, section_of
+from ptxdist.config import PACKAGE, PipelineSettings, Settings, StageSettings, explain, leaves, nearest, section_of
 from ptxdist.errors import SettingsError, short
 from ptxdist.section import Section
 
@@ -163,7 +163,7 @@ def _parse_value(text: str) -> Any:
 
 def _add_file(merged: dict[str, Any], sources: list[tuple[str, str]], path: Path, content: dict[str, Any]) -> None:
     _merge(merged, content)
-    sources += [(key, str(path)) for key in _leaves(content)]
+    sources += [(key, str(path)) for key, _ in leaves(content)]
 
 
 def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
@@ -177,18 +177,6 @@ def _merge(target: dict[str, Any], source: Mapping[str, Any]) -> None:
 def _full_key(key: str) -> str:
     """`stages.1.epochs` is short for `pipeline.stages.1.epochs`."""
     return f"pipeline.{key}" if key.split(".")[0] in PipelineSettings.model_fields else key
-
-
-def _leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of all values that are not groups of settings."""
-    for key, value in content.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-            for number, item in enumerate(value, start=1):
-                yield from _leaves(item, f"{prefix}{key}.{number}.")
-        else:
-            yield f"{prefix}{key}"
 
 
 def _assign(target: dict[str, Any], key: str, value: Any, where: str) -> None:

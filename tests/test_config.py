@@ -94,6 +94,7 @@ def test_experiments_have_the_values_of_the_source(name: str, expected: list[tup
     assert pipeline.model.encoder_weights == "imagenet"
     assert pipeline.model.input_mapping == ("learned" if name == "exp1" else "repeat")
     assert pipeline.model.decoder_channels == (256, 128, 64, 32, 16)
+    assert {(stage.plateau_factor, stage.plateau_patience) for stage in pipeline.stages} == {(0.2, 5)}
 
 
 def test_first_stage_of_exp3_is_the_stage_of_exp2() -> None:

@@ -192,11 +192,7 @@ def _auroc(evaluation: EvaluationResult) -> str:
     if evaluation.auroc is None:
         return marks
     span = evaluation.intervals.get(AUROC.field)
-    interval = (
-        f"{number(span[0], digits(span))} to {number(span[1], digits(span))}"
-        if span
-        else "no interval: too few patients"
-    )
+    interval = tables.interval(span) or "no interval: too few patients"
     return (
         f"The score of an image tells positive from negative images with an AUROC of "
         f"{number(evaluation.auroc, digits(span))} ({interval}; chance 0.5), wherever the mask is. {marks}"

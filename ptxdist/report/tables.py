@@ -19,7 +19,7 @@ from ptxdist.records import (
 from ptxdist.report.charts import draw_interval, linear_axis, ruler
 from ptxdist.report.page import Block, Facts, Folded, Forest, Row, Table, Tile
 from ptxdist.scores.elsewhere import different
-from ptxdist.scores.headline import Shown, digits, found, number, points
+from ptxdist.scores.headline import Shown, Span, digits, found, number, points
 from ptxdist.scores.names import SCORES, TOO_FEW, Score
 
 SUBGROUP_SCORES = ("positive_dice", "sensitivity", "specificity")
@@ -38,9 +38,7 @@ def tiles(evaluation: EvaluationResult) -> tuple[Tile, ...]:
 
 def _tile(score: Score, used: Shown, counted: str) -> Tile:
     value, span, baseline = score.of(used.scores), used.intervals.get(score.field), score.baseline_of(used.scores)
-    places = digits(span)
-    words = f"{number(span[0], places)} to {number(span[1], places)}" if span else ""
-    words = words or ("" if value is None else "not given: too few patients")
+    places, words = digits(span), interval(span) or ("" if value is None else "not given: too few patients")
     beside = f"{score.without}: {number(baseline, places)}" + (f"; {counted}" if counted and value is not None else "")
     drawing = draw_interval(_UNIT, value, span, level=baseline)
     return Tile(score.name, number(value, places), words, beside, score.definition, drawing)
@@ -56,25 +54,20 @@ def _cells(scores: Scores, places: Mapping[str, int], intervals: Intervals | Non
     values = [(score.field, score.of(scores)) for score in SCORES.values()]
     if not intervals:
         return tuple(number(value, places[field]) for field, value in values)
-    return tuple(
-        Markup('{}<br><span class="small">{}</span>').format(
-            number(value, places[field]), _short(intervals, field, value)
-        )
-        for field, value in values
-    )
+    return tuple(_with_interval(value, places[field], intervals.get(field)) for field, value in values)
 
 
-def _short(intervals: Intervals | None, field: str, value: float | None) -> str:
-    if intervals is None:
-        return ""
-    span = intervals.get(field)
-    return (
-        f"{number(span[0], digits(span))} to {number(span[1], digits(span))}"
-        if span
-        else ""
-        if value is None
-        else TOO_FEW
-    )
+def _with_interval(value: float | None, places: int, span: Span) -> Markup:
+    return Markup('{}<br><span class="small">{}</span>').format(number(value, places), _short(span, value))
+
+
+def _short(span: Span, value: float | None) -> str:
+    return interval(span) or ("" if value is None else TOO_FEW)
+
+
+def interval(span: Span) -> str:
+    """An interval with the digits that it is worth; "" if there is none."""
+    return f"{number(span[0], digits(span))} to {number(span[1], digits(span))}" if span else ""
 
 
 def _note(scores: Scores) -> str:
@@ -162,7 +155,7 @@ def _forest_row(
     cells = (
         f"{counted:,}",
         draw_interval(_UNIT, value, span, level=level, few=few),
-        Markup('{}<span class="small"> {}</span>').format(number(value, digits(span)), _short(intervals, field, value)),
+        Markup('{}<span class="small"> {}</span>').format(number(value, digits(span)), _short(span, value)),
     )
     return Row(name, cells, "few" if few else "")
 
@@ -191,11 +184,11 @@ def working_points(evaluation: EvaluationResult) -> tuple[Table, ...]:
                 f"{point.hits:,} / {point.misses:,}",
                 f"{point.alarms:,} / {point.rejections:,}",
                 *(
-                    Markup('{}<br><span class="small">{}</span>').format(
-                        number(getattr(point, name), digits(point.intervals.get(name))),
-                        _short(point.intervals, name, getattr(point, name)),
+                    _with_interval(value, digits(span), span)
+                    for value, span in (
+                        (point.sensitivity, point.intervals.get("sensitivity")),
+                        (point.specificity, point.intervals.get("specificity")),
                     )
-                    for name in ("sensitivity", "specificity")
                 ),
                 f"{100 * point.flagged:.0f} %",
                 f"{100 * point.prevalence:.3g} %",

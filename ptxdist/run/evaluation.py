@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from ptxdist.config import TrainSettings
 from ptxdist.predict.elsewhere import Split, evaluate_elsewhere
 from ptxdist.records import EvaluationResult, Record
 from ptxdist.rundir import EVALUATION
-from ptxdist.scores.working import NO_POINTS, Kind, Wanted
+from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.runs import local_run
 from ptxdist.train.distributed import process_group
 from ptxdist.train.evaluate import evaluate_runs
@@ -42,34 +42,6 @@ class EvaluationTask(Record):
     def folder(self) -> Path:
         """Where the files of the evaluation are written."""
         return Path(self.out) if self.out is not None else Path(self.models[0]) / EVALUATION
-
-
-def evaluation_task(
-    models: Sequence[Path | str],
-    *,
-    out: Path | None,
-    patients: Path | None,
-    data: Path | str | None,
-    split: Split,
-    sensitivity: Sequence[float],
-    specificity: Sequence[float],
-    prevalence: float | None,
-) -> EvaluationTask:
-    """The task of the command `evaluate` with these options."""
-    targets: list[tuple[Kind, float]] = [("sensitivity", value) for value in sensitivity]
-    targets += [("specificity", value) for value in specificity]
-    return EvaluationTask(
-        models=tuple(map(_absolute, models)),
-        data=None if data is None else _absolute(data),
-        split=split,
-        out=None if out is None else _absolute(out),
-        patients=None if patients is None else _absolute(patients),
-        working=Wanted(tuple(targets), prevalence),
-    )
-
-
-def _absolute(place: Path | str) -> str:
-    return place if isinstance(place, str) else os.path.abspath(place)
 
 
 def evaluate_here(

@@ -19,10 +19,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ptxdist import files
-from ptxdist.config import Settings, snapshot
+from ptxdist.config import Settings, leaves, snapshot
 from ptxdist.errors import SettingsError, reason
 from ptxdist.events import Event, Message, OnEvent
 from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
@@ -193,7 +193,7 @@ class _MLflow:
             found = self._client.get_experiment_by_name(name)
             experiment = found.experiment_id if found else self._client.create_experiment(name)
             self._id = self._client.create_run(experiment, run_name=run.name).info.run_id
-            params = [Param(key, str(value)) for key, value in _leaves(snapshot(settings.pipeline))]
+            params = [Param(key, str(value)) for key, value in leaves(snapshot(settings.pipeline))]
             for start in range(0, len(params), 100):  # the limit of one request
                 self._client.log_batch(self._id, params=params[start : start + 100])
         except Exception as error:  # of any class: MLflow does not wrap those of its stores and connections
@@ -215,14 +215,3 @@ class _MLflow:
 
     def close(self, finished: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if finished else "FAILED")
-
-
-def _leaves(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names, with stages from 1 as in `--set`, and values."""
-    if isinstance(content, list) and content and isinstance(content[0], dict):
-        content = {str(number): item for number, item in enumerate(content, start=1)}
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
-    else:
-        yield prefix, content

@@ -10,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
 import click
@@ -107,40 +106,6 @@ def test_no_command_is_a_wall_of_flags(name: str) -> None:
 @pytest.mark.parametrize("name", PRINTS_RESULTS)
 def test_commands_that_print_results_take_json(name: str) -> None:
     assert any(parameter.name == "as_json" for parameter in cli.commands[name].params)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.toml")), ids=lambda path: path.stem)
-def test_every_pipeline_loads_and_opens_with_purpose_source_and_target(path: Path) -> None:
-    settings = load_settings(str(path))
-    assert settings.pipeline.name == path.stem
-    assert settings.pipeline.purpose
-    assert settings.pipeline.source
-    assert settings.pipeline.target
-    assert path.read_text().startswith("# ")
-
-
-def test_the_pipelines_of_the_source_have_its_values() -> None:
-    def stages(name: str) -> list[tuple[int, int, int, float, str, float, int]]:
-        return [
-            (s.size_px, s.epochs, s.batch_size, s.learning_rate, s.schedule, s.threshold, s.swa_epochs)
-            for s in load_settings(name).pipeline.stages
-        ]
-
-    assert stages("exp1") == [(256, 35, 40, 1e-3, "plateau", 0.5, 0)]
-    assert load_settings("exp1").pipeline.model.input_mapping == "learned"
-    assert stages("exp2") == [(256, 35, 40, 1e-3, "plateau", 0.55, 0)]
-    assert stages("exp3") == [*stages("exp2"), (512, 10, 14, 1e-3, "plateau", 0.55, 0)]
-    assert stages("exp4") == [(256, 60, 40, 1e-3, "plateau", 0.55, 0), (512, 29, 14, 1e-3, "plateau", 0.55, 0)]
-    assert stages("paper") == [(256, 100, 64, 1e-3, "cosine", 0.55, 5), (512, 70, 16, 1e-3, "cosine", 0.55, 5)]
-    assert load_settings("exp3").pipeline.stages[0] == load_settings("exp2").pipeline.stages[0]
-    stage = load_settings("exp2").pipeline.stages[0]
-    assert (stage.plateau_factor, stage.plateau_patience) == (0.2, 5)
-
-
-@pytest.mark.parametrize("site", ["local", "gpu"])
-def test_every_site_loads(site: str) -> None:
-    assert load_settings("paper", site=site).train.device in ("cpu", "gpu")
-    assert tomllib.loads((ROOT / "configs" / f"{site}.toml").read_text())
 
 
 def test_train_alone_is_the_full_recipe_and_dry_run_prints_it() -> None:
