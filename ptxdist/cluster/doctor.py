@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ptxdist.cluster import network, probe
-from ptxdist.cluster.connection import LOOPBACK
-from ptxdist.cluster.nodes import THIS_MACHINE, Nodes, ThisMachine, cluster_nodes
+from ptxdist.cluster.connection import LOOPBACK, connection
+from ptxdist.cluster.nodes import THIS_MACHINE, Nodes, ThisMachine, ray_nodes
 from ptxdist.errors import ClusterError
 
 _GIB = 1024**3
@@ -54,7 +54,7 @@ def diagnose(
         if folder is not None:
             findings += _storage(ThisMachine(), folder)
         return findings + _collective_here()
-    with cluster_nodes(address) as nodes:
+    with connection(address), ray_nodes() as nodes:
         findings = _examine(nodes, cache, folder, full) + _clocks(nodes)
         if folder is not None:
             findings += _storage(nodes, folder)
@@ -119,24 +119,25 @@ def _examine(nodes: Nodes, cache: Path | str | None, folder: Path | str | None, 
     return findings
 
 
+def _judged(check: str, where: str, wrong: object, fine: str, advice: str) -> Finding:
+    """The result of a check that has found what is `wrong`, or with "" that all is `fine`."""
+    text = str(wrong)
+    return Finding(check, where, "wrong" if text else "ok", text or fine, advice if text else "")
+
+
 def _versions(where: str, found: Mapping[str, str], mine: Mapping[str, str]) -> Finding:
     differing = [f"{name} {value}, locally {mine[name]}" for name, value in found.items() if value != mine[name]]
     text = ", ".join(f"{name} {value}" for name, value in found.items())
-    if not differing:
-        return Finding("versions", where, "ok", text)
     advice = "install the same versions there, in the same checkout: pip install --constraint constraints.txt ."
-    return Finding("versions", where, "wrong", "; ".join(differing), advice)
+    return _judged("versions", where, "; ".join(differing), text, advice)
 
 
 def _gpus(where: str, found: Mapping[str, Any]) -> Finding:
     names = found["names"]
-    if not names:
-        return Finding("GPU", where, "ok", "none")
-    text = f"{len(names)} {names[0]}, driver {found['driver']}"
-    if found["torch"] < len(names):
-        advice = "install a torch for CUDA and this driver there, and check CUDA_VISIBLE_DEVICES"
-        return Finding("GPU", where, "wrong", f"{text}; torch can use {found['torch']}", advice)
-    return Finding("GPU", where, "ok", text)
+    text = f"{len(names)} {names[0]}, driver {found['driver']}" if names else "none"
+    wrong = f"{text}; torch can use {found['torch']}" if found["torch"] < len(names) else ""
+    advice = "install a torch for CUDA and this driver there, and check CUDA_VISIBLE_DEVICES"
+    return _judged("GPU", where, wrong, text, advice)
 
 
 def _amount(check: str, where: str, size: int | None, least: float, good: float, advice: str) -> Finding:
@@ -153,12 +154,10 @@ def _disk(name: str, where: str, free: int | None) -> Finding:
 
 
 def _cache(where: str, found: Mapping[str, str], full: bool) -> Finding:
-    if not found["digest"]:
-        advice = "use a cache that `ptxdist preprocess` wrote, on storage that this node can reach"
-        return Finding("cache", where, "wrong", found["wrong"], advice)
-    if found["wrong"]:
-        return Finding("cache", where, "wrong", found["wrong"], "run `ptxdist verify` on it")
-    return Finding("cache", where, "ok", "every byte verified" if full else "manifest and sizes verified")
+    missing = "use a cache that `ptxdist preprocess` wrote, on storage that this node can reach"
+    advice = "run `ptxdist verify` on it" if found["digest"] else missing
+    fine = "every byte verified" if full else "manifest and sizes verified"
+    return _judged("cache", where, found["wrong"], fine, advice)
 
 
 def _clocks(nodes: Nodes) -> list[Finding]:
@@ -169,10 +168,8 @@ def _clocks(nodes: Nodes) -> list[Finding]:
         after = time.time()
         if isinstance(answer, float):
             skew = max(0.0, before - answer, answer - after)  # what the time of the call does not explain
-            state: State = "ok" if skew < _SKEW_S else "wrong"
-            findings.append(
-                Finding("clock", where, state, f"{skew:.1f} s off", "" if state == "ok" else "synchronise it with NTP")
-            )
+            text = f"{skew:.1f} s off"
+            findings.append(_judged("clock", where, text * (skew >= _SKEW_S), text, "synchronise it with NTP"))
     return findings
 
 
@@ -180,11 +177,8 @@ def _storage(nodes: Nodes, folder: Path | str) -> list[Finding]:
     """Every node writes a file and reads those of all others; in an object store, it writes and reads an object."""
     if isinstance(folder, str):
         advice = "give this node credentials with write permission, and a network route to the store"
-        return [
-            Finding("storage", where, "wrong" if answer else "ok", str(answer) or "written and read",
-                    advice if answer else "")
-            for where, answer in nodes.ask(probe.try_store, folder).items()
-        ]  # fmt: skip
+        answers = nodes.ask(probe.try_store, folder)
+        return [_judged("storage", where, answer, "written and read", advice) for where, answer in answers.items()]
     draw = secrets.token_hex(8)
     tokens = {
         name: (f".ptxdist-doctor-{draw}-{number}", secrets.token_hex(8)) for number, name in enumerate(nodes.actors)
@@ -198,18 +192,11 @@ def _storage(nodes: Nodes, folder: Path | str) -> list[Finding]:
         there = {file: text for name, (file, text) in tokens.items() if written[name] == ""}
         seen = nodes.ask(probe.read_tokens, place, there)
     finally:
-        for file, _ in tokens.values():
-            with suppress(OSError):
-                (folder / file).unlink(missing_ok=True)
-        nodes.ask(_remove, [str(folder / file) for file, _ in tokens.values()])
-    findings = []
-    for where in nodes.actors:
-        wrong = str(written[where] or seen[where])
-        text = wrong or (
-            "written and read" if len(tokens) == 1 else f"written, and the files of {len(there)} nodes read"
-        )
-        findings.append(Finding("storage", where, "wrong" if wrong else "ok", text, advice if wrong else ""))
-    return findings
+        paths = [str(folder / file) for file, _ in tokens.values()]
+        _remove(paths)
+        nodes.ask(_remove, paths)
+    fine = "written and read" if len(tokens) == 1 else f"written, and the files of {len(there)} nodes read"
+    return [_judged("storage", where, written[where] or seen[where], fine, advice) for where in nodes.actors]
 
 
 def _remove(paths: Sequence[str]) -> None:
@@ -225,7 +212,7 @@ def _collective(nodes: Nodes) -> list[Finding]:
     missing = {name: answer for name, answer in loaded.items() if answer}
     found = nodes.ask(probe.gpus)
     usable = [name for name, gpus in found.items() if isinstance(gpus, dict) and gpus["torch"]]
-    return _judged("gloo", missing) + findings + _all_reduce(nodes, "NCCL", usable)
+    return _sums("gloo", missing) + findings + _all_reduce(nodes, "NCCL", usable)
 
 
 def _all_reduce(nodes: Nodes, backend: str, names: Sequence[str]) -> list[Finding]:
@@ -233,9 +220,9 @@ def _all_reduce(nodes: Nodes, backend: str, names: Sequence[str]) -> list[Findin
         return []
     host = nodes.ask_each(network.free_port, {names[0]: ()})[names[0]]
     if isinstance(host, ClusterError):
-        return _judged(backend, {names[0]: host})
+        return _sums(backend, {names[0]: host})
     words = {name: (backend.lower(), *host, rank, len(names)) for rank, name in enumerate(names)}
-    return _judged(backend, nodes.ask_each(network.all_reduce, words, within_s=_COLLECTIVE_S))
+    return _sums(backend, nodes.ask_each(network.all_reduce, words, within_s=_COLLECTIVE_S))
 
 
 def _collective_here() -> list[Finding]:
@@ -244,20 +231,18 @@ def _collective_here() -> list[Finding]:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         pool.starmap(network.load_torch, [(), ()], chunksize=1)
         answers = pool.starmap(network.all_reduce, [("gloo", host, port, rank, 2) for rank in range(2)], chunksize=1)
-        findings = _judged("gloo", {THIS_MACHINE: next((text for text in answers if text), "")})
+        findings = _sums("gloo", {THIS_MACHINE: next((text for text in answers if text), "")})
         if probe.gpus()["torch"]:
             host, port = network.free_port(LOOPBACK)
-            findings += _judged("NCCL", {THIS_MACHINE: pool.apply(network.all_reduce, ("nccl", host, port, 0, 1))})
+            findings += _sums("NCCL", {THIS_MACHINE: pool.apply(network.all_reduce, ("nccl", host, port, 0, 1))})
     return findings
 
 
-def _judged(backend: str, answers: Mapping[str, Any]) -> list[Finding]:
+def _sums(backend: str, answers: Mapping[str, Any]) -> list[Finding]:
     advice = (
         "let all nodes reach each other on all ports; where a node has several networks, "
-        f"name the right one in {'NCCL' if backend == 'NCCL' else 'GLOO'}_SOCKET_IFNAME"
+        f"name the right one in {backend.upper()}_SOCKET_IFNAME"
     )
     return [
-        Finding(f"all-reduce, {backend}", where, "wrong" if answer else "ok", str(answer) or "sum is right",
-                advice if answer else "")
-        for where, answer in answers.items()
-    ]  # fmt: skip
+        _judged(f"all-reduce, {backend}", where, answer, "sum is right", advice) for where, answer in answers.items()
+    ]

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from ptxdist.cluster import network, probe
-from ptxdist.cluster.connection import connection
 from ptxdist.cluster.failures import brief
 from ptxdist.errors import ClusterError
 
@@ -62,13 +61,6 @@ class ThisMachine(Nodes):
     ) -> dict[str, Any]:
         """As for the nodes of a cluster, without a limit; exceptions pass unchanged."""
         return {name: function(*words) for name, words in arguments.items()}
-
-
-@contextmanager
-def cluster_nodes(address: str) -> Iterator[Nodes]:
-    """The nodes of the cluster at `address` (as for `connection.connection`), until the block ends."""
-    with connection(address), ray_nodes() as nodes:
-        yield nodes
 
 
 @contextmanager

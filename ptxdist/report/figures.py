@@ -26,25 +26,22 @@ _MARKED_POINTS = 40  # with more points in a line, marks would hide it
 
 def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> list[Chart]:
     """Loss, Dice and learning rate over the epochs of all stages in turn; [] without epochs."""
-    epochs = [item for item in metrics if not item.averaged]
-    if not epochs:
+    place, places = 0, list[float]()  # of an epoch on the x axis; averaged weights have none of their own
+    for item in metrics:
+        place += not item.averaged
+        places.append(place + 0.5 * item.averaged)
+    if not place:
         return []
-    places = {(item.stage, item.epoch): float(number) for number, item in enumerate(epochs, start=1)}
-    last = {stage: max(place for (found, _), place in places.items() if found == stage) for stage, _ in places}
-    x = linear_axis("epoch, all stages", 0.5, len(epochs) + 0.5, whole=True)
+    stages = [[*part] for _, part in groupby(zip(places, metrics, strict=True), key=lambda point: point[1].stage)]
+    x = linear_axis("epoch, all stages", 0.5, place + 0.5, whole=True)
     sizes = {stage.stage: stage.size_px for stage in result.stages}
-    first = {stage: min(place for (found, _), place in places.items() if found == stage) for stage in last}
-    rules = [(place - 0.5, f"stage {stage}: {sizes[stage]} pixels") for stage, place in first.items()]
-
-    def at(item: EpochMetrics) -> float:
-        return last[item.stage] + 0.5 if item.averaged else places[item.stage, item.epoch]
+    rules = [(part[0][0] - 0.5, f"stage {part[0][1].stage}: {sizes[part[0][1].stage]} pixels") for part in stages]
 
     def series(name: str, style: int, value: Callable[[EpochMetrics], float | None]) -> Series:
-        known = [(item.stage, (at(item), found)) for item in metrics if (found := value(item)) is not None]
-        parts = tuple(tuple(point for stage, point in known if stage == number) for number in last)
-        return Series(name, style, parts, marks=len(epochs) <= _MARKED_POINTS)
+        parts = (((at, found) for at, item in part if (found := value(item)) is not None) for part in stages)
+        return Series(name, style, tuple(map(tuple, parts)), marks=place <= _MARKED_POINTS)
 
-    best = [stage.best for stage in result.stages if (stage.stage, stage.best.epoch) in places]
+    best = [point for part in stages for point in part if point[1] in [stage.best for stage in result.stages]]
     loss = (
         series("training", 1, lambda item: item.train_loss),
         series("validation", 2, lambda item: item.val_loss),
@@ -54,15 +51,15 @@ def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> 
         for style, score in enumerate(DICES, start=1)
     ]
     rate = (series("learning rate", 1, lambda item: item.learning_rate if item.learning_rate > 0 else None),)
-    nothing = epochs[-1].at_full.all_empty_dice
+    nothing = metrics[-1].at_full.all_empty_dice
     rates = [point[1] for part in rate[0].parts for point in part]
     return [
         _curves("Loss per case", x, _loss_axis(loss), loss, rules, ring=[
-            (at(item), item.val_loss) for item in best
+            (at, item.val_loss) for at, item in best
         ]),
         _curves("Dice on held-out images", x, linear_axis("Dice at the original resolution", 0, 1), dice, rules,
             level=nothing,
-            ring=[(at(item), item.at_full.kaggle_dice) for item in best],
+            ring=[(at, item.at_full.kaggle_dice) for at, item in best],
         ),
         _curves("Learning rate", x, log_axis("learning rate", min(rates), max(rates)) if rates and
             max(rates) > 10 * min(rates) else linear_axis("learning rate", 0, max(rates, default=1)), rate, rules),
