@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ptxdist.cache.preprocess import PreprocessResult
     from ptxdist.config import Settings
     from ptxdist.events import Event, OnEvent
+    from ptxdist.executor import OnProgress
     from ptxdist.phantoms.dataset import PhantomResult
     from ptxdist.records import EvaluationResult, PipelineResult
     from ptxdist.run.engine import Engine
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from ptxdist.storage.runs import Mirror
 
 Place = str | os.PathLike[str]
-OnProgress = Callable[[str, int, int], None]
 
 
 def phantom(

@@ -20,6 +20,8 @@ from ptxdist.errors import StoreError
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
+
+OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

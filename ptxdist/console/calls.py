@@ -6,7 +6,7 @@ Of torchrun's processes only the first one prints.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,7 @@ from ptxdist.console.terminal import progress
 if TYPE_CHECKING:
     from ptxdist.config import StageSettings
     from ptxdist.events import Event, OnEvent
-
-OnProgress = Callable[[str, int, int], None]
+    from ptxdist.executor import OnProgress
 
 
 def shown(quiet: bool) -> AbstractContextManager[OnProgress]:

@@ -33,6 +33,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ptxdist import files
 from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
+from ptxdist.executor import OnProgress
 from ptxdist.predict.bundle import (
     SUFFIX,
     ModelCard,
@@ -43,7 +44,7 @@ from ptxdist.predict.bundle import (
     read_members,
     write_bundle,
 )
-from ptxdist.predict.parity import BATCHES, Progress, Run, allowed_difference, comparison_images, largest_difference
+from ptxdist.predict.parity import BATCHES, Run, allowed_difference, comparison_images, largest_difference
 from ptxdist.predict.predictor import Predictor
 from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.rundir import read_evaluation
@@ -81,7 +82,7 @@ def export_model(
     *,
     evaluation: Path | None = None,
     at: str | None = None,
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> ExportResult:
     """Write `model`, a finished run or a bundle, to `out`, whose suffix names the format.
 

@@ -28,7 +28,7 @@ import torch
 from ptxdist import files, locks
 from ptxdist.dicom.guard import guarded
 from ptxdist.errors import CatalogError, DicomError, RunError, plain
-from ptxdist.executor import Executor, ahead, in_chunks, serial
+from ptxdist.executor import Executor, OnProgress, ahead, in_chunks, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, find_inputs, read_headers, reject_repeated
 from ptxdist.predict.page import Context, write_page, write_table
@@ -41,8 +41,6 @@ REJECTS = "rejects.csv"
 _HEADERS_A_TASK = 64
 _FILES_A_TASK = 8
 _WRITERS = 2
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def predict_files(
     executor: Executor = serial,
     workers: int = 1,
     keep_names: bool = False,
-    on_progress: Progress = lambda what, done, total: None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> PredictResult:
     """Predict every radiograph in `paths` and write the results to `out`; finished cases are skipped.
 

@@ -18,6 +18,7 @@ from ptxdist.cache.split import split_indices
 from ptxdist.cache.store import open_store
 from ptxdist.dicom.pixels import Pixels
 from ptxdist.errors import PtxdistError
+from ptxdist.executor import OnProgress
 from ptxdist.phantoms import anatomy, greys
 from ptxdist.predict.predictor import Predictor
 from ptxdist.rundir import read_settings
@@ -32,11 +33,10 @@ _MOST_ROUNDING = 100  # times `LIMIT` at most, whatever the logits
 
 # (B, 1, size, size) -> probabilities of the same shape, and with an image head the scores (B,)
 Run = Callable[[npt.NDArray[np.uint8]], tuple[npt.NDArray[np.float32], ...]]
-Progress = Callable[[str, int, int], None]
 
 
 def comparison_images(
-    model: Path, size_px: int, *, on_progress: Progress = lambda what, done, total: None
+    model: Path, size_px: int, *, on_progress: OnProgress = lambda what, done, total: None
 ) -> tuple[list[Pixels], str]:
     """Images uint8 (size, size) to compare on, and what they are, in words.
 
@@ -56,7 +56,7 @@ def comparison_images(
     return [resize(image, size_px) for image in _phantoms(_IMAGES)], f"phantoms ({reason})"
 
 
-def _held_out_images(run: Path, size_px: int, on_progress: Progress) -> list[Pixels]:
+def _held_out_images(run: Path, size_px: int, on_progress: OnProgress) -> list[Pixels]:
     settings = read_settings(run)
     cache = local_cache(settings.data.cache, [size_px], data=settings.data, on_progress=on_progress)
     cases = read_catalog(cache).labelled
@@ -77,7 +77,11 @@ def _phantoms(number: int) -> Iterator[Pixels]:
 
 @torch.no_grad()
 def largest_difference(
-    predictor: Predictor, run: Run, images: Sequence[Pixels], *, on_progress: Progress = lambda what, done, total: None
+    predictor: Predictor,
+    run: Run,
+    images: Sequence[Pixels],
+    *,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> float:
     """Largest difference of any probability or score between `predictor` and `run`, over batches of several sizes.
 

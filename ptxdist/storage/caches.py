@@ -21,7 +21,7 @@ import stat
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from ptxdist.cache.preprocess import TABLES
 from ptxdist.cache.store import ARRAYS, shard_path, store_path
 from ptxdist.cache.verify import verify
 from ptxdist.errors import BusyError, StoreError
+from ptxdist.executor import OnProgress
 from ptxdist.storage.lease import Lease
 from ptxdist.storage.remote import ConflictError, Remote, is_remote
 
@@ -51,7 +52,6 @@ _CHECKED = ".checked.json"
 if TYPE_CHECKING:
     from ptxdist.config import DataSettings
 
-Progress = Callable[[str, int, int], None]
 _held: dict[Path, ExitStack] = {}  # locks of the folders that this process uses, until it ends
 
 
@@ -61,7 +61,7 @@ def local_cache(
     *,
     data: DataSettings | None = None,
     token: str = "",
-    on_progress: Progress = lambda step, done, total: None,
+    on_progress: OnProgress = lambda step, done, total: None,
 ) -> Path:
     """The folder of a cache; of one in an object store, a verified copy on this node with these sizes or all.
 
@@ -111,7 +111,7 @@ def _fill(
     manifest: Manifest,
     sizes: Sequence[int],
     data: DataSettings | None,
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> None:
     """Fetch missing and damaged files."""
     fetched = Counter[str]()
@@ -137,7 +137,7 @@ def _was_checked(folder: Path, token: str, sizes: Sequence[int]) -> bool:
 
 
 @contextmanager
-def working_cache(place: str | Path, on_progress: Progress = lambda step, done, total: None) -> Iterator[Path]:
+def working_cache(place: str | Path, on_progress: OnProgress = lambda step, done, total: None) -> Iterator[Path]:
     """The folder in which to build a cache; for one in an object store a local folder, sent when the block ends.
 
     A remote cache that was last written elsewhere is fetched first. Raises BusyError when another process writes there,
@@ -162,7 +162,7 @@ def working_cache(place: str | Path, on_progress: Progress = lambda step, done, 
         _send(remote, folder, version, lease, on_progress)
 
 
-def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress: Progress) -> None:
+def _send(remote: Remote, folder: Path, version: str, lease: Lease, on_progress: OnProgress) -> None:
     """Send the files of a folder that differ from the remote cache, the manifest last."""
     mine, listed = read_manifest(folder), remote.list()
     content, there = remote.read_version(MANIFEST)

@@ -93,17 +93,17 @@ class TrainingState:
     order and augmentation are drawn from (seed, epoch, case), and learning rates follow from the history.
     """
 
-    @property
-    def name(self) -> str:
-        """The checkpoint's folder."""
-        return f"epoch-{self.epoch:04d}-step-{self.step:06d}"
-
     epoch: int
     step: int
     model: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     average: Mapping[str, Tensor] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's folder."""
+        return f"epoch-{self.epoch:04d}-step-{self.step:06d}"
 
 
 def snapshot(state: TrainingState, former: TrainingState | None = None) -> TrainingState:
