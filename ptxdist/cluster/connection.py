@@ -22,6 +22,7 @@ from ptxdist.config import TrainSettings
 from ptxdist.errors import ClusterError, reason
 
 LOOPBACK = "127.0.0.1"
+GIVE_TOKEN = "set RAY_AUTH_TOKEN to that of the cluster (`ray get-auth-token` on the head node prints it)"
 _PATIENCE_S = 10.0
 
 
@@ -52,8 +53,7 @@ def connection(address: str | None, *, cpus: int | None = None) -> Iterator[None
         if address is None:
             raise ClusterError(f"Ray could not be started on this machine: {reason(error)}") from error
         raise ClusterError(
-            f"no Ray cluster can be reached at {address}: {reason(error)}; if it requires a token, set RAY_AUTH_TOKEN "
-            "to the token of the cluster (`ray get-auth-token` on the head node prints it)"
+            f"no Ray cluster can be reached at {address}: {reason(error)}; if it requires a token, {GIVE_TOKEN}"
         ) from error
     import ray
 
@@ -161,7 +161,7 @@ def _prepare_for(address: str) -> None:
     reachable = bool(host) and port.isdecimal()
     if reachable:  # Ray would wait for minutes
         socket.create_connection((host, int(port)), timeout=_PATIENCE_S).close()
-    if "RAY_AUTH_MODE" not in os.environ and _has_token():
+    if "RAY_AUTH_MODE" not in os.environ and token():
         required = _requires_token(host, port) if reachable and "://" not in place else True
         os.environ["RAY_AUTH_MODE"] = "token" if required else "disabled"
 
@@ -181,6 +181,11 @@ def _requires_token(host: str, port: str) -> bool:
     return False
 
 
-def _has_token() -> bool:
+def token() -> str:
+    """This machine's token, from where Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token; or ""."""
+    if given := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return given
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    return bool(os.environ.get("RAY_AUTH_TOKEN", "").strip()) or path.is_file()
+    with suppress(OSError):
+        return path.read_text().strip()
+    return ""

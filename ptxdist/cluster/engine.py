@@ -21,7 +21,7 @@ from ptxdist.cluster.doctor import refuse_unfit
 from ptxdist.cluster.failures import LostError, brief, cause_of, loss_of, verdict
 from ptxdist.cluster.inbox import Inbox
 from ptxdist.cluster.nodes import ray_nodes
-from ptxdist.cluster.waiting import Waiting
+from ptxdist.cluster.waiting import Waiting, placement_groups
 from ptxdist.config import Settings, TrainSettings
 from ptxdist.errors import ClusterError, TrainingError
 from ptxdist.events import Message, OnEvent, decode_event
@@ -232,14 +232,12 @@ def _free_capacity() -> None:
     A trainer whose workers were killed because memory ran out may leave its own, and the next trainer would wait
     forever for its resources.
     """
-    import ray
     from ray._raylet import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     try:
-        job = ray.get_runtime_context().get_job_id()  # the ids of its placement groups end with it
-        for name, entry in placement_group_table().items():
-            if name.endswith(job) and entry["state"] != "REMOVED":
+        for name, entry in placement_groups().items():
+            if entry["state"] != "REMOVED":
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
     except Exception:  # for example when the head is gone; the error that ended the trainer matters more
         _log.exception("the resources of a trainer that has ended could not be freed")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import re
 import shlex
 import shutil
@@ -32,6 +31,7 @@ from packaging.version import InvalidVersion, Version
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from ptxdist.cluster.connection import GIVE_TOKEN, token
 from ptxdist.config import PACKAGE
 from ptxdist.errors import ClusterError, reason
 from ptxdist.resolve import settings_folders
@@ -166,13 +166,14 @@ def _authorise(address: str) -> dict[str, str]:
     answer = _ask(address, {})
     headers: dict[str, str] = {}
     if answer.status_code in (401, 403):
-        headers = {"Authorization": f"Bearer {_token(address)}"}
+        if not (own := token()):
+            raise ClusterError(
+                f"the Ray cluster at {address} asks for a token, and this machine has none; {GIVE_TOKEN}"
+            )
+        headers = {"Authorization": f"Bearer {own}"}
         answer = _ask(address, headers)
         if answer.status_code in (401, 403):
-            raise ClusterError(
-                f"the Ray cluster at {address} does not accept this machine's token; set RAY_AUTH_TOKEN to that of the "
-                "cluster (`ray get-auth-token` on the head node prints it)"
-            )
+            raise ClusterError(f"the Ray cluster at {address} does not accept this machine's token; {GIVE_TOKEN}")
     try:
         found = str(answer.json()["ray_version"])
         too_old = Version(found) < Version(OLDEST_RAY)
@@ -191,20 +192,6 @@ def _ask(address: str, headers: dict[str, str]) -> requests.Response:
             f"no Ray cluster answers at {address}; check that it is up and that this machine can reach its dashboard "
             "(`ray dashboard cluster.yaml` forwards it)"
         ) from error
-
-
-def _token(address: str) -> str:
-    """This machine's token, from where Ray reads it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
-    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return token
-    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    try:
-        return path.read_text().strip()
-    except OSError:
-        raise ClusterError(
-            f"the Ray cluster at {address} asks for a token, and this machine has none; set RAY_AUTH_TOKEN to that of "
-            "the cluster (`ray get-auth-token` on the head node prints it)"
-        ) from None
 
 
 def _pack(folder: Path) -> None:

@@ -95,11 +95,16 @@ class Waiting:
 
 def has_place() -> bool:
     """Whether a trainer of this job has its resources."""
+    return any(entry["state"] == "CREATED" for entry in placement_groups().values())
+
+
+def placement_groups() -> dict[str, dict[str, Any]]:
+    """The placement groups of this job, by their ids; trainers have one each."""
     import ray
     from ray.util.placement_group import placement_group_table
 
-    job = ray.get_runtime_context().get_job_id()  # the ids of its placement groups end with it
-    return any(name.endswith(job) and entry["state"] == "CREATED" for name, entry in placement_group_table().items())
+    job = ray.get_runtime_context().get_job_id()  # with which their ids end
+    return {name: entry for name, entry in placement_group_table().items() if name.endswith(job)}
 
 
 def room(use_gpu: bool) -> Room:
