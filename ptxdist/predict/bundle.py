@@ -175,13 +175,19 @@ def local_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tu
     )
 
 
-def refuse_other_findings(cards: Sequence[ModelCard], error: type[PtxdistError]) -> None:
-    """Raise the `error` when models that are to be used together segment different findings."""
+def refuse_different(cards: Sequence[ModelCard], error: type[PtxdistError]) -> None:
+    """Raise the `error` when models to be used together segment different findings, or score images differently."""
+    first = cards[0]
     for card in cards[1:]:
-        if card.finding.is_other(cards[0].finding):
+        if card.finding.is_other(first.finding):
             raise error(
-                f"{cards[0].name} segments {cards[0].finding.name} and {card.name} {card.finding.name}; use models of "
-                "one finding together"
+                f"{first.name} segments {first.finding.name} and {card.name} {card.finding.name}; use models of one "
+                "finding together"
+            )
+        if card.pipeline.model.image_head != first.pipeline.model.image_head:
+            raise error(
+                f"of {first.name} and {card.name} only one has an image head, so their scores differ in meaning; use "
+                "models with the same model.image_head together"
             )
 
 

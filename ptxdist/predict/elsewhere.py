@@ -26,7 +26,7 @@ from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError, StoreError
 from ptxdist.labels.patients import read_patients, without_patient
-from ptxdist.predict.bundle import ModelCard, load_model, read_members, refuse_other_findings
+from ptxdist.predict.bundle import ModelCard, load_model, read_members, refuse_different
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
 from ptxdist.rundir import SETTINGS, TRAINING_IMAGES, read_training_images
 from ptxdist.scores.counts import CaseCounts
@@ -65,7 +65,8 @@ def evaluate_elsewhere(
     loaded = [load_model(model) for model in models]
     cards = [card for card, _ in loaded]
     card = cards[0]
-    _refuse_different(cards)
+    refuse_different(cards, RunError)
+    _refuse_other_sizes(cards)
     device = device or choose_device("auto")
     cache = local_cache(data, [card.size_px], data=DataSettings(cache=str(data)))
     catalog = read_catalog(cache)
@@ -125,19 +126,12 @@ def evaluate_elsewhere(
     )
 
 
-def _refuse_different(cards: Sequence[ModelCard]) -> None:
-    refuse_other_findings(cards, RunError)
-    first = cards[0]
+def _refuse_other_sizes(cards: Sequence[ModelCard]) -> None:
     for card in cards[1:]:
-        if card.size_px != first.size_px:
+        if card.size_px != cards[0].size_px:
             raise RunError(
-                f"{card.name} has {card.size_px} pixels and {first.name} {first.size_px}; models are evaluated "
+                f"{card.name} has {card.size_px} pixels and {cards[0].name} {cards[0].size_px}; models are evaluated "
                 "together at one size"
-            )
-        if card.pipeline.model.image_head != first.pipeline.model.image_head:
-            raise RunError(
-                f"of {first.name} and {card.name} only one has an image head, so their scores differ in meaning; "
-                "evaluate models with the same model.image_head together"
             )
 
 

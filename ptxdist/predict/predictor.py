@@ -31,7 +31,7 @@ from ptxdist.dicom.spacing import Spacing
 from ptxdist.dicom.tags import Tags
 from ptxdist.errors import CheckpointError, DicomError
 from ptxdist.executor import ahead
-from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_other_findings
+from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_different
 from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.scores.working import calibrated
 from ptxdist.train.device import Device, autocast, choose_device, choose_precision
@@ -107,12 +107,7 @@ class Predictor:
     ) -> None:
         self.cards, self.device = tuple(cards), device
         self.image_head = self.cards[0].pipeline.model.image_head
-        if others := [card.name for card in self.cards if card.pipeline.model.image_head != self.image_head]:
-            raise CheckpointError(
-                f"of {self.cards[0].name} and {others[0]} only one has an image head, so their scores differ in "
-                "meaning; use models with the same model.image_head together"
-            )
-        refuse_other_findings(self.cards, CheckpointError)
+        refuse_different(self.cards, CheckpointError)
         self.models = tuple(model.to(device).to(memory_format=torch.channels_last).eval() for model in models)
         self.operating_point = operating_point or self.cards[0].operating_point
         self.flip_averaging = self.cards[0].flip_averaging
