@@ -24,24 +24,25 @@ PLATEAU = 0.005  # points of the surface this close to the best are equally good
 _MARKED_POINTS = 40  # with more points in a line, marks would hide it
 
 
-def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> list[Chart]:
+def learning_curves(result: PipelineResult) -> list[Chart]:
     """Loss, Dice and learning rate over the epochs of all stages in turn; [] without epochs."""
-    place, places = 0, list[float]()  # of an epoch on the x axis; averaged weights have none of their own
-    for item in metrics:
-        place += not item.averaged
-        places.append(place + 0.5 * item.averaged)
+    place, parts, rules = 0, list[list[tuple[float, EpochMetrics]]](), list[tuple[float, str]]()
+    for stage in result.stages:
+        rules.append((place + 0.5, f"stage {stage.stage}: {stage.size_px} pixels"))
+        parts.append([])
+        for item in stage.history:
+            place += not item.averaged  # averaged weights are behind the last epoch
+            parts[-1].append((place + 0.5 * item.averaged, item))
     if not place:
         return []
-    stages = [[*part] for _, part in groupby(zip(places, metrics, strict=True), key=lambda point: point[1].stage)]
     x = linear_axis("epoch, all stages", 0.5, place + 0.5, whole=True)
-    sizes = {stage.stage: stage.size_px for stage in result.stages}
-    rules = [(part[0][0] - 0.5, f"stage {part[0][1].stage}: {sizes[part[0][1].stage]} pixels") for part in stages]
 
     def series(name: str, style: int, value: Callable[[EpochMetrics], float | None]) -> Series:
-        parts = (((at, found) for at, item in part if (found := value(item)) is not None) for part in stages)
-        return Series(name, style, tuple(map(tuple, parts)), marks=place <= _MARKED_POINTS)
+        known = (((at, found) for at, item in part if (found := value(item)) is not None) for part in parts)
+        return Series(name, style, tuple(map(tuple, known)), marks=place <= _MARKED_POINTS)
 
-    best = [point for part in stages for point in part if point[1] in [stage.best for stage in result.stages]]
+    bests = [stage.best for stage in result.stages]
+    best = [(at, item) for part in parts for at, item in part if item in bests]
     loss = (
         series("training", 1, lambda item: item.train_loss),
         series("validation", 2, lambda item: item.val_loss),
@@ -51,7 +52,7 @@ def learning_curves(result: PipelineResult, metrics: Sequence[EpochMetrics]) -> 
         for style, score in enumerate(DICES, start=1)
     ]
     rate = (series("learning rate", 1, lambda item: item.learning_rate if item.learning_rate > 0 else None),)
-    nothing = metrics[-1].at_full.all_empty_dice
+    nothing = bests[-1].at_full.all_empty_dice
     rates = [point[1] for part in rate[0].parts for point in part]
     return [
         _curves("Loss per case", x, _loss_axis(loss), loss, rules, ring=[

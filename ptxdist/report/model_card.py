@@ -6,13 +6,12 @@ for model reporting".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.summary import percent, share, split_doubts
 from ptxdist.config import Settings, StageSettings
-from ptxdist.records import SYNTHETIC, Origin, ParentModel, PipelineResult, StageResult
+from ptxdist.records import SYNTHETIC, Environment, Origin, ParentModel, PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
 from ptxdist.train import augment, encoders, losses
@@ -28,7 +27,7 @@ def model_card(
     settings: Settings,
     result: PipelineResult,
     catalog: Catalog,
-    environment: Mapping[str, Any],
+    environment: Environment,
     origin: Origin | None = None,
 ) -> tuple[Facts, ...]:
     """A list of sentences for each heading; `origin` is None for runs of older versions."""
@@ -102,12 +101,12 @@ def _seen(parent: ParentModel | None) -> Iterator[str]:
 
 
 def _model(
-    settings: Settings, result: PipelineResult, environment: Mapping[str, Any], parent: ParentModel | None
+    settings: Settings, result: PipelineResult, environment: Environment, parent: ParentModel | None
 ) -> tuple[str, ...]:
     model, last = settings.pipeline.model, result.stages[-1]
     weights = encoders.start_in_words(model)
     mapping = "repeated over" if model.input_mapping == "repeat" else "mapped by a learned 1x1 convolution to"
-    packages = environment.get("packages", {})
+    packages = environment.packages
     versions = ", ".join(f"{name} {packages[name]}" for name in ("ptxdist", "torch") if name in packages)
     sentences = [
         f"U-Net: {encoders.chosen(model).words} encoder{'' if parent else f', started from {weights}'}; decoder of "
@@ -119,8 +118,8 @@ def _model(
         f"Weights: sha256 {last.weights_sha256}.",
     ]
     if versions:
-        commit = environment.get("commit")
-        sentences.append(f"Made with {versions}" + (f", commit {str(commit)[:12]}." if commit else "."))
+        commit = f", commit {environment.commit[:12]}" if environment.commit else ""
+        sentences.append(f"Made with {versions}{commit}.")
     if settings.pipeline.source:
         sentences.append(f"Recipe: {settings.pipeline.source}.")
     return tuple(sentences)

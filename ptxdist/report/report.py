@@ -61,11 +61,10 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
         catalog = hold_out(catalog, fold, read_pairs(cache))
     if (run / EVALUATION / RESULT).is_file() and read_evaluation(run / EVALUATION) != result.evaluation:
         raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
-    environment = read_environment(run).model_dump()
-    metrics = [epoch for stage in result.stages for epoch in stage.history]
+    environment, origin = read_environment(run), read_origin(run)
 
     def chosen(rows: Sequence[CaseRow], galleries: Sequence[Gallery]) -> Iterable[Section]:
-        return sections(RunData(settings, result, metrics, environment, catalog, rows, galleries, read_origin(run)))
+        return sections(RunData(settings, result, environment, catalog, rows, galleries, origin))
 
     about = Page(settings.pipeline.name, catalog.finding.name, settings.pipeline.purpose, (), _FOOT.format("run"))
     return _write(run, about, result.evaluation, catalog, _sharpest_store(cache, size_px), chosen)

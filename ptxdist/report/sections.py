@@ -5,15 +5,14 @@ To add a chart, write a function in `figures` that returns it and add a line to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.config import Settings
-from ptxdist.records import SYNTHETIC, Elsewhere, EpochMetrics, EvaluationResult, Origin, PipelineResult, Subgroup
+from ptxdist.records import SYNTHETIC, Elsewhere, Environment, EvaluationResult, Origin, PipelineResult, Subgroup
 from ptxdist.report import figures, tables
 from ptxdist.report.data_card import UNKNOWN_PATIENTS, data_card
 from ptxdist.report.gallery import ERRORS
@@ -35,8 +34,7 @@ class RunData:
 
     settings: Settings
     result: PipelineResult
-    metrics: Sequence[EpochMetrics]
-    environment: Mapping[str, Any]
+    environment: Environment
     catalog: Catalog
     rows: Sequence[CaseRow]
     galleries: Sequence[Gallery]
@@ -55,7 +53,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
             (
                 *_learning(run),
                 tables.stage_table(result),
-                *figures.learning_curves(result, run.metrics),
+                *figures.learning_curves(result),
             ),
         ),
         Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
