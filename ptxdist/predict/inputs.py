@@ -29,15 +29,19 @@ _ENCRYPTED = 0x1
 
 @dataclass(frozen=True)
 class Input:
-    """A file, or with a `member` a file inside the zip file at `path`; `shown` is its name in rejects.csv.
+    """A file, or with a `member` a file inside the zip file at `path`.
 
     `number` is the member's place in the zip file, where several may have one name.
     """
 
     path: str
-    member: str
-    shown: str
+    member: str = ""
     number: int = 0
+
+    @property
+    def shown(self) -> str:
+        """Its name in rejects.csv."""
+        return f"{self.path}:{self.member}" if self.member else self.path
 
     @property
     def name(self) -> str:
@@ -78,11 +82,11 @@ def find_inputs(paths: Sequence[Path], skip: Sequence[Path] = ()) -> list[Input]
     for path in paths:
         if path.is_dir():
             names, others = find_files(path, skip)
-            inputs = [Input(str(path / name), "", str(path / name)) for name in names]
+            inputs = [Input(str(path / name)) for name in names]
         elif path.is_file() and zipfile.is_zipfile(path):
             inputs, others = _images_in_zip(path)
         elif path.exists():
-            inputs, others = [Input(str(path), "", str(path))], None
+            inputs, others = [Input(str(path))], None
         else:
             raise CatalogError(f"nothing at {path}: give DICOM files, folders or zip files")
         if others is not None:
@@ -153,7 +157,7 @@ def _images_in_zip(path: Path) -> tuple[list[Input], int]:
         return None if _open(str(path)).infolist()[number].file_size else b""
 
     names, _ = choose_images(members, start_of)
-    inputs = [Input(str(path), name, f"{path}:{name}", number) for name in names for number in members[name]]
+    inputs = [Input(str(path), name, number) for name in names for number in members[name]]
     return inputs, sum(map(len, members.values())) - len(inputs)
 
 

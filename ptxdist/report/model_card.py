@@ -6,11 +6,11 @@ for model reporting".
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.summary import percent, share, split_doubts
-from ptxdist.config import Settings, StageSettings
+from ptxdist.config import Settings
 from ptxdist.records import SYNTHETIC, Environment, Origin, ParentModel, PipelineResult, StageResult
 from ptxdist.report.data_card import UNKNOWN_PATIENTS
 from ptxdist.report.page import Facts
@@ -35,7 +35,7 @@ def model_card(
     return (
         Facts(_use(catalog), "Intended use"),
         Facts(_model(settings, result, environment, parent), "Model"),
-        Facts(tuple(_stages(settings, result)), "Training"),
+        Facts(tuple(_stage(stage, settings) for stage in result.stages), "Training"),
         Facts(_training_data(catalog), "Training data"),
         Facts((*_limits(result, catalog), *_seen(parent)), "Limits"),
     )
@@ -125,12 +125,8 @@ def _model(
     return tuple(sentences)
 
 
-def _stages(settings: Settings, result: PipelineResult) -> Iterable[str]:
-    stages, image_head = settings.pipeline.stages, settings.pipeline.model.image_head
-    return (_stage(stage, stages[stage.stage - 1], image_head) for stage in result.stages)
-
-
-def _stage(stage: StageResult, how: StageSettings, image_head: bool) -> str:
+def _stage(stage: StageResult, settings: Settings) -> str:
+    how, image_head = settings.pipeline.stages[stage.stage - 1], settings.pipeline.model.image_head
     parts = [
         f"{stage.epochs} {'epoch' if stage.epochs == 1 else 'epochs'} at {stage.size_px} pixels",
         f"batches of {how.batch_size} over {stage.workers} {'worker' if stage.workers == 1 else 'workers'}",
