@@ -170,7 +170,10 @@ def train(
     >>> [stage.best.epoch for stage in result.stages], 0 <= result.evaluation.scores.kaggle_dice <= 1
     ([1, 1], True)
     """
+    from ptxdist.console.calls import training_shown
     from ptxdist.resolve import load_settings
+    from ptxdist.run import folds
+    from ptxdist.run import pipeline as one
     from ptxdist.train.choices import refuse_unknown
 
     options = {
@@ -184,33 +187,15 @@ def train(
     }
     settings = load_settings(os.fspath(pipeline), site=None if site is None else os.fspath(site), options=options)
     refuse_unknown(settings)
-    return train_settings(
-        settings,
-        Path("runs") / settings.pipeline.name if run is None else _place(run),
-        every_fold=fold == "all",
-        with_ray=workers is not None,
-        on_event=on_event,
-        quiet=quiet,
-    )
-
-
-def train_settings(
-    settings: Settings,
-    run: Path | str,
-    *,
-    every_fold: bool,
-    with_ray: bool,
-    on_event: OnEvent = lambda event: None,
-    quiet: bool = False,
-) -> PipelineResult | EvaluationResult:
-    """Train with these settings, which `train.choices` has checked, as `train` does."""
-    from ptxdist.console.calls import training_shown
-    from ptxdist.run import folds, pipeline
-
-    work: Callable[..., PipelineResult | EvaluationResult] = folds.train_folds if every_fold else pipeline.train
+    work: Callable[..., PipelineResult | EvaluationResult] = folds.train_folds if fold == "all" else one.train
     with training_shown(settings.pipeline.stages, quiet, on_event) as (show, progress):
-        engine = ray_with_log if with_ray else None
-        return work(settings, run, engine=engine, on_event=show, on_progress=progress)
+        return work(
+            settings,
+            Path("runs") / settings.pipeline.name if run is None else _place(run),
+            engine=None if workers is None else ray_with_log,
+            on_event=show,
+            on_progress=progress,
+        )
 
 
 def evaluate(

@@ -84,15 +84,20 @@ def train(
         console.show_json(complete(settings))
         return
 
-    from ptxdist.api import train_settings
+    from ptxdist.api import ray_with_log
     from ptxdist.console.results import show_result
+    from ptxdist.console.training import TrainingDisplay
     from ptxdist.records import PipelineResult
-    from ptxdist.run.folds import OUT_OF_FOLD
+    from ptxdist.run.folds import OUT_OF_FOLD, train_folds
+    from ptxdist.run.pipeline import train as train_run
 
     is_other_rank = without_ray and os.environ.get("RANK", "0") != "0"
     if is_other_rank:  # of torchrun's processes only the first one prints
         console.out.quiet = console.err.quiet = True
-    result = train_settings(settings, run, every_fold=fold == "all", with_ray=not without_ray)
+    work = train_folds if fold == "all" else train_run
+    engine = None if without_ray else ray_with_log
+    with TrainingDisplay(settings.pipeline.stages) as display:
+        result = work(settings, run, engine=engine, on_event=display.show, on_progress=display.progress)
     if is_other_rank:
         return
     if isinstance(result, PipelineResult):
