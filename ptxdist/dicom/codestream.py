@@ -29,7 +29,9 @@ Codes = tuple[tuple[int, int], ...]
 
 _BLOCK_ROWS = 256
 _MOST_ZEROS = 4
+_MOST_HEAD_BYTES = 2**20  # before the first scan
 MAX_TILES = 65535  # what T.800 allows
+MAX_SCANS = 100  # progressive encoders write about six for a component
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def read_jpeg(frame: bytes) -> Stream:
     size: tuple[int, int, int, int, int] | None = None
     tables: dict[int, Codes] = {}
     position, interval = 2, 0
+    head = frame[:_MOST_HEAD_BYTES]
     while True:
-        marker, start, after = _segment(frame, position)
+        marker, start, after = _segment(head, position)
         segment = frame[start:after]
         if marker in _SOF:
             if len(segment) < 6 or size is not None:
@@ -87,6 +90,8 @@ def read_jpeg(frame: bytes) -> Stream:
         raise DicomError("has damaged JPEG data (its size is missing)")
     if not size[0]:
         raise DicomError("has JPEG data that state the number of rows after the image (DNL), which is not supported")
+    if frame.count(b"\xff\xda") > MAX_SCANS:  # each takes the time of an image, whatever its length
+        raise DicomError(f"has damaged JPEG data (more than {MAX_SCANS} scans)")
     end = frame.rfind(b"\xff\xd9", after)
     if end < 0:
         raise DicomError("has JPEG data that are cut off (the end mark is missing)")
@@ -167,12 +172,12 @@ def lossless_is_whole(frame: bytes, stream: Stream, pixels: npt.NDArray[np.unsig
     A flipped bit in the code of a value nearly always changes how many bits follow. A flip in the bits after a code is
     not detected: it alters a value and leaves all lengths as they are.
     """
-    parts = _parts(frame, stream)
     interval = stream.interval or stream.rows * stream.columns
     if interval % stream.columns:
         return True  # T.81 does not allow it; not checked
-    taken = _bits(stream, pixels, interval // stream.columns)
-    bits = np.add.reduceat(taken, np.arange(0, pixels.size, interval), dtype=np.int64)
+    parts = _parts(frame, stream, -(-stream.rows * stream.columns // interval))
+    restart_rows = interval // stream.columns
+    bits = np.add.reduceat(_bits(stream, pixels, restart_rows), np.arange(0, stream.rows, restart_rows))
     return all(map(_filled, parts, bits.tolist())) and len(parts) == len(bits)
 
 
@@ -180,7 +185,7 @@ def sequential_is_whole(frame: bytes, stream: Stream) -> bool:
     """Whether a sequential JPEG stream of one component contains all its blocks and nothing else (T.81 F.2.2)."""
     blocks = -(-stream.rows // 8) * -(-stream.columns // 8)
     interval = stream.interval or blocks
-    parts = _parts(frame, stream)
+    parts = _parts(frame, stream, -(-blocks // interval))
     dc, ac = _by_bits(stream.dc), _by_bits(stream.ac)
     for number, part in enumerate(parts):
         bits = _bits_of_blocks(part, max(0, min(interval, blocks - number * interval)), dc, ac)
@@ -223,9 +228,9 @@ def _bits_of_blocks(part: bytes, blocks: int, dc: list[int], ac: list[int]) -> i
     return position if position <= end else None
 
 
-def _parts(frame: bytes, stream: Stream) -> list[bytes]:
-    """The entropy-coded data, split at the restart markers."""
-    return re.split(rb"\xff+[\xd0-\xd7]", frame[stream.scan : stream.end].rstrip(b"\xff"))
+def _parts(frame: bytes, stream: Stream, most: int) -> list[bytes]:
+    """The entropy-coded data, split at the restart markers; one more than `most` where there are more."""
+    return re.split(rb"\xff+[\xd0-\xd7]", frame[stream.scan : stream.end].rstrip(b"\xff"), maxsplit=most)
 
 
 def _filled(part: bytes, bits: int) -> bool:
@@ -246,21 +251,22 @@ def _filled(part: bytes, bits: int) -> bool:
     return bool(rest) and rest[0] & ones in (0, ones)
 
 
-def _bits(stream: Stream, pixels: npt.NDArray[np.unsignedinteger], restart_rows: int) -> npt.NDArray[np.uint8]:
-    """Number of bits that each value takes, uint8 (rows * columns,)."""
+def _bits(stream: Stream, pixels: npt.NDArray[np.unsignedinteger], restart_rows: int) -> npt.NDArray[np.int64]:
+    """Number of bits that the values of each row take, (rows,)."""
     difference = np.arange(0x10000, dtype=np.uint16).view(np.int16).astype(np.int32)
     category = np.frexp(np.abs(difference))[1]  # bits of the absolute difference; 16 means 32768, without further bits
     lengths = {symbol: length for length, symbol in stream.dc}
     code = np.array([lengths.get(symbol, 0) for symbol in range(17)], np.uint8)
     bits_of = (code[category] + np.where(category == 16, 0, category)).astype(np.uint8)
-    taken = np.empty(pixels.shape, np.uint8)
+    taken = np.empty(stream.rows, np.int64)
     mask = (1 << stream.bits) - 1
     for start in range(0, stream.rows, _BLOCK_ROWS):
         first = max(start - 1, 0)
         block = pixels[first : start + _BLOCK_ROWS].astype(np.int32) & mask
         expected = _predicted(block, first, stream, restart_rows)
-        taken[start : start + _BLOCK_ROWS] = bits_of[((block - expected) & 0xFFFF)[start - first :]]
-    return taken.reshape(-1)
+        bits = bits_of[((block - expected) & 0xFFFF)[start - first :]]
+        taken[start : start + _BLOCK_ROWS] = bits.sum(1, dtype=np.int64)
+    return taken
 
 
 def _predicted(block: npt.NDArray[np.int32], first: int, stream: Stream, restart_rows: int) -> npt.NDArray[np.int32]:

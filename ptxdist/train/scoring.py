@@ -31,6 +31,7 @@ from ptxdist.train.losses import Loss
 from ptxdist.train.unet import Output, heads
 
 _PX_AT_ONCE = 2**24  # of the blocks in the network at the same time: eight of 512 pixels, about 6 GB
+_BLOCK_ROWS = 1024
 _TOP_SHARE = 256  # one in so many pixels is among the highest ones, which are part of a case's score
 
 
@@ -88,8 +89,8 @@ def score_cases(
             needed = case.masks and (histograms or any(bool(mask.any()) for mask in masks))
             area = _decode(case).to(full.device) if needed else None
             for number, mask in enumerate(masks):
-                overlap = 0 if area is None else int((mask & area).sum())
-                at_full[number, row] = torch.tensor([overlap, int(mask.sum()), case.area_px])
+                overlap = 0 if area is None else _area(mask & area)
+                at_full[number, row] = torch.tensor([overlap, _area(mask), case.area_px])
             if histograms:
                 levels[row] = _histogram(full, area)
             if on_mask is not None:
@@ -204,7 +205,11 @@ def to_original(probability: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _drop_small(mask: Tensor, min_area_px: int) -> Tensor:
-    return mask if not min_area_px or int(mask.sum()) >= min_area_px else torch.zeros_like(mask)
+    return mask if not min_area_px or _area(mask) >= min_area_px else torch.zeros_like(mask)
+
+
+def _area(mask: Tensor) -> int:
+    return int(torch.count_nonzero(mask))  # `sum` would make eight bytes of each pixel
 
 
 def to_levels(probability: Tensor) -> Tensor:
@@ -223,16 +228,18 @@ def mask_at(probability: Tensor, point: OperatingPoint, score: float) -> Tensor:
 
     `score` is the case's (`case_score`); it matters for a point with an `image` threshold only.
     """
-    # `sum` would make eight bytes of each pixel.
-    if not point.admits(score) or int(torch.count_nonzero(probability >= point.top)) < point.min_area_px:
+    if not point.admits(score) or _area(probability >= point.top) < point.min_area_px:
         return torch.zeros_like(probability, dtype=torch.bool)
     return probability >= point.bottom
 
 
 def _histogram(full: Tensor, area: Tensor | None) -> Tensor:
-    levels = to_levels(full).flatten()
-    inside = levels[:0] if area is None else levels[area.flatten()]
-    return torch.stack([torch.bincount(part, minlength=LEVELS) for part in (levels, inside)]).int().cpu()
+    counts = torch.zeros(2, LEVELS, dtype=torch.int64, device=full.device)
+    for start in range(0, len(full), _BLOCK_ROWS):  # `to_levels` takes 20 bytes for each pixel
+        levels = to_levels(full[start : start + _BLOCK_ROWS]).flatten()
+        inside = levels[:0] if area is None else levels[area[start : start + _BLOCK_ROWS].flatten()]
+        counts += torch.stack([torch.bincount(part, minlength=LEVELS) for part in (levels, inside)])
+    return counts.int().cpu()
 
 
 def _decode(case: Case) -> Tensor:

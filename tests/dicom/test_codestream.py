@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -51,6 +52,9 @@ def test_size_and_depth_of_jpeg_2000_bare_and_in_a_file(file_of, bits: int) -> N
         (lambda f: f.replace(b"\xff\xc3", b"\xff\xe3"), "its size is missing"),
         (lambda f: f.replace(b"\xff\xc4", f[2 : f.index(b"\xff\xc4")] + b"\xff\xc4"), "its size more than once"),
         (lambda f: f.replace(b"\xff\xc4", b"\x00\xc4"), "its header cannot be read"),
+        (lambda f: f[:2] + b"\xff" * 2**20 + f[2:], "its header cannot be read"),
+        (lambda f: f[:2] + (b"\xff\xc4\xff\xff" + bytes(65533)) * 17 + f[2:], "its header cannot be read"),
+        (lambda f: f[:-2] + b"\xff\xda" * 100 + f[-2:], "more than 100 scans"),
     ],
 )
 def test_damaged_markers_are_refused(jpeg_lossless, damage, reason: str) -> None:  # type: ignore[no-untyped-def]
@@ -95,6 +99,12 @@ def test_a_stream_of_another_length_is_not_whole(jpeg_lossless, restart_rows: in
         frame[:-9] + b"\xff\xd0" + frame[-9:],
     ):
         assert not lossless_is_whole(damaged, read_jpeg(damaged), IMAGE)
+    marked = frame[:-2] + b"\xff\xd0" * 10**6 + frame[-2:]
+    tracemalloc.start()
+    assert not lossless_is_whole(marked, read_jpeg(marked), IMAGE)
+    assert not sequential_is_whole(marked, read_jpeg(marked))
+    assert tracemalloc.get_traced_memory()[1] < 6 * len(marked), "they are not collected"
+    tracemalloc.stop()
     other = IMAGE.copy()
     other[7, 7] ^= 128
     assert not lossless_is_whole(frame, stream, other)

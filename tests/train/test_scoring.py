@@ -16,7 +16,8 @@ from ptxdist.cache.render import fit_square, resize
 from ptxdist.cache.store import open_store
 from ptxdist.labels import rle
 from ptxdist.scores.metrics import scores
-from ptxdist.train.scoring import case_score, predict_probability, score_cases, to_original
+from ptxdist.train import scoring
+from ptxdist.train.scoring import _histogram, case_score, predict_probability, score_cases, to_original
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,15 @@ def test_the_score_of_a_case_is_its_highest_pixel_or_with_an_image_head_more() -
     assert case_score(probability, None).tolist() == [1, 0]
     assert case_score(probability, torch.tensor([0.25, 0.5])).tolist() == pytest.approx([(3 * 0.25 + 0.65) / 4, 0.375])
     assert case_score(probability[:0], torch.zeros(0)).shape == case_score(probability[:0], None).shape == (0,)
+
+
+def test_levels_are_counted_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    full, area = torch.rand(50, 30), torch.rand(50, 30) < 0.2
+    whole = _histogram(full, area)
+    monkeypatch.setattr(scoring, "_BLOCK_ROWS", 7)
+    assert torch.equal(_histogram(full, area), whole)
+    assert torch.equal(whole.sum(1), torch.tensor([1500, int(area.sum())]))
+    assert torch.equal(_histogram(full, None), torch.stack([whole[0], torch.zeros_like(whole[0])]))
 
 
 def test_no_cases_give_empty_counts(cache: Path) -> None:
