@@ -29,8 +29,11 @@ Codes = tuple[tuple[int, int], ...]
 
 _BLOCK_ROWS = 256
 _MOST_ZEROS = 4
+# Start of a tile and of its data; bytes of a coding style, and of a component's, before its levels.
+_SOT, _SOD, _SKIPPED = b"\xff\x90", b"\xff\x93", {b"\xff\x52": 5, b"\xff\x53": 2}
 _MOST_HEAD_BYTES = 2**20  # before the first scan
 MAX_TILES = 65535  # what T.800 allows
+MAX_BLOCKS = 400_000  # the decoder takes up to a kB for each; 64 million pixels have 22,000 of the usual size
 MAX_SCANS = 100  # progressive encoders write about six for a component
 
 
@@ -40,8 +43,9 @@ class Stream:
 
     `process` is the frame marker (0 for JPEG 2000). `tiles` is the number of tiles of JPEG 2000, and `signed` says
     whether its values have a sign; other streams do not say so. `scan` and `end` are the byte range of the
-    entropy-coded data, `dc` and `ac` the Huffman codes (length, symbol) in their order, `shift` is the point transform
-    (number of lowest bits left out), `interval` the restart interval in pixels or blocks, or 0.
+    entropy-coded data; of JPEG 2000, `scan` is the start of the stream. `dc` and `ac` are the Huffman codes (length,
+    symbol) in their order, `shift` is the point transform (number of lowest bits left out), `interval` the restart
+    interval in pixels or blocks, or 0.
     """
 
     rows: int
@@ -161,9 +165,56 @@ def read_jpeg_2000(frame: bytes) -> Stream:
         raise DicomError("has damaged JPEG 2000 data (its size is invalid)")
     if frame.find(b"\xff\xd9", start) < 0:
         raise DicomError("has JPEG 2000 data that are cut off (the end mark is missing)")
+    width, height = min(right - left, tile_width), min(bottom - top, tile_height)
+    for style in _coding_styles(frame, start + 2):
+        if _code_blocks(width, height, style) > MAX_BLOCKS:
+            raise DicomError(f"has JPEG 2000 data of more than {MAX_BLOCKS:,} code blocks, which take too much memory")
     tiles = -(-right // tile_width) * -(-bottom // tile_height)
     components, bits, signed = int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, size[34] > 127
-    return Stream(bottom - top, right - left, components, bits, tiles=tiles, signed=signed)
+    return Stream(bottom - top, right - left, components, bits, tiles=tiles, signed=signed, scan=start)
+
+
+def _coding_styles(frame: bytes, position: int) -> list[bytes]:
+    """Levels, sizes of code blocks and of precincts of the main header and of those of the tiles (T.800 A.6.1, A.6.2).
+
+    Raises DicomError when a header cannot be read.
+    """
+    found: list[bytes] = []
+    for _ in range(MAX_TILES):
+        begin, size = position, 0
+        while (marker := frame[position : position + 2]) not in (_SOD, b"\xff\xd9"):
+            length = int.from_bytes(frame[position + 2 : position + 4], "big")
+            if marker[:1] != b"\xff" or length < 2 or position + 2 + length > len(frame):
+                raise DicomError("has damaged JPEG 2000 data (its header cannot be read)")
+            segment = frame[position + 4 : position + 2 + length]
+            if marker == _SOT:
+                begin, size = position, int.from_bytes(segment[2:6], "big")
+            elif marker in _SKIPPED:
+                found.append(segment[_SKIPPED[marker] :])
+            position += 2 + length
+        position = begin + size
+        if not size or frame[position : position + 2] != _SOT:
+            break
+    return found
+
+
+def _code_blocks(width: int, height: int, style: bytes) -> int:
+    """Number of code blocks of a tile, of one component (T.800 B.6 and B.7)."""
+    total = 0
+    levels = style[0] if style else 0
+    for level in range(levels + 1):
+        precinct = style[5 + level] if len(style) > 5 + level else 0xFF
+        bands, below = (1, levels) if level == 0 else (3, levels - level + 1)
+        across, down = (
+            _halved(_halved(size, below), max(0, min(block + 2, most - (level > 0))))
+            for size, block, most in ((width, style[1] & 15, precinct & 15), (height, style[2] & 15, precinct >> 4))
+        )
+        total += bands * across * down
+    return total
+
+
+def _halved(size: int, times: int) -> int:
+    return -(-size >> times)
 
 
 def lossless_is_whole(frame: bytes, stream: Stream, pixels: npt.NDArray[np.unsignedinteger]) -> bool:

@@ -113,7 +113,8 @@ def _compressed(file: Tags, rows: int, columns: int) -> Stored:
     frame = file.frame()
     if file.syntax == syntax.RLE:
         # pydicom unpacks all runs before it counts; a valid stream is at most twice as long as its content.
-        if len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64:
+        too_long = len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64
+        if too_long or not all(_unpacks_to(part, rows * columns + 1) for part in _rle_segments(frame.rstrip(b"\0"))):
             raise DicomError("has more run-length data than its size allows")
         return _run_lengths(file, frame, rows, columns)
     stream = codestream.read_jpeg_2000(frame) if file.syntax in syntax.JPEG_2000 else codestream.read_jpeg(frame)
@@ -141,13 +142,31 @@ def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
     return _words(file, encapsulate([frame], has_bot=False), rows, columns)
 
 
+def _rle_segments(frame: bytes) -> list[bytes]:
+    """The segments of an RLE image (PS3.5 G.3.1), at most two: pydicom refuses more than an image of 16 bits has."""
+    starts = [int.from_bytes(frame[4 * i : 4 * i + 4], "little") for i in range(1, 1 + min(2, frame[0]))]
+    return [frame[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _unpacks_to(segment: bytes, most: int) -> bool:
+    """Whether the runs of an RLE segment have at most so many bytes (PS3.5 G.3.2)."""
+    position, total = 0, 0
+    while position < len(segment) and total <= most:
+        head = segment[position]
+        if head < 128:
+            total, position = total + head + 1, position + head + 2
+        else:
+            total, position = total + (257 - head) * (head > 128), position + 1 + (head > 128)
+    return total <= most
+
+
 def _decoded(file: Tags, frame: bytes, stream: Stream, rows: int, columns: int) -> Stored:
     """Stored values of a compressed image that has been checked; each decoder raises errors of its own."""
     if file.syntax == syntax.BASELINE:
         # strict: what libjpeg only warns about (too few or too many bytes, unknown codes) is an error.
         pixels = simplejpeg.decode_jpeg(frame, colorspace="GRAY", strict=True)[:, :, 0]
         return _as_stated(np.asarray(pixels.view(np.int8) if file.whole(tags.SIGNED, 0) == 1 else pixels), stream, file)
-    words = _by_imagecodecs(file, frame)
+    words = _by_imagecodecs(file, frame[stream.scan :] if file.syntax in syntax.JPEG_2000 else frame)
     if words.shape != (rows, columns):
         raise DicomError("has damaged pixel data (they decode to another size)")
     whole = True

@@ -29,6 +29,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Anything above is rejected before it is decoded. A film digitised at 50 um has 7,112 x 8,636 pixels. The side bounds
 # the square that an image is padded to, which its product does not.
 MAX_PIXELS, MAX_SIDE = 64 * 1024 * 1024, 10_000
+MAX_CHUNKS = 100_000  # with those of 8 kB, which most encoders write, far more than the largest image has
 # cv2 is a fifth faster, but prints what it finds wrong to standard error.
 DECODER = f"pillow {PIL.__version__}"
 _GRAY, _COLOUR = 0, 2
@@ -145,8 +146,11 @@ def refuse_not_square(name: str, height: float, width: float) -> None:
 
 
 def _check_chunks(content: bytes, mask: bool) -> None:
-    position = len(SIGNATURE)
+    position, chunks = len(SIGNATURE), 0
     while position + 12 <= len(content):
+        chunks += 1
+        if chunks > MAX_CHUNKS:
+            raise DicomError(f"is a PNG of more than {MAX_CHUNKS:,} chunks")
         length = int.from_bytes(content[position : position + 4], "big")
         name = content[position + 4 : position + 8]
         if length > len(content) - position - 12:

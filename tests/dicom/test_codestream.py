@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from pydicom import uid
 from ptxdist.dicom import codestream
 from ptxdist.dicom.codestream import lossless_is_whole, read_jpeg, read_jpeg_2000, sequential_is_whole
 from ptxdist.dicom.parsing import read_tags
+from ptxdist.dicom.radiograph import read_radiograph
 from ptxdist.errors import DicomError
 
 NOISE = np.random.default_rng(0).integers(0, 9, (36, 41))
@@ -73,6 +75,45 @@ def test_damaged_jpeg_2000_is_refused(file_of) -> None:  # type: ignore[no-untyp
     ):
         with pytest.raises(DicomError, match=reason):
             read_jpeg_2000(damaged)
+
+
+@pytest.mark.parametrize("in_tile", [False, True])
+def test_code_blocks_of_jpeg_2000_are_bounded(file_of, in_tile: bool) -> None:  # type: ignore[no-untyped-def]
+    """A kB of a stream of small precincts or code blocks made the decoder take 14 GB."""
+    frame = read_tags(file_of(IMAGE, uid.JPEG2000Lossless), pixels=True).frame()
+    frame = frame[:8] + struct.pack(">LLLLLL", 8000, 8000, 0, 0, 8000, 8000) + frame[32:]
+    at = frame.index(b"\xff\x52")
+    segment, rest = frame[at : at + 14], frame[at + 14 :]
+    for levels, block, precincts, count in (
+        (5, 4, b"", 21_000),
+        (0, 0, b"", 4_000_000),
+        (5, 0, b"", 4_000_000),
+        (5, 4, b"\x11" * 6, 48_000_000),
+        (5, 4, b"\x44" * 6, 750_000),
+        (0, 4, b"\0", 64_000_000),
+    ):
+        style = segment[:4] + bytes([bool(precincts)]) + segment[5:9] + bytes([levels, block, block]) + segment[12:]
+        style = style[:2] + (12 + len(precincts)).to_bytes(2, "big") + style[4:] + precincts
+        tile = rest.index(b"\xff\x90") + 12
+        made = frame[:at] + (segment + rest[:tile] + style + rest[tile:] if in_tile else style + rest)
+        styles = codestream._coding_styles(made, 2)
+        assert len(styles) == 1 + in_tile
+        assert codestream._code_blocks(8000, 8000, styles[-1]) == pytest.approx(count, rel=0.4)
+        if count < codestream.MAX_BLOCKS:
+            assert read_jpeg_2000(made).rows == 8000
+        else:
+            with pytest.raises(DicomError, match="more than 400,000 code blocks"):
+                read_jpeg_2000(made)
+
+
+def test_the_stream_that_was_checked_is_the_one_that_is_decoded(file_of) -> None:  # type: ignore[no-untyped-def]
+    """Whatever is before it: a JP2 file may have another stream, or a palette of 255 channels."""
+    first, second = (
+        read_tags(file_of(pixels, uid.JPEG2000Lossless), pixels=True).frame() for pixels in (IMAGE, -IMAGE)
+    )
+    box = b"\0\0\0\x0cjP  \r\n\x87\n" + struct.pack(">L", 8 + len(first)) + b"free" + first
+    boxed = box + struct.pack(">L", 8 + len(second)) + b"jp2c" + second
+    assert np.array_equal(read_radiograph(file_of(IMAGE, uid.JPEG2000Lossless, frame=boxed)).pixels, IMAGE)
 
 
 @given(

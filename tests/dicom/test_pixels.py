@@ -29,6 +29,7 @@ from ptxdist.errors import DicomError
 RANDOM = np.random.default_rng(5)
 # Smooth with noise, as radiographs are; odd numbers of rows and columns.
 SMOOTH = np.add.outer(np.arange(45) * 3, np.arange(63)) + RANDOM.integers(0, 9, (45, 63))
+RLE = b"\1\0\0\0\x40" + bytes(59)  # header of one segment
 EIGHT, TWELVE = SMOOTH.astype(np.uint8), (SMOOTH * 19).astype(np.uint16)
 BLOCKS = RANDOM.integers(0, 4096, (6, 9)).astype(np.uint16).repeat(8, 0).repeat(8, 1)
 JPEG_FAMILY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEGLosslessSV1, uid.JPEGLSLossless)
@@ -322,6 +323,8 @@ def test_what_contradicts_the_header_is_refused(file_of, jpeg_lossless) -> None:
         (file_of(EIGHT, uid.JPEGBaseline8Bit, frame=b"\0" * 90), "no JPEG stream"),
         (file_of(EIGHT, uid.JPEGLossless, frame=jpeg_lossless(TWELVE, 12)), "12 bits per pixel, but at most 8 are"),
         (file_of(EIGHT, uid.RLELossless, frame=b"\1\0\0\0\x40" + b"\x81\0" * 9000), "more run-length data than"),
+        (file_of(EIGHT, uid.RLELossless, frame=RLE + b"\x81\0" * 2000), "more run-length data than"),
+        (file_of(EIGHT, uid.RLELossless, frame=RLE + b"\x80" * 1900), "cannot be decoded"),
         (file_of(EIGHT, uid.ExplicitVRLittleEndian, Rows=44), "has 2,836 bytes of pixel data, but 63x44 pixels take"),
         (file_of(EIGHT, uid.ExplicitVRLittleEndian, Rows=46), "is cut off: it has 2,836 of 2,898 bytes"),
         (native, "pixel data are compressed, its transfer"),

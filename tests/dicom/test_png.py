@@ -125,6 +125,7 @@ def test_bombs_are_refused_by_their_first_chunk() -> None:
             with_size(content, columns, rows), f"claims {columns}x{rows} pixels; at most 67,108,864 are accepted, and"
         )
     refused(with_size(content, 0, 5), "it has no size")
+    refused(content[:33] + chunk(b"abCd", b"") * png.MAX_CHUNKS + content[33:], "is a PNG of more than 100,000 chunks")
     assert time.process_time() - begin < 0.5
 
 
