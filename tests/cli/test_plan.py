@@ -24,7 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "this_machine", lambda: Machine(2, 8.0, (), False, ()))
     monkeypatch.setitem(encoders.ENCODERS, "resnet18", TINY)
     monkeypatch.setattr(advice, "_FIRST_EPOCHS", (1, 2))
-    monkeypatch.setattr(advice, "_PHANTOMS", 64)
+    monkeypatch.setattr(advice, "_PHANTOMS", 16)
 
 
 def plan(*arguments: object) -> Result:

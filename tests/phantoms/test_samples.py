@@ -6,10 +6,13 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 
+from ptxdist.cache import store as stores
 from ptxdist.cache.catalog import Case, read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.labels import rle
+from ptxdist.phantoms import samples as phantom_samples
 from ptxdist.phantoms.samples import draw_samples, is_positive
 
 WIDE, TALL = (512, 1024), (2048, 1024)
@@ -48,18 +51,20 @@ def test_masks_are_those_of_the_positive_cases_in_turn_in_the_geometry_of_the_ca
         assert np.abs(np.subtract(box, (x, y, width, height))).max() <= 1
 
 
-def test_phantoms_depend_on_seed_and_position_only_and_show_the_pneumothorax() -> None:
+def test_phantoms_depend_on_seed_and_position_only_and_show_the_pneumothorax(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (phantom_samples, stores):
+        monkeypatch.setattr(module, "SHARD_CASES", 32)
     cases = [case((1024, 1024), 150), case((1024, 1024), 700, "b")]
     seen: list[tuple[int, int]] = []
-    one = draw_samples(cases, 140, 32, seed=5, on_image=lambda done, total: seen.append((done, total)))
-    more = draw_samples(cases, 141, 32, seed=5, threads=4)
+    one = draw_samples(cases, 44, 32, seed=5, on_image=lambda done, total: seen.append((done, total)))
+    more = draw_samples(cases, 45, 32, seed=5, threads=4)
     other = draw_samples(cases, 2, 32, seed=6)
-    assert seen == [(done, 140) for done in range(1, 141)]
-    assert [len(shard) for shard in one.images] == [128, 12]
-    for position in (0, 1, 127, 128, 139):
+    assert seen == [(done, 44) for done in range(1, 45)]
+    assert [len(shard) for shard in one.images] == [32, 12]
+    for position in (0, 1, 31, 32, 43):
         for left, right in zip(one.sample(position), more.sample(position), strict=True):
             assert np.array_equal(left, right)
     assert not np.array_equal(one.sample(0)[0], other.sample(0)[0])
-    image, mask = (np.stack([one.sample(position)[kind] for position in range(0, 140, 4)]) for kind in (0, 1))
-    without = np.stack([one.sample(position)[0] for position in range(1, 140, 4)])
+    image, mask = (np.stack([one.sample(position)[kind] for position in range(0, 44, 4)]) for kind in (0, 1))
+    without = np.stack([one.sample(position)[0] for position in range(1, 44, 4)])
     assert image[mask > 200].mean() < without[mask > 200].mean() - 10  # air is dark
