@@ -21,6 +21,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ignored: set[signal.Signals] = set()
 _first: list[int] = []  # the number of the first signal, when one has arrived
 _installed = False
+_deferring = False
 _said = SENTENCE
 
 
@@ -69,6 +70,22 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Let the block end before a signal that arrives in it is handled: starting and ending Ray must not stop halfway.
+
+    Half started, Ray leaves processes behind, or the end of the interpreter crashes.
+    """
+    global _deferring
+    _deferring, before = True, len(_first)
+    try:
+        yield
+    finally:
+        _deferring = False
+        if len(_first) > before:
+            raise Interrupted(_first[0])
+
+
 def installed() -> bool:
     """Whether this process handles the signals by `install`."""
     return _installed
@@ -92,7 +109,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     limit = threading.Timer(GRACE_S, _end, (number,))
     limit.daemon = True
     limit.start()
-    raise Interrupted(number)
+    if not _deferring:
+        raise Interrupted(number)
 
 
 def _end(number: int) -> None:

@@ -52,6 +52,27 @@ finally:
     assert (code, err) == (143, SENTENCE + "\n")
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_must_not_stop_halfway_ends_first(number: signal.Signals) -> None:
+    """A block that is deferred ends before its signal is handled; blocks after it, in the clean-up, change nothing."""
+    code, out, err = outcome(f"""
+try:
+    try:
+        with interrupts.deferred():
+            os.kill(os.getpid(), {number:d})
+            time.sleep(0.05)
+            print("started")
+        print("never")
+    finally:
+        with interrupts.deferred():
+            os.kill(os.getpid(), 15)
+            print("ended")
+except KeyboardInterrupt as error:
+    sys.exit(error.exit_code)
+""")
+    assert (code, out, err) == (128 + number, "started\nended\n", "")
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     """As by nohup; the program is started once more, since `install` looks at what it finds."""
     code, out, err = outcome("""

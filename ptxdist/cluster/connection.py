@@ -35,32 +35,13 @@ def connection(address: str | None, *, cpus: int | None = None) -> Iterator[None
     can be reached.
     """
     try:
-        if address is None:
-            with _signals_stay_ours():
-                _start_local(cpus)
-        else:
-            _prepare_for(address)
-            import ray
-
-            with _signals_stay_ours():
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    except (OSError, RuntimeError, ValueError, ConnectionError) as error:
-        if "version mismatch" in str(error).lower():
-            raise ClusterError(
-                f"the cluster at {address} and this machine have different versions: {' '.join(str(error).split())}; "
-                "install the same ones, or use `ptxdist submit`, which runs the command on the cluster"
-            ) from error
-        if address is None:
-            raise ClusterError(f"Ray could not be started on this machine: {reason(error)}") from error
-        raise ClusterError(
-            f"no Ray cluster can be reached at {address}: {reason(error)}; if it requires a token, {GIVE_TOKEN}"
-        ) from error
-    import ray
-
-    try:
+        with interrupts.deferred():
+            _connect(address, cpus)
         yield
     finally:
-        ray.shutdown()
+        with interrupts.deferred():
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()
 
 
 @contextmanager
@@ -102,6 +83,31 @@ def need(workers: int, what: str) -> str:
 def on_cluster() -> str | None:
     """The address of the cluster that this process has to use, which Ray sets in a job; None without a cluster."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def _connect(address: str | None, cpus: int | None) -> None:
+    """Connect to Ray, or start it; as `connection`."""
+    try:
+        if address is None:
+            with _signals_stay_ours():
+                _start_local(cpus)
+        else:
+            _prepare_for(address)
+            import ray
+
+            with _signals_stay_ours():
+                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (OSError, RuntimeError, ValueError, ConnectionError) as error:
+        if "version mismatch" in str(error).lower():
+            raise ClusterError(
+                f"the cluster at {address} and this machine have different versions: {' '.join(str(error).split())}; "
+                "install the same ones, or use `ptxdist submit`, which runs the command on the cluster"
+            ) from error
+        if address is None:
+            raise ClusterError(f"Ray could not be started on this machine: {reason(error)}") from error
+        raise ClusterError(
+            f"no Ray cluster can be reached at {address}: {reason(error)}; if it requires a token, {GIVE_TOKEN}"
+        ) from error
 
 
 @contextmanager
