@@ -29,6 +29,7 @@ _FOR = {  # what else can be done with each
     PREDICTIONS: "a folder of `ptxdist predict`, which `score` takes",
 }
 _MADE_BY = {RUN: "`ptxdist train --run {}` makes a run", CACHE: "make a cache with `ptxdist preprocess … --out {}`"}
+_MADE_BY |= {EVALUATION: "`ptxdist evaluate MODEL --data CACHE --out {}` makes one"}
 _SHOWN = 3
 
 
@@ -78,6 +79,13 @@ def refuse_other(place: Path | str, *wanted: str) -> None:
     missing = "" if kind == "file" else f" (no {CATALOG if wanted == (CACHE,) else SETTINGS})"
     made = "; ".join(_MADE_BY[item].format("OUT") for item in wanted if item in _MADE_BY)
     raise error(f"{place} is a {kind} and not {expected}{missing}; {made}")
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise RunError where the folder for an evaluation holds something else, such as a run or a cache."""
+    kind = kind_of(folder)
+    if kind not in (NOTHING, EVALUATION, RUNS, "folder"):
+        raise RunError(f"{folder} is {in_words(kind)}; give --out a folder of its own for the evaluation")
 
 
 def in_words(kind: str) -> str:

@@ -98,7 +98,8 @@ def test_keys_of_every_json(data: Path) -> None:
     """As in 0.1.0, but the calibration error has no interval.
 
     Added since are the ROC curve and the calibration of an evaluation, what the masks of a cache show, images without
-    a patient, the mark of phantoms, images that are unlike the training images, and settings, which `--dry-run` shows.
+    a patient, the mark of phantoms, images that are unlike the training images or flagged, settings, which `--dry-run`
+    shows, and the point in use of a comparison, with the scores at the stage's threshold.
     """
     added = {
         f"{place}{name}"
@@ -115,7 +116,9 @@ def test_keys_of_every_json(data: Path) -> None:
     }
     for name in ("preprocess", "inspect cache"):
         golden[name] = sorted([*golden[name], "finding", "reconciliation.without_patient", "synthetic"])
-    golden["predict"] = sorted([*golden["predict"], "caution", "page", "unlike"])
+    golden["predict"] = sorted([*golden["predict"], "caution", "flagged", "page", "unlike"])
+    own = [key.replace("scores", "at_threshold") for key in golden["compare"] if key.startswith("runs[].scores.")]
+    golden["compare"] = sorted([*golden["compare"], *own, "runs[].point"])
     for name, place in (("evaluate", ""), ("train", "evaluation."), ("inspect run", "evaluation.")):
         golden[name] = sorted([*golden[name], *(place + key for key in ("platt.intercept", "platt.slope", "roc[][]"))])
     wanted = {**golden, "train --dry-run": sorted({*GOLDEN["json"]["train --dry-run"], *added})}

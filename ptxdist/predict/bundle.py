@@ -170,8 +170,8 @@ def local_point(card: ModelCard, evaluation: EvaluationResult, place: str) -> tu
         raise RunError(f"{place} has no tuned point: it has the images of a single patient")
     scores = evaluation.scores
     return best.point, (
-        f"the {best.kind} tuned on {scores.cases:,} images ({scores.positives:,} positive) of other data, whose "
-        f"cross-fitted Kaggle Dice is {best.estimate.kaggle_dice:.4f}"
+        f"the {best.kind} tuned on {scores.cases:,} images ({scores.positives:,} positive) of other data (on which "
+        f"its scores are optimistic), whose cross-fitted Kaggle Dice is {best.estimate.kaggle_dice:.4f}"
     )
 
 

@@ -26,9 +26,10 @@ from ptxdist.config import DataSettings
 from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError, StoreError
 from ptxdist.labels.patients import read_patients, without_patient
+from ptxdist.places import refuse_taken
 from ptxdist.predict.bundle import ModelCard, load_model, read_members, refuse_different
 from ptxdist.records import Elsewhere, EvaluationResult, SeenImages
-from ptxdist.rundir import SETTINGS, TRAINING_IMAGES, read_training_images
+from ptxdist.rundir import TRAINING_IMAGES, read_training_images
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.intervals import score_intervals
 from ptxdist.scores.metrics import scores
@@ -60,8 +61,7 @@ def evaluate_elsewhere(
     the working points to find. `on_cases` is called with (images done, images). Operating point, flip averaging and
     precision are those of the first model. All ranks of a process group call it, and divide the cases.
     """
-    if (folder / SETTINGS).is_file():
-        raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    refuse_taken(folder)
     loaded = [load_model(model) for model in models]
     cards = [card for card, _ in loaded]
     card = cards[0]

@@ -34,7 +34,7 @@ from ptxdist.executor import ahead
 from ptxdist.predict.bundle import ModelCard, load_model, point_at, refuse_different
 from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.scores.working import calibrated
-from ptxdist.train.device import Device, autocast, choose_device, choose_precision
+from ptxdist.train.device import Device, autocast, choose_device, choose_precision, one_thread_each
 from ptxdist.train.scoring import case_score, mask_at, predict_probability, to_original
 
 BATCH = 4  # images in a pass on a CPU, and at least so many: with fewer, oneDNN rounds differently
@@ -43,6 +43,7 @@ _DECODERS = 4  # threads; together they decode an image in 3 ms, which is what a
 _AHEAD = 2  # batches decoded in advance
 
 Item = TypeVar("Item")
+_Maps = dict[int, tuple[Tensor, Tensor]]  # see `Predictor.probabilities`
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class Predictor:
         return self._one(self._load(content, name, check))
 
     def _one(self, item: _Loaded) -> Prediction:
-        result = next(iter(self._run([item], fewest=1)))
+        result = next(self._predictions([item], self._maps([item], fewest=1)))
         if isinstance(result, DicomError):
             raise bare(result)  # not itself, or this frame and the file in it were kept by each other
         return result
@@ -186,9 +187,16 @@ class Predictor:
 
         size = BATCH if self.device.type == "cpu" else _GPU_BATCH
         loaded = ahead(load, items, threads=_DECODERS, most=_AHEAD * size)
-        while batch := list(itertools.islice(loaded, size)):
+
+        def run(
+            batch: list[tuple[Item, _Loaded | DicomError]],
+        ) -> tuple[list[tuple[Item, _Loaded | DicomError]], list[_Loaded], _Maps]:
             sound = [item for _, item in batch if isinstance(item, _Loaded)]
-            predictions = iter(self._run(sound, fewest=BATCH) if sound else ())
+            return batch, sound, self._maps(sound, fewest=BATCH)
+
+        batches = iter(lambda: list(itertools.islice(loaded, size)), [])
+        for batch, sound, maps in one_thread_each(run, batches, self.device, size * self._sizes[-1] ** 2):
+            predictions = self._predictions(sound, maps)
             for key, item in batch:
                 yield key, item if isinstance(item, DicomError) else next(predictions)
 
@@ -201,8 +209,13 @@ class Predictor:
         return _Loaded(radiograph, squares, content)
 
     @torch.inference_mode()
-    def _run(self, items: Sequence[_Loaded], fewest: int) -> Iterator[Prediction | DicomError]:
-        found = {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in self._sizes}
+    def _maps(self, items: Sequence[_Loaded], fewest: int) -> _Maps:
+        """Maps and scores of the items, by size; {} without items."""
+        sizes = self._sizes if items else []
+        return {size: self.probabilities([item.squares[size] for item in items], size, fewest) for size in sizes}
+
+    @torch.inference_mode()
+    def _predictions(self, items: Sequence[_Loaded], found: _Maps) -> Iterator[Prediction | DicomError]:
         share = {size: sum(card.size_px == size for card in self.cards) / len(self.cards) for size in self._sizes}
         for row, item in enumerate(items):
             result: Prediction | DicomError

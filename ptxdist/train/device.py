@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
 from ptxdist.errors import PtxdistError, SettingsError
+from ptxdist.executor import ahead
 
 Device = Literal["auto", "cpu", "gpu"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PX_AT_ONCE = 2**24  # in the network: eight passes of eight images of 512 pixels, about 6 GB
 
 _NO_GPU = SettingsError("no GPU on this machine that torch can use; give --device cpu or auto")
 
@@ -34,6 +40,30 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """Context in which a forward pass computes in `precision`; with float32 it changes nothing."""
     return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+def one_thread_each(
+    function: Callable[[Item], Result], items: Iterable[Item], device: torch.device, item_px: int
+) -> Iterator[Result]:
+    """Results of `function`, a forward pass of `item_px` pixels, for the items, in order.
+
+    On a CPU each is computed by one thread, several at a time, as many as torch uses: threads that share a convolution
+    divide its sums, so that the result would depend on their number.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        yield from map(function, items)
+        return
+
+    def alone(item: Item) -> Result:
+        torch.set_num_threads(1)  # of this thread, and of those that are started later
+        return function(item)
+
+    at_once = max(1, min(threads, _PX_AT_ONCE // item_px))
+    try:
+        yield from ahead(alone, items, threads=at_once, most=at_once + 1)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def keep_freed_memory(device: torch.device) -> None:

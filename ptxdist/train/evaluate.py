@@ -31,11 +31,11 @@ from ptxdist.dicom.radiograph import hash_text
 from ptxdist.errors import RunError
 from ptxdist.labels import rle
 from ptxdist.labels.patients import read_patients
+from ptxdist.places import refuse_taken
 from ptxdist.records import EvaluationResult, OperatingPoint, PipelineResult, StageResult
 from ptxdist.rundir import (
     EVALUATION,
     RESULT,
-    SETTINGS,
     read_evaluation,
     read_settings,
     read_stages,
@@ -291,8 +291,8 @@ def evaluate_runs(
         raise RunError(f"the runs were trained on different caches ({', '.join(sorted(caches))})")
     if folder is None and len(runs) > 1:
         raise RunError("name a folder for the evaluation of several runs with --out")
-    if folder is not None and (folder / SETTINGS).is_file():
-        raise RunError(f"{folder} is a run; give --out a folder of its own for the evaluation")
+    if folder is not None:
+        refuse_taken(folder)
     sizes = sorted({member.stage.size_px for member in members})
     cache = local_cache(places[0], sizes, data=members[0].settings.data)
     catalog = read_catalog(cache)

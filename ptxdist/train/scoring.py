@@ -9,7 +9,7 @@ counts are those of any number of threads too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +20,15 @@ from torch import Tensor, nn
 
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.store import Store
-from ptxdist.executor import ahead
 from ptxdist.labels import rle
 from ptxdist.records import OperatingPoint
 from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.train.dataset import VAL_BLOCK, Batch, Indices, batches, validation_shares
-from ptxdist.train.device import autocast
+from ptxdist.train.device import autocast, one_thread_each
 from ptxdist.train.distributed import barrier, rank, sum_over_ranks, world_size
 from ptxdist.train.losses import Loss
 from ptxdist.train.unet import Output, heads
 
-_PX_AT_ONCE = 2**24  # of the blocks in the network at the same time: eight of 512 pixels, about 6 GB
 _BLOCK_ROWS = 1024
 _TOP_SHARE = 256  # one in so many pixels is among the highest ones, which are part of a case's score
 
@@ -99,35 +97,12 @@ def score_cases(
 
     done = 0
     blocks = batches(store, validation_shares(indices, rank(), world_size()), device=device)
-    for cases_done in _in_threads(score_block, blocks, device, store.size_px):
+    for cases_done in one_thread_each(score_block, blocks, device, VAL_BLOCK * store.size_px**2):
         done += cases_done
         on_cases(done)
     parts = (losses, score, at_stage, at_full, levels, brightness)
     barrier()  # this rank's share may have taken minutes less than that of a slower machine
     return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
-
-
-def _in_threads(
-    score: Callable[[Batch], int], blocks: Iterable[Batch], device: torch.device, size_px: int
-) -> Iterator[int]:
-    """What `score` returns for the blocks, in order; on a CPU in as many threads as torch uses, each with one block.
-
-    Threads that share a convolution divide its sums, so that the result would depend on their number.
-    """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1:
-        yield from map(score, blocks)
-        return
-
-    def alone(block: Batch) -> int:
-        torch.set_num_threads(1)  # of this thread, and of those that are started later
-        return score(block)
-
-    at_once = max(1, min(threads, _PX_AT_ONCE // (VAL_BLOCK * size_px**2)))
-    try:
-        yield from ahead(alone, blocks, threads=at_once, most=2 * at_once)
-    finally:
-        torch.set_num_threads(threads)
 
 
 class Predicted(NamedTuple):

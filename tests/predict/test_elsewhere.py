@@ -24,6 +24,7 @@ from ptxdist.errors import CatalogError, RunError, StoreError
 from ptxdist.labels import rle
 from ptxdist.predict.bundle import describe_run, load_model, point_at, read_members, write_bundle
 from ptxdist.predict.elsewhere import evaluate_elsewhere
+from ptxdist.predict.export import export_model
 from ptxdist.predict.predictor import Predictor
 from ptxdist.records import EvaluationResult, OperatingPoint, Platt
 from ptxdist.report.report import write_report
@@ -262,8 +263,11 @@ def test_caches_and_folders_that_do_not_fit_are_refused(
     (damaged / TRAINING_IMAGES).write_text("pixels\n")
     with pytest.raises(RunError, match=r"training-images.csv has another checksum than when it was written"):
         evaluate_elsewhere([damaged], other, folder=tmp_path / "out")
-    with pytest.raises(RunError, match="is a run; give --out a folder of its own"):
-        evaluate_elsewhere([bundle], tmp_path / "64", folder=finished_run)
+    for taken, kind in ((finished_run, "a run"), (other, "a cache"), (bundle, "a bundle")):
+        with pytest.raises(RunError, match=f"is {kind} of .*; give --out a folder of its own"):
+            evaluate_elsewhere([bundle], other, folder=taken)
+    with pytest.raises(RunError, match=r"is a run of .*; expected a folder of `ptxdist evaluate`"):
+        export_model(bundle, tmp_path / "x.ptxdist", evaluation=finished_run)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ptxdist import Prediction, Predictor
 from ptxdist.errors import CheckpointError, DicomError, SettingsError
@@ -152,3 +153,25 @@ def test_the_documented_lines_predict(
 def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, ptxdist; assert 'torch' not in sys.modules; ptxdist.Predictor; assert 'torch' in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_each_pass_of_a_folder_has_one_thread(finished_run: Path, small_dataset: Any) -> None:
+    """So the files are equal for any number of threads; a single image has all of them, since somebody waits for it."""
+    used: list[int] = []
+
+    class Recording(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            used.append(torch.get_num_threads())
+            return image.float()
+
+    predictor = Predictor.load(finished_run, device="cpu")
+    predictor.models, predictor.flip_averaging = (Recording(),), False
+    paths, before = list(files(small_dataset).values())[:5], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert [path for path, _ in predictor.predict_many(paths)] == paths
+        assert used == [1, 1]
+        predictor.predict(paths[0])
+        assert used == [1, 1, 2]
+    finally:
+        torch.set_num_threads(before)
