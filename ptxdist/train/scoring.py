@@ -33,6 +33,7 @@ _BLOCK_ROWS = 1024
 _TOP_SHARE = 256  # one in so many pixels is among the highest ones, which are part of a case's score
 
 
+@torch.no_grad()
 def score_cases(
     model: nn.Module,
     store: Store,
@@ -66,15 +67,20 @@ def score_cases(
     model.eval()
 
     @torch.no_grad()
-    def score_block(batch: Batch) -> int:
-        rows = [position[int(index)] for index in batch.index]
+    def predict(batch: Batch) -> tuple[Batch, Predicted, Tensor | None]:
         with autocast(device, precision):
-            output, probability, image_probability = predict_probability(model, batch.image, flip_averaging)
-        truth = batch.mask.float() / 255
-        if loss is not None:
-            losses[rows] = loss.parts(output, truth).cpu()
+            predicted = predict_probability(model, batch.image, flip_averaging)
+        return batch, predicted, None if loss is None else loss.parts(predicted.output, batch.mask.float() / 255)
+
+    done = 0
+    blocks = batches(store, validation_shares(indices, rank(), world_size()), device=device)
+    passes = one_thread_each(predict, blocks, device, VAL_BLOCK * store.size_px**2)
+    for batch, (_, probability, image_probability), parts in passes:
+        rows = [position[int(index)] for index in batch.index]
+        if parts is not None:
+            losses[rows] = parts.cpu()
         score[rows] = case_score(probability, image_probability).double().cpu()
-        at_stage[rows] = count(probability >= thresholds[0], truth >= 0.5).cpu()
+        at_stage[rows] = count(probability >= thresholds[0], batch.mask >= 128).cpu()
         if histograms:
             brightness[rows] = batch.image.double().mean((1, 2, 3)).cpu()
         for row, index, image in zip(rows, batch.index.tolist(), probability, strict=True):
@@ -93,16 +99,11 @@ def score_cases(
                 levels[row] = _histogram(full, area)
             if on_mask is not None:
                 on_mask(index, masks[0].cpu().numpy())
-        return len(rows)
-
-    done = 0
-    blocks = batches(store, validation_shares(indices, rank(), world_size()), device=device)
-    for cases_done in one_thread_each(score_block, blocks, device, VAL_BLOCK * store.size_px**2):
-        done += cases_done
+        done += len(rows)
         on_cases(done)
-    parts = (losses, score, at_stage, at_full, levels, brightness)
+    tables = (losses, score, at_stage, at_full, levels, brightness)
     barrier()  # this rank's share may have taken minutes less than that of a slower machine
-    return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in parts))
+    return CaseCounts(*(sum_over_ranks(part.to(device)).cpu().numpy() for part in tables))
 
 
 class Predicted(NamedTuple):
