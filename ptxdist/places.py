@@ -29,7 +29,6 @@ _FOR = {  # what else can be done with each
     PREDICTIONS: "a folder of `ptxdist predict`, which `score` takes",
 }
 _MADE_BY = {RUN: "`ptxdist train --run {}` makes a run", CACHE: "make a cache with `ptxdist preprocess … --out {}`"}
-_MADE_BY |= {EVALUATION: "`ptxdist evaluate MODEL --data CACHE --out {}` makes one"}
 _SHOWN = 3
 
 

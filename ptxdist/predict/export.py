@@ -34,7 +34,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ptxdist import files
 from ptxdist.errors import CheckpointError, ExportError, RunError, SettingsError
 from ptxdist.executor import OnProgress
-from ptxdist.places import EVALUATION, refuse_other
+from ptxdist.places import EVALUATION, NOTHING, refuse_other
 from ptxdist.predict.bundle import (
     SUFFIX,
     ModelCard,
@@ -128,7 +128,7 @@ def _point(card: ModelCard, folder: Path | None, at: str | None) -> tuple[Operat
     if folder is None:
         assert at is not None
         return point_at(card, at)
-    refuse_other(folder, EVALUATION)
+    refuse_other(folder, EVALUATION, NOTHING, "folder")  # the last two are named by those who read them
     evaluation = read_evaluation(folder)
     point, words = local_point(card, evaluation, str(folder))
     if at is None:
