@@ -101,7 +101,7 @@ def _resnet(depth: int) -> Encoder:
     def build() -> Features:
         from torchvision import models
 
-        from ptxdist.train.resnet import ResNetFeatures
+        from ptxdist.train.features import ResNetFeatures
 
         return ResNetFeatures(models.get_model(name, weights=None))
 

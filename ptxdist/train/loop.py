@@ -38,11 +38,10 @@ from ptxdist.train.device import choose_precision, keep_freed_memory
 from ptxdist.train.distributed import barrier, rank, world_size
 from ptxdist.train.losses import chosen
 from ptxdist.train.on_device import OnDeviceStore, hold
-from ptxdist.train.optimizer import make_optimizer
 from ptxdist.train.saving import Saver
 from ptxdist.train.schedule import learning_rate, positive_share, warm_up
 from ptxdist.train.scoring import score_cases
-from ptxdist.train.step import FiniteCheck, Stepper
+from ptxdist.train.step import FiniteCheck, Stepper, make_optimizer
 from ptxdist.train.swa import SWA, reestimate_batch_norm
 
 _CHECK_EVERY = 10  # steps between two looks at the losses, after which a checkpoint may be written

@@ -1,4 +1,4 @@
-"""One optimiser step over a global batch: forward, loss, backward, and the check that all numbers are finite.
+"""The optimiser, and one step of it over a global batch: forward, loss, backward, the check for finite numbers.
 
 Owns: accumulation, and the share of the loss that each rank contributes. Refuses: a loss or gradient that is not finite
 (TrainingError, on all ranks).
@@ -22,6 +22,18 @@ from ptxdist.train.device import autocast
 from ptxdist.train.distributed import gather_texts, rank, sum_over_ranks, world_size
 from ptxdist.train.losses import chosen, over_ranks
 from ptxdist.train.unet import Output
+
+
+def make_optimizer(model: nn.Module, stage: StageSettings) -> torch.optim.Optimizer:
+    """Adam, or with `weight_decay` AdamW (Loshchilov and Hutter 2019): biases and batch norm do not decay."""
+    if not stage.weight_decay:
+        return torch.optim.Adam(model.parameters(), lr=stage.learning_rate, fused=True)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.ndim > 1], "weight_decay": stage.weight_decay},
+        {"params": [parameter for parameter in parameters if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, fused=True)
 
 
 class Stepper:

@@ -14,8 +14,7 @@ from ptxdist.errors import SettingsError
 from ptxdist.resolve import load_settings
 from ptxdist.train.dataset import Batch
 from ptxdist.train.losses import chosen
-from ptxdist.train.optimizer import make_optimizer
-from ptxdist.train.step import Stepper
+from ptxdist.train.step import Stepper, make_optimizer
 
 
 def stage(**changes: Any) -> StageSettings:
