@@ -63,7 +63,8 @@ def turned() -> list[Any]:
 
 def gap_chart(run: RunData) -> Chart:
     """Validation loss minus training loss, by epoch."""
-    gaps = [item.val_loss - (item.train_loss or 0) for item in run.metrics]
+    epochs = [epoch for stage in run.result.stages for epoch in stage.history]
+    gaps = [epoch.val_loss - (epoch.train_loss or 0) for epoch in epochs]
     x, y = charts.linear_axis("epoch", 0, len(gaps)), charts.linear_axis("gap", min(gaps) - 1, max(gaps) + 1)
     return Chart("Generalisation gap", charts.plot(x, y, [], words="gap by epoch"))
 
