@@ -22,6 +22,7 @@ from ptxdist.executor import Executor, in_chunks, serial
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UID = re.compile(r"\d+(\.\d+){3,}")
+_HIDDEN = re.compile(r"(?:^|/)\.[^./]")
 _FILES_A_TASK = 64
 
 
@@ -129,7 +130,8 @@ def choose_images(paths: Collection[str], start_of: Callable[[str], bytes | None
     """Those of the paths that are image files, sorted, and the number of others.
 
     A name that ends in .dcm, .dicom or .ima, or is a UID, is a DICOM file; of other names but PNG, those whose content
-    is a DICOM image. Only where no content is, PNG files count. Hidden files do not count. `start_of` gives the first
+    is a DICOM image. Only where no content is, PNG files count. Nothing hidden counts, such as deleted files in
+    `.Trash-1000` or copies in `.ipynb_checkpoints`. `start_of` gives the first
     bytes of a file, or None when it cannot be read; such a file without a suffix counts, to be reported.
     """
 
@@ -141,7 +143,7 @@ def choose_images(paths: Collection[str], start_of: Callable[[str], bytes | None
     for path in paths:
         name = os.path.basename(path)
         suffix = os.path.splitext(name)[1].lower()
-        if name.startswith("."):
+        if _HIDDEN.search(path):
             continue
         if suffix in DICOM_SUFFIXES or _UID.fullmatch(name):
             dicom.append(path)

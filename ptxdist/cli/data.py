@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def preprocess(
     from ptxdist.cache.preprocess import preprocess as build
     from ptxdist.cache.summary import split_doubts
 
-    with console.progress() as update, _folder_of(out, update) as folder:
+    with console.progress() as update, _folder_of(out, update) as folder, _frozen():
         result = build(
             dicom,
             labels,
@@ -138,6 +139,16 @@ def preprocess(
             )
         done = f"{result.written} shards written, {result.reused} kept" if result.written else "nothing had to be done"
         console.say(f"{out} is ready at {', '.join(map(str, result.sizes_px))} pixels: {done}")
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Spares what was imported from garbage collections, which would take a twentieth of a rerun without changes."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _folder_of(out: Path | str, on_progress: Callable[[str, int, int], None]) -> AbstractContextManager[Path]:

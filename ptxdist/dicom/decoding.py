@@ -213,8 +213,8 @@ def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
         clear = stream.bits == below + bits
     elif stream.signed:
         sign = words.dtype.type(2 ** (stream.bits - 1))
-        # Some encoders mark unsigned words as signed. Then the unsigned values are the smoother image.
-        meant = stream.bits == bits and _roughness(words) <= _roughness(words ^ sign)
+        # Some encoders mark unsigned words as signed.
+        meant = stream.bits == bits and not _is_folded(words, words ^ sign)
         clear = signed or words.max() < sign or meant
     else:
         clear = stream.bits > bits or not signed or pixels.min() >= 0
@@ -247,11 +247,6 @@ def _is_folded(stored: Stored, other: Stored) -> bool:
     pairs = inner[:, 1:] & inner[:, :-1]
     rough, smooth = (np.abs(np.diff(values, axis=1))[pairs].sum() for values in (stored, other))
     return bool(pairs.sum() >= _ENOUGH and smooth < _FOLDED * rough)
-
-
-def _roughness(words: Stored) -> float:
-    """Mean difference of neighbours in a row."""
-    return float(np.abs(np.diff(words.astype(np.int32), axis=1)).mean()) if words.shape[1] > 1 else 0.0
 
 
 def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:

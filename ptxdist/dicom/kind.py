@@ -6,11 +6,15 @@ Owns: the signs of DICOM (PS3.10 7.1, PS3.5 7.1) and PNG, and which SOP classes 
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Literal
 
 from ptxdist.dicom.png import SIGNATURE
 
 START_BYTES = 1024  # enough for the SOP class, which comes first
+# Computed and Digital Radiography, Secondary Capture.
+_RADIOGRAPHS = {f"1.2.840.10008.5.1.4.1.1.{end}" for end in ("1", "1.1", "1.1.1", "7")}
+_SEGMENTATIONS = "1.2.840.10008.5.1.4.1.1.66"  # and registrations; pydicom does not know all of them
 _SOP_CLASS = re.compile(rb"(?:\x02\0\x02\0|\x08\0\x16\0).{4}([0-9.]{5,64})", re.DOTALL)
 
 
@@ -26,9 +30,16 @@ def kind_of(start: bytes) -> Literal["image", "object", "png", ""]:
     bare = found is not None and start.startswith((b"DICM", b"\2\0", b"\10\0"))
     if start[128:132] != b"DICM" and not bare:
         return ""
-    if found is None:
-        return "image"
-    from pydicom.uid import UID_dictionary
+    return "image" if found is None or is_image_class(found[1].decode()) else "object"
 
-    name = UID_dictionary.get(found[1].decode(), ("Image",))[0]
-    return "image" if "Image" in name else "object"
+
+@cache
+def is_image_class(sop_class: str) -> bool:
+    """Whether objects of a SOP class are images of a modality, as those of an unknown one may be."""
+    if not sop_class or sop_class in _RADIOGRAPHS:
+        return True
+    if sop_class.startswith(_SEGMENTATIONS):
+        return False
+    from pydicom.uid import UID_dictionary  # late: its import takes long
+
+    return "Image" in UID_dictionary.get(sop_class, ("Image",))[0]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptxdist.dicom import tags
+from ptxdist.dicom.kind import is_image_class
 from ptxdist.dicom.parsing import read_tags
 from ptxdist.dicom.pixels import Pixels, to_uint8
 from ptxdist.dicom.png import DECODER, SIGNATURE, check_size, decode_png, read_png_header, refuse_not_square
@@ -192,6 +193,8 @@ def hash_text(text: str, salt: bytes) -> str:
 
 def _refuse_other_images(file: Tags) -> None:
     """Raise DicomError for everything but one grayscale image of 8 or 16 bits with square pixels."""
+    if not is_image_class(file.text(tags.SOP_CLASS)):
+        raise DicomError("is no image by its SOP class, but a segmentation, a dose or the like")
     frames = file.decimal(tags.FRAMES)
     if frames not in (None, 0, 1):  # 0 is invalid and written by some for one
         raise DicomError(f"has {frames:g} frames; only single images are accepted")

@@ -14,7 +14,7 @@ from pathlib import Path
 from ptxdist.errors import LabelError
 from ptxdist.labels.tables import image_id, open_text, table_rows
 
-_NIH_IMAGE = re.compile(r"(?:.*/)?(\d{8})_\d{3,4}(\.\w+)?")  # NIH ChestX-ray14: the first eight digits are the patient
+_NIH_IMAGE = re.compile(r"(\d{8})_\d{3,4}(\.\w+)?")  # NIH ChestX-ray14: the first eight digits are the patient
 _NOBODY = re.compile(r"#?n/?a!?|nan|<na>|null|none|nil|unknown|missing|[-?.]+", re.IGNORECASE)
 _ROUNDED = re.compile(r"\d(\.\d+)?E\+\d+", re.IGNORECASE)  # a long number after a visit to a spreadsheet
 # Names are compared in lower case, letters and digits only; earlier ones are preferred.
@@ -34,9 +34,9 @@ _NO_IDS = re.compile(  # values, in lower case
     r"m|f|o|u|male|female|other|unknown|pa|ap|ll|rl|lat|lateral|ap supine|portable|-1|true|false|yes|no|normal|"
     r"abnormal|0?\d\d[ymwd]|train|val|valid|validation|test|\d+( \d+){3,}|no finding|.*(pneumo|effusion|atelecta|"
     r"nodule|cardiomeg|consolid|infiltrat|edema|emphysem|fibrosis|pleura|hernia).*|"
-    r"\d{1,4}[-/]\d{1,2}[-/]\d{1,4}|\d+[-. ]+(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*|"
-    r".*/.*|.*\.(png|jpe?g|dcm|dicom|tiff?)"
+    r"\d{1,4}-\d{1,2}-\d{1,4}|\d+[-. ]+(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*"
 )
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff")
 
 
 def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
@@ -63,7 +63,7 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
             ):
                 raise LabelError(f"{path}, line {line}: expected an image id and a patient")
             case_id, patient = image_id(path, line, row[image_column]), row[patient_column].strip()
-            match = _NIH_IMAGE.fullmatch(patient)
+            match = _NIH_IMAGE.fullmatch(patient.rpartition("/")[2])
             patient = match.group(1) if match else patient
             if patients.setdefault(case_id, patient) != patient:
                 raise LabelError(f"{path}, line {line}: {case_id} has two different patients")
@@ -74,9 +74,7 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
     named = header[patient_column].strip()
     values = {patient.lower() for patient in patients.values()}
     is_known = any(re.fullmatch(pattern, _plain(named)) for pattern in _PATIENT)
-    if 2 * sum(map(bool, map(_NO_IDS.fullmatch, values))) > len(values) or (
-        not is_known and all(map(_is_small, values))
-    ):
+    if 2 * sum(map(_is_no_id, values)) > len(values) or (not is_known and all(map(_is_small, values))):
         raise LabelError(
             f"{path}: the values of the column {named!r} look like findings, views, ages, dates, files or visits, not "
             "like patients; give a table with a column PatientID"
@@ -97,11 +95,14 @@ def _refuse_spellings(path: Path, lines: Mapping[str, int]) -> None:
         if _NOBODY.fullmatch(patient) or _ROUNDED.fullmatch(patient):
             what = "no patient" if _NOBODY.fullmatch(patient) else "a patient whose number a spreadsheet has rounded"
             raise LabelError(f"{path}, line {line}: it has {what}; correct the row, or remove it")
-        plain = patient if patient.isascii() else unicodedata.normalize("NFKC", patient)
-        plain = "".join(sign for sign in plain.casefold() if sign.isprintable() and sign not in " '\"")
-        number = re.fullmatch(r"0*(\d+?)(\.0+)?", plain)
-        first = found.setdefault(number[1] if number else plain, line)
-        if first != line:
+        plain = patient.casefold()
+        if not (plain.isascii() and plain.isalnum()):
+            plain = unicodedata.normalize("NFKC", plain)
+            plain = "".join(sign for sign in plain if sign.isprintable() and sign not in " '\"")
+            plain = re.sub(r"^(\d+)\.0+$", r"\1", plain)
+        if plain.isdecimal():
+            plain = plain.lstrip("0")
+        if (first := found.setdefault(plain, line)) != line:
             raise LabelError(
                 f"{path}, lines {first} and {line}: the patients differ only in case, blanks, zeros or the like, and "
                 "are probably one; write each patient in one way"
@@ -154,6 +155,13 @@ def _find(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _is_no_id(value: str) -> bool:
+    """Whether a value, in lower case, is something else than an id: also a date with slashes, or a file."""
+    return not value.isdecimal() and (
+        value.count("/") > 1 or value.endswith(_SUFFIXES) or bool(_NO_IDS.fullmatch(value))
+    )
 
 
 def _is_small(value: str) -> bool:

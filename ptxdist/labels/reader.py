@@ -128,13 +128,14 @@ def _by_suffix(name: str) -> str:
 
 
 def _files_below(folder: Path) -> dict[str, list[Path]]:
-    """Files by kind ("" for others), in the order of their paths; hidden files do not count."""
+    """Files by kind ("" for others), in the order of their paths; nothing hidden counts."""
 
     def unreadable(error: OSError) -> None:  # by default, os.walk skips folders that it cannot read
         raise LabelError(f"{folder}: a folder in it cannot be read: {error.strerror}") from error
 
     files = defaultdict[str, list[Path]](list)
-    for where, _, names in os.walk(folder, onerror=unreadable):
+    for where, below, names in os.walk(folder, onerror=unreadable):
+        below[:] = [name for name in below if not name.startswith(".")]
         for name in names:
             path = Path(where, name)
             if not name.startswith("."):

@@ -83,7 +83,9 @@ def _read(source: Dataset) -> list[FoundMask]:
         numbers = np.unique(values[mask]).tolist() if kind == "LABELMAP" else [_segment(shared, group)]
         for number in numbers or [0]:
             part = values == number if kind == "LABELMAP" and number else mask
-            key = instance, names.get(number, f"segment {number}") if part.any() else ""
+            if (inside := part.any()) and number not in names:
+                raise LabelError(f"has a frame of segment {number}, which it does not describe (Segment Sequence)")
+            key = instance, names[number] or f"segment {number}" if inside else ""
             masks[key] = masks.get(key, False) | part
     return [FoundMask.of(mask, name, instance) for (instance, name), mask in masks.items()]
 

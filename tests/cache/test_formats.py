@@ -425,6 +425,10 @@ def unreferenced(seg: Any) -> None:
             "is a damaged DICOM SEG: its frames cannot be read",
         ),
         (lambda seg: setattr(seg.file_meta, "TransferSyntaxUID", JPEGLSLossless), "is compressed as JPEG-LS Lossless"),
+        (
+            lambda seg: setattr(seg.SegmentSequence[0], "SegmentNumber", 2),
+            "has a frame of segment 1, which it does not",
+        ),
         (unreferenced, "has a frame that does not say which image it is of (Source Image Sequence)"),
     ],
 )

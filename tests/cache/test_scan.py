@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from ptxdist.cache.scan import ScannedFile, digest_of, find_files, scan
+from ptxdist.cache.scan import ScannedFile, choose_images, digest_of, find_files, scan
 from ptxdist.errors import CatalogError
 from ptxdist.executor import processes
 
@@ -54,6 +55,17 @@ def test_png_images_are_candidates_only_where_there_is_no_dicom_image(tmp_path: 
     assert relative(tmp_path) == (["a.PNG", "b.png", "c", "empty.dcm", "report.dcm"], 2)
     write_dicom(tmp_path / "image", IMAGE, "1.1")
     assert relative(tmp_path) == (["empty.dcm", "image", "report.dcm"], 5)
+
+
+def test_nothing_hidden_counts_and_no_object_that_only_looks_like_an_image(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]
+    for name in (".Trash-1000/b.dcm", "sub/.ipynb_checkpoints/c.dcm", ".hidden.dcm"):
+        write_dicom(tmp_path / name, IMAGE, "1.2")
+    assert choose_images(["./a.dcm", "../b.dcm", "./.c.dcm"], lambda path: b"") == (["../b.dcm", "./a.dcm"], 1)
+    file = dcmread(write_dicom(tmp_path / "a.dcm", IMAGE, "1.1"))
+    file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.7"  # a label map
+    file.save_as(tmp_path / "mask.dcm")
+    found, others = scan(tmp_path)
+    assert ([file.path for file in found], others) == (["a.dcm"], 4)
 
 
 def test_a_cd_is_read_without_its_directory_its_reports_and_its_other_files(tmp_path: Path, write_dicom) -> None:  # type: ignore[no-untyped-def]

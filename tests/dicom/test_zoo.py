@@ -33,6 +33,7 @@ REASONS = (
     "not DICOM", "no SOPInstanceUID", "invalid SOPInstanceUID", "not square", "single grey level", "contradicts itself",
     "is encoded as", "no DICOM file", "does not read",
     "not a DICOM file", "but its header says", "invalid number", "does not say how it is encoded",
+    "no image by its SOP class",
 )  # fmt: skip
 
 
