@@ -185,14 +185,13 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a ResNet-18 at 96 px on `small_cache`, trained in this process; nothing may write to it."""
+    """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
     from ptxdist.resolve import load_settings
     from ptxdist.run.pipeline import run_pipeline
     from ptxdist.run.plan import plan_run
 
     run = tmp_path_factory.mktemp("learn") / "run"
     few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
-    few.append("model.encoder=resnet18")
     settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
     run_pipeline(plan_run(settings, run))
     return run
