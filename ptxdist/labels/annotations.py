@@ -27,6 +27,7 @@ from ptxdist.labels.polygons import fill, fill_circle, read_corners
 from ptxdist.labels.rle import Spans
 
 MAX_BYTES = 512 * 1024 * 1024  # COCO's own training set, 118,000 images, has 448 MB
+_MOST_COUNTS = 2**22  # of one mask; an outline drawn by hand has some thousands
 _UNUSABLE = ("point", "points", "line", "linestrip")
 
 
@@ -117,6 +118,8 @@ def _segmentation(found: object, size: Size) -> Spans:
     if found.get("size") != list(size):
         raise LabelError(f"has run lengths for another size than its image's, {size[1]}x{size[0]} pixels")
     counts, area = found.get("counts"), size[0] * size[1]
+    if isinstance(counts, str | list) and len(counts) > _MOST_COUNTS:
+        raise LabelError(f"has run lengths of {len(counts):,} signs or numbers; at most {_MOST_COUNTS:,} are accepted")
     if isinstance(counts, str):
         numbers = _decompress(counts)
     elif isinstance(counts, list) and all(type(count) is int and 0 <= count <= area for count in counts):

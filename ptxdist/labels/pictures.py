@@ -8,6 +8,7 @@ exactly two, of which one is black. Anything else is refused with the values tha
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,7 +93,8 @@ def _open(content: bytes) -> npt.NDArray[Any]:
         with warnings.catch_warnings(action="ignore"):
             image = Image.open(BytesIO(content), formats=("PNG",) if is_png else _FORMATS)
             check_size(image.height, image.width)  # nothing is decoded yet
-            if getattr(image, "n_frames", 1) != 1:
+            with suppress(EOFError):  # `n_frames` would look for all pages, of which a file may claim millions
+                image.seek(1)
                 raise DicomError("has several pages; only single images are accepted")
             values = _values(image)
             refuse_turned(image)  # a TIFF was turned when it was decoded
@@ -132,7 +134,11 @@ def _two_numbers(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def _packed(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    return np.asarray(colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32))
+    packed = colours[:, :, 0].astype(np.uint32)
+    for channel in (1, 2):
+        packed <<= 8
+        packed |= colours[:, :, channel]
+    return packed
 
 
 def _two_colours(place: str, values: npt.NDArray[np.uint8]) -> FoundMask:

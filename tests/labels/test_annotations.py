@@ -243,3 +243,11 @@ def test_an_outline_that_nobody_draws_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(polygons, "_MOST_CROSSINGS", 1000)
     with pytest.raises(LabelError, match="40,000 points that crosses the image"):
         fill(corners, 6, 8)
+
+
+def test_run_lengths_that_nobody_draws_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(annotations, "_MOST_COUNTS", 20)
+    for counts in ([1] * 48, "0" * 48):
+        path = write(tmp_path / "a.json", segment({"size": [6, 8], "counts": counts}))
+        with pytest.raises(LabelError, match="run lengths of 48 signs or numbers; at most 20 are accepted"):
+            annotations.read_annotations(path, path)
