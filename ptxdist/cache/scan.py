@@ -107,21 +107,27 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
     """
     if not root.is_dir():
         raise CatalogError(f"{root}: no such folder; give the folder that holds the DICOM files")
-    found: list[str] = []
-    others = 0
-
-    def unreadable(error: OSError) -> None:  # os.walk ignores these errors by default
-        raise CatalogError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
-
     top = os.path.realpath(root)
     skipped = {os.path.realpath(path) for path in skip}
     skipped |= {os.path.join(os.path.realpath(path.parent), path.name) for path in skip if path.is_file()}  # links too
-    for folder, below, names in os.walk(top, onerror=unreadable):
-        if skipped:
-            below[:] = [name for name in below if os.path.join(folder, name) not in skipped]
-        others += sum(os.path.islink(os.path.join(folder, name)) for name in below)
-        below_top = folder[len(top) :].lstrip(os.sep)
-        found += [os.path.join(below_top, name) for name in names if os.path.join(folder, name) not in skipped]
+    found: list[str] = []
+    folders, others = [""], 0
+    while folders:
+        below = folders.pop()
+        try:
+            with os.scandir(os.path.join(top, below)) as entries:
+                for entry in entries:
+                    path = f"{below}/{entry.name}" if below else entry.name
+                    if skipped and entry.path in skipped:
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(path)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        others += 1
+                    else:
+                        found.append(path)
+        except OSError as error:
+            raise CatalogError(f"{root / below}: this folder cannot be read: {error.strerror}") from error
     images, left = choose_images(found, lambda path: read_start(Path(top, path), START_BYTES))
     return images, others + left
 
