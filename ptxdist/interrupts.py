@@ -91,6 +91,11 @@ def installed() -> bool:
     return _installed
 
 
+def arrived() -> bool:
+    """Whether a signal has arrived."""
+    return bool(_first)
+
+
 def exit_code() -> int:
     """128 + the number of the first signal: Ray may turn `Interrupted` into a KeyboardInterrupt without a number."""
     return 128 + (_first[0] if _first else signal.SIGINT)

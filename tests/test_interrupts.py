@@ -150,3 +150,18 @@ def test_an_interruption_that_a_library_raises_again_keeps_its_number() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stderr.splitlines()) == (143, [SENTENCE])
+
+
+def test_a_crash_at_the_end_of_the_interpreter_does_not_change_the_code() -> None:
+    """As in threads of a Ray that has just started; what has been registered for the end still runs."""
+    code = (
+        "import atexit, os, signal, ptxdist.cli, ptxdist.__main__\n"
+        "class Crash:\n"
+        "    def __del__(self, abort=os.abort): abort()\n"
+        "left = Crash()\n"
+        "atexit.register(print, 'ended')\n"
+        "ptxdist.cli.cli = lambda **_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "ptxdist.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (143, "ended\n", [SENTENCE])
