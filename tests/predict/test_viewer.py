@@ -402,6 +402,7 @@ def test_it_fits_and_stands_out_from_its_ground(
     upload(chromium, file)
     assert chromium.run("document.documentElement.scrollWidth") <= width
     assert chromium.run(CONTRAST) == []
+    assert words(chromium, "area-more").startswith("No mm²"), "the words under a number are seen"
     box = "(({x, y, width, height}) => [x, y, width, height])($('%s').getBoundingClientRect())"
     image, mask = chromium.run(f"[{box % 'radiograph'}, {box % 'mask'}]")  # at one moment: the page may still move
     assert image == pytest.approx(mask, abs=0.5)

@@ -123,18 +123,22 @@ function list() {
   }
   $("place").textContent = `${current + 1} of ${files.length}`;
   $("listing-words").textContent = `All ${files.length} files: ` + counts.map(part => part.join(" ")).join(", ");
-  while ($("list").children.length < files.length) {
-    const button = document.createElement("button"), index = $("list").children.length;
+  for (let index = $("list").children.length; index < files.length; index++) {
+    const button = document.createElement("button");
     button.type = "button";
+    button.textContent = files[index].name;
     button.addEventListener("click", () => go(index));
     $("list").appendChild(document.createElement("li")).append(button, document.createElement("span"));
   }
   files.forEach((item, index) => {
-    const [button, words] = $("list").children[index].children, {answer, state} = item;
-    button.textContent = item.name;
-    if (index === current) button.setAttribute("aria-current", "true"); else button.removeAttribute("aria-current");
-    words.textContent = state === "refused" ? "refused" : !answer ? (state === "working" ? "in work" : "waiting") :
+    const {answer, state} = item;
+    const said = state === "refused" ? "refused" : !answer ? (state === "working" ? "in work" : "waiting") :
       `${answer.area_px ? `marked, ${number(answer.area_px)} pixels` : "not marked"}, score ${answer.score.toFixed(3)}`;
+    if (item.listed === said + (index === current)) return;  // of thousands of files, few rows change
+    item.listed = said + (index === current);
+    const [button, words] = $("list").children[index].children;
+    words.textContent = said;
+    if (index === current) button.setAttribute("aria-current", "true"); else button.removeAttribute("aria-current");
   });
 }
 
