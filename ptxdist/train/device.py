@@ -48,7 +48,7 @@ def one_thread_each(
     """Results of `function`, a forward pass of `item_px` pixels, for the items, in order.
 
     On a CPU each is computed by one thread, several at a time, as many as torch uses: threads that share a convolution
-    divide its sums, so that the result would depend on their number.
+    divide its sums, so that the result would depend on their number. The caller has one thread too, until the end.
     """
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
@@ -56,11 +56,12 @@ def one_thread_each(
         return
 
     def alone(item: Item) -> Result:
-        torch.set_num_threads(1)  # of this thread, and of those that are started later
+        torch.set_num_threads(1)  # of this thread
         return function(item)
 
     at_once = max(1, min(threads, _PX_AT_ONCE // item_px))
     try:
+        torch.set_num_threads(1)  # several would wait for cores that the others use
         yield from ahead(alone, items, threads=at_once, most=at_once + 1)
     finally:
         torch.set_num_threads(threads)
