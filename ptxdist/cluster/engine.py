@@ -210,14 +210,12 @@ def _trainer(waiting: Waiting) -> type[TorchTrainer]:
     no processes for Ray's data sets, which are not used, and for what `_free_capacity` does.
     """
     from ray.train.torch import TorchTrainer
-    from ray.train.v2._internal.callbacks import DatasetsCallback
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
     class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
         def _create_default_callbacks(self) -> list[Any]:
             """Those of Ray that do something here."""
-            idle = DatasetsCallback, PlacementGroupCleanerCallback
-            return [each for each in super()._create_default_callbacks() if not isinstance(each, idle)]
+            idle = ("DatasetsCallback", "PlacementGroupCleanerCallback")  # by name: another Ray may not have them
+            return [each for each in super()._create_default_callbacks() if type(each).__name__ not in idle]
 
         def _register_sigint_handler(self, controller: Any) -> None:
             """`ptxdist.interrupts` handles it."""
