@@ -116,6 +116,13 @@ def test_a_sign_or_a_number_of_bits_that_folds_the_image_is_refused(  # type: ig
     refused(file_of(pixels, syntax, BitsStored=bits, HighBit=bits - 1), f"contradicts itself: its header says {says}")
 
 
+@pytest.mark.parametrize("syntax", [RAW, uid.JPEG2000Lossless])
+def test_letters_that_are_burned_into_a_dark_image_are_no_fold(file_of, syntax: str) -> None:  # type: ignore[no-untyped-def]
+    dark = np.tile(TWELVE >> 4, (5, 3))
+    dark[20:44, 10:90][RANDOM.random((24, 80)) < 0.2] = 65535
+    assert np.array_equal(stored_values(file_of(dark, syntax, bits=16)), dark)
+
+
 # --- compressed images of another depth -----------------------------------------------------------------------------
 
 DEEP = (uid.JPEGLosslessSV1, uid.JPEGLSLossless, uid.JPEG2000Lossless)
