@@ -32,9 +32,14 @@ _OTHER = re.compile(  # in the name of the second of two columns
 )
 _NO_IDS = re.compile(  # values, in lower case
     r"m|f|o|u|male|female|other|unknown|pa|ap|ll|rl|lat|lateral|ap supine|portable|-1|true|false|yes|no|normal|"
-    r"abnormal|0?\d\d[ymwd]|train|val|valid|validation|test|\d+( \d+){3,}|no finding|.*(pneumo|effusion|atelecta|"
-    r"nodule|cardiomeg|consolid|infiltrat|edema|emphysem|fibrosis|pleura|hernia).*|"
-    r"\d{1,4}-\d{1,2}-\d{1,4}|\d+[-. ]+(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)\w*"
+    r"abnormal|0?\d\d[ymwd]|train|val|valid|validation|test|\d+( \d+){3,}|no finding|\D*(pneumo|effusion|atelecta|"
+    r"nodule|cardiomeg|consolid|infiltrat|edema|emphysem|fibrosis|pleura|hernia)\D*"
+)
+_DAY, _YEAR = r"(0?[1-9]|[12]\d|3[01])", r"(19|20)\d\d"
+_DATE = re.compile(  # not 12-34-56 or OP/2023/0123, which are numbers of patients
+    rf"({_YEAR}([-/.]{_DAY}){{2}}|({_DAY}[-/.]){{2}}{_YEAR}|({_DAY}/){{2}}\d\d)([ t]\d.*)?|"
+    r"\d\d?[-. ]+(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|"
+    r"nov(ember)?|dec(ember)?)([-. ]+\d+)?"
 )
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm", ".dicom", ".tif", ".tiff")
 
@@ -74,7 +79,8 @@ def read_patients(path: Path, ids: Collection[str] = ()) -> dict[str, str]:
     named = header[patient_column].strip()
     values = {patient.lower() for patient in patients.values()}
     is_known = any(re.fullmatch(pattern, _plain(named)) for pattern in _PATIENT)
-    if 2 * sum(map(_is_no_id, values)) > len(values) or (not is_known and all(map(_is_small, values))):
+    no_ids = sum(_is_no_id(value) or (not is_known and value.count("/") > 1) for value in values)
+    if 2 * no_ids > len(values) or (not is_known and all(map(_is_small, values))):
         raise LabelError(
             f"{path}: the values of the column {named!r} look like findings, views, ages, dates, files or visits, not "
             "like patients; give a table with a column PatientID"
@@ -128,7 +134,8 @@ def without_patient(path: Path, ids: Collection[str]) -> str:
 def _columns(path: Path, header: Sequence[str]) -> tuple[int, int]:
     """Places of the image id and of the patient; LabelError if they cannot be known."""
     if len(header) < 2:
-        raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}")
+        hint = "; the columns must be separated by commas" if re.search(r"[;\t|]", "".join(header)) else ""
+        raise LabelError(f"{path}: expected two columns, image id and patient, found {len(header)}{hint}")
     names = [_plain(name) for name in header]
     patients = _find(names, _PATIENT)
     is_row = not patients and len(header) == 2 and all(re.search(r"\d", name) for name in header)
@@ -158,9 +165,9 @@ def _plain(name: str) -> str:
 
 
 def _is_no_id(value: str) -> bool:
-    """Whether a value, in lower case, is something else than an id: also a date with slashes, or a file."""
+    """Whether a value, in lower case, is something else than an id."""
     return not value.isdecimal() and (
-        value.count("/") > 1 or value.endswith(_SUFFIXES) or bool(_NO_IDS.fullmatch(value))
+        value.endswith(_SUFFIXES) or bool(_NO_IDS.fullmatch(value) or _DATE.fullmatch(value))
     )
 
 

@@ -75,6 +75,9 @@ def test_columns_are_found_by_their_names(tmp_path: Path, header: str, row: str)
         ("id,years\na,62\nb,31\n", "the values of the column 'years' look like"),
         ("id,patient\na,2020-01-05\nb,1/3/2020\n", "look like findings, views, ages, dates, files"),
         ("id,patient\na,5. Mar\nb,05-Mar\n", "look like findings, views, ages, dates"),
+        ("id,patient\na,05.01.2020\nb,1/3/20\nc,2020-01-05 10:30\n", "look like findings, views, ages, dates"),
+        ("id,who\na,p10/p1001/s1\nb,p10/p1002/s2\n", "look like findings, views, ages, dates, files"),
+        ("id;patient\na;1\n", "found 1; the columns must be separated by commas"),
         ("id,patient\na,patient1/study1/v.jpg\nb,x.dcm\n", "look like findings, views, ages, dates, files"),
         ("c00,P0\nc01,P1\n", "the first line must name the columns"),
         ("id,patient\na,P1\nb,1.23E+10\n", "line 3: it has a patient whose number a spreadsheet has rounded"),
@@ -109,6 +112,15 @@ def test_a_map_of_other_images_is_refused(tmp_path: Path) -> None:
 def test_what_only_looks_alike_stays_apart(tmp_path: Path) -> None:
     patients = ["1.2.3", "1.2.3.0", "12.3", "P-1", "P1", "100", "10"]
     path = write(tmp_path, "id,patient\n" + "".join(f"i{number},{who}\n" for number, who in enumerate(patients)))
+    assert list(read_patients(path).values()) == patients
+
+
+@pytest.mark.parametrize(
+    "form", ["{a:02}-{b:02}-{c:02}", "{a:03}-{b:02}-{c:04}", "OP/2023/{c:04}", "pneumo_{c}", "1 Marti{c}"]
+)
+def test_numbers_of_hospitals_are_no_dates_and_no_findings(tmp_path: Path, form: str) -> None:
+    patients = [form.format(a=17 * n % 100, b=31 * n % 100, c=53 * n % 100) for n in range(40)]
+    path = write(tmp_path, "id,MRN\n" + "".join(f"i{number},{who}\n" for number, who in enumerate(patients)))
     assert list(read_patients(path).values()) == patients
 
 
