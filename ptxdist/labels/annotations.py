@@ -96,17 +96,18 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
             raise LabelError(f"annotation {number + 1} is of an image that is not in the file ({short(key)})")
         case_id, size = images[key]
         with _about(f"annotation {number + 1}, of {case_id},"):
-            if names and category not in names:
-                raise LabelError(f"is of a category that is not in the file ({short(category)})")
+            if names and category not in names and (category or len(names) > 1):
+                known = f"is of a category that is not in the file ({short(category)})"
+                raise LabelError(known if category else "has no category, and the file has several")
             found = _segmentation(item.get("segmentation"), size)
-            spans[key].setdefault(names.get(category) or category, []).append(found)
+            spans[key].setdefault(names.get(category) or _class(category), []).append(found)
     return [mask for key, image in images.items() for mask in _by_class(spans[key], *image, "COCO")]
 
 
 def _id(item: Mapping[str, object], name: str) -> str:
     """An id as text, since tools that write JSON make texts of numbers; "" for none."""
     value = item.get(name)
-    return _class(value) if isinstance(value, int | str) else ""
+    return str(value).strip() if isinstance(value, int | str) else ""
 
 
 def _segmentation(found: object, size: Size) -> Spans:

@@ -180,6 +180,7 @@ HUGE = {"id": 3, "file_name": "c.png", "height": 100_000, "width": 100_000}
         ),
         (coco(annotations=[annotation(image_id=9)]), "annotation 1 is of an image that is not in the file ('9')"),
         (coco(annotations=[annotation(category_id=9)]), "annotation 1, of a, is of a category that is not in the file"),
+        (coco(annotations=[annotation(category_id=None)]), "annotation 1, of a, has no category, and the file has se"),
         (segment([]), "annotation 1, of a, has no outline (a box is not enough)"),
         (segment([[1, 2, 3, 4]]), "has an outline of 4 numbers; expected x and y"),
         (segment([[1, 2, 3, 4, 5, math.inf]]), "a number that is not finite"),
