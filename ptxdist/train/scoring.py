@@ -73,9 +73,11 @@ def score_cases(
         return batch, predicted, None if loss is None else loss.parts(predicted.output, batch.mask.float() / 255)
 
     done = 0
-    blocks = batches(store, validation_shares(indices, rank(), world_size()), device=device)
-    passes = one_thread_each(predict, blocks, device, VAL_BLOCK * store.size_px**2)
-    for batch, (_, probability, image_probability), parts in passes:
+    shares = validation_shares(indices, rank(), world_size())
+    # No name holds these iterators: after an error, its traceback would keep them, and torch at one thread.
+    for batch, (_, probability, image_probability), parts in one_thread_each(
+        predict, batches(store, shares, device=device), device, VAL_BLOCK * store.size_px**2
+    ):
         rows = [position[int(index)] for index in batch.index]
         if parts is not None:
             losses[rows] = parts.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -52,6 +53,26 @@ def test_a_good_segmentation_scores_well_at_both_sizes(cache: Path) -> None:
         truth = rle.decode(case.masks or (), case.rows, case.columns)
         expected = [(masks[index] & (truth > 0)).sum(), masks[index].sum(), truth.sum()]
         assert counts.at_full[0, index].tolist() == expected
+
+
+def test_an_error_of_the_caller_leaves_torch_as_many_threads_as_before(cache: Path) -> None:
+    def stop(index: int, mask: object) -> None:
+        assert torch.get_num_threads() == 1
+        raise KeyboardInterrupt
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            score_cases(
+                Darkness(), open_store(cache, 64), read_catalog(cache).labelled, np.arange(10), thresholds=[0.5],
+                device=CPU, on_mask=stop,
+            )  # fmt: skip
+        assert torch.get_num_threads() == 2
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ptxdist-ahead")]
+        assert caught.tb
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_predicting_nothing_equals_the_all_empty_baseline(cache: Path) -> None:
