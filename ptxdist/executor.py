@@ -136,9 +136,11 @@ def in_chunks(
     """
     tasks = [(function, start, items[start : start + size], *more) for start in range(0, len(items), size)]
     found: dict[int, Sequence[Result]] = {}
+    done = 0
     for start, results in executor(_numbered, tasks, light=light):
         found[start] = results
-        on_done(sum(map(len, found.values())), len(items))
+        done += len(results)
+        on_done(done, len(items))
     return [result for start in sorted(found) for result in found[start]]
 
 
