@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import hypothesis
 import numpy as np
 import numpy.typing as npt
 import object_store
@@ -26,6 +27,9 @@ from ptxdist.labels import rle
 from ptxdist.storage import caches
 
 pytest_plugins = ("dicom_files", "tiny_caches")  # fixtures of several folders, in files of their own
+
+hypothesis.settings.register_profile("ptxdist", deadline=None)  # other tests run at the same time
+hypothesis.settings.load_profile("ptxdist")
 
 Image = npt.NDArray[np.generic]
 WriteDicom = Callable[..., Path]

@@ -66,7 +66,7 @@ all_settings = st.builds(
 
 
 @given(all_settings)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_settings_survive_snapshot_and_restore(example: Settings) -> None:
     plain = json.loads(json.dumps(snapshot(example)))
     assert restore(plain) == example

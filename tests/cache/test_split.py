@@ -33,7 +33,7 @@ def case_lists(draw: st.DrawFn) -> Cases:
 
 
 @given(case_lists(), st.integers(2, 10), st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_split_covers_all_and_keeps_groups_whatever_order_and_names(cases: Cases, folds: int, seed: int) -> None:
     ids, groups, areas = cases
     found = assign_folds(ids, groups, areas, folds=folds, seed=seed)
@@ -52,7 +52,7 @@ def test_split_covers_all_and_keeps_groups_whatever_order_and_names(cases: Cases
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(200, 500), st.floats(0.1, 0.6))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_folds_are_alike_in_size_and_in_masks_of_each_size(seed: int, count: int, share: float) -> None:
     number = random.Random(seed)
     groups = [str(index // 2) for index in range(count)]  # pairs
@@ -71,7 +71,7 @@ def test_folds_are_alike_in_size_and_in_masks_of_each_size(seed: int, count: int
 
 
 @given(case_lists(), st.integers(2, 10), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_known_cases_keep_their_folds_when_others_come_and_go(cases: Cases, folds: int, seed: int) -> None:
     ids, groups, areas = cases
     number = random.Random(seed)

@@ -81,7 +81,7 @@ def file_bytes(folder: Path) -> dict[str, bytes]:
 
 
 @given(st.sampled_from(EDGES) | st.integers(1, 300), st.integers(1, 5), st.randoms())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_zarr_and_the_memory_map_read_what_was_written_in_any_order(cases: int, size: int, random) -> None:  # type: ignore[no-untyped-def]
     arrays = noise(cases, size, seed=cases)
     arrays["mask"][random.sample(range(cases), cases // 2)] = 0
@@ -332,7 +332,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_flipped_bit_is_found_in_the_right_row(written: Path, data: st.DataObject) -> None:
     cases, size, record = 20, 4, read_manifest(written).sizes[4].shards[0]
     array = data.draw(st.sampled_from(ARRAYS))
@@ -442,7 +442,7 @@ def test_manifest_of_a_former_version_is_as_none(tmp_path: Path) -> None:
 
 
 @given(st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_edit_of_the_manifest_is_found(written: Path, data: st.DataObject) -> None:
     """It is refused, or the edit changed nothing but blanks; a former schema is as no manifest."""
     content = bytearray((written / MANIFEST).read_bytes())

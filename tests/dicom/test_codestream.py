@@ -121,7 +121,7 @@ def test_the_stream_that_was_checked_is_the_one_that_is_decoded(file_of) -> None
     st.integers(1, 7),
     st.integers(0, 3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_sound_stream_is_whole(jpeg_lossless, pixels, predictor: int, restart_rows: int) -> None:  # type: ignore[no-untyped-def]
     frame = jpeg_lossless(pixels, 12, predictor=predictor, restart_rows=restart_rows)
     assert lossless_is_whole(frame, read_jpeg(frame), pixels)
@@ -169,7 +169,7 @@ def baseline(pixels: np.ndarray, quality: int = 90, restart_blocks: int = 0) -> 
     st.integers(1, 100),
     st.integers(0, 3),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_sound_sequential_stream_is_whole(pixels, quality: int, restart_blocks: int) -> None:  # type: ignore[no-untyped-def]
     frame = baseline(pixels, quality, restart_blocks)
     assert sequential_is_whole(frame, read_jpeg(frame))

@@ -53,7 +53,7 @@ def by_pydicom(content: bytes, last: int) -> tags.Tags:
         st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters="\\"), max_size=15),
     ),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_both_parsers_find_the_same(file_of, numbers: dict[str, int], texts: dict[str, str]) -> None:  # type: ignore[no-untyped-def]
     for syntax in (uid.ExplicitVRLittleEndian, uid.JPEGBaseline8Bit):
         content = file_of(IMAGE, syntax, **numbers, **texts)

@@ -450,7 +450,7 @@ def test_a_worker_that_cannot_start_says_why(broken: str, words: str) -> None:
     body=st.sampled_from([b"", b"abc", b"0\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"]) | st.binary(max_size=40),
     known=st.booleans(),
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_request_gets_an_answer_of_ours(
     quick: tuple[str, list[str]], method: str, path: str, headers: list[tuple[str, str]], body: bytes, known: bool
 ) -> None:

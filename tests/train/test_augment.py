@@ -88,7 +88,7 @@ def sample(noise: int, size_px: int = 16) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", [*BY_TABLE, *IN_FULL])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31 - 1),
     epoch=st.integers(0, 200),
