@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ptxdist.config import StageSettings
@@ -19,7 +19,6 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
 
 
-@settings(deadline=None)  # the first call imports torch
 @given(losses=st.lists(st.floats(0.1, 2.0), max_size=40))
 def test_plateau_equals_reduce_lr_on_plateau(losses: list[float]) -> None:
     reference = optimizer()
