@@ -34,6 +34,8 @@ def connection(address: str | None, *, cpus: int | None = None) -> Iterator[None
     None starts Ray on this machine with `cpus` logical CPUs (default: its cores). Raises ClusterError when no cluster
     can be reached.
     """
+    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
+        raise ClusterError("this process is connected to Ray already; end that with ray.shutdown()")
     try:
         with interrupts.deferred():
             _connect(address, cpus)
