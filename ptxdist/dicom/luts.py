@@ -89,7 +89,7 @@ def window_of(
     LINEAR, the default, is defined for integers and widths of at least 1. A window below 1 that spans several rescaled
     values, which are `slope` apart, can only be meant as LINEAR_EXACT. Raises DicomError for any other window.
     """
-    function = function.upper() or "LINEAR"
+    function = function.partition("\\")[0].strip().upper() or "LINEAR"  # some write one for each window
     if center is None or width <= 0:
         raise DicomError("has a window without a center or without a width")
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):

@@ -202,6 +202,8 @@ def test_the_function_of_a_window_is_known_in_any_case_or_refused(file_of) -> No
     expected = 255 / (1 + np.exp(-4 * (TWELVE - 2048.0) / 4096))
     assert np.abs(grey(file_of(TWELVE, RAW, bits=12, **FULL, VOILUTFunction="Sigmoid")) - expected).max() <= 1
     refused(file_of(TWELVE, RAW, bits=12, **FULL, VOILUTFunction="LOGARITHMIC"), "a window of an unknown function")
+    several = file_of(TWELVE, RAW, bits=12, **FULL, VOILUTFunction=["SIGMOID", "LINEAR"])
+    assert np.abs(grey(several) - expected).max() <= 1
 
 
 def test_numbers_beyond_all_bounds_are_refused(file_of) -> None:  # type: ignore[no-untyped-def]
