@@ -7,11 +7,12 @@ inside the mask. A file that cannot be used becomes a row of zeros, with a reaso
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,15 @@ def shard_fingerprint(cases: Sequence[Case], size_px: int) -> str:
 
 @cache
 def version_of_cv2() -> str:
-    """cv2.__version__, as the package states it: the import takes as long as reading the headers of 800 files."""
-    with suppress(PackageNotFoundError):
-        return ".".join(version("opencv-python-headless").split(".")[:3])
+    """cv2.__version__, as its version.py states it: the import takes as long as reading the headers of 800 files.
+
+    Several packages on PyPI bring cv2, and the last one that was installed is imported.
+    """
+    spec = find_spec("cv2")
+    with suppress(OSError):
+        text = Path(spec.origin).with_name("version.py").read_text() if spec and spec.origin else ""
+        if found := re.match(r'opencv_version = "(\d+\.\d+\.\d+)', text):
+            return found[1]
     import cv2
 
     return str(cv2.__version__)

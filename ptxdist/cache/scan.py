@@ -22,7 +22,7 @@ from ptxdist.executor import Executor, in_chunks, serial
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UID = re.compile(r"\d+(\.\d+){3,}")
-_HIDDEN = re.compile(r"(?:^|/)\.[^./]")
+_HIDDEN = re.compile(r"(?:^|/)\.(?!\.?/)")
 _FILES_A_TASK = 64
 
 

@@ -177,7 +177,7 @@ def _unpacked(path: Path, start: bytes, file: IO[bytes]) -> IO[bytes]:
             name
             for name in archive.namelist()
             if name.lower().endswith((".csv", ".txt"))
-            and not name.startswith(("__MACOSX/", "._"))  # what a file manager adds
+            and "/._" not in f"/{name}"  # what a file manager adds, also in __MACOSX
         ]
         if len(names) != 1:
             what = "an Excel workbook; save it as CSV" if "[Content_Types].xml" in archive.namelist() else "a zip file"

@@ -50,7 +50,7 @@ def test_all_variants_of_the_table_are_read_alike(tmp_path: Path, text: str) -> 
     for name in ("labels.csv.zip", "labels.csv"):  # Kaggle's client may leave out the suffix
         with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("train-rle.csv", text)
-            for name_of_rest in ("__MACOSX/._train-rle.csv", "._train-rle.csv"):
+            for name_of_rest in ("__MACOSX/._train-rle.csv", "._train-rle.csv", "data/._train-rle.csv"):
                 archive.writestr(name_of_rest, "what a file manager adds")
         assert read_labels(tmp_path / name) == TABLE
 
