@@ -168,7 +168,8 @@ class Predictor:
     def predict_many(self, paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[Path, Prediction | DicomError]]:
         """Predict many files, in their order; each path with its prediction, or with the DicomError.
 
-        Files are decoded in threads while the network runs; at most a few batches are in memory.
+        Files are decoded in threads while the network runs; at most a few batches are in memory. On a CPU,
+        torch has one thread in the caller until the iterator has ended or is closed.
         """
         read = ((Path(path), _reader(Path(path))) for path in paths)
         return self.stream(read)
