@@ -174,6 +174,21 @@ def test_a_file_goes_up_and_the_sliders_are_moved_by_keyboard(
     assert not [secret for secret in SECRETS if secret in sent], "names of files stay in the browser"
 
 
+def test_an_image_that_is_flagged_without_a_mask_does_not_read_as_negative(
+    chromium: Browser, url: str, file: Path
+) -> None:
+    chromium.open(url, 1280)
+    upload(chromium, file)
+    chromium.run("Object.assign(shown.answer, {area_px: 0}).operating_point.image = shown.answer.score")
+    chromium.run("shown.answer.operating_point.min_area_px = 1e9; list(); draw(); true")
+    assert words(chromium, "verdict").startswith("Pneumothorax flagged by the score, but only ")
+    assert words(chromium, "verdict").endswith("That is no negative answer: look at the whole image.")
+    assert chromium.run("$('listing-words').textContent").endswith(": 1 flagged without a mask")
+    assert chromium.run("$('list').textContent").count("flagged without a mask, score") == 1
+    chromium.run("shown.answer.operating_point.image = 1; list(); draw(); true")
+    assert words(chromium, "verdict").startswith("Pneumothorax not marked, because its score ")
+
+
 def test_the_picture_is_zoomed_moved_and_toned_by_keyboard(
     chromium: Browser, url: str, file: Path, prediction: Prediction
 ) -> None:

@@ -13,6 +13,7 @@ let focusing = null;  // the file whose result gets the focus when it is there
 const stale = new Set();  // what the next frame has to draw: "tone", "mask", "view"
 let speaking = 0;
 const number = value => value.toLocaleString("en");
+const isFlagged = ({area_px, score, operating_point: point}) => !area_px && point.image > 0 && score >= point.image;
 
 function add(chosen, synthetic = false) {
   const first = files.length;
@@ -111,7 +112,8 @@ function display() {
 
 function list() {
   const counts = [
-    ["marked", item => item.answer?.area_px > 0], ["not marked", item => item.answer?.area_px === 0], ["refused", item => item.state === "refused"],
+    ["marked", item => item.answer?.area_px > 0], ["flagged without a mask", item => item.answer && isFlagged(item.answer)],
+    ["not marked", item => item.answer?.area_px === 0 && !isFlagged(item.answer)], ["refused", item => item.state === "refused"],
     ["waiting", item => !item.answer && item.state !== "refused"],
   ].map(([words, has]) => [files.filter(has).length, words]).filter(([count]) => count);
   $("files").hidden = files.length < 2;
@@ -133,7 +135,7 @@ function list() {
   files.forEach((item, index) => {
     const {answer, state} = item;
     const said = state === "refused" ? "refused" : !answer ? (state === "working" ? "in work" : "waiting") :
-      `${answer.area_px ? `marked, ${number(answer.area_px)} pixels` : "not marked"}, score ${answer.score.toFixed(3)}`;
+      `${answer.area_px ? `marked, ${number(answer.area_px)} pixels` : isFlagged(answer) ? "flagged without a mask" : "not marked"}, score ${answer.score.toFixed(3)}`;
     if (item.listed === said + (index === current)) return;  // of thousands of files, few rows change
     item.listed = said + (index === current);
     const [button, words] = $("list").children[index].children;
@@ -201,7 +203,9 @@ function draw() {
   $("reset").disabled = own;
   const where = own ? "" : " This is not the model's operating point.";
   const place = own && answer.side ? `; ${answer.side}, ${answer.zone} zone` : "";
-  const verdict = area ? `marked: ${number(area)} pixels, ${share}${place}.` : `not marked, because ${reason.replace("only 0 pixels reach", "no pixel reaches")}.`;
+  const why = reason.replace("only 0 pixels reach", "no pixel reaches");
+  const verdict = area ? `marked: ${number(area)} pixels, ${share}${place}.` :
+    own && isFlagged(answer) ? `flagged by the score, but ${why}. That is no negative answer: look at the whole image.` : `not marked, because ${why}.`;
   $("verdict").textContent = `${document.body.dataset.finding} ${verdict}${where}`;
   $("area").textContent = number(area);
   const plane = answer.mm2_plane === "detector" ? " on the detector, where anatomy is slightly magnified" : "";
