@@ -113,10 +113,7 @@ def _bits_below(file: Tags) -> int:
 def _compressed(file: Tags, rows: int, columns: int) -> Stored:
     frame = file.frame()
     if file.syntax == syntax.RLE:
-        # pydicom unpacks all runs before it counts; a valid stream is at most twice as long as its content.
-        too_long = len(frame) > 2 * rows * columns * file.whole(tags.BITS_ALLOCATED, 0) // 8 + 64
-        if too_long or not all(_unpacks_to(part, rows * columns + 1) for part in _rle_segments(frame.rstrip(b"\0"))):
-            raise DicomError("has more run-length data than its size allows")
+        refuse_long_runs(frame, rows * columns, file.whole(tags.BITS_ALLOCATED, 0))
         return _run_lengths(file, frame, rows, columns)
     stream = codestream.read_jpeg_2000(frame) if file.syntax in syntax.JPEG_2000 else codestream.read_jpeg(frame)
     _check(stream, file, rows, columns)
@@ -143,9 +140,19 @@ def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
     return _words(file, encapsulate([frame], has_bot=False), rows, columns)
 
 
-def _rle_segments(frame: bytes) -> list[bytes]:
-    """The segments of an RLE image (PS3.5 G.3.1), at most two: pydicom refuses more than an image of 16 bits has."""
-    starts = [int.from_bytes(frame[4 * i : 4 * i + 4], "little") for i in range(1, 1 + min(2, frame[0]))]
+def refuse_long_runs(frame: bytes, pixels: int, allocated: int) -> None:
+    """Raise DicomError for RLE data of more `pixels` of `allocated` bits than an image has.
+
+    pydicom unpacks all runs before it counts. A valid stream is at most twice as long as its content.
+    """
+    segments = _rle_segments(frame.rstrip(b"\0"), allocated // 8)
+    if len(frame) > 2 * pixels * allocated // 8 + 64 or not all(_unpacks_to(part, pixels + 1) for part in segments):
+        raise DicomError("has more run-length data than its size allows")
+
+
+def _rle_segments(frame: bytes, most: int) -> list[bytes]:
+    """The segments of an RLE image (PS3.5 G.3.1), one for each byte of a pixel: pydicom refuses more."""
+    starts = [int.from_bytes(frame[4 * i : 4 * i + 4], "little") for i in range(1, 1 + min(most, *frame[:1]))]
     return [frame[start:end] for start, end in zip(starts, [*starts[1:], None], strict=True)]
 
 

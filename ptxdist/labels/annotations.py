@@ -12,7 +12,6 @@ import base64
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ import numpy as np
 from ptxdist.errors import LabelError
 from ptxdist.labels import rle
 from ptxdist.labels.evidence import Size
-from ptxdist.labels.found import FoundMask, bare_id, place_of, read_size, short
+from ptxdist.labels.found import FoundMask, about, bare_id, place_of, read_size, short
 from ptxdist.labels.polygons import fill, fill_circle, read_corners
 from ptxdist.labels.rle import Spans
 
@@ -83,7 +82,7 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
         key, where = _id(image, "id"), f"image {number + 1}"
         if not key or key in images:
             raise LabelError(f"{where} has no id of its own")
-        with _about(where):
+        with about(where):
             case_id = bare_id(_text(image.get("file_name"), "file_name"))
             images[key] = case_id, read_size(image.get("height"), image.get("width"))
         spans[key] = {}
@@ -95,12 +94,12 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
         if key not in images:
             raise LabelError(f"annotation {number + 1} is of an image that is not in the file ({short(key)})")
         case_id, size = images[key]
-        with _about(f"annotation {number + 1}, of {case_id},"):
+        with about(f"annotation {number + 1}, of {case_id},"):
             if names and category not in names and (category or len(names) > 1):
                 known = f"is of a category that is not in the file ({short(category)})"
                 raise LabelError(known if category else "has no category, and the file has several")
             found = _segmentation(item.get("segmentation"), size)
-            spans[key].setdefault(names.get(category) or _class(category), []).append(found)
+            rle.add(spans[key].setdefault(names.get(category) or _class(category), []), found)
     return [mask for key, image in images.items() for mask in _by_class(spans[key], *image, "COCO")]
 
 
@@ -113,7 +112,10 @@ def _id(item: Mapping[str, object], name: str) -> str:
 def _segmentation(found: object, size: Size) -> Spans:
     if isinstance(found, list) and found:
         polygons = [found] if not isinstance(found[0], list) else found
-        return rle.unite([fill(read_corners(polygon, *size), *size) for polygon in polygons])
+        parts: list[Spans] = []
+        for polygon in polygons:
+            rle.add(parts, fill(read_corners(polygon, *size), *size))
+        return rle.unite(parts)
     if not isinstance(found, dict):
         raise LabelError("has no outline (a box is not enough)")
     if found.get("size") != list(size):
@@ -163,8 +165,8 @@ def _labelme(content: dict[str, Any], name: str) -> list[FoundMask]:
     case_id = bare_id(_text(content.get("imagePath") or name, "imagePath"))
     spans: dict[str, list[Spans]] = {}
     for number, shape in enumerate(_dicts(content["shapes"], "shape")):
-        with _about(f"shape {number + 1}"):
-            spans.setdefault(_class(shape.get("label")), []).append(_shape(shape, size))
+        with about(f"shape {number + 1}"):
+            rle.add(spans.setdefault(_class(shape.get("label")), []), _shape(shape, size))
     return _by_class(spans, case_id, size, "LabelMe")
 
 
@@ -207,15 +209,6 @@ def _mask(text: object, left: int, top: int, size: Size) -> Spans:
 
 
 # --- both -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _about(subject: str) -> Iterator[None]:
-    """Puts what a sentence is about before a LabelError of the block."""
-    try:
-        yield
-    except LabelError as error:
-        raise LabelError(f"{subject} {error}") from None
 
 
 def _dicts(items: object, what: str) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -42,9 +44,18 @@ class FoundMask:
         return cls(rle.encode(mask), (mask.shape[0], mask.shape[1]), inside if mask.any() else "", case_id)
 
     @classmethod
-    def of_spans(cls, spans: Spans, size: Size, inside: str, case_id: str, tool: str) -> FoundMask:
+    def of_spans(cls, spans: Spans, size: Size, inside: str, case_id: str, tool: str = "") -> FoundMask:
         """The record of a mask as spans down its columns."""
         return cls(rle.encode_spans(spans), size, inside if len(spans) else "", case_id, tool)
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Puts what a sentence is about before a LabelError of the block."""
+    try:
+        yield
+    except LabelError as error:
+        raise LabelError(f"{subject} {error}") from None
 
 
 def place_of(folder: Path, path: Path) -> str:

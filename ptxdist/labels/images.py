@@ -21,9 +21,9 @@ from ptxdist.errors import DicomError, LabelError
 from ptxdist.files import require_extra
 from ptxdist.labels import rle
 from ptxdist.labels.evidence import Size
-from ptxdist.labels.found import place_of
+from ptxdist.labels.found import about, place_of
 from ptxdist.labels.nifti import SUFFIXES as NIFTI
-from ptxdist.labels.nifti import read_values
+from ptxdist.labels.nifti import read_blocks, read_shape
 from ptxdist.labels.pictures import read_png
 from ptxdist.labels.rle import Spans
 
@@ -64,7 +64,8 @@ class PngMasks:
             values = read_png(self._folder, self._files[case_id])
             if values.max() > 1:
                 return
-            known[case_id] = rle.spans_of(values)
+            with about(place_of(self._folder, self._files[case_id])):
+                known[case_id] = rle.spans_of(values)
             on_file(number + 1, len(sizes))
         self._known = known
 
@@ -77,7 +78,8 @@ class PngMasks:
         self._dim = self._dim or (case_id if brightest == 1 else "")
         self._between = self._between or bool(((values > 1) & (values < highest)).any())
         self._brightest = max(self._brightest, brightest / highest)
-        return rle.spans_of(values >= math.ceil(self._threshold * highest * (1 - 1e-12)))
+        with about(place_of(self._folder, self._files[case_id])):
+            return rle.spans_of(values >= math.ceil(self._threshold * highest * (1 - 1e-12)))
 
     def describe(self) -> tuple[str, tuple[str, ...]]:
         """As in `masks.Masks`."""
@@ -114,9 +116,7 @@ class NiftiMasks:
         require_extra("nifti", "reading NIfTI files", "nibabel")
         self._folder, self._threshold = folder, threshold
         self._files = find_masks(folder, NIFTI)
-        self.sizes: Mapping[str, Size] = {
-            case_id: read_values(folder, path)[1] for case_id, path in self._files.items()
-        }
+        self.sizes: Mapping[str, Size] = {case_id: read_shape(folder, path) for case_id, path in self._files.items()}
         self._between, self._highest = False, 0.0
 
     @property
@@ -130,16 +130,20 @@ class NiftiMasks:
     def spans(self, case_id: str, size: Size) -> Spans:
         """As in `masks.Masks`."""
         path = self._files[case_id]
-        values, _ = read_values(self._folder, path, pixels=True)
-        low, top = values.min(), values.max()
+        parts, ends = [], []
+        for values in read_blocks(self._folder, path):
+            parts.append((values >= self._threshold).T)
+            ends += [values.min(), values.max()]
+            self._between = self._between or bool(((values > 0) & (values < 1)).any())
+        low, top = np.min(ends), np.max(ends)
         if not (low >= 0 and top <= 1):  # also true of NaN
             found = "pixels without a value (NaN)" if low != low else f"values from {low:g} to {top:g}"
             raise LabelError(
                 f"{place_of(self._folder, path)} has {found}; expected a mask of 0 and 1, or probabilities of 0 to 1"
             )
-        self._between = self._between or bool(((values > 0) & (values < 1)).any())
         self._highest = max(self._highest, float(top))
-        return rle.spans_of((values >= self._threshold).T)
+        with about(place_of(self._folder, path)):
+            return rle.spans_of(np.concatenate(parts))
 
     def describe(self) -> tuple[str, tuple[str, ...]]:
         """As in `masks.Masks`."""

@@ -20,7 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ptxdist.dicom.png import SIGNATURE, check_size, decode_png, refuse_damaged, refuse_turned
 from ptxdist.dicom.radiograph import read_bytes
 from ptxdist.errors import DicomError, LabelError
-from ptxdist.labels.found import CLASSES, FoundMask, place_of
+from ptxdist.labels.found import CLASSES, FoundMask, about, place_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,7 +66,8 @@ def read_picture(folder: Path, path: Path) -> list[FoundMask]:
     if ((values > darkest + noise) & (values < brightest - noise)).mean() > _GREY:
         raise LabelError(f"{place} is a picture in greys; a mask must be black and white")
     inside = brightest / highest if brightest in levels and brightest > darkest else 0.0
-    return [FoundMask.of(values > (half if brightest > 1 else 0), inside)]
+    with about(place):
+        return [FoundMask.of(values > (half if brightest > 1 else 0), inside)]
 
 
 def read_png(folder: Path, path: Path) -> Values:
@@ -145,7 +146,8 @@ def _two_colours(place: str, values: npt.NDArray[np.uint8]) -> FoundMask:
     packed = _packed(values)
     distinct = np.unique(packed).tolist()
     if len(distinct) == 2 and distinct[0] == 0:
-        return FoundMask.of(packed != 0, f"#{distinct[1]:06x}")
+        with about(place):
+            return FoundMask.of(packed != 0, f"#{distinct[1]:06x}")
     if len(distinct) > _MANY_VALUES:
         raise LabelError(f"{place} is a picture in colours; a mask must be black and white, or of two colours")
     names = ", ".join(f"#{colour:06x}" for colour in distinct)

@@ -19,7 +19,7 @@ from ptxdist.errors import LabelError
 from ptxdist.labels.rle import Spans
 
 MARGIN_PX = 2.0  # tools let a corner leave the image by this much; more means another image
-_MOST_CROSSINGS = 2**24  # of edges with columns of pixels; an outline drawn by hand has some thousands
+_MOST_CROSSINGS = 2**22  # of edges with columns of pixels; an outline drawn by hand has some thousands
 
 
 def read_corners(numbers: Any, rows: int, columns: int) -> npt.NDArray[np.float64]:

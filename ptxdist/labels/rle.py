@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ptxdist.errors import LabelError
 
 EMPTY = "-1"
+_MOST_RUNS = 2**21  # of one mask; one drawn by hand has some thousands
 _PLAIN = b"0123456789 "
 
 Mask = npt.NDArray[np.uint8]
@@ -105,9 +106,19 @@ def encode(mask: npt.NDArray[np.generic]) -> str:
 
 
 def spans_of(mask: npt.NDArray[np.generic]) -> Spans:
-    """Spans int64 (n, 2) down the columns of a mask as in `encode`; (0, 2) for an empty mask."""
-    flat = np.asarray(mask).T.reshape(-1) != 0
-    return np.flatnonzero(np.diff(flat, prepend=False, append=False)).reshape(-1, 2)
+    """Spans int64 (n, 2) down the columns of a mask as in `encode`; (0, 2) for an empty mask.
+
+    Raises LabelError, a sentence without a subject, for millions of spans, which would take gigabytes.
+    """
+    edges = np.diff(np.asarray(mask).T.reshape(-1) != 0, prepend=False, append=False)
+    refuse_many_runs(int(np.count_nonzero(edges)) // 2)
+    return np.flatnonzero(edges).reshape(-1, 2)
+
+
+def refuse_many_runs(count: int) -> None:
+    """Raise LabelError, a sentence without a subject, for so many runs that no mask has them."""
+    if count > _MOST_RUNS:
+        raise LabelError(f"has a mask of {count:,} pieces of columns; at most {_MOST_RUNS:,} are accepted")
 
 
 def encode_spans(spans: Spans) -> str:
@@ -133,6 +144,13 @@ def unite(masks: Sequence[Spans]) -> Spans:
     ends = np.maximum.accumulate(spans[:, 1])
     apart = spans[1:, 0] > ends[:-1]
     return np.column_stack((spans[np.r_[True, apart], 0], ends[np.r_[apart, True]]))
+
+
+def add(masks: list[Spans], mask: Spans) -> None:
+    """Append a mask to those to be united, in the memory of the union: it is united at once with any of its size."""
+    masks.append(mask)
+    while len(masks) > 1 and len(masks[-2]) <= 2 * len(masks[-1]):
+        masks[-2:] = [unite(masks[-2:])]
 
 
 def intersection_px(first: Spans, second: Spans) -> int:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ptxdist.dicom.decoding import refuse_long_runs
 from ptxdist.dicom.png import MAX_PIXELS
 from ptxdist.dicom.radiograph import CASE_ID, read_bytes
 from ptxdist.errors import DicomError, LabelError
+from ptxdist.labels import rle
 from ptxdist.labels.found import FoundMask, place_of, read_size
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def read_segmentation(folder: Path, path: Path) -> list[FoundMask]:
 
 def _read(source: Dataset) -> list[FoundMask]:
     from pydicom import Dataset, uid
+    from pydicom.encaps import generate_frames
     from pydicom.pixels import iter_pixels
 
     syntax = source.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
@@ -69,6 +71,9 @@ def _read(source: Dataset) -> list[FoundMask]:
     frames = int(source.get("NumberOfFrames") or 1)
     if not 1 <= frames <= _MOST_FRAMES or frames * size[0] * size[1] > 16 * MAX_PIXELS:
         raise LabelError(f"has {frames:,} frames of {size[1]}x{size[0]} pixels, which are too many")
+    if syntax == uid.RLELossless:
+        for frame in generate_frames(source.PixelData, number_of_frames=frames):
+            refuse_long_runs(frame, size[0] * size[1], int(source.BitsAllocated))
     groups = list(source.get("PerFrameFunctionalGroupsSequence") or [Dataset()] * frames)
     if len(groups) != frames:
         raise LabelError(f"has {frames} frames, and says of {len(groups)} what they are")
@@ -76,7 +81,7 @@ def _read(source: Dataset) -> list[FoundMask]:
     names = {int(item.SegmentNumber): _name(item) for item in source.SegmentSequence}
     kind = str(source.get("SegmentationType", ""))
     half = int(source.get("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else 0.5
-    masks: dict[tuple[str, str], npt.NDArray[np.bool_]] = {}
+    masks: dict[tuple[str, str], rle.Spans] = {}
     for group, values in zip(groups, iter_pixels(source, raw=True), strict=True):
         instance = _instance(source, shared, group)
         mask = values >= half
@@ -86,8 +91,9 @@ def _read(source: Dataset) -> list[FoundMask]:
             if (inside := part.any()) and number not in names:
                 raise LabelError(f"has a frame of segment {number}, which it does not describe (Segment Sequence)")
             key = instance, names[number] or f"segment {number}" if inside else ""
-            masks[key] = masks.get(key, False) | part
-    return [FoundMask.of(mask, name, instance) for (instance, name), mask in masks.items()]
+            masks[key] = rle.unite([*([masks[key]] if key in masks else ()), rle.spans_of(part)])
+            rle.refuse_many_runs(sum(map(len, masks.values())))
+    return [FoundMask.of_spans(spans, size, name, instance) for (instance, name), spans in masks.items()]
 
 
 def _items(source: Any, *path: str) -> list[Any]:

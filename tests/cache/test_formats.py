@@ -24,7 +24,7 @@ from PIL import Image
 from pydicom.encaps import encapsulate
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
-from pydicom.uid import JPEGLSLossless
+from pydicom.uid import JPEGLSLossless, RLELossless
 
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.errors import CatalogError, LabelError
@@ -406,6 +406,19 @@ def test_labels_of_other_images_are_refused_with_three_ids_of_each(
 Edit = Callable[[Any], object]
 
 
+def run_lengths(*runs: bytes) -> Edit:
+    """Makes a fractional object of one compressed frame, 120 x 128 pixels."""
+
+    def edit(seg: Any) -> None:
+        header = b"".join(number.to_bytes(4, "little") for number in (1, 64, *[0] * 14))
+        seg.file_meta.TransferSyntaxUID, seg.SegmentationType = RLELossless, "FRACTIONAL"
+        seg.BitsAllocated, seg.BitsStored, seg.HighBit = 8, 8, 7
+        seg.PixelData = encapsulate([header + b"".join(runs)])
+        seg["PixelData"].VR = "OB"
+
+    return edit
+
+
 def unreferenced(seg: Any) -> None:
     del seg.PerFrameFunctionalGroupsSequence[0].DerivationImageSequence
     source = pydicom.Dataset()
@@ -429,6 +442,9 @@ def unreferenced(seg: Any) -> None:
             lambda seg: setattr(seg.SegmentSequence[0], "SegmentNumber", 2),
             "has a frame of segment 1, which it does not",
         ),
+        (run_lengths(b"\x81\xff" * 121), "has more run-length data than its size allows"),  # 64 times its length
+        (run_lengths(b"\x81\xff" * 20_000), "has more run-length data than its size allows"),
+        (run_lengths(b"\x81\xff" * 119), "is a damaged DICOM SEG"),
         (unreferenced, "has a frame that does not say which image it is of (Source Image Sequence)"),
     ],
 )
@@ -440,6 +456,12 @@ def test_wrong_segmentations_are_refused(phantoms: Phantoms, tmp_path: Path, edi
     with pytest.raises(LabelError) as caught:
         read_any(saved(seg, tmp_path / "seg.dcm").parent)
     assert str(caught.value).startswith(f"{tmp_path}: seg.dcm {message}")
+
+
+def test_run_lengths_of_a_segmentation_are_read(phantoms: Phantoms, tmp_path: Path) -> None:
+    seg = segmentation(phantoms, 1, "BINARY")
+    run_lengths(b"\x81\xff", b"\x81\x00" * 119)(seg)
+    assert read_any(saved(seg, tmp_path / "seg.dcm")).masks == {IDS[1]: (" ".join(["0 1", *["119 1"] * 127]),)}
 
 
 def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from ptxdist.errors import LabelError, PtxdistError, SettingsError
 from ptxdist.executor import processes
 from ptxdist.labels import rle
+from ptxdist.labels.masks import open_predictions
 from ptxdist.labels.reader import read_any
 from ptxdist.labels.tables import read_labels
 
@@ -275,15 +276,46 @@ def test_pictures_of_several_pages_and_too_many_pixels_are_refused(
     ("values", "message"),
     [
         (STEPS % 3, "x.nii has the values 0, 1, 2; these may be several classes: write 0 and 1"),
-        (STEPS / 24, "x.nii has 24 values; a mask has 0 outside and one other value inside"),
+        (STEPS / 24, "x.nii has more than 16 values; a mask has 0 outside and one other value inside"),
         (np.where(MASK > 0, np.nan, 0), "x.nii has 2 values; a mask has 0 outside"),
         (MASK // 255 + 1, "x.nii has no pixel of 0 (its values are 1, 2)"),
+        (MASK[:0], "x.nii has the shape 0x6; only single 2-D images are read"),
         (np.stack([MASK, MASK]), "x.nii has the shape 2x4x6; only single 2-D images are read"),
     ],
 )
 def test_nifti_files_that_are_no_masks(tmp_path: Path, values: npt.NDArray[np.generic], message: str) -> None:
     nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), tmp_path / "x.nii")
     refused(tmp_path, message)
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.5])
+def test_a_nifti_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slope: float) -> None:
+    image = nibabel.Nifti1Image((MASK.T[:, :, None] > 0).astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(slope, 0)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    whole = read_any(tmp_path).masks
+    for pixels in (1, 6, 12, 18):
+        monkeypatch.setattr("ptxdist.labels.nifti._BLOCK_PX", pixels)
+        assert read_any(tmp_path).masks == whole == {"x": ("9 2 2 2",)}
+        assert open_predictions(tmp_path).spans("x", (4, 6)).tolist() == [[9, 11], [13, 15]]
+
+
+def test_masks_of_more_pieces_than_any_drawn_one_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each piece of a column takes a hundred bytes: a small file of a chequered mask would take gigabytes."""
+    monkeypatch.setattr(rle, "_MOST_RUNS", 2)
+    assert len(rle.spans_of(MASK)) == 2
+    many = np.tile(MASK, (2, 1))
+    nibabel.save(nibabel.Nifti1Image(many.T // 255, np.eye(4)), tmp_path / "a.nii")
+    for path in (write_png(tmp_path / "b.png", many), save(tmp_path / "c.png", many // 255, [0, 0, 0, 255, 0, 0])):
+        refused(path, f"{path} has a mask of 4 pieces of columns; at most 2 are accepted")
+    refused(tmp_path / "a.nii", "a.nii has a mask of 4 pieces")
+    (tmp_path / "only").mkdir()
+    for name in ("a.nii", "b.png"):
+        (tmp_path / name).rename(tmp_path / "only" / name)
+        masks = open_predictions(tmp_path / "only")
+        with pytest.raises(LabelError, match=f"{name} has a mask of 4 pieces"):
+            masks.spans(name[0], (8, 6))
+        (tmp_path / "only" / name).unlink()
 
 
 def test_nifti_masks_with_different_values_are_refused(tmp_path: Path) -> None:
