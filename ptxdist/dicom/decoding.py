@@ -36,8 +36,10 @@ _PROCESSES = {
 # 853 radiographs, and those of pydicom, would not be smoother in another reading (at most by 2 %).
 _FOLDED = 0.8
 _ENOUGH = 1000  # pairs of neighbours
-_ROWS = 0.25  # of the rows are smoother: letters that are burned into a dark image jump as far, but in few rows
 _FLAT = 0.03  # of the pixels have the value of padding or saturation
+# Letters that are burned into a dark image jump as far: so many pixels, and as many times those of the next value, have
+# theirs; where JPEG has blurred them, they are in few rows.
+_LETTERS, _TIMES, _ROWS = 0.001, 8, 0.1
 
 
 def decode(file: Tags, rows: int, columns: int) -> Stored:
@@ -212,7 +214,8 @@ def _as_stated(pixels: Stored, stream: Stream, file: Tags) -> Stored:
     """
     bits, below, signed = file.bits_stored(), _bits_below(file), file.whole(tags.SIGNED, 0) == 1
     overlay = file.whole(tags.OVERLAY_BIT, 0) >= bits
-    overlay = overlay or (stream.bits > bits and not below and _is_folded(pixels, _field(pixels, 0, bits)))
+    if stream.bits > bits and not below:
+        overlay = overlay or _is_folded(pixels, _field(pixels, 0, bits), rows=0)  # it may be a few letters
     # Equal bits leave one doubt: values that are signed in the stream only.
     if not (stream.signed and not signed) and (stream.bits == bits or not (below or signed or overlay)):
         return pixels
@@ -247,15 +250,22 @@ def _refuse_other_sign(stored: Stored, bits: int) -> None:
         raise DicomError(f"contradicts itself: its header says {stated} values, its pixels do not; correct it")
 
 
-def _is_folded(stored: Stored, other: Stored) -> bool:
+def _is_folded(stored: Stored, other: Stored, rows: float = _ROWS) -> bool:
     """Whether an image is far smoother in another reading, without the edges of padding, saturation and letters."""
     stored, other = (values[:: max(1, len(values) // 64)].astype(np.int32) for values in (stored, other))
-    ends = [end for end in (stored.min(), stored.max()) if (stored == end).mean() > _FLAT]
-    inner = ~np.isin(stored, ends)
+    inner = ~np.isin(
+        stored, [end for end, step in ((stored.min(), 1), (stored.max(), -1)) if _is_edge(stored, end, step)]
+    )
     pairs = inner[:, 1:] & inner[:, :-1]
     rough, smooth = ((np.abs(np.diff(values, axis=1)) * pairs).sum(1) for values in (stored, other))
-    rows = (smooth < _FOLDED * rough).sum() >= _ROWS * pairs.any(1).sum()
-    return bool(pairs.sum() >= _ENOUGH and rows and smooth.sum() < _FOLDED * rough.sum())
+    is_spread = (smooth < _FOLDED * rough).sum() >= rows * pairs.any(1).sum()
+    return bool(pairs.sum() >= _ENOUGH and is_spread and smooth.sum() < _FOLDED * rough.sum())
+
+
+def _is_edge(stored: Stored, end: int, step: int) -> bool:
+    """Whether the lowest or highest value is that of padding, saturation or letters; `step` leads to the next one."""
+    share, beside = ((stored == value).mean() for value in (end, end + step))
+    return bool(share > _FLAT or share > max(_LETTERS, _TIMES * beside))
 
 
 def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:
