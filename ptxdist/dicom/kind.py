@@ -6,7 +6,6 @@ Owns: the signs of DICOM (PS3.10 7.1, PS3.5 7.1) and PNG, and which SOP classes 
 from __future__ import annotations
 
 import re
-from functools import cache
 from typing import Literal
 
 from ptxdist.dicom.png import SIGNATURE
@@ -33,7 +32,6 @@ def kind_of(start: bytes) -> Literal["image", "object", "png", ""]:
     return "image" if found is None or is_image_class(found[1].decode()) else "object"
 
 
-@cache
 def is_image_class(sop_class: str) -> bool:
     """Whether objects of a SOP class are images of a modality, as those of an unknown one may be."""
     if not sop_class or sop_class in _RADIOGRAPHS:
