@@ -30,6 +30,7 @@ from typing import Any, Protocol
 
 from ptxdist import locks
 from ptxdist.errors import PtxdistError, RunError, SettingsError
+from ptxdist.places import open_at_once
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
 _FORMULA = re.compile("'*[-=+@\t\r\uff0d\uff1d\uff0b\uff20]")
@@ -171,7 +172,8 @@ def read_json(path: Path, remedy: str, *beside: str, error: type[PtxdistError] =
     Raises `error`, which ends with the `remedy`, when one of these files is damaged or cannot be read.
     """
     try:
-        content = parse_json(path.read_bytes())
+        with open(path, "rb", opener=open_at_once) as file:
+            content = parse_json(file.read() or b"")
         if not isinstance(content, dict):
             raise ValueError("it is no JSON object")
         sums = content.get("sha256")
@@ -334,7 +336,7 @@ def sha256(source: Path | bytes) -> str:
     """sha256 in hex of a file's content, or of these bytes; OSError when the file cannot be read."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    with open(source, "rb") as file:
+    with open(source, "rb", opener=open_at_once) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

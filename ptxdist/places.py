@@ -7,6 +7,7 @@ those who read it.
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from ptxdist.errors import PtxdistError, RunError, StoreError, short
@@ -45,10 +46,15 @@ def kind_of(path: Path) -> str:
     return NOTHING
 
 
+def open_at_once(path: str, flags: int) -> int:
+    """An opener of `open` for reading what anybody may have put there: nobody waits for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _start(path: Path) -> bytes:
     try:
-        with open(path, "rb") as file:
-            return file.read(64)
+        with open(path, "rb", opener=open_at_once) as file:
+            return file.read(64) or b""
     except OSError:
         return b""
 

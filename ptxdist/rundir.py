@@ -33,6 +33,7 @@ tables. What an older version wrote has none and is used as it is.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,7 +125,7 @@ def _has_trained(run: Path) -> bool:
 def read_stage_result(folder: Path) -> StageResult | None:
     """Result of a stage folder; None when the stage is not finished."""
     path = folder / RESULT
-    return _read(path, StageResult, f"remove {folder} to retrain this stage") if path.is_file() else None
+    return _read(path, StageResult, f"remove {folder} to retrain this stage") if os.path.lexists(path) else None
 
 
 def read_stages(run: Path) -> list[StageResult]:
@@ -162,13 +163,13 @@ def read_result(run: Path) -> PipelineResult:
 def read_origin(run: Path) -> Origin | None:
     """What the network of a run is made from; None for runs of older versions, which have no record of it."""
     path = run / ORIGIN
-    return _read(path, Origin, _origin_remedy(path)) if path.is_file() else None
+    return _read(path, Origin, _origin_remedy(path)) if os.path.lexists(path) else None
 
 
 def read_training_images(run: Path) -> bytes | None:
     """Content of training-images.csv; None for runs of older versions. RunError when it is damaged or missing."""
     origin, path = run / ORIGIN, run / TRAINING_IMAGES
-    if origin.is_file():
+    if os.path.lexists(origin):
         _read(origin, Origin, _origin_remedy(origin), TRAINING_IMAGES)
     return path.read_bytes() if path.is_file() else None
 
@@ -180,7 +181,11 @@ def _origin_remedy(path: Path) -> str:
 def read_environment(run: Path) -> Environment:
     """The versions that a run was made with; an empty record where they are not known."""
     path = run / ENVIRONMENT
-    return _read(path, Environment, f"remove {path}: the report does without it") if path.is_file() else Environment()
+    return (
+        _read(path, Environment, f"remove {path}: the report does without it")
+        if os.path.lexists(path)
+        else Environment()
+    )
 
 
 def read_metrics(run: Path) -> list[EpochMetrics]:

@@ -24,6 +24,7 @@ from ptxdist.labels.evidence import Size
 from ptxdist.labels.found import FoundMask, about, bare_id, place_of, read_size, short
 from ptxdist.labels.polygons import fill, fill_circle, read_corners
 from ptxdist.labels.rle import Spans
+from ptxdist.places import open_at_once
 
 MAX_BYTES = 512 * 1024 * 1024  # COCO's own training set, 118,000 images, has 448 MB
 _MOST_COUNTS = 2**22  # of one mask; an outline drawn by hand has some thousands
@@ -45,7 +46,8 @@ def load_json(folder: Path, path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise LabelError(f"{place} has more than {MAX_BYTES:,} bytes")
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        with open(path, encoding="utf-8-sig", opener=open_at_once) as file:
+            return json.load(file)
     except OSError as error:
         raise LabelError(f"{place} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):

@@ -26,6 +26,7 @@ from ptxdist.labels.nifti import SUFFIXES as NIFTI
 from ptxdist.labels.nifti import read_blocks, read_shape
 from ptxdist.labels.pictures import read_png
 from ptxdist.labels.rle import Spans
+from ptxdist.places import open_at_once
 
 PNG = (".png",)
 _LOW = 0.1  # if no probability reaches it, the values are rather labels of several classes
@@ -49,8 +50,8 @@ class PngMasks:
 
     def _read_size(self, path: Path) -> Size:
         try:
-            with open(path, "rb") as file:
-                header = read_png_header(file.read(33), mask=True)
+            with open(path, "rb", opener=open_at_once) as file:
+                header = read_png_header(file.read(33) or b"", mask=True)
         except OSError as error:
             raise LabelError(f"{place_of(self._folder, path)} cannot be read: {error.strerror}") from None
         except DicomError as error:

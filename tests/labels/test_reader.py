@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,6 +317,16 @@ def test_masks_of_more_pieces_than_any_drawn_one_are_refused(tmp_path: Path, mon
         with pytest.raises(LabelError, match=f"{name} has a mask of 4 pieces"):
             masks.spans(name[0], (8, 6))
         (tmp_path / "only" / name).unlink()
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.png", "a.nii"])
+def test_nobody_waits_for_the_writer_of_a_pipe(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    refused(tmp_path, name)
+    write_png(tmp_path / "b.png", MASK)
+    if name == "a.png":
+        with pytest.raises(LabelError, match=name):
+            open_predictions(tmp_path)
 
 
 def test_nifti_masks_with_different_values_are_refused(tmp_path: Path) -> None:

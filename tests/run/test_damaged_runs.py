@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
@@ -21,7 +22,16 @@ from ptxdist.cache.store import Store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.cli import cli
 from ptxdist.errors import RunError, StoreError
-from ptxdist.rundir import TABLES, read_evaluation, write_evaluation
+from ptxdist.records import Origin
+from ptxdist.rundir import (
+    TABLES,
+    read_environment,
+    read_evaluation,
+    read_origin,
+    read_stages,
+    read_training_images,
+    write_evaluation,
+)
 
 # `ptxdist.report` is the function of this name.
 REPORT = importlib.import_module("ptxdist.report.report")
@@ -142,6 +152,34 @@ def test_damage_of_any_file_of_a_run_is_a_sentence(place: Path, version: str, co
                 assert len(done.stderr) < 2500, where
             (run / name).write_bytes(content)
     assert call(command, run).output == whole.output
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a folder", "a dangling link"])
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("origin.json", read_origin),
+        ("origin.json", read_training_images),
+        ("training-images.csv", read_training_images),
+        ("environment.json", read_environment),
+        ("stages/2-96px/result.json", read_stages),
+        ("evaluation/cases.csv", lambda run: read_evaluation(run / "evaluation", *TABLES)),
+    ],
+)
+def test_what_is_no_file_in_the_place_of_one_is_neither_waited_for_nor_taken_for_none(
+    place: Path, kind: str, name: str, read: Callable[[Path], object]
+) -> None:
+    run = place / "new"
+    (run / "training-images.csv").write_text("pixels,look,patient\n")
+    files.write_json(run / "origin.json", Origin(images=2, positives=1), beside=("training-images.csv",))
+    read(run)
+    path = run / name
+    path.unlink()
+    {"a pipe": os.mkfifo, "a folder": Path.mkdir, "a dangling link": lambda path: path.symlink_to("nowhere")}[kind](
+        path
+    )
+    with pytest.raises(RunError, match=f"{name} (cannot be read|is damaged|is missing|has another checksum)"):
+        read(run)
 
 
 def test_other_files_of_a_run_may_be_damaged(place: Path) -> None:
