@@ -30,7 +30,6 @@ from typing import Any, Protocol
 
 from ptxdist import locks
 from ptxdist.errors import PtxdistError, RunError, SettingsError
-from ptxdist.places import open_at_once
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
 _FORMULA = re.compile("'*[-=+@\t\r\uff0d\uff1d\uff0b\uff20]")
@@ -200,8 +199,7 @@ def fingerprint(*parts: object) -> str:
 def parse_json(text: bytes | str) -> Any:
     """The content of JSON in UTF-8; ValueError when it is malformed, nested too deeply, or has a number like NaN."""
     try:
-        words = text if isinstance(text, str) else text.decode()
-        return _DECODER.decode(words)
+        return _DECODER.decode(text if isinstance(text, str) else text.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -301,8 +299,7 @@ def below(folder: Path, name: str, *, error: type[PtxdistError] = RunError) -> P
     """
     if not is_relative(name):
         raise error(f"{name!r} is not the name of a file in {folder}: such names are relative, without '..'")
-    path = folder / name
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
+    if not (path := folder / name).parent.resolve().is_relative_to(folder.resolve()):
         raise error(f"{name!r} leads out of {folder} through a link; remove that link")
     return path
 
@@ -330,6 +327,11 @@ def remove_leftovers(folder: Path, *, deep: bool = True, of: Path | None = None)
                 with suppress(OSError):
                     path.unlink()
         folders[:] = [name for name in folders if deep and not _LEFTOVER.search(name)]
+
+
+def open_at_once(path: str, flags: int) -> int:
+    """An opener of `open` for what anybody may have put there: nobody waits for the writer of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def sha256(source: Path | bytes) -> str:

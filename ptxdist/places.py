@@ -46,14 +46,9 @@ def kind_of(path: Path) -> str:
     return NOTHING
 
 
-def open_at_once(path: str, flags: int) -> int:
-    """An opener of `open` for reading what anybody may have put there: nobody waits for the writer of a pipe."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
 def _start(path: Path) -> bytes:
     try:
-        with open(path, "rb", opener=open_at_once) as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             return file.read(64) or b""
     except OSError:
         return b""

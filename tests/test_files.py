@@ -572,7 +572,6 @@ def test_the_module_is_light() -> None:
         "ptxdist.errors",
         "ptxdist.files",
         "ptxdist.locks",
-        "ptxdist.places",
         "ptxdist.report",  # a docstring, see ptxdist/__init__.py
         "ptxdist.train",
     }

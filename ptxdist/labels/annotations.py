@@ -19,12 +19,12 @@ from typing import Any, Literal
 import numpy as np
 
 from ptxdist.errors import LabelError
+from ptxdist.files import open_at_once
 from ptxdist.labels import rle
 from ptxdist.labels.evidence import Size
 from ptxdist.labels.found import FoundMask, about, bare_id, place_of, read_size, short
 from ptxdist.labels.polygons import fill, fill_circle, read_corners
 from ptxdist.labels.rle import Spans
-from ptxdist.places import open_at_once
 
 MAX_BYTES = 512 * 1024 * 1024  # COCO's own training set, 118,000 images, has 448 MB
 _MOST_COUNTS = 2**22  # of one mask; an outline drawn by hand has some thousands

@@ -18,7 +18,7 @@ import numpy as np
 
 from ptxdist.dicom.png import read_png_header
 from ptxdist.errors import DicomError, LabelError
-from ptxdist.files import require_extra
+from ptxdist.files import open_at_once, require_extra
 from ptxdist.labels import rle
 from ptxdist.labels.evidence import Size
 from ptxdist.labels.found import about, place_of
@@ -26,7 +26,6 @@ from ptxdist.labels.nifti import SUFFIXES as NIFTI
 from ptxdist.labels.nifti import read_blocks, read_shape
 from ptxdist.labels.pictures import read_png
 from ptxdist.labels.rle import Spans
-from ptxdist.places import open_at_once
 
 PNG = (".png",)
 _LOW = 0.1  # if no probability reaches it, the values are rather labels of several classes
