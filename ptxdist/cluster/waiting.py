@@ -17,6 +17,7 @@ from ptxdist.errors import ClusterError
 _QUIET_S = 2.0  # without a word from the workers, before the cluster is looked at; between two looks
 _SAY_EVERY_S = 30.0
 _LIMIT_S = 600.0
+_STARTS, _SAY_FROM = 10, 3  # processes that may end as they start, since the workers were last heard
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Waiting:
     """Looks at the cluster while nothing is heard from the workers; `look` is called some times a second.
 
     `say` receives what is waited for, at once and every half minute. After `train.capacity_timeout_s` the actor
-    `controller`, Ray Train's, is killed, which ends its trainer; then `refuse` raises the reason.
+    `controller`, Ray Train's, is killed, which ends its trainer; then `refuse` raises the reason. So it is when workers
+    have room and their processes end as they start, which Ray tries again without a limit: on a full disk, for example.
     """
 
     train: TrainSettings
@@ -45,16 +47,19 @@ class Waiting:
     _began: float | None = None
     _limit_s: float | None = None
     _reason: str = ""
+    _ended: frozenset[str] | None = None  # processes that had ended when the workers were last heard
+    _told: float = 0.0
 
     def look(self, heard: bool) -> None:
         """Note whether the workers were `heard` since the last call; if not for some seconds, look at the cluster."""
         now = time.monotonic()
         if heard:
-            self._heard, self._began = now, None
+            self._heard, self._began, self._ended = now, None, None
         if now - self._heard < _QUIET_S or now - self._looked < _QUIET_S or self._reason:
             return
         self._looked = now
         self._compare(now, None if has_place() else room(self.use_gpu))
+        self._count_starts(now, ended_processes())
 
     def refuse(self) -> None:
         """Raise ClusterError if this has given up."""
@@ -80,17 +85,34 @@ class Waiting:
         if limit is not None and waited >= limit:
             end = "no node came" if missing else "no other work on the cluster ended"
             again = "start Ray again on nodes that were cut off" if missing else "rerun the command later"
-            self._reason = f"{have}, and {end} within {limit:.0f} s (train.capacity_timeout_s); {again}{fewer}"
-            if self.controller is not None:
-                import ray
-
-                ray.kill(self.controller)
+            self._give_up(f"{have}, and {end} within {limit:.0f} s (train.capacity_timeout_s); {again}{fewer}")
         elif not self._said or now - self._said >= _SAY_EVERY_S:
             self._said = now
             busy = "other work on the cluster, or a node that does not answer"
             what = "a node; one that was cut off has to start Ray again" if missing else busy
             until = f"{waited:.0f} s of {limit:.0f} s" if limit is not None else f"{waited:.0f} s, without limit"
             self.say(f"{have}; waiting for {what} ({until}){fewer}")
+
+    def _count_starts(self, now: float, ended: dict[str, str]) -> None:
+        if self._ended is None:
+            self._ended, self._told = frozenset(ended), 0.0
+        hosts = [host for name, host in ended.items() if name not in self._ended]
+        said = (
+            f"{len(hosts)} of {_STARTS} times a worker's process ended as it started, on "
+            f"{' and '.join(sorted(set(hosts)))}; is the disk or the memory there full? Ray's logs there say more"
+        )
+        if len(hosts) >= _STARTS:
+            self._give_up(said)
+        elif len(hosts) >= _SAY_FROM and (not self._told or now - self._told >= _SAY_EVERY_S):
+            self._told = now
+            self.say(said)
+
+    def _give_up(self, reason: str) -> None:
+        self._reason = reason
+        if self.controller is not None:
+            import ray
+
+            ray.kill(self.controller)
 
 
 def has_place() -> bool:
@@ -105,6 +127,20 @@ def placement_groups() -> dict[str, dict[str, Any]]:
 
     job = ray.get_runtime_context().get_job_id()  # with which their ids end
     return {name: entry for name, entry in placement_group_table().items() if name.endswith(job)}
+
+
+def ended_processes() -> dict[str, str]:
+    """The address of each worker of this job whose process has ended by itself on a living node, by the worker's id."""
+    import ray
+    from ray._private.state import actors
+
+    job = ray.get_runtime_context().get_job_id()
+    return {
+        name: str(entry["Address"]["IPAddress"])
+        for name, entry in actors().items()
+        if (entry["JobID"], entry["ActorClassName"], entry["State"]) == (job, "RayTrainWorker", "DEAD")
+        and "WORKER_DIED" in str(entry["DeathCause"])
+    }
 
 
 def room(use_gpu: bool) -> Room:

@@ -22,6 +22,8 @@ class Story:
         monkeypatch.setattr(waiting, "room", lambda use_gpu: self.room)
         monkeypatch.setattr(waiting, "has_place", lambda: self.placed)
         monkeypatch.setattr(waiting, "autoscales", lambda: autoscales)
+        self.ended = dict[str, str]()
+        monkeypatch.setattr(waiting, "ended_processes", lambda: dict(self.ended))
         settings = TrainSettings.model_validate({"workers": 2, **train})
         self.waiting = Waiting(settings, False, lambda text: self.said.append((self.now - 100, text)))
 
@@ -78,6 +80,29 @@ def test_the_wait_ends_with_a_sentence(
         story.waiting.refuse()
         return
     with pytest.raises(ClusterError, match=rf"no node came within {ends} s \(train.capacity_timeout_s\); start Ray"):
+        story.waiting.refuse()
+
+
+def test_processes_that_end_as_they_start_are_counted_since_the_workers_were_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    story = Story(monkeypatch)
+    story.placed, story.ended = True, {"lost in the training": "10.0.0.2"}
+    story.goes_on(10)
+    for number in range(9):
+        story.ended[f"start {number}"] = "10.0.0.3"
+        story.goes_on(10)
+    story.waiting.refuse()
+    assert [text[:12] for _, text in story.said] == ["3 of 10 time", "6 of 10 time", "9 of 10 time"]
+    story.goes_on(1, heard=True)
+    story.goes_on(10)
+    story.ended["once more"] = "10.0.0.2"
+    story.goes_on(100)
+    story.waiting.refuse()
+    assert len(story.said) == 3
+    story.ended.update({f"again {number}": "10.0.0.3" for number in range(9)})
+    story.goes_on(10)
+    with pytest.raises(ClusterError, match=r"10 of 10 times .* on 10\.0\.0\.2 and 10\.0\.0\.3; is the disk"):
         story.waiting.refuse()
 
 
