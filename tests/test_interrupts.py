@@ -152,6 +152,17 @@ def test_an_interruption_that_a_library_raises_again_keeps_its_number() -> None:
     assert (done.returncode, done.stderr.splitlines()) == (143, [SENTENCE])
 
 
+def test_an_interruption_while_an_error_is_said_is_said_too() -> None:
+    code = (
+        "import os, signal, click, ptxdist.cli; from ptxdist import interrupts\n"
+        "interrupts.install()\n"
+        "ptxdist.cli.advice = lambda *_: os.kill(os.getpid(), signal.SIGHUP)\n"
+        "with ptxdist.cli._said(): raise click.UsageError('no')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()) == (129, [SENTENCE])
+
+
 def test_a_crash_at_the_end_of_the_interpreter_does_not_change_the_code() -> None:
     """As in threads of a Ray that has just started; what has been registered for the end still runs."""
     code = (

@@ -61,6 +61,16 @@ class _Commands(click.Group):
 @contextmanager
 def _said(words: Sequence[str] = ()) -> Iterator[None]:
     try:
+        with _errors_said(words):
+            yield
+    except KeyboardInterrupt:  # also while an error is said
+        interrupts.say()
+        sys.exit(interrupts.exit_code())
+
+
+@contextmanager
+def _errors_said(words: Sequence[str]) -> Iterator[None]:
+    try:
         yield
     except PtxdistError as error:
         from ptxdist import console
@@ -80,9 +90,6 @@ def _said(words: Sequence[str] = ()) -> Iterator[None]:
 
         console.fail(f"{error.filename or 'output'}: {error.strerror}")
         sys.exit(1)
-    except KeyboardInterrupt:
-        interrupts.say()
-        sys.exit(interrupts.exit_code())
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
