@@ -86,7 +86,7 @@ def short_cut(scene: Scene) -> None:
 
 def disk_is_full(scene: Scene) -> None:
     """The local disk of a host, with Ray's files and /tmp, is filled to the last byte."""
-    scene.at["two"].run("sh", "-c", "cat /dev/zero > /tmp/filled", check=False)
+    scene.at["two"].run("sh", "-c", f"cat /dev/zero > {FILLED}", check=False)
 
 
 def store_goes(scene: Scene) -> None:
@@ -101,6 +101,7 @@ def line_is_slow(scene: Scene) -> None:
     scene.at["two"].slow_down(50, 0.02)
 
 
+FILLED = "/tmp/filled"
 SUBMITTED = "nothing, submitted from another host"
 CASES: dict[str, tuple[Fault, bool]] = {  # and whether cache and run are in the object store
     "nothing": (nothing, False),
@@ -141,6 +142,7 @@ def measure(name: str, scene: Scene) -> dict[str, object]:
                 found[key_] = round(time.monotonic() - hit, 1)
         time.sleep(0.1)
     scene.at["two"].speed_up()
+    scene.at["two"].run("rm", "-f", FILLED)
     row: dict[str, object] = {"case": name, "code": scene.training.returncode, **found,
                               "total_s": round(time.monotonic() - started, 1)}  # fmt: skip
     row["said"] = [line for line in scene.words[seen:].splitlines() if "epoch" not in line.split(":")[0]][-12:]
