@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptxdist.dicom.decoding import refuse_long_runs
 from ptxdist.dicom.png import MAX_PIXELS
 from ptxdist.dicom.radiograph import CASE_ID, read_bytes
 from ptxdist.errors import DicomError, LabelError
@@ -72,6 +71,8 @@ def _read(source: Dataset) -> list[FoundMask]:
     if not 1 <= frames <= _MOST_FRAMES or frames * size[0] * size[1] > 16 * MAX_PIXELS:
         raise LabelError(f"has {frames:,} frames of {size[1]}x{size[0]} pixels, which are too many")
     if syntax == uid.RLELossless:
+        from ptxdist.dicom.decoding import refuse_long_runs  # late: a rerun without changes needs no decoder
+
         for frame in generate_frames(source.PixelData, number_of_frames=frames):
             refuse_long_runs(frame, size[0] * size[1], int(source.BitsAllocated))
     groups = list(source.get("PerFrameFunctionalGroupsSequence") or [Dataset()] * frames)
