@@ -263,7 +263,9 @@ def score_and_write(
         write_tables(folder, rows, predicted, counts.histograms)
         write_evaluation(folder, result)
     barrier()
-    return read_evaluation(folder)
+    # Another rank's machine may not have the folder: a run in an object store has one on each.
+    written = read_evaluation(folder).model_dump_json() if rank() == 0 else ""
+    return EvaluationResult.model_validate_json(gather_texts(written)[0])
 
 
 def evaluate_runs(
