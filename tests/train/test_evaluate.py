@@ -188,7 +188,8 @@ def on_rank(rank: int, ranks: int, cache: Path, folder: Path) -> None:
     dist.init_process_group("gloo", f"file://{folder / 'meet'}", rank=rank, world_size=ranks)
     own = folder / str(rank)
     own.mkdir()
-    evaluate([member(own)], cache, folder / "evaluation", device=CPU)
+    result = evaluate([member(own)], cache, own / "evaluation", device=CPU)  # as on machines without a shared folder
+    (folder / f"{rank}.json").write_text(result.model_dump_json())
     dist.destroy_process_group()
 
 
@@ -198,11 +199,15 @@ def test_ranks_together_write_what_one_process_writes(
     """20 cases are three blocks: the second rank has one of them."""
     multiprocessing.set_forkserver_preload(["torch._dynamo"])  # imported once for all processes
     torch.multiprocessing.start_processes(on_rank, (2, folds, tmp_path), nprocs=2, start_method="forkserver")
-    one, two = evaluated[0], tmp_path / "evaluation"
+    one, two = evaluated[0], tmp_path / "0" / "evaluation"
     for name in (CASES, PREDICTIONS, HISTOGRAMS):
         assert (two / name).read_bytes() == (one / name).read_bytes(), name
     first, second = (read_evaluation(folder).model_copy(update={"seconds": 0.0}) for folder in (one, two))
     assert first == second
+    assert [(tmp_path / f"{rank}.json").read_text() for rank in range(2)] == [
+        read_evaluation(two).model_dump_json()
+    ] * 2
+    assert not (tmp_path / "1" / "evaluation").exists()
 
 
 def test_an_ensemble_averages_probabilities() -> None:
