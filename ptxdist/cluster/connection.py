@@ -57,6 +57,8 @@ def ray_for_training(train: TrainSettings) -> Iterator[bool]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     # All workers wait for one that is stopped or hangs; Ray's own time-out is ten minutes.
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(train.worker_timeout_s))
+    # After a fault Ray ends the process group in order, then the workers; one that hangs never answers, for 30 s.
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = on_cluster()
     # Nobody sends a notice before this machine is taken away, so no process has to look for one.

@@ -9,6 +9,7 @@ about it, `again_s` to the first progress after it, `total_s` that of the whole 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -16,8 +17,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,31 +104,84 @@ def line_is_slow(scene: Scene) -> None:
     scene.at["two"].slow_down(50, 0.02)
 
 
+def host_stays_away(scene: Scene) -> None:
+    """Power cut, and it does not start again while the training goes on."""
+    scene.at["two"].kill()
+
+
+def thread_hangs(scene: Scene) -> None:
+    """The training thread of its worker stops, and so in each new worker, while the rest of the process answers."""
+    threading.Thread(target=_stop_training_threads, args=(scene,), daemon=True).start()
+
+
+def _stop_training_threads(scene: Scene) -> None:
+    trace, stopped, tries = ctypes.CDLL(None).ptrace, list[int](), 0
+    while scene.training is not None and scene.training.poll() is None:
+        if scene.words.count("resumes after") >= tries:
+            before = _thread_seconds(scene.at["two"])
+            time.sleep(1)
+            grown = {thread: now - before.get(thread, now) for thread, now in _thread_seconds(scene.at["two"]).items()}
+            busiest = max(grown, key=lambda thread: grown[thread], default=0)
+            if grown.get(busiest, 0) > 0.2 and trace(16, busiest, None, None) == 0:  # PTRACE_ATTACH, to one thread
+                stopped.append(busiest)
+                tries += 1
+        for thread in stopped:
+            with suppress(ChildProcessError):
+                os.waitpid(thread, os.WNOHANG | 0x40000000)  # __WALL: a killed process ends when its thread is reaped
+        time.sleep(0.2)
+
+
+def _thread_seconds(host: Host) -> dict[int, float]:
+    """CPU time of each thread of the training workers on a host."""
+    network, found = os.readlink(f"/proc/{host.pid}/ns/net"), {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"RayTrainWorker" in (process / "cmdline").read_bytes() and os.readlink(process / "ns/net") == network:
+                for thread in (process / "task").iterdir():
+                    user, kernel = (thread / "stat").read_text().rpartition(")")[2].split()[11:13]
+                    found[int(thread.name)] = (int(user) + int(kernel)) / os.sysconf("SC_CLK_TCK")
+    return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """A fault, whether cache and run are in the object store, and further settings."""
+
+    fault: Fault
+    remote: bool = False
+    settings: tuple[str, ...] = ()
+
+
 FILLED = "/tmp/filled"
 SUBMITTED = "nothing, submitted from another host"
-CASES: dict[str, tuple[Fault, bool]] = {  # and whether cache and run are in the object store
-    "nothing": (nothing, False),
-    "a host loses power and starts again": (host_dies, False),
-    SUBMITTED: (nothing, False),
-    "a slow and lossy line to a host": (line_is_slow, False),
-    "a cable is cut for two seconds": (short_cut, False),
-    "a cable is cut, and mended when the training waits": (cable_is_cut, False),
-    "the local disk of a host is full": (disk_is_full, False),
-    "nothing, cache and run in an object store": (nothing, True),
-    "the object store is cut off for a minute": (store_goes, True),
+AWAY = "a host never comes back"
+CASES = {
+    "nothing": Case(nothing),
+    "a host loses power and starts again": Case(host_dies),
+    SUBMITTED: Case(nothing),
+    "a slow and lossy line to a host": Case(line_is_slow),
+    "a cable is cut for two seconds": Case(short_cut),
+    "a cable is cut, and mended when the training waits": Case(cable_is_cut),
+    "the local disk of a host is full": Case(disk_is_full),
+    "a training thread hangs in every try": Case(
+        thread_hangs, settings=("train.collective_timeout_s=15", "train.max_worker_failures=1")
+    ),
+    AWAY: Case(host_stays_away, settings=("train.capacity_timeout_s=10",)),
+    "nothing, cache and run in an object store": Case(nothing, remote=True),
+    "the object store is cut off for a minute": Case(store_goes, remote=True),
 }
 REFUSED = ("another version", "no shared folder", "a clock 60 s off (doctor)")
 
 
 def measure(name: str, scene: Scene) -> dict[str, object]:
     """Train with one fault in the third epoch of the first stage."""
-    fault, remote = CASES[name]
+    fault, remote, settings = CASES[name].fault, CASES[name].remote, CASES[name].settings
     key = re.sub(r"\W+", "-", name)
     scene.log, run = scene.work / f"{key}.log", scene.work / key / "run"
     place = f"s3://{BUCKET}/{key}" if remote else run
     cache = f"s3://{BUCKET}/cache" if remote else scene.work / "cache"
     started = time.monotonic()
-    words = ["train", "--data", cache, "--run", place, *WORDS]
+    words = ["train", "--data", cache, "--run", place, *WORDS, *(word for item in settings for word in ("--set", item))]
     if name == SUBMITTED:
         submit = [*PTXDIST, "submit", "--address", f"http://{NETWORK}.1:8265", "--", *words]
         scene.training = scene.at["outside"].start(*submit, log=scene.log)
@@ -141,8 +197,12 @@ def measure(name: str, scene: Scene) -> dict[str, object]:
             if key_ not in found and re.search(pattern, new):
                 found[key_] = round(time.monotonic() - hit, 1)
         time.sleep(0.1)
-    scene.at["two"].speed_up()
-    scene.at["two"].run("rm", "-f", FILLED)
+    two = scene.at["two"]
+    if name == AWAY:
+        two.boot()
+        start_ray(two, scene.work / "ray-two.log")
+    two.speed_up()
+    two.run("rm", "-f", FILLED)
     row: dict[str, object] = {"case": name, "code": scene.training.returncode, **found,
                               "total_s": round(time.monotonic() - started, 1)}  # fmt: skip
     row["said"] = [line for line in scene.words[seen:].splitlines() if "epoch" not in line.split(":")[0]][-12:]
@@ -213,7 +273,7 @@ def main(names: list[str]) -> None:
         with hosts(work, ("head", "one", "two", "outside")) as at:
             for host in at.values():
                 host.variables = {**ADDRESS, **CREDENTIALS}
-            if any(CASES.get(case, (nothing, False))[1] for case in chosen):
+            if any(case in CASES and CASES[case].remote for case in chosen):
                 serve_objects(at["outside"], work)
                 preprocess = ("preprocess", "--dicom", work / "ph/dicom-images", "--labels", work / "ph/train-rle.csv",
                               "--patients", work / "ph/patients.csv", "--out", f"s3://{BUCKET}/cache", "--size", 64,
