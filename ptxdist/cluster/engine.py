@@ -158,7 +158,8 @@ class Workers:
         capacity = int(ray.cluster_resources().get("GPU" if use_gpu else "CPU", 0))
         if train.min_workers and train.min_workers <= capacity < train.workers:
             self._say(
-                f"the cluster has capacity for {capacity} of {train.workers} workers, {train.min_workers} are needed"
+                f"the cluster has room for {capacity} of {train.workers} workers; {what} works with so many until "
+                f"there is room for more (train.min_workers = {train.min_workers})"
             )
         waiting = Waiting(train, use_gpu, self._say)
         with _listen(self.on_event, waiting) as inbox:

@@ -16,6 +16,8 @@ _PLACE = re.compile(r"\b(?:node_ip=|ip: )['\"]?([\w.:%]+)")
 _SENTENCE = re.compile(r"(?<=[.;])\s+")
 _TIMED_OUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout|timed out after \d+ms")
 
+_BROKEN = re.compile(r"gloo/transport\S* .*?(?:\[([\w.:%]+)\]:\d+|$)|ncclRemoteError", re.MULTILINE)
+
 
 class LostError(Exception):
     """Workers died, hung or were cut off, which a restart may repair; `preempted` if their node was."""
@@ -83,6 +85,9 @@ def loss_of(error: BaseException, who: str = "a worker") -> str:
         return f"{who}{where} cannot be reached"
     if _TIMED_OUT.search(text):
         return "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"
+    if broken := _BROKEN.search(text):
+        peer = f"the one on {broken[1]}" if broken[1] else "another one"
+        return f"{who} lost its connection to {peer}, which died or was cut off"
     return f"{who} failed with {brief(error)}"
 
 

@@ -75,6 +75,12 @@ def test_a_node_that_was_taken_away_with_notice_is_nobodys_failure() -> None:
          "a worker on 10.0.0.3 did not answer within train.worker_timeout_s"),
         (RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 300000ms for recv operation to complete"),
          "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"),
+        (RuntimeError("[/__w/gloo/gloo/transport/tcp/pair.cc:545] Read error [10.0.0.3]:61331: Connection reset by "
+                      "peer. This is typically caused by a remote worker hanging. Check the logs. GLHF!"),
+         "a worker lost its connection to the one on 10.0.0.3, which died or was cut off"),
+        (RuntimeError("NCCL error in: /src/NCCLUtils.cpp:77, remote process exited or there was a network error\n"
+                      "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting."),
+         "a worker lost its connection to another one, which died or was cut off"),
         (RayOutOfMemoryError("Task was killed. Set RAY_memory_usage_threshold to another value."),
          "a worker was ended because its node ran out of memory; use fewer workers a node, or larger nodes"),
         (NodeDiedError("gone"), "a worker was lost with its node, which died or was cut off"),

@@ -69,7 +69,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
             nodes.add_node(num_cpus=1)
             training.wait_for(lambda: len(workers_on(nodes)) == 2)
             assert not (run / RESULT).exists()
-        assert "the cluster has capacity for 1 of 2 workers, 1 are needed" in training.words
+        assert "the cluster has room for 1 of 2 workers; stage 1" in training.words
 
 
 def workers_on(nodes: Cluster) -> list[int]:
