@@ -18,10 +18,13 @@ class Message(Record):
 
 
 class Progress(Record):
-    """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 outside of epochs."""
+    """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 outside of epochs.
+
+    Of "copy", the cache's to this node, they are files.
+    """
 
     stage: int
-    step: Literal["draw", "train", "validate", "evaluate"]
+    step: Literal["copy", "draw", "train", "validate", "evaluate"]
     epoch: int
     done: int
     total: int

@@ -161,7 +161,9 @@ class Workers:
                 f"the cluster has room for {capacity} of {train.workers} workers; {what} works with so many until "
                 f"there is room for more (train.min_workers = {train.min_workers})"
             )
-        waiting = Waiting(train, use_gpu, self._say)
+        # An evaluation of finished models may copy a cache for long, and says nothing of that.
+        silence_s = 2 * train.collective_timeout_s if isinstance(task, StageTask) else None
+        waiting = Waiting(train, use_gpu, self._say, silence_s)
         with _listen(self.on_event, waiting) as inbox:
             trainer = _trainer(waiting)(
                 work,
@@ -259,7 +261,8 @@ def _listen(on_event: OnEvent, waiting: Waiting) -> Iterator[Any]:
         try:
             events = ray.get(inbox.take.remote())
             for event in events:
-                on_event(decode_event(event))
+                if event:
+                    on_event(decode_event(event))
             if not ended.is_set():
                 waiting.look(bool(events))
         except Exception:  # a lost event must not end the training

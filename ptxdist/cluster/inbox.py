@@ -15,7 +15,7 @@ class Inbox:
         self._events: list[dict[str, Any]] = []
 
     def put(self, event: dict[str, Any]) -> None:
-        """Add one event."""
+        """Add one event, or an empty one: a sign of life."""
         self._events.append(event)
 
     def take(self) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Waiting for nodes: what a training says while the cluster has no room for its workers, and when it gives up.
+"""Waiting for nodes and for workers: what a training says meanwhile, and when it gives up.
 
 Ray Train waits without a word and without a limit.
 """
@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ptxdist.cluster.failures import LostError
 from ptxdist.config import TrainSettings
 from ptxdist.errors import ClusterError
 
 _QUIET_S = 2.0  # without a word from the workers, before the cluster is looked at; between two looks
 _SAY_EVERY_S = 30.0
 _LIMIT_S = 600.0
+_SILENT_S = 60.0  # that workers may be silent before it is said
 _STARTS, _SAY_FROM = 10, 3  # processes that may end as they start, since the workers were last heard
 
 
@@ -35,18 +37,21 @@ class Waiting:
     `say` receives what is waited for, at once and every half minute. After `train.capacity_timeout_s` the actor
     `controller`, Ray Train's, is killed, which ends its trainer; then `refuse` raises the reason. So it is when workers
     have room and their processes end as they start, which Ray tries again without a limit: on a full disk, for example.
+    Workers that are silent for `silence_s` are lost: each tells of its work, and the others wait for one that hangs.
     """
 
     train: TrainSettings
     use_gpu: bool
     say: Callable[[str], None]
+    silence_s: float | None = None
     controller: Any = None
     _heard: float = 0.0
     _looked: float = 0.0
     _said: float = 0.0
     _began: float | None = None
     _limit_s: float | None = None
-    _reason: str = ""
+    _reason: Exception | None = None
+    _silent: float | None = None  # since when the workers have had a place and were not heard
     _ended: frozenset[str] | None = None  # processes that had ended when the workers were last heard
     _told: float = 0.0
 
@@ -54,17 +59,19 @@ class Waiting:
         """Note whether the workers were `heard` since the last call; if not for some seconds, look at the cluster."""
         now = time.monotonic()
         if heard:
-            self._heard, self._began, self._ended = now, None, None
+            self._heard, self._began, self._silent, self._ended = now, None, None, None
         if now - self._heard < _QUIET_S or now - self._looked < _QUIET_S or self._reason:
             return
         self._looked = now
-        self._compare(now, None if has_place() else room(self.use_gpu))
+        placed = has_place()
+        self._compare(now, None if placed else room(self.use_gpu))
+        self._listen(now, placed)
         self._count_starts(now, ended_processes())
 
     def refuse(self) -> None:
-        """Raise ClusterError if this has given up."""
+        """If this has given up, raise ClusterError, or LostError when a restart may help."""
         if self._reason:
-            raise ClusterError(self._reason)
+            raise self._reason
 
     def _compare(self, now: float, found: Room | None) -> None:
         needed = self.train.min_workers or self.train.workers
@@ -85,13 +92,26 @@ class Waiting:
         if limit is not None and waited >= limit:
             end = "no node came" if missing else "no other work on the cluster ended"
             again = "start Ray again on nodes that were cut off" if missing else "rerun the command later"
-            self._give_up(f"{have}, and {end} within {limit:.0f} s (train.capacity_timeout_s); {again}{fewer}")
+            text = f"{have}, and {end} within {limit:.0f} s (train.capacity_timeout_s); {again}{fewer}"
+            self._give_up(ClusterError(text))
         elif not self._said or now - self._said >= _SAY_EVERY_S:
             self._said = now
             busy = "other work on the cluster, or a node that does not answer"
             what = "a node; one that was cut off has to start Ray again" if missing else busy
             until = f"{waited:.0f} s of {limit:.0f} s" if limit is not None else f"{waited:.0f} s, without limit"
             self.say(f"{have}; waiting for {what} ({until}){fewer}")
+
+    def _listen(self, now: float, placed: bool) -> None:
+        if not placed or self._silent is None:
+            self._silent = now if placed else None
+            return
+        silent, limit = now - self._silent, self.silence_s
+        if limit is not None and silent >= limit:
+            self._give_up(LostError(f"the workers were silent for {silent:.0f} s"))
+        elif silent >= _SILENT_S and now - self._said >= _SAY_EVERY_S:
+            self._said = now
+            until = f" of {limit:.0f} s, twice train.collective_timeout_s, after which new ones start" if limit else ""
+            self.say(f"the workers have been silent for {silent:.0f} s{until}; does a disk or a file system hang?")
 
     def _count_starts(self, now: float, ended: dict[str, str]) -> None:
         if self._ended is None:
@@ -102,12 +122,12 @@ class Waiting:
             f"{' and '.join(sorted(set(hosts)))}; is the disk or the memory there full? Ray's logs there say more"
         )
         if len(hosts) >= _STARTS:
-            self._give_up(said)
+            self._give_up(ClusterError(said))
         elif len(hosts) >= _SAY_FROM and (not self._told or now - self._told >= _SAY_EVERY_S):
             self._told = now
             self.say(said)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: Exception) -> None:
         self._reason = reason
         if self.controller is not None:
             import ray

@@ -6,6 +6,7 @@ starts the workers.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ray.train
@@ -75,11 +76,14 @@ def evaluate_finished(config: Config) -> None:
 
 
 class _Sender:
-    """Sends the events of rank 0 to an inbox; those of the other ranks are the same and are dropped."""
+    """Sends the events of rank 0 to an inbox; of the other ranks, which have the same, a sign of life each second."""
 
     def __init__(self, inbox: Any) -> None:
-        self._inbox = inbox if ray.train.get_context().get_world_rank() == 0 else None
+        self._inbox, self._is_first, self._sent_at = inbox, ray.train.get_context().get_world_rank() == 0, 0.0
 
     def __call__(self, event: Event) -> None:
-        if self._inbox is not None:
+        if self._is_first:
             self._inbox.put.remote(encode_event(event))
+        elif time.monotonic() - self._sent_at > 1:
+            self._sent_at = time.monotonic()
+            self._inbox.put.remote({})

@@ -113,6 +113,8 @@ class TrainingDisplay:
         if step.step == "evaluate":
             return "evaluation at the original resolution"
         stage = self._stages[step.stage - 1]
+        if step.step == "copy":
+            return f"stage {step.stage} ({stage.size_px} px): copying the cache"
         if step.step == "draw":
             return f"stage {step.stage} ({stage.size_px} px): drawing phantoms"
         return f"stage {step.stage} ({stage.size_px} px), epoch {step.epoch} of {stage.epochs}: {step.step}"

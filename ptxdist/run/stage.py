@@ -54,7 +54,8 @@ def run_stage(
     torch.manual_seed(settings.pipeline.seed)
     with _run_of(task, stage_part(task.number, stage.size_px)) as run:
         started, folder = time.perf_counter(), stage_folder(run, task.number, stage.size_px)
-        cache = _cache_of(task)
+        on_event = Throttled(on_event)
+        cache = _cache_of(task, on_event)
         # A stage that starts from weights of the whole network reads none of the encoder.
         model_settings = settings.pipeline.model
         if task.parent or task.init_sha256:
@@ -64,7 +65,6 @@ def run_stage(
             load_weights(model, run / task.parent.weights, task.parent.weights_sha256)
         elif task.init_sha256:
             load_init(model, str(model_settings.init), task.init_sha256)
-        on_event = Throttled(on_event)
         data = stage_data(read_catalog(cache), cache, stage.size_px, settings.pipeline.fold)
         if stage.phantoms:
             data = replace(data, instead=_phantoms(data, task, ranks_here, on_event))
@@ -115,7 +115,7 @@ def run_evaluation(
 
     with _run_of(task, EVALUATION_PART) as run:
         member = Member(run, task.settings, task.result)
-        return evaluate([member], _cache_of(task), run / EVALUATION, device=device, on_cases=on_cases)
+        return evaluate([member], _cache_of(task, on_event), run / EVALUATION, device=device, on_cases=on_cases)
 
 
 def stage_data(catalog: Catalog, cache: Path, size_px: int, fold: int) -> StageData:
@@ -154,10 +154,14 @@ def _run_of(task: StageTask, part: str) -> Iterator[Path]:
         yield mirror.folder
 
 
-def _cache_of(task: StageTask) -> Path:
+def _cache_of(task: StageTask, on_event: OnEvent) -> Path:
     """The cache on this node; one in an object store is copied by the first rank of the node while the others wait."""
     data = task.settings.data
-    return local_cache(data.cache, [task.stage.size_px], data=data, token=task.token)
+
+    def on_file(step: str, done: int, total: int) -> None:
+        on_event(Progress(stage=task.number, step="copy", epoch=0, done=done, total=total))
+
+    return local_cache(data.cache, [task.stage.size_px], data=data, token=task.token, on_progress=on_file)
 
 
 def share_cores(device: torch.device, ranks_here: int | None) -> None:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from ptxdist.cluster import waiting
+from ptxdist.cluster.failures import LostError
 from ptxdist.cluster.waiting import Room, Waiting, has_node_types
 from ptxdist.config import TrainSettings
 from ptxdist.errors import ClusterError
@@ -47,7 +48,7 @@ def test_what_is_waited_for_is_said_at_once_and_every_half_minute(monkeypatch: p
     )
     story.waiting.refuse()  # not yet
     story.placed = True
-    story.goes_on(1000)
+    story.goes_on(55)
     story.waiting.refuse()
     assert len(story.said) == 2
     story.placed, story.room = False, Room(0, 2)
@@ -93,16 +94,38 @@ def test_processes_that_end_as_they_start_are_counted_since_the_workers_were_hea
         story.ended[f"start {number}"] = "10.0.0.3"
         story.goes_on(10)
     story.waiting.refuse()
-    assert [text[:12] for _, text in story.said] == ["3 of 10 time", "6 of 10 time", "9 of 10 time"]
+    starts = ["3 of 10 time", "6 of 10 time", "9 of 10 time"]
+    assert [text[:12] for _, text in story.said if "times" in text] == starts
     story.goes_on(1, heard=True)
     story.goes_on(10)
     story.ended["once more"] = "10.0.0.2"
     story.goes_on(100)
     story.waiting.refuse()
-    assert len(story.said) == 3
+    assert [text[:12] for _, text in story.said if "times" in text] == starts
     story.ended.update({f"again {number}": "10.0.0.3" for number in range(9)})
     story.goes_on(10)
     with pytest.raises(ClusterError, match=r"10 of 10 times .* on 10\.0\.0\.2 and 10\.0\.0\.3; is the disk"):
+        story.waiting.refuse()
+
+
+def test_workers_that_are_silent_for_long_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(monkeypatch)
+    story.placed, story.waiting.silence_s = True, 600
+    story.goes_on(500)
+    assert story.said[0][1] == (
+        "the workers have been silent for 60 s of 600 s, twice train.collective_timeout_s, after which new ones start; "
+        "does a disk or a file system hang?"
+    )
+    assert len(story.said) == 15
+    story.goes_on(1, heard=True)
+    story.goes_on(500)
+    story.placed = False  # Ray starts others
+    story.goes_on(10)
+    story.placed = True
+    story.goes_on(500)
+    story.waiting.refuse()
+    story.goes_on(110)
+    with pytest.raises(LostError, match=r"the workers were silent for 60\d s"):
         story.waiting.refuse()
 
 
