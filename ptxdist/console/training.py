@@ -21,6 +21,9 @@ from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageR
 from ptxdist.scores.watchdog import Verdict, judge, why_not
 
 _EPOCHS_SHOWN = 12
+_OUTSIDE = {  # steps of a stage that are outside of its epochs
+    "copy": "copying the cache", "draw": "drawing phantoms", "average": "batch norm of the averaged weights",
+}  # fmt: skip
 
 
 class TrainingDisplay:
@@ -113,10 +116,8 @@ class TrainingDisplay:
         if step.step == "evaluate":
             return "evaluation at the original resolution"
         stage = self._stages[step.stage - 1]
-        if step.step == "copy":
-            return f"stage {step.stage} ({stage.size_px} px): copying the cache"
-        if step.step == "draw":
-            return f"stage {step.stage} ({stage.size_px} px): drawing phantoms"
+        if step.step in _OUTSIDE:
+            return f"stage {step.stage} ({stage.size_px} px): {_OUTSIDE[step.step]}"
         return f"stage {step.stage} ({stage.size_px} px), epoch {step.epoch} of {stage.epochs}: {step.step}"
 
     def _finish_stage(self, stage: StageResult) -> None:

@@ -237,7 +237,7 @@ class _Trainer:
         self.model.load_state_dict(match_device(self.swa.state, self.device))
         if self.stage.swa_update_batch_norm:
             shares = self._shares(self.stage.epochs)
-            reestimate_batch_norm(self.model, self._batches(shares, self.stage.epochs), self.precision)
+            reestimate_batch_norm(self.model, self._told(shares), self.precision)
         metrics = self._validate(self.stage.epochs, self.history[-1].learning_rate, _Position(), averaged=True)
         self._keep(metrics, checkpoint=False)
         return metrics
@@ -268,6 +268,14 @@ class _Trainer:
             epoch=epoch,
             device=self.device,
         )
+
+    def _told(self, shares: list[Share]) -> Iterator[Batch]:
+        """The batches of the averaged weights' statistics, of which each is told."""
+        done, total = 0, sum(share.global_size for share in shares)
+        for batch in self._batches(shares, self.stage.epochs):
+            yield batch
+            done += batch.global_size
+            self.on_event(Progress(stage=self.number, step="average", epoch=0, done=done, total=total))
 
     def _train(self, epoch: int, rate: float) -> None:
         """Optimiser steps from the present position to the end of the epoch."""

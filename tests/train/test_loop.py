@@ -137,6 +137,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
         )  # fmt: skip
     resumed = train(cache, broken, stage, settings, make_model=lambda: build_unet(model), on_event=events.append)
     assert messages(events) == [f"stage 1 resumes after {where}"]
+    steps = {event.step for event in events if isinstance(event, Progress)}
+    assert ("average" in steps) == bool(stage.swa_epochs), "what takes long is told"
     assert len(whole.history) == len(resumed.history) == (5 if stage.swa_epochs else 4)
 
     def numbers(item: EpochMetrics) -> dict[str, object]:
