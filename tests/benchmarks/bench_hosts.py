@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -234,7 +235,7 @@ def refused(name: str, scene: Scene) -> dict[str, object]:
             text = "Metadata-Version: 2.1\nName: ptxdist\nVersion: 9.9.9\n"
             (other / "ptxdist-9.9.9.dist-info" / "METADATA").write_text(text)
         else:
-            (other / "ptxdist-9.9.9.dist-info").rmdir()
+            shutil.rmtree(other / "ptxdist-9.9.9.dist-info")
             (other / "sitecustomize.py").write_text(
                 "import time\nright = time.time\ntime.time = lambda: right() + 60\n"
             )
