@@ -17,9 +17,11 @@ Every error is a `ptxdist.errors.PtxdistError`.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # `typing` would be half the time until the program handles signals
 if TYPE_CHECKING:
+    from typing import Any
+
     from ptxdist.api import compare, evaluate, phantom, plan, preprocess, report, score, train
     from ptxdist.predict.predictor import Prediction, Predictor
 
@@ -45,7 +47,7 @@ for _name in ("report", "train"):
     del globals()[_name]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in __all__:
         raise AttributeError(f"module 'ptxdist' has no attribute {name!r}")
     module = "predict.predictor" if name.startswith("Predict") else "api"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import io
 import os
 import sys
@@ -13,26 +14,53 @@ from ptxdist import interrupts
 def main() -> None:
     """Run the command line; signals are handled from the start, also while it is imported."""
     interrupts.install()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack some characters
-        sys.stdout.reconfigure(errors="replace")
     try:
-        from ptxdist.cli import cli
+        try:
+            _open_closed()
+            if isinstance(sys.stdout, io.TextIOWrapper):  # a locale may lack some characters
+                sys.stdout.reconfigure(errors="replace")
+            from ptxdist.cli import cli
 
-        cli(prog_name="ptxdist")
+            cli(prog_name="ptxdist")
+        finally:
+            interrupts.end()  # inside, so that an interruption at this very moment is said too
     except interrupts.Interrupted as error:
+        interrupts.end()
         interrupts.say()
         sys.exit(error.exit_code)
     finally:
         code = getattr(sys.exception(), "code", 1)
         if interrupts.arrived():
             atexit._run_exitfuncs()
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            try:
-                stream.flush()
-            except OSError:  # nobody reads it any more; else the interpreter would end with a code of its own
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        lost = _flush()
         if interrupts.arrived():  # the end of the interpreter may crash in threads of a Ray that has just started
             os._exit(code if isinstance(code, int) else 1)
+        if lost and not code:
+            print(f"error: output: {lost}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _open_closed() -> None:
+    """Open streams that the caller has closed (`>&-`): else the next file gets their number, and what is printed."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            stream = open(number, "w" if number else "r", encoding="utf-8")  # noqa: SIM115  until the end
+            vars(sys).update({name: stream, f"__{name}__": stream})
+
+
+def _flush() -> str:
+    """Write out what has been printed; what prevents it, or "" when it is only that nobody reads it any more."""
+    lost = ""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:  # the interpreter would end with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            lost = "" if error.errno == errno.EPIPE else str(error.strerror)
+    return lost
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from ptxdist import interrupts
 from ptxdist.errors import StoreError
 
 if TYPE_CHECKING:
@@ -69,10 +69,11 @@ class _Processes:
         from concurrent.futures import FIRST_COMPLETED, wait  # late: a rerun without changes starts no process
         from concurrent.futures.process import BrokenProcessPool
 
-        pool = self._start()
         waiting: set[Future[Result]] = set()
         try:
-            waiting.update(pool.submit(function, *task) for task in tasks)
+            with starting():
+                pool = self._start()
+                waiting.update(pool.submit(function, *task) for task in tasks)
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -88,9 +89,10 @@ class _Processes:
 
     def prepare(self, module: str) -> None:
         if self._workers > 1:
-            pool = self._start()
-            for _ in range(self._workers):
-                pool.submit(_load, module)
+            with starting():
+                pool = self._start()
+                for _ in range(self._workers):
+                    pool.submit(_load, module)
 
     def _start(self) -> ProcessPoolExecutor:
         if self.pool is None:
@@ -168,10 +170,19 @@ def ahead(function: Callable[[Item], Result], items: Iterable[Item], *, threads:
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def starting() -> Iterator[None]:
+    """Spawned processes that the block starts leave what a terminal sends to this process, which ends them."""
+    from multiprocessing import resource_tracker
+
+    with interrupts.only_here():
+        resource_tracker.ensure_running()  # it lets SIGINT through again
+    with interrupts.only_here():
+        yield
+
+
 def start_worker() -> None:
-    """Make this spawned process leave interruptions to its parent, and end when its parent does."""
-    for number in (signal.SIGINT, signal.SIGHUP):  # of the terminal, to all processes; the parent handles them
-        signal.signal(number, signal.SIG_IGN)
+    """Make this spawned process end when its parent does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -3,23 +3,33 @@
 The first signal raises `Interrupted` in the main thread, so that `finally` cleans up, and the command ends with a
 sentence and exit code 128 + its number. Further signals change nothing. A command that has not ended after GRACE_S
 seconds is ended at once; nothing is lost, since whatever is finished is on the disk by then.
+
+The program imports this module first of all, so it imports little.
 """
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
-import threading
-from collections.abc import Iterator
+import sys
+import time
 from contextlib import contextmanager, suppress
-from types import FrameType
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import FrameType
 
 GRACE_S = 15.0
 SENTENCE = "interrupted; finished work is kept, and is skipped when you rerun the command"
 NOTHING_KEPT = "interrupted; nothing was left half done"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # what a terminal sends to all processes of a command
+_AGAIN_S = 0.01
 _ignored: set[signal.Signals] = set()
 _first: list[int] = []  # the number of the first signal, when one has arrived
+_due = False  # whether it still has to be raised
 _installed = False
 _deferring = False
 _said = SENTENCE
@@ -38,7 +48,14 @@ def install() -> None:
     global _installed
     _ignored.update(item for item in _SIGNALS if signal.getsignal(item) is signal.SIG_IGN)
     _installed = True
+    sys.unraisablehook = _unraisable
     _handle()
+
+
+def end() -> None:
+    """Ignore the three signals from now on: the command has ended, and the end of the interpreter is not disturbed."""
+    for item in _SIGNALS:
+        signal.signal(item, signal.SIG_IGN)
 
 
 def keeps_nothing() -> None:
@@ -71,19 +88,31 @@ def held() -> Iterator[None]:
 
 
 @contextmanager
+def only_here() -> Iterator[None]:
+    """Processes that the block starts never get SIGINT and SIGHUP, which a terminal sends to them too.
+
+    This process ends them. Here, a signal that arrives during the block is handled after it.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL)  # processes inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def deferred() -> Iterator[None]:
     """Let the block end before a signal that arrives in it is handled: starting and ending Ray must not stop halfway.
 
     Half started, Ray leaves processes behind, or the end of the interpreter crashes.
     """
     global _deferring
-    _deferring, before = True, len(_first)
+    _deferring = True
     try:
         yield
     finally:
         _deferring = False
-        if len(_first) > before:
-            raise Interrupted(_first[0])
+        _raise_due()
 
 
 def installed() -> bool:
@@ -108,17 +137,40 @@ def _handle() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _first:
-        return
-    _first.append(number)
-    limit = threading.Timer(GRACE_S, _end, (number,))
-    limit.daemon = True
-    limit.start()
+    global _due
+    if not _first:
+        _first.append(number)
+        _due = True
+        _thread.start_new_thread(_end_later, (number,))
     if not _deferring:
-        raise Interrupted(number)
+        _raise_due()
 
 
-def _end(number: int) -> None:
-    """End the process; its children end with it, as executors and Ray see to it."""
+def _raise_due() -> None:
+    global _due
+    if _due:
+        _due = False
+        raise Interrupted(_first[0])
+
+
+def _unraisable(lost: sys.UnraisableHookArgs) -> None:
+    """What Python calls with an exception in a destructor or a callback, which ends there."""
+    global _due
+    if _first and isinstance(lost.exc_value, KeyboardInterrupt):
+        _due = True
+        _thread.start_new_thread(_again, ())
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def _again() -> None:
+    """Interrupt the main thread once more, when it has left the callback."""
+    time.sleep(_AGAIN_S)
+    os.kill(os.getpid(), _first[0])
+
+
+def _end_later(number: int) -> None:
+    """End the process after a while; its children end with it, as executors and Ray see to it."""
+    time.sleep(GRACE_S)
     say()
     os._exit(128 + number)

@@ -73,6 +73,52 @@ except KeyboardInterrupt as error:
     assert (code, out, err) == (128 + number, "started\nended\n", "")
 
 
+@pytest.mark.parametrize("waits", ["time.sleep(30)", "with interrupts.deferred(): time.sleep(0.1)"])
+def test_an_interruption_in_a_destructor_is_not_lost(waits: str) -> None:
+    """Python would write it to stderr and go on; so it does in callbacks, as of the locks of imported modules."""
+    code, out, err = outcome(f"""
+class Ended:
+    def __del__(self):
+        os.kill(os.getpid(), 15)
+        time.sleep(30)
+try:
+    Ended()
+    {waits}
+    print("goes on")
+except KeyboardInterrupt as error:
+    sys.exit(error.exit_code)
+""")
+    assert (code, out, err) == (143, "", "")
+
+
+def test_other_errors_in_a_destructor_are_written_as_ever() -> None:
+    _, _, err = outcome("""
+class Ended:
+    def __del__(self):
+        raise ValueError("seen")
+Ended()
+""")
+    assert "Exception ignored in: <function Ended.__del__" in err
+    assert "ValueError: seen" in err
+
+
+def test_what_a_terminal_sends_does_not_reach_processes_that_are_started_for_work() -> None:
+    """SIGINT and SIGHUP, from their first moment on; SIGTERM, which ends them, does."""
+    code, out, _ = outcome("""
+import subprocess
+blocked = "import signal; print(*sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))))"
+try:
+    with interrupts.only_here():
+        os.kill(os.getpid(), 1)
+        subprocess.run([sys.executable, "-c", blocked])
+        print("held", flush=True)
+    print("never")
+except KeyboardInterrupt as error:
+    sys.exit(error.exit_code)
+""")
+    assert (code, out) == (129, "1 2\nheld\n")
+
+
 def test_what_is_ignored_stays_ignored() -> None:
     """As by nohup; the program is started once more, since `install` looks at what it finds."""
     code, out, err = outcome("""
@@ -117,6 +163,45 @@ def test_a_command_says_one_sentence(number: signal.Signals, later_s: float | No
     assert err.splitlines()[-1] in ((NOTHING_KEPT,) if later_s is None else (NOTHING_KEPT, SENTENCE))
     assert "Traceback" not in err
     assert not list(tmp_path.rglob("*.dcm"))
+
+
+def test_a_signal_to_all_processes_of_a_command_is_said_once(tmp_path: Path) -> None:
+    """As Ctrl-C in a terminal; worker processes get it while they start."""
+    command = [sys.executable, "-m", "ptxdist", "phantom", str(tmp_path / "out"), "--cases", "2000", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(children.read_text().split()) < 3:  # the third one tracks semaphores
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[1:]) == (130, [NOTHING_KEPT])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("closed", "seen"),
+    [("<&-", ("out", "err")), (">&-", ("", "err")), ("2>&-", ("out", "")), ("<&- >&- 2>&-", ("", ""))],
+)
+def test_a_stream_that_is_closed_leads_nowhere(closed: str, seen: tuple[str, str], tmp_path: Path) -> None:
+    """No file gets its number, else what is said would be written into that file."""
+    code = (
+        "import os, sys, ptxdist.cli, ptxdist.__main__\n"
+        f"number = lambda: os.open({str(tmp_path / 'file')!r}, os.O_CREAT)\n"
+        "ptxdist.cli.cli = lambda **_: (sys.stdout.write('out'), sys.stderr.write('err'), sys.exit(number()))\n"
+        "ptxdist.__main__.main()\n"
+    )
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == seen
+    assert done.returncode >= 3
+
+
+def test_a_result_that_cannot_be_written_is_an_error() -> None:
+    """Also one that is written at the very end, since it is short."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ptxdist", "settings"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
 
 
 def _handles(pid: int, number: int) -> bool:
@@ -176,3 +261,17 @@ def test_a_crash_at_the_end_of_the_interpreter_does_not_change_the_code() -> Non
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (143, "ended\n", [SENTENCE])
+
+
+def test_a_signal_at_the_end_of_the_interpreter_changes_nothing() -> None:
+    """The command has ended by then; the interpreter no longer calls handlers, and the signal would kill it."""
+    code = (
+        "import os, signal, ptxdist.cli, ptxdist.__main__\n"
+        "class Late:\n"
+        "    def __del__(self, kill=os.kill, me=os.getpid()): kill(me, 2); kill(me, 15)\n"
+        "left = Late()\n"
+        "ptxdist.cli.cli = lambda **_: None\n"
+        "ptxdist.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

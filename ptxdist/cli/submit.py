@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 
+from ptxdist import interrupts
 from ptxdist.cli.options import begin
 from ptxdist.errors import SettingsError
 
@@ -74,12 +75,13 @@ def submit(
         else:
             code = jobs.submit(absolute, address=address, on_log=on_log, on_submitted=submitted, following=follow)
     except KeyboardInterrupt:
-        if job:
-            console.say(
-                f"job {job[0]} is still running; `ptxdist submit --address {address} --logs {job[0]}` follows it, "
-                "--stop stops it"
-            )
-        raise SystemExit(130) from None
+        if not job:
+            raise
+        console.say(
+            f"job {job[0]} is still running; `ptxdist submit --address {address} --logs {job[0]}` follows it, "
+            "--stop stops it"
+        )
+        raise SystemExit(interrupts.exit_code()) from None
     raise SystemExit(code)
 
 

@@ -93,7 +93,7 @@ def _connect(address: str | None, cpus: int | None) -> None:
     """Connect to Ray, or start it; as `connection`."""
     try:
         if address is None:
-            with _signals_stay_ours():
+            with _signals_stay_ours(), interrupts.only_here():
                 _start_local(cpus)
         else:
             _prepare_for(address)

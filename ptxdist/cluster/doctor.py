@@ -19,6 +19,7 @@ from ptxdist.cluster import network, probe
 from ptxdist.cluster.connection import LOOPBACK, connection
 from ptxdist.cluster.nodes import THIS_MACHINE, Nodes, ThisMachine, ray_nodes
 from ptxdist.errors import ClusterError
+from ptxdist.executor import start_worker, starting
 
 _GIB = 1024**3
 _CHECKPOINT = 2 * _GIB  # three resumable checkpoints of 400 MB, the best weights, and a reserve
@@ -228,7 +229,9 @@ def _all_reduce(nodes: Nodes, backend: str, names: Sequence[str]) -> list[Findin
 def _collective_here() -> list[Finding]:
     """The same between two processes on this machine."""
     host, port = network.free_port(LOOPBACK)
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with starting():
+        made = multiprocessing.get_context("spawn").Pool(2, start_worker)
+    with made as pool:
         pool.starmap(network.load_torch, [(), ()], chunksize=1)
         answers = pool.starmap(network.all_reduce, [("gloo", host, port, rank, 2) for rank in range(2)], chunksize=1)
         findings = _sums("gloo", {THIS_MACHINE: next((text for text in answers if text), "")})

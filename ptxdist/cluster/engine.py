@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from ptxdist.run.evaluation import EvaluationTask
 
 _POLL_S = 0.2
+_ANSWER_S = 5.0
+_REQUESTS = "AutoscalingCoordinator"  # name of Ray's actor that has the requests of all trainers
 _log = logging.getLogger(__name__)
 
 Work = Callable[[dict[str, Any]], None]  # a function of `worker`
@@ -202,7 +204,7 @@ class Workers:
                 waiting.refuse()
                 raise LostError(f"the workers were lost: {loss_of(error, 'their controller')}") from error
             finally:
-                _free_capacity()
+                _free_capacity(trainer.train_run_context.run_id, waiting.controller)
                 shutil.rmtree(folder / "ray", ignore_errors=True)
 
 
@@ -227,12 +229,14 @@ def _trainer(waiting: Waiting) -> type[TorchTrainer]:
     return Trainer
 
 
-def _free_capacity() -> None:
+def _free_capacity(run_id: str, controller: Any) -> None:
     """Remove the placement groups of this job, and with them the actors inside, after its trainer has ended.
 
     A trainer whose workers were killed because memory ran out may leave its own, and the next trainer would wait
-    forever for its resources.
+    forever for its resources. On a cluster, the request for workers of an interrupted trainer, `run_id`, is withdrawn
+    too: Ray would keep room for them for three minutes, in which no trainer with `min_workers` would start.
     """
+    import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
@@ -240,6 +244,11 @@ def _free_capacity() -> None:
         for name, entry in placement_groups().items():
             if entry["state"] != "REMOVED":
                 remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
+        if on_cluster():
+            if controller is not None:  # else it would ask again
+                ray.kill(controller)
+            requests = ray.get_actor(_REQUESTS, namespace=_REQUESTS)
+            ray.get(requests.cancel_request.remote(f"train-{run_id}"), timeout=_ANSWER_S)
     except Exception:  # for example when the head is gone; the error that ended the trainer matters more
         _log.exception("the resources of a trainer that has ended could not be freed")
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal, Self
 from ptxdist.dicom.frontal import refuse_other_than_chest
 from ptxdist.dicom.guard import PassingError, place_of
 from ptxdist.errors import DicomError, PtxdistError, RunError, SettingsError
-from ptxdist.executor import start_worker
+from ptxdist.executor import start_worker, starting
 
 if TYPE_CHECKING:
     from ptxdist.predict.predictor import Predictor
@@ -157,7 +157,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._connection, other = context.Pipe()
         self._process = context.Process(target=self._work, args=(other, *self._args), daemon=True)
-        self._process.start()
+        with starting():
+            self._process.start()
         other.close()
         self._loaded = False
 

@@ -49,9 +49,10 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
             training.wait_for(lambda: resumes in training.words)
             kill_node(living_nodes(nodes)[-1])
             nodes.add_node(num_cpus=1)
-            # The evaluation is tested by test_smoke. Once it has asked Ray for its workers, Ray keeps them for three
-            # minutes, whatever becomes of it.
+            # The evaluation is tested by test_smoke. It may have asked Ray for its workers already.
             training.wait_for(lambda: "stage 1 of 1 is finished" in training.words)
+            training.process.terminate()
+            assert training.process.wait(timeout=60) == 143, training.words
         assert training.words.count(resumes) == 2
         assert "did not answer within train.worker_timeout_s; stage 1 resumes" in training.words
         assert "RAY_" not in training.words
