@@ -24,12 +24,13 @@ def main() -> None:
             cli(prog_name="ptxdist")
         finally:
             interrupts.end()  # inside, so that an interruption at this very moment is said too
-    except interrupts.Interrupted as error:
+    except interrupts.Interrupted as interruption:
         interrupts.end()
         interrupts.say()
-        sys.exit(error.exit_code)
+        sys.exit(interruption.exit_code)
     finally:
-        code = getattr(sys.exception(), "code", 1)
+        error = sys.exception()
+        code = getattr(error, "code", 1) if error else 0
         if interrupts.arrived():
             atexit._run_exitfuncs()
         lost = _flush()

@@ -31,8 +31,9 @@ _ignored: set[signal.Signals] = set()
 _first: list[int] = []  # the number of the first signal, when one has arrived
 _due = False  # whether it still has to be raised
 _installed = False
-_deferring = False
-_said = SENTENCE
+_main = 0  # the thread that `install` was called in
+_deferring = 0  # blocks in which it must not be raised, one in the other
+_sentence = SENTENCE
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,9 +46,9 @@ class Interrupted(KeyboardInterrupt):
 
 def install() -> None:
     """Handle the three signals from now on; what is ignored already (nohup, background jobs) stays ignored."""
-    global _installed
+    global _installed, _main
     _ignored.update(item for item in _SIGNALS if signal.getsignal(item) is signal.SIG_IGN)
-    _installed = True
+    _installed, _main = True, _thread.get_ident()
     sys.unraisablehook = _unraisable
     _handle()
 
@@ -60,14 +61,16 @@ def end() -> None:
 
 def keeps_nothing() -> None:
     """From now on this command has nothing that a rerun would skip; the sentence says so."""
-    global _said
-    _said = NOTHING_KEPT
+    global _sentence
+    _sentence = NOTHING_KEPT
 
 
 def say() -> None:
-    """Write the sentence to stderr; after SIGHUP there may be nobody to read it."""
+    """Write the sentence to stderr, once; after SIGHUP there may be nobody to read it."""
+    global _sentence
+    said, _sentence = _sentence, ""
     with suppress(OSError):
-        os.write(2, f"{_said}\n".encode())
+        os.write(2, f"{said}\n".encode() if said else b"")
 
 
 @contextmanager
@@ -94,25 +97,31 @@ def only_here() -> Iterator[None]:
     This process ends them. Here, a signal that arrives during the block is handled after it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _TERMINAL)  # processes inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with deferred():  # other threads may get the signal nevertheless
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
     """Let the block end before a signal that arrives in it is handled: starting and ending Ray must not stop halfway.
 
-    Half started, Ray leaves processes behind, or the end of the interpreter crashes.
+    Half started, Ray leaves processes behind, or the end of the interpreter crashes. In other threads than the main
+    one nothing is changed.
     """
     global _deferring
-    _deferring = True
+    if _thread.get_ident() != _main:
+        yield
+        return
+    _deferring += 1
     try:
         yield
     finally:
-        _deferring = False
-        _raise_due()
+        _deferring -= 1
+        if not _deferring:
+            _raise_due()
 
 
 def installed() -> bool:

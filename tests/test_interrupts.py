@@ -154,7 +154,7 @@ def test_a_command_says_one_sentence(number: signal.Signals, later_s: float | No
     while time.monotonic() - started < 60 and process.poll() is None:
         if later_s is None and list(tmp_path.rglob("*.dcm")):
             break
-        if later_s is not None and _handles(process.pid, number) and time.monotonic() - started > later_s:
+        if later_s is not None and _has("SigCgt", process.pid, number) and time.monotonic() - started > later_s:
             break
         time.sleep(0.01)
     process.send_signal(number)
@@ -172,6 +172,7 @@ def test_a_signal_to_all_processes_of_a_command_is_said_once(tmp_path: Path) -> 
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and len(children.read_text().split()) < 3:  # the third one tracks semaphores
         time.sleep(0.002)
+    assert all(_has("SigBlk", int(child), signal.SIGHUP) for child in children.read_text().split())
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err.splitlines()[1:]) == (130, [NOTHING_KEPT])
@@ -198,17 +199,19 @@ def test_a_stream_that_is_closed_leads_nowhere(closed: str, seen: tuple[str, str
 
 def test_a_result_that_cannot_be_written_is_an_error() -> None:
     """Also one that is written at the very end, since it is short."""
+    code = "import ptxdist.cli, ptxdist.__main__; ptxdist.cli.cli = lambda **_: print('1'); ptxdist.__main__.main()"
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "ptxdist", "settings"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        command = [sys.executable, "-c", code]
+        later = {**os.environ, "PYTHONUNBUFFERED": ""}
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=later, check=False)
     assert (done.returncode, done.stderr) == (1, "error: output: No space left on device\n")
 
 
-def _handles(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
+def _has(field: str, pid: int, number: int) -> bool:
+    """Whether a process handles (SigCgt) or blocks (SigBlk) a signal."""
     status = Path(f"/proc/{pid}/status").read_text()
-    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
-    return bool(int(caught.split()[1], 16) & (1 << (number - 1)))
+    found = next(line for line in status.splitlines() if line.startswith(field))
+    return bool(int(found.split()[1], 16) & (1 << (number - 1)))
 
 
 def test_a_closed_terminal_does_not_change_the_code(tmp_path: Path) -> None:
@@ -218,7 +221,7 @@ def test_a_closed_terminal_does_not_change_the_code(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ptxdist", "phantom", str(tmp_path / "out"), "--cases", "2000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writer)
     os.close(writer)
-    while process.poll() is None and not _handles(process.pid, signal.SIGHUP):
+    while process.poll() is None and not _has("SigCgt", process.pid, signal.SIGHUP):
         time.sleep(0.01)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=60) == 129

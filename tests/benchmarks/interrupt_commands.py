@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("commands", nargs="*", help=f"[default: all] {' '.join(USES)}")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     for number in (signal.SIGINT, signal.SIGHUP):  # a background job ignores the one, nohup the other
         signal.signal(number, signal.SIG_DFL)
     demo = given.folder.absolute() / "demo"
