@@ -18,6 +18,7 @@ PACKAGE = "ptxdist"
 RULES = {
     "errors": ("", ""),
     "places": ("errors", ""),
+    "archives": ("", ""),
     "locks": ("errors", ""),
     "files": ("errors locks", ""),
     "interrupts": ("", ""),

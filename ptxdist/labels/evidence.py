@@ -142,6 +142,7 @@ def fit_masks(
     sample += _spaced(guests, _SAMPLE - len(sample))
     chosen = set(sample)
     misfits, images, huge, positives = [], [], [], 0
+    left = rle.MOST_RUNS  # those of the sample are kept in memory
     for case_id in dict.fromkeys((*owned, *sample)):
         rows, columns = sizes.get(case_id) or one_size or (0, 0)
         spans = []
@@ -155,7 +156,9 @@ def fit_masks(
         positives += 1
         union = rle.unite(spans)
         huge += [case_id] * bool(np.diff(union).sum() > limits.inverted_above * rows * columns)
-        if case_id in chosen:
+        runs = sum(map(len, spans))
+        if case_id in chosen and runs <= left:
+            left -= runs
             images.append(MaskedImage(rows, columns, spans, union))
     return Fit(sum(len(masks[case_id]) for case_id in owned), misfits, images, huge, positives, limits)
 

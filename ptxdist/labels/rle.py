@@ -8,6 +8,7 @@ past the image. `dialect` converts tables in other encodings to this format.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -18,8 +19,11 @@ import numpy.typing as npt
 from ptxdist.errors import LabelError
 
 EMPTY = "-1"
-_MOST_RUNS = 2**21  # of one mask; one drawn by hand has some thousands
+MAX_TEXT = 2**25  # characters of one mask
+MOST_RUNS = 2**21  # of one mask; one drawn by hand has some thousands
+_MOST_KEPT = 2**14  # characters of a text whose runs are kept; the challenge's longest has 9,000
 _PLAIN = b"0123456789 "
+_WITHOUT_BLANKS = dict.fromkeys(map(ord, string.whitespace))
 
 Mask = npt.NDArray[np.uint8]
 Runs = npt.NDArray[np.int64]
@@ -27,13 +31,16 @@ Spans = npt.NDArray[np.int64]
 Starts = Literal["relative", "absolute"]
 
 
-@lru_cache(maxsize=4096)  # the masks of a table are needed several times: to check, to find their encoding, to count
 def parse(text: str) -> Runs:
     """Runs of a text as read-only int64 (n, 2): gap and length in pixels; (0, 2) for the empty mask `-1`.
 
     Blanks around the text are ignored. Raises LabelError when the text is not `-1` or pairs of integers with gaps
-    of at least 0 and lengths of at least 1.
+    of at least 0 and lengths of at least 1, and for millions of runs.
     """
+    return _parse_kept(text) if len(text) <= _MOST_KEPT else _parse(text)
+
+
+def _parse(text: str) -> Runs:
     if text.strip() == EMPTY:
         return np.zeros((0, 2), np.int64)
     numbers = _numbers(text)
@@ -46,7 +53,13 @@ def parse(text: str) -> Runs:
     return runs
 
 
+# The masks of a table are needed several times: to check, to find their encoding, to count.
+_parse_kept = lru_cache(maxsize=4096)(_parse)
+
+
 def _numbers(text: str) -> npt.NDArray[np.int64]:
+    if len(text) > 4 * MOST_RUNS and len(text) - len(text.translate(_WITHOUT_BLANKS)) > 2 * MOST_RUNS:
+        raise LabelError(f"run-length text has more than {MOST_RUNS:,} runs: {_shorten(text)}")
     if text.isascii() and text.strip() and not text.encode().translate(None, _PLAIN):
         numbers = np.fromstring(text, np.int64, sep=" ")  # five times faster, but accepts any text and clips
         if numbers.max() < 2**62:
@@ -86,12 +99,11 @@ def decode_columns(texts: Sequence[str], height: int, width: int, value: int = 1
     No texts, or only `-1`, give zeros. Raises LabelError as `parse`, and when a run ends past the last pixel.
     """
     mask = np.zeros(height * width, np.uint8)
-    for text in texts:
-        runs = _parse_inside(text, height, width)
+    edges = unite([read_spans(text, "relative", height, width) for text in texts]).reshape(-1)
+    if len(edges):
         # np.repeat over alternating gaps and runs is several times faster than filling slices one by one.
-        values = np.tile(np.array([0, value], np.uint8), len(runs))
-        span = np.repeat(values, runs.reshape(-1))
-        np.maximum(mask[: len(span)], span, out=mask[: len(span)])
+        values = np.tile(np.array([0, value], np.uint8), len(edges) // 2)
+        mask[: edges[-1]] = np.repeat(values, np.diff(edges, prepend=0))
     return mask.reshape(width, height)
 
 
@@ -117,8 +129,8 @@ def spans_of(mask: npt.NDArray[np.generic]) -> Spans:
 
 def refuse_many_runs(count: int) -> None:
     """Raise LabelError, a sentence without a subject, for so many runs that no mask has them."""
-    if count > _MOST_RUNS:
-        raise LabelError(f"has a mask of {count:,} pieces of columns; at most {_MOST_RUNS:,} are accepted")
+    if count > MOST_RUNS:
+        raise LabelError(f"has a mask of {count:,} pieces of columns; at most {MOST_RUNS:,} are accepted")
 
 
 def encode_spans(spans: Spans) -> str:

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
-from typing import IO, TextIO
+from typing import IO, Any, TextIO
 
+from ptxdist.archives import Archive, ArchiveError
 from ptxdist.errors import LabelError
 from ptxdist.labels import rle
 
-MAX_UNPACKED = 1024 * 1024 * 1024  # bytes; the challenge's table has 17 million
+MAX_BYTES = 512 * 1024 * 1024  # unpacked; the challenge's table has 17 million
+MAX_ROWS = 2_000_000  # each takes up to 0.4 kB; the largest sets of radiographs have 650,000 images
 _SHOWN, _MOST_ID = 60, 255  # characters
 _END = "\x1c end of the file \x1c"  # an additional last line
 _IDS = ("imageid", "sopinstanceuid", "anon_sopuid")  # of the challenge; of CANDID-PTX, whose other tables have the last
@@ -83,7 +85,7 @@ def line_of(path: Path, case_id: str, text: str) -> int:
 
 def _label_rows(path: Path) -> Iterator[tuple[int, str, str]]:
     """Line, image id and run-length text of each row, stripped of blanks."""
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(rle.MAX_TEXT)
     with open_text(path) as file:
         rows = table_rows(path, file)
         _, header = next(rows, (0, None))
@@ -138,7 +140,9 @@ def table_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
     """
     reader = csv.reader(itertools.chain(file, [_END]))
     before = 0
-    for row in reader:
+    for number, row in enumerate(reader):
+        if number > MAX_ROWS:
+            raise LabelError(f"{path} has more than {MAX_ROWS:,} rows; give a table of the images that are used")
         if row and row[-1].endswith(_END):
             if len(row) == 1 and row[0] == _END:
                 return
@@ -154,12 +158,15 @@ def open_text(path: Path) -> Iterator[TextIO]:
         with open(path, "rb") as file:
             start = file.read(2)
             file.seek(0)
-            unpacked = _unpacked(path, start, file)
-            with io.TextIOWrapper(unpacked, encoding="utf-8-sig", newline="") as text:
-                yield text
+            with _unpacked(path, start, file) as unpacked:
+                content = io.BufferedReader(_Bounded(path, unpacked))
+                with io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as text:
+                    yield text
     except UnicodeDecodeError as error:
         what = _NO_TEXT.get(start, "it is not text in UTF-8; save it as CSV in UTF-8")
         raise LabelError(f"{path}: cannot be read as a CSV file: {what}") from error
+    except ArchiveError as error:
+        raise LabelError(f"{path} {error}") from None
     except zipfile.BadZipFile as error:  # its message may contain bytes of the file
         raise LabelError(f"{path}: cannot be read as a CSV file: it is a damaged zip file") from error
     except (OSError, EOFError, zlib.error, csv.Error) as error:
@@ -167,12 +174,12 @@ def open_text(path: Path) -> Iterator[TextIO]:
         raise LabelError(f"{path}: cannot be read as a CSV file: {reason}") from error
 
 
-def _unpacked(path: Path, start: bytes, file: IO[bytes]) -> IO[bytes]:
-    if start == _GZIP:
-        return _whole(path, gzip.GzipFile(fileobj=file))
+@contextmanager
+def _unpacked(path: Path, start: bytes, file: IO[bytes]) -> Iterator[IO[bytes] | gzip.GzipFile]:
     if start != _ZIP:
-        return file
-    with zipfile.ZipFile(file) as archive:
+        yield gzip.GzipFile(fileobj=file) if start == _GZIP else file
+        return
+    with Archive(path) as archive:
         names = [
             name
             for name in archive.namelist()
@@ -183,15 +190,27 @@ def _unpacked(path: Path, start: bytes, file: IO[bytes]) -> IO[bytes]:
             what = "an Excel workbook; save it as CSV" if "[Content_Types].xml" in archive.namelist() else "a zip file"
             raise LabelError(f"{path} is {what}" + (f" of {len(names)} tables; unpack it" if "zip" in what else ""))
         try:
-            with archive.open(names[0]) as table:
-                return _whole(path, table)
+            table = archive.unpacked(archive.getinfo(names[0]))
         except (RuntimeError, NotImplementedError) as error:  # a password, an unknown compression
             raise LabelError(f"{path}: its table cannot be unpacked; unpack it with another tool") from error
+        with table:
+            yield table
 
 
-def _whole(path: Path, file: IO[bytes] | gzip.GzipFile) -> IO[bytes]:
-    """All of a packed table, in memory: an archive may hold far more than its own size."""
-    content = file.read(MAX_UNPACKED + 1)
-    if len(content) > MAX_UNPACKED:
-        raise LabelError(f"{path} unpacks to more than the limit of {MAX_UNPACKED:,} bytes")
-    return io.BytesIO(content)
+class _Bounded(io.RawIOBase):
+    """What is read of a table: up to MAX_BYTES, since an archive may hold far more than its own size."""
+
+    def __init__(self, path: Path, file: IO[bytes] | gzip.GzipFile) -> None:
+        self._path, self._file, self._left = path, file, MAX_BYTES
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer)
+        content = self._file.read(len(view))
+        self._left -= len(content)
+        if self._left < 0:
+            raise LabelError(f"{self._path} has more than {MAX_BYTES:,} bytes, unpacked")
+        view[: len(content)] = content
+        return len(content)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
+from ptxdist.archives import Archive, ArchiveError
 from ptxdist.cache.scan import choose_images, digest_of, find_files, no_images
 from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
@@ -134,9 +135,9 @@ def reject_repeated(found: Sequence[FoundInput]) -> tuple[list[FoundInput], list
 
 
 @lru_cache(maxsize=4)
-def _open(path: str) -> zipfile.ZipFile:
+def _open(path: str) -> Archive:
     # Kept open, so that its directory is read once. Several threads may read members.
-    return zipfile.ZipFile(path)
+    return Archive(Path(path))
 
 
 def _images_in_zip(path: Path) -> tuple[list[Input], int]:
@@ -147,6 +148,8 @@ def _images_in_zip(path: Path) -> tuple[list[Input], int]:
         for number, item in enumerate(_open(str(path)).infolist()):
             if not item.is_dir() and "__MACOSX" not in item.filename:
                 members.setdefault(item.filename, []).append(number)
+    except ArchiveError as error:
+        raise CatalogError(f"{path}: this zip file {error}") from None
     except Exception as error:  # zipfile raises almost anything for a damaged directory
         raise CatalogError(f"{path}: this zip file cannot be read ({type(error).__name__})") from error
 
@@ -169,7 +172,7 @@ def _read_member(path: str, number: int, size: int = MAX_INFLATED + 1) -> bytes:
             raise DicomError("is encrypted in its zip file; unpack it first")
         if info.file_size > MAX_INFLATED:
             raise DicomError(f"has {info.file_size:,} bytes unpacked, more than the {MAX_INFLATED:,} accepted")
-        with _open(path).open(info) as file:
+        with _open(path).unpacked(info) as file:
             content = file.read(size)  # zipfile stops at the declared size and checks the checksum
     except NotImplementedError as error:
         raise DicomError("is compressed in its zip file by a method that is not supported; unpack it first") from error

@@ -13,6 +13,7 @@ from ptxdist.errors import LabelError
 from ptxdist.labels import rle, tables
 from ptxdist.labels.tables import line_of, read_labels
 
+MANY = " ".join(["1"] * 12)
 TABLE = {"a": ("5 3", "9 1"), "b": (), "c": ("0 2",)}
 
 
@@ -67,11 +68,29 @@ def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pyt
             for name in names:
                 archive.writestr(name, "0" * 100_000)
         refused(path, expected)
-    monkeypatch.setattr(tables, "MAX_UNPACKED", 9_999)
-    refused(path, "unpacks to more than the limit of 9,999 bytes")
-    refused(write(tmp_path, gzip.compress(bytes(10_000)), "labels.csv.gz"), "unpacks to more than the limit")
+    monkeypatch.setattr(tables, "MAX_BYTES", 9_999)
+    refused(path, "has more than 9,999 bytes, unpacked")
+    refused(write(tmp_path, gzip.compress(bytes(10_000)), "labels.csv.gz"), "has more than 9,999 bytes")
+    refused(write(tmp_path, bytes(10_000)), "has more than 9,999 bytes")
     path.write_bytes(path.read_bytes()[:-30])
     refused(path, "cannot be read as a CSV file: it is a damaged zip file")
+
+
+def test_a_table_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, f"ImageId,EncodedPixels\na,{MANY}\nb,-1\n")
+    for name, value, expected in (
+        ("ptxdist.labels.rle.MOST_RUNS", 1, f"line 2, a: run-length text has more than 1 runs: {MANY!r}"),
+        ("ptxdist.labels.tables.MAX_ROWS", 1, "has more than 1 rows"),
+        ("ptxdist.labels.rle.MAX_TEXT", 25, ""),
+        ("ptxdist.labels.rle.MAX_TEXT", 20, "cannot be read as a CSV file: field larger than field limit (20)"),
+        ("ptxdist.labels.tables.MAX_BYTES", 10_000, ""),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(name, value)
+            if expected:
+                refused(path, expected)
+            else:
+                assert read_labels(path) == {"a": (MANY,), "b": ()}
 
 
 @pytest.mark.parametrize(
