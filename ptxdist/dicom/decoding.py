@@ -13,8 +13,10 @@ libjpeg's warnings. Therefore simplejpeg decodes JPEG Baseline, and `codestream`
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from textwrap import shorten
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
@@ -24,6 +26,9 @@ from ptxdist.dicom.codestream import Stream
 from ptxdist.dicom.pixels import Stored
 from ptxdist.dicom.tags import Tags
 from ptxdist.errors import DicomError
+
+if TYPE_CHECKING:
+    from pydicom.pixels.decoders.base import Decoder
 
 # Accepted frame markers. Progressive images occur as Baseline, and its decoder is strict with them as well.
 _PROCESSES = {
@@ -85,7 +90,8 @@ def _words(file: Tags, data: bytes, rows: int, columns: int) -> Stored:
     """Stored values of an image that is kept in words of Bits Allocated."""
     allocated, bits = file.whole(tags.BITS_ALLOCATED, 0), file.bits_stored()
     below = _bits_below(file)
-    words = _by_pydicom(file, data, rows, columns, allocated, allocated)
+    decoder, options = _pydicom(file, rows, columns, 1, allocated)
+    words = _native_order(decoder.as_array(data, **options)[0])
     if bits == allocated:
         return words
     plain = _field(words, 0, bits)
@@ -125,7 +131,9 @@ def _compressed(file: Tags, rows: int, columns: int) -> Stored:
     try:
         return _decoded(file, frame if file.syntax == syntax.BASELINE else regular, stream, rows, columns)
     except Exception:  # each decoder raises errors of its own
-        for other in [regular] * (regular != frame) + codestream.without_zeros(regular, stream):
+        # That of 12 bits takes half a minute for the largest image, and reads zeros.
+        others = [] if file.syntax == syntax.EXTENDED else codestream.without_zeros(regular, stream)
+        for other in [regular] * (regular != frame) + others:
             with suppress(Exception):
                 return _decoded(file, other, codestream.read_jpeg(other), rows, columns)
         raise
@@ -135,11 +143,13 @@ def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
     """Stored values of an RLE image, which more zeros may follow than the one that makes its length even."""
     from pydicom.encaps import encapsulate
 
-    plain = frame.rstrip(b"\0")
-    for data in (frame, plain, plain + bytes(1)):  # the image may end with a zero
-        with suppress(Exception):
+    plain, reasons = frame.rstrip(b"\0"), []
+    for data in dict.fromkeys((frame, plain, plain + bytes(1))):  # the image may end with a zero
+        try:
             return _words(file, encapsulate([data], has_bot=False), rows, columns)
-    return _words(file, encapsulate([frame], has_bot=False), rows, columns)
+        except Exception as error:
+            reasons.append(error)
+    raise reasons[0]
 
 
 def refuse_long_runs(frame: bytes, pixels: int, allocated: int) -> None:
@@ -285,26 +295,43 @@ def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:
         raise DicomError(f"contains an image of {stream.bits} bits per pixel, but at most {allowed} are allowed")
 
 
-def _by_pydicom(
-    file: Tags, data: bytes, rows: int, columns: int, allocated: int | None = None, stored: int | None = None
-) -> Stored:
+def decode_frames(file: Tags, rows: int, columns: int, frames: int) -> Iterator[Stored]:
+    """Stored values (rows, columns) of each frame of an image of 1, 8 or 16 bits, uncompressed or RLE, one at a time.
+
+    Raises DicomError for runs that unpack to more than a frame, and whatever pydicom raises for damaged pixel data.
+    """
+    from pydicom.encaps import generate_frames
+
+    data = bytes(file.values[tags.PIXEL_DATA])
+    if file.encapsulated:
+        for frame in generate_frames(data, number_of_frames=frames):
+            refuse_long_runs(frame, rows * columns, file.whole(tags.BITS_ALLOCATED, 0))
+    decoder, options = _pydicom(file, rows, columns, frames, file.bits_stored())
+    for values, _ in decoder.iter_array(data, **options):
+        yield _native_order(values)
+
+
+def _pydicom(file: Tags, rows: int, columns: int, frames: int, stored: int) -> tuple[Decoder, dict[str, Any]]:
+    """pydicom's decoder for the transfer syntax, and its options."""
     from pydicom.pixels import get_decoder  # late, as imagecodecs: most radiographs need neither
     from pydicom.uid import UID
 
-    values, _ = get_decoder(UID(file.syntax)).as_array(
-        data,
-        decoding_plugin="pydicom" if file.syntax == syntax.RLE else "",
-        raw=True,
-        rows=rows,
-        columns=columns,
-        number_of_frames=1,
-        samples_per_pixel=1,
-        photometric_interpretation="MONOCHROME2",
-        bits_allocated=allocated or file.whole(tags.BITS_ALLOCATED, 0),
-        bits_stored=stored or file.bits_stored(),
-        pixel_representation=file.whole(tags.SIGNED, 0),
-        pixel_keyword="PixelData",
-        pixel_vr=file.pixel_vr,
-        allow_excess_frames=False,
-    )
+    return get_decoder(UID(file.syntax)), {
+        "decoding_plugin": "pydicom" if file.syntax == syntax.RLE else "",
+        "raw": True,
+        "rows": rows,
+        "columns": columns,
+        "number_of_frames": frames,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": file.whole(tags.BITS_ALLOCATED, 0),
+        "bits_stored": stored,
+        "pixel_representation": file.whole(tags.SIGNED, 0),
+        "pixel_keyword": "PixelData",
+        "pixel_vr": file.pixel_vr,
+        "allow_excess_frames": False,
+    }
+
+
+def _native_order(values: Stored) -> Stored:
     return np.asarray(values.astype(values.dtype.newbyteorder("="), copy=False))

@@ -100,12 +100,15 @@ def with_preamble(content: bytes) -> bytes:
     return bytes(128) + content if content.startswith(b"DICM") else content
 
 
-def for_pydicom(content: bytes) -> bytes:
-    """The content with its preamble; DicomError for what is no DICOM, or inflates to more than `MAX_INFLATED` bytes."""
+def read_dataset(content: bytes, reads: Iterator[int]) -> tuple[Tags, Dataset]:
+    """A whole file as `Tags` and as pydicom's data set, whose sequences `items` reads with what is left of `reads`.
+
+    Raises DicomError as `read_tags`, and when the `reads` are used up: about three for an element.
+    """
     syntax, start = _file_meta(content)
     if syntax == DEFLATED:
-        _inflate(content[start:])
-    return with_preamble(content)
+        content, start = _inflate(content[start:]), 0
+    return _read_dataset(content, start, _UNDEFINED, syntax, reads)
 
 
 def _meta_start(content: bytes) -> int | None:
@@ -262,10 +265,24 @@ class _Stream(BytesIO):
 
 
 def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
+    reads = iter(range(3 * MAX_ELEMENTS))  # of tag, length and value
+    tags, dataset = _read_dataset(content, start, last, syntax, reads)
+    if last < VOI_LUTS:
+        return tags
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            groups = _group_items(dataset, reads)
+            return _with_luts(_with_groups(tags, groups), [dataset, *groups], reads)
+    except DicomError:
+        raise
+    except Exception as error:
+        raise DicomError("has a sequence that cannot be read") from error
+
+
+def _read_dataset(content: bytes, start: int, last: int, syntax: str, reads: Iterator[int]) -> tuple[Tags, Dataset]:
     from pydicom.filereader import read_dataset  # late: few files need it, and its import takes long
 
     implicit, little = syntax == IMPLICIT, syntax != BIG_ENDIAN
-    reads = iter(range(3 * MAX_ELEMENTS))  # of tag, length and value
     stream = _Stream(content, reads)
     stream.seek(start)
     in_header = True
@@ -292,17 +309,7 @@ def _by_pydicom(content: bytes, start: int, last: int, syntax: str) -> Tags:
         raise DicomError(reason) from error
     if not len(dataset):  # pydicom drops all values when the file ends within one
         raise DicomError(CUT_OFF)
-    if last < VOI_LUTS:
-        return tags
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            items = _group_items(dataset, reads)
-            return _with_luts(_with_groups(tags, items), [dataset, *items], reads)
-    except DicomError:
-        raise
-    except Exception as error:
-        reason = "has a sequence that cannot be read" if next(reads, None) is not None else TOO_MANY
-        raise DicomError(reason) from error
+    return tags, dataset
 
 
 def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
@@ -319,7 +326,7 @@ def _raw_value(element: RawDataElement | DataElement | None) -> bytes:
     return _bounded(element.tag, value)
 
 
-def _items(dataset: Dataset, tag: int, reads: Iterator[int]) -> Sequence[Dataset]:
+def items(dataset: Dataset, tag: int, reads: Iterator[int]) -> Sequence[Dataset]:
     """The items of a sequence, which pydicom itself would read without a limit; none when it is missing."""
     from pydicom.dataelem import RawDataElement
     from pydicom.filereader import read_sequence
@@ -329,22 +336,27 @@ def _items(dataset: Dataset, tag: int, reads: Iterator[int]) -> Sequence[Dataset
         return (element and element.value) or ()
     content = element.value or b""
     stream = _Stream(content, reads)
-    found: Sequence[Dataset] = read_sequence(
-        stream, element.is_implicit_VR, element.is_little_endian, len(content), "iso8859"
-    )
+    try:
+        found: Sequence[Dataset] = read_sequence(
+            stream, element.is_implicit_VR, element.is_little_endian, len(content), "iso8859"
+        )
+    except Exception as error:  # pydicom raises another one in the place of ours
+        if next(reads, None) is None:
+            raise DicomError(TOO_MANY) from error
+        raise
     return found
 
 
 def _group_items(dataset: Dataset, reads: Iterator[int]) -> list[Dataset]:
     """Items within the functional groups that say how grey levels and pixels of a frame are meant (PS3.3 C.7.6.16)."""
-    groups = [group for tag in (SHARED_GROUPS, FRAME_GROUPS) for group in _items(dataset, tag, reads)]
-    return [item for group in groups for macro in MACROS for item in _items(group, macro, reads)]
+    groups = [group for tag in (SHARED_GROUPS, FRAME_GROUPS) for group in items(dataset, tag, reads)]
+    return [item for group in groups for macro in MACROS for item in items(group, macro, reads)]
 
 
-def _with_groups(tags: Tags, items: Sequence[Dataset]) -> Tags:
+def _with_groups(tags: Tags, groups: Sequence[Dataset]) -> Tags:
     """Tags with the values of the items, which stand for those at the top; DicomError where two values differ."""
     values = dict(tags.values)
-    for item in items:
+    for item in groups:
         for tag in IN_GROUPS:
             value = _raw_value(item.get_item(tag)) if tag in item else b""
             if value and bytes(values.setdefault(tag, value)).strip(b" \0") != value.strip(b" \0"):
@@ -364,7 +376,7 @@ def _with_luts(tags: Tags, datasets: Sequence[Dataset], reads: Iterator[int]) ->
     signed = signed or intercept < 0
 
     def first(tag: int, inputs: tuple[float, float]) -> Lut | None:
-        found = (item for source in datasets for item in _items(source, tag, reads))
+        found = (item for source in datasets for item in items(source, tag, reads))
         item = next(filter(has_table, found), None)
         return None if item is None else read_lut(item, inputs, signed=signed, little=tags.little_endian)
 

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import re
 import warnings
-from io import BytesIO
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ptxdist.dicom import syntax, tags
 from ptxdist.dicom.png import MAX_PIXELS
 from ptxdist.dicom.radiograph import CASE_ID, read_bytes
+from ptxdist.dicom.tags import Tags
 from ptxdist.errors import DicomError, LabelError
 from ptxdist.labels import rle
 from ptxdist.labels.found import FoundMask, place_of, read_size
+from ptxdist.labels.rle import Spans
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
 _CLASS = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.66\.[47](?![0-9.])")  # Segmentation, Label Map Segmentation
 _MOST_FRAMES = 4096
+_MOST_READS = 1_000_000  # as parsing counts them; a frame takes about 100
+_DERIVED = ("DerivationImageSequence", "SourceImageSequence")
+_NOTHING: Spans = np.zeros((0, 2), np.int64)
 
 
 def is_segmentation(start: bytes) -> bool:
@@ -38,96 +46,124 @@ def read_segmentation(folder: Path, path: Path) -> list[FoundMask]:
 
     Raises LabelError for a damaged file, and frames that do not say which image they are of.
     """
-    import pydicom  # here, so that `ptxdist score` starts fast
-
-    from ptxdist.dicom.parsing import for_pydicom
-
     place = place_of(folder, path)
     try:
-        content = for_pydicom(read_bytes(path))
         with warnings.catch_warnings(action="ignore"):  # invalid values are common and harmless
-            return _read(pydicom.dcmread(BytesIO(content), force=True))
+            return _read(read_bytes(path))
     except (DicomError, LabelError) as error:
         raise LabelError(f"{place} {error}") from None
     except Exception as error:  # pydicom raises almost anything on damaged files
         raise LabelError(f"{place} is a damaged DICOM SEG: its frames cannot be read") from error
 
 
-def _read(source: Dataset) -> list[FoundMask]:
-    from pydicom import Dataset, uid
-    from pydicom.encaps import generate_frames
-    from pydicom.pixels import iter_pixels
+def _read(content: bytes) -> list[FoundMask]:
+    from ptxdist.dicom.decoding import decode_frames  # late: a rerun without changes needs no decoder
 
-    syntax = source.file_meta.get("TransferSyntaxUID", uid.ImplicitVRLittleEndian)
-    if syntax not in (
-        *uid.UncompressedTransferSyntaxes,
-        uid.RLELossless,
-    ):  # other streams would have to be checked first
-        raise LabelError(
-            f"is compressed as {uid.UID(syntax).name}, which is not read of a DICOM SEG; save it uncompressed"
-        )
-    size = read_size(*(int(source.get(name) or 0) for name in ("Rows", "Columns")))
-    frames = int(source.get("NumberOfFrames") or 1)
+    file, source = _Source.of(content)
+    if file.syntax not in (*syntax.NATIVE, syntax.RLE):  # other streams would have to be checked first
+        name = syntax.name_of(file.syntax)
+        raise LabelError(f"is compressed as {name}, which is not read of a DICOM SEG; save it uncompressed")
+    size = read_size(file.whole(tags.ROWS, 0), file.whole(tags.COLUMNS, 0))
+    frames = int(file.decimal(tags.FRAMES) or 1)
     if not 1 <= frames <= _MOST_FRAMES or frames * size[0] * size[1] > 16 * MAX_PIXELS:
         raise LabelError(f"has {frames:,} frames of {size[1]}x{size[0]} pixels, which are too many")
-    if syntax == uid.RLELossless:
-        from ptxdist.dicom.decoding import refuse_long_runs  # late: a rerun without changes needs no decoder
-
-        for frame in generate_frames(source.PixelData, number_of_frames=frames):
-            refuse_long_runs(frame, size[0] * size[1], int(source.BitsAllocated))
-    groups = list(source.get("PerFrameFunctionalGroupsSequence") or [Dataset()] * frames)
+    groups = list(source.items("PerFrameFunctionalGroupsSequence")) or [None] * frames
     if len(groups) != frames:
         raise LabelError(f"has {frames} frames, and says of {len(groups)} what they are")
-    shared = next(iter(source.get("SharedFunctionalGroupsSequence") or ()), Dataset())
-    names = {int(item.SegmentNumber): _name(item) for item in source.SegmentSequence}
-    kind = str(source.get("SegmentationType", ""))
-    half = int(source.get("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else 0.5
-    masks: dict[tuple[str, str], rle.Spans] = {}
-    for group, values in zip(groups, iter_pixels(source, raw=True), strict=True):
-        instance = _instance(source, shared, group)
-        mask = values >= half
-        numbers = np.unique(values[mask]).tolist() if kind == "LABELMAP" else [_segment(shared, group)]
-        for number in numbers or [0]:
-            part = values == number if kind == "LABELMAP" and number else mask
-            if (inside := part.any()) and number not in names:
+    names = {int(item.SegmentNumber): _name(source, item) for item in source.items("SegmentSequence")}
+    kind = source.text("SegmentationType")
+    half = int(source.text("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else 0.5
+    masks: dict[tuple[str, str], list[Spans]] = {}
+    for group, values in zip(groups, decode_frames(file, *size, frames), strict=True):
+        instance = source.instance(group)
+        parts = _label_spans(values) if kind == "LABELMAP" else [(source.segment(group), rle.spans_of(values >= half))]
+        for number, spans in parts or [(0, _NOTHING)]:
+            if len(spans) and number not in names:
                 raise LabelError(f"has a frame of segment {number}, which it does not describe (Segment Sequence)")
-            key = instance, names[number] or f"segment {number}" if inside else ""
-            masks[key] = rle.unite([*([masks[key]] if key in masks else ()), rle.spans_of(part)])
-            rle.refuse_many_runs(sum(map(len, masks.values())))
-    return [FoundMask.of_spans(spans, size, name, instance) for (instance, name), spans in masks.items()]
+            name = names[number] or f"segment {number}" if len(spans) else ""
+            rle.add(masks.setdefault((instance, name), []), spans)
+        rle.refuse_many_runs(sum(len(spans) for parts in masks.values() for spans in parts))
+    return [FoundMask.of_spans(rle.unite(parts), size, name, instance) for (instance, name), parts in masks.items()]
 
 
-def _items(source: Any, *path: str) -> list[Any]:
-    """Items of nested sequences; [] where one is missing."""
-    items = [source]
-    for name in path:
-        items = [inner for item in items for inner in item.get(name) or ()]
-    return items
+def _label_spans(values: npt.NDArray[Any]) -> list[tuple[int, Spans]]:
+    """The numbers in a label map but 0, and the spans of each, in time of the pixels, however many numbers it has."""
+    flat = np.ascontiguousarray(values.T).reshape(-1)
+    starts = np.flatnonzero(np.append(True, flat[1:] != flat[:-1]))
+    rle.refuse_many_runs(len(starts) // 2)
+    spans = np.column_stack((starts, np.append(starts[1:], flat.size)))
+    order = np.argsort(flat[starts], kind="stable")
+    numbers = flat[starts][order]
+    firsts = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1]))
+    parts = zip(numbers[firsts].tolist(), np.split(spans[order], firsts[1:]), strict=True)
+    return [(number, part) for number, part in parts if number]
 
 
-def _name(segment: Dataset) -> str:
-    codes = _items(segment, "SegmentedPropertyTypeCodeSequence")
+class _Source:
+    """Sequences and values of a DICOM SEG, by keyword. All of them together are read with a bounded number of reads."""
+
+    def __init__(self, dataset: Dataset, reads: Iterator[int]) -> None:
+        self._dataset, self._reads = dataset, reads
+
+    @classmethod
+    def of(cls, content: bytes) -> tuple[Tags, _Source]:
+        from ptxdist.dicom.parsing import read_dataset
+
+        reads = iter(range(_MOST_READS))
+        file, dataset = read_dataset(content, reads)
+        return file, cls(dataset, reads)
+
+    def text(self, name: str) -> str:
+        return str(self._dataset.get(name) or "")
+
+    def items(self, *path: str, item: Dataset | None = None) -> Sequence[Dataset]:
+        """Items of nested sequences, of the whole object or of an item; none where one is missing."""
+        from pydicom.datadict import tag_for_keyword
+
+        from ptxdist.dicom.parsing import items
+
+        found: Sequence[Dataset] = [self._dataset if item is None else item]
+        for name in path:
+            found = [inner for outer in found for inner in items(outer, tag_for_keyword(name) or 0, self._reads)]
+        return found
+
+    @cached_property
+    def _shared(self) -> Dataset | None:
+        return next(iter(self.items("SharedFunctionalGroupsSequence")), None)
+
+    def _in_groups(self, group: Dataset | None, *path: str) -> Sequence[Dataset]:
+        return (group is not None and self.items(*path, item=group)) or ()
+
+    def segment(self, group: Dataset | None) -> int:
+        """The segment that a frame is of."""
+        found = self._in_groups(group, "SegmentIdentificationSequence") or self._shared_segments
+        return int(found[0].ReferencedSegmentNumber) if found else 1
+
+    @cached_property
+    def _shared_segments(self) -> Sequence[Dataset]:
+        return self._in_groups(self._shared, "SegmentIdentificationSequence")
+
+    def instance(self, group: Dataset | None) -> str:
+        """The SOP instance that a frame is of: by its own reference, or else the only one of the object."""
+        found = _instances(self._in_groups(group, *_DERIVED)) or self._shared_instances
+        if len(found) == 1 and CASE_ID.fullmatch(instance := next(iter(found))):
+            return instance
+        raise LabelError("has a frame that does not say which image it is of (Source Image Sequence)")
+
+    @cached_property
+    def _shared_instances(self) -> set[str]:
+        return (
+            _instances(self._in_groups(self._shared, *_DERIVED))
+            or _instances(self.items("ReferencedSeriesSequence", "ReferencedInstanceSequence"))
+            or _instances(self.items("SourceImageSequence"))
+        )
+
+
+def _instances(items: Sequence[Dataset]) -> set[str]:
+    return {str(item.get("ReferencedSOPInstanceUID", "")) for item in items}
+
+
+def _name(source: _Source, segment: Dataset) -> str:
+    codes = source.items("SegmentedPropertyTypeCodeSequence", item=segment)
     meaning = str(codes[0].get("CodeMeaning", "")) if codes else ""
     return " ".join((meaning or str(segment.get("SegmentLabel", ""))).split()).casefold()
-
-
-def _segment(shared: Dataset, group: Dataset) -> int:
-    found = _items(group, "SegmentIdentificationSequence") or _items(shared, "SegmentIdentificationSequence")
-    return int(found[0].ReferencedSegmentNumber) if found else 1
-
-
-def _instance(source: Dataset, shared: Dataset, group: Dataset) -> str:
-    """The SOP instance that a frame is of: by its own reference, or else the only one of the object."""
-    derived = ("DerivationImageSequence", "SourceImageSequence")
-    for items in (
-        _items(group, *derived),
-        _items(shared, *derived),
-        _items(source, "ReferencedSeriesSequence", "ReferencedInstanceSequence"),
-        _items(source, "SourceImageSequence"),
-    ):
-        found = {str(item.get("ReferencedSOPInstanceUID", "")) for item in items}
-        if len(found) == 1 and CASE_ID.fullmatch(instance := found.pop()):
-            return instance
-        if found:
-            break
-    raise LabelError("has a frame that does not say which image it is of (Source Image Sequence)")

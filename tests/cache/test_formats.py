@@ -9,6 +9,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pydicom.uid import JPEGLSLossless, RLELossless
 
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.errors import CatalogError, LabelError
-from ptxdist.labels import rle
+from ptxdist.labels import rle, segments
 from ptxdist.labels.reader import read_any
 from ptxdist.phantoms import anatomy, greys
 
@@ -462,6 +463,31 @@ def test_run_lengths_of_a_segmentation_are_read(phantoms: Phantoms, tmp_path: Pa
     seg = segmentation(phantoms, 1, "BINARY")
     run_lengths(b"\x81\xff", b"\x81\x00" * 119)(seg)
     assert read_any(saved(seg, tmp_path / "seg.dcm")).masks == {IDS[1]: (" ".join(["0 1", *["119 1"] * 127]),)}
+
+
+def test_the_elements_of_a_segmentation_are_bounded(
+    phantoms: Phantoms, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five million items took minutes and gigabytes."""
+    path = saved(segmentation(phantoms, 1, "BINARY"), tmp_path / "seg.dcm")
+    for reads in range(0, 400, 40):
+        monkeypatch.setattr(segments, "_MOST_READS", reads)
+        with suppress(LabelError):
+            assert read_any(path).masks
+            break
+        with pytest.raises(LabelError, match=r"seg\.dcm has more than 100,000 elements"):
+            read_any(path)
+    assert 100 < reads < 400
+
+
+def test_a_label_map_is_read_in_one_pass() -> None:
+    """Each number took a pass of its own: an hour for 60,000 segments."""
+    values = np.random.default_rng(0).integers(0, 6, (40, 50)).astype(np.uint16) * 9000
+    found = segments._label_spans(values)
+    assert [number for number, _ in found] == [9000, 18_000, 27_000, 36_000, 45_000]
+    for number, spans in found:
+        assert np.array_equal(spans, rle.spans_of(values == number))
+    assert segments._label_spans(np.zeros((4, 5), np.uint8)) == []
 
 
 def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_path: Path) -> None:
