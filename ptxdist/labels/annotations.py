@@ -11,12 +11,14 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ptxdist.errors import LabelError
 from ptxdist.files import open_at_once
@@ -26,8 +28,10 @@ from ptxdist.labels.found import FoundMask, about, bare_id, place_of, read_size,
 from ptxdist.labels.polygons import fill, fill_circle, read_corners
 from ptxdist.labels.rle import Spans
 
-MAX_BYTES = 512 * 1024 * 1024  # COCO's own training set, 118,000 images, has 448 MB
+MAX_MEMORY = 800_000_000  # bytes that a file takes when it is read: about 140 MB of outlines
 _MOST_COUNTS = 2**22  # of one mask; an outline drawn by hand has some thousands
+_MOST_WORK = 2**27  # the outlines of 100,000 lungs take half of it
+_RUN, _PIXELS = 8, 32  # units of a run; pixels to a unit
 _UNUSABLE = ("point", "points", "line", "linestrip")
 
 
@@ -44,14 +48,26 @@ def load_json(folder: Path, path: Path) -> Any:
     """The content of a JSON file; LabelError when it cannot be read."""
     place = place_of(folder, path)
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise LabelError(f"{place} has more than {MAX_BYTES:,} bytes")
-        with open(path, encoding="utf-8-sig", opener=open_at_once) as file:
-            return json.load(file)
+        with open(path, "rb", opener=open_at_once) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(size) if 2 * size <= MAX_MEMORY else b""
+        if (memory := max(2 * size, _memory_of(content))) > MAX_MEMORY:
+            raise LabelError(
+                f"{place} would take about {memory / 1e9:.1f} GB of memory; at most {MAX_MEMORY / 1e9:.1f} GB are "
+                "taken. Split it into several files in one folder, each of some of the images"
+            )
+        return json.loads(content.decode("utf-8-sig"))
     except OSError as error:
         raise LabelError(f"{place} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise LabelError(f"{place} is damaged: it is not whole JSON in UTF-8") from None
+
+
+def _memory_of(content: bytes) -> int:
+    """About how many bytes a JSON text and its values take in Python."""
+    # The text; numbers and their places, texts, lists, and objects.
+    text = len(content) * (2 if content.isascii() else 5)
+    return text + sum(content.count(sign) * size for sign, size in ((b",", 33), (b'"', 25), (b"[", 60), (b"{", 200)))
 
 
 def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
@@ -78,7 +94,7 @@ def read_annotations(folder: Path, path: Path) -> list[FoundMask]:
 def _coco(content: dict[str, Any]) -> list[FoundMask]:
     names = {_id(item, "id"): _class(item.get("name")) for item in _dicts(content.get("categories"), "category")}
     images: dict[str, tuple[str, Size]] = {}
-    spans: dict[str, dict[str, list[Spans]]] = {}
+    drawn: dict[str, list[tuple[int, str, object]]] = {}  # by image: number, class and outline of its annotations
     ids = set[str]()
     for number, image in enumerate(_dicts(content["images"], "image")):
         key, where = _id(image, "id"), f"image {number + 1}"
@@ -87,7 +103,7 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
         with about(where):
             case_id = bare_id(_text(image.get("file_name"), "file_name"))
             images[key] = case_id, read_size(image.get("height"), image.get("width"))
-        spans[key] = {}
+        drawn[key] = []
         if case_id in ids:
             raise LabelError(f"two images are named {case_id}")
         ids.add(case_id)
@@ -95,14 +111,19 @@ def _coco(content: dict[str, Any]) -> list[FoundMask]:
         key, category = _id(item, "image_id"), _id(item, "category_id")
         if key not in images:
             raise LabelError(f"annotation {number + 1} is of an image that is not in the file ({short(key)})")
-        case_id, size = images[key]
-        with about(f"annotation {number + 1}, of {case_id},"):
+        with about(f"annotation {number + 1}, of {images[key][0]},"):
             if names and category not in names and (category or len(names) > 1):
                 known = f"is of a category that is not in the file ({short(category)})"
                 raise LabelError(known if category else "has no category, and the file has several")
-            found = _segmentation(item.get("segmentation"), size)
-            rle.add(spans[key].setdefault(names.get(category) or _class(category), []), found)
-    return [mask for key, image in images.items() for mask in _by_class(spans[key], *image, "COCO")]
+        drawn[key].append((number, names.get(category) or _class(category), item.get("segmentation")))
+    work, found = _Work(), list[FoundMask]()
+    for key, (case_id, size) in images.items():  # whose spans take far more memory than their texts
+        spans: dict[str, list[Spans]] = {}
+        for number, name, outline in drawn[key]:
+            with about(f"annotation {number + 1}, of {case_id},"):
+                rle.add(spans.setdefault(name, []), _segmentation(outline, size, work))
+        found += _by_class(spans, case_id, size, "COCO")
+    return found
 
 
 def _id(item: Mapping[str, object], name: str) -> str:
@@ -111,12 +132,12 @@ def _id(item: Mapping[str, object], name: str) -> str:
     return str(value).strip() if isinstance(value, int | str) else ""
 
 
-def _segmentation(found: object, size: Size) -> Spans:
+def _segmentation(found: object, size: Size, work: _Work) -> Spans:
     if isinstance(found, list) and found:
         polygons = [found] if not isinstance(found[0], list) else found
         parts: list[Spans] = []
         for polygon in polygons:
-            rle.add(parts, fill(read_corners(polygon, *size), *size))
+            rle.add(parts, work.fill(read_corners(polygon, *size), size))
         return rle.unite(parts)
     if not isinstance(found, dict):
         raise LabelError("has no outline (a box is not enough)")
@@ -134,6 +155,7 @@ def _segmentation(found: object, size: Size) -> Spans:
     ends = np.cumsum(numbers)
     if (numbers < 0).any() or (numbers > area).any() or len(ends) == 0 or ends[-1] != area:
         raise LabelError(f"has run lengths that do not add up to the {area:,} pixels of its image")
+    work.take(_RUN * len(ends))
     edges = ends[: len(ends) // 2 * 2].reshape(-1, 2)  # outside and inside in turn
     return edges[edges[:, 0] < edges[:, 1]]
 
@@ -166,13 +188,14 @@ def _labelme(content: dict[str, Any], name: str) -> list[FoundMask]:
     size = read_size(content.get("imageHeight"), content.get("imageWidth"))
     case_id = bare_id(_text(content.get("imagePath") or name, "imagePath"))
     spans: dict[str, list[Spans]] = {}
+    work = _Work()
     for number, shape in enumerate(_dicts(content["shapes"], "shape")):
         with about(f"shape {number + 1}"):
-            rle.add(spans.setdefault(_class(shape.get("label")), []), _shape(shape, size))
+            rle.add(spans.setdefault(_class(shape.get("label")), []), _shape(shape, size, work))
     return _by_class(spans, case_id, size, "LabelMe")
 
 
-def _shape(shape: dict[str, Any], size: Size) -> Spans:
+def _shape(shape: dict[str, Any], size: Size, work: _Work) -> Spans:
     kind, points = shape.get("shape_type") or "polygon", shape.get("points")
     if kind in _UNUSABLE:
         raise LabelError(f"is a {kind}, which has no area; draw a polygon, or delete it")
@@ -184,20 +207,21 @@ def _shape(shape: dict[str, Any], size: Size) -> Spans:
         if kind == "circle":
             return fill_circle((x, y), math.hypot(right - x, bottom - y), *size)
         if kind == "mask":
-            return _mask(shape.get("mask"), round(x), round(y), size)
-        return fill(np.array([(x, y), (right, y), (right, bottom), (x, bottom)]), *size)
+            return _mask(shape.get("mask"), round(x), round(y), size, work)
+        return work.fill(np.array([(x, y), (right, y), (right, bottom), (x, bottom)]), size)
     if kind not in ("polygon", "oriented_rectangle"):
         raise LabelError(f"is of the unknown kind {short(kind)}; draw a polygon")
-    return fill(read_corners(points, *size), *size)
+    return work.fill(read_corners(points, *size), size)
 
 
-def _mask(text: object, left: int, top: int, size: Size) -> Spans:
+def _mask(text: object, left: int, top: int, size: Size, work: _Work) -> Spans:
     """A mask that is drawn pixel by pixel: a PNG in base64 of its box."""
     from PIL import Image  # late: few annotations have one
 
     try:
         with Image.open(BytesIO(base64.b64decode(str(text), validate=True)), formats=("PNG",)) as image:
             read_size(image.height, image.width)
+            work.take(int(size[0] * image.width / _PIXELS))
             box = np.asarray(image.convert("L")) != 0
     except LabelError:
         raise
@@ -205,9 +229,30 @@ def _mask(text: object, left: int, top: int, size: Size) -> Spans:
         raise LabelError("has a mask that cannot be read") from error
     if left < 0 or top < 0 or left + box.shape[1] > size[1] or top + box.shape[0] > size[0]:
         raise LabelError(f"has a mask that leaves the image of {size[1]}x{size[0]} pixels")
-    whole = np.zeros(size, bool)
-    whole[top : top + box.shape[0], left : left + box.shape[1]] = box
-    return rle.spans_of(whole)
+    columns = np.zeros((size[0], box.shape[1]), bool)
+    columns[top : top + box.shape[0]] = box
+    return rle.spans_of(columns) + left * size[0]
+
+
+class _Work:
+    """How much drawing the masks of one file may take: a minute. Its unit is an edge's passage through a column."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_WORK
+
+    def take(self, units: int) -> None:
+        """Raise LabelError, a sentence without a subject, when all is taken."""
+        self._left -= units
+        if self._left < 0:
+            raise LabelError(
+                "is one mask too many: drawing those of this file would take minutes. Split it into several files in "
+                "one folder, each of some of the images"
+            )
+
+    def fill(self, corners: npt.NDArray[np.float64], size: Size) -> Spans:
+        """As `polygons.fill`."""
+        self.take(int(np.abs(np.diff(corners[:, 0], append=corners[:1, 0])).sum()))
+        return fill(corners, *size)
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from ptxdist.labels.found import CLASSES, FoundMask, about, place_of
 SUFFIXES = (".nii.gz", ".nii")
 _MANY_VALUES = 16
 _BLOCK_PX = 2**22
+_MAX_HEADER = 2**24  # bytes; extensions of the header are read whole
 
 
 def read_nifti(folder: Path, path: Path) -> list[FoundMask]:
@@ -77,6 +78,7 @@ def _open(place: str, path: Path) -> Iterator[Any]:
     from nibabel.filebasedimages import ImageFileError
 
     try:
+        _refuse_long_header(path)
         image = nibabel.load(path, keep_file_open=True)  # else each block is unpacked from the start of the file
         shape = image.shape
         if len(shape) < 2 or 0 in shape or any(length != 1 for length in shape[2:]):
@@ -91,3 +93,19 @@ def _open(place: str, path: Path) -> Iterator[Any]:
     except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise LabelError(f"{place} cannot be read as NIfTI: {reason}") from None
+
+
+def _refuse_long_header(path: Path) -> None:
+    """Raise ValueError for extensions that would take gigabytes, packed or not."""
+    import nibabel
+    from nibabel.openers import ImageOpener
+
+    if not path.stat().st_size:  # a pipe, which nobody may write to
+        return
+    with ImageOpener(str(path)) as file:
+        start = file.read(nibabel.Nifti2Header.sizeof_hdr)
+    for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header):
+        if kind.may_contain_header(start):
+            data = kind(start[: kind.sizeof_hdr], check=False)["vox_offset"]
+            if not data <= _MAX_HEADER:
+                raise ValueError(f"its header has more than {_MAX_HEADER:,} bytes")

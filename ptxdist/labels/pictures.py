@@ -7,7 +7,9 @@ exactly two, of which one is black. Anything else is refused with the values tha
 
 from __future__ import annotations
 
+import struct
 import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -27,8 +29,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".tif", ".tiff", ".gif", ".bmp")
 _FORMATS = ("TIFF", "GIF", "BMP")
+_TIFF_BYTES = (1, 2, 7)  # kinds of tags that are kept as bytes
 _NOISE = 1 / 16  # of the range of values, in images from JPEG
 _GREY = 1 / 4  # of the pixels; a soft edge has far fewer
+_STRIP_ROWS = 256
+_MAX_NUMBERS = 2**20  # of a tag of a TIFF: that of its strips has up to 10,000
 _FEW_VALUES, _MANY_VALUES = 4, 16
 
 Values = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -46,7 +51,7 @@ def read_picture(folder: Path, path: Path) -> list[FoundMask]:
         values = _open(read_bytes(path))
     except DicomError as error:
         raise LabelError(f"{place} {error}") from None
-    if values.ndim == 3:
+    if values.dtype == np.uint32:
         return [_two_colours(place, values)]
     darkest, brightest, highest = int(values.min()), int(values.max()), int(np.iinfo(values.dtype).max)
     half = highest // 2
@@ -82,7 +87,7 @@ def read_png(folder: Path, path: Path) -> Values:
 
 
 def _open(content: bytes) -> npt.NDArray[Any]:
-    """Values of a picture, uint8 or uint16 (rows, columns); of one in colours, uint8 (rows, columns, 3)."""
+    """Values of a picture, uint8 or uint16 (rows, columns); of one in colours, uint32, a byte for each of the three."""
     from PIL import Image  # late: most data sets come with a table
 
     is_png = content.startswith(SIGNATURE)
@@ -92,6 +97,8 @@ def _open(content: bytes) -> npt.NDArray[Any]:
         refuse_damaged(content)
     try:
         with warnings.catch_warnings(action="ignore"):
+            if content[:2] in (b"II", b"MM"):
+                _refuse_long_tags(content)
             image = Image.open(BytesIO(content), formats=("PNG",) if is_png else _FORMATS)
             check_size(image.height, image.width)  # nothing is decoded yet
             with suppress(EOFError):  # `n_frames` would look for all pages, of which a file may claim millions
@@ -106,7 +113,46 @@ def _open(content: bytes) -> npt.NDArray[Any]:
         raise DicomError("is not a PNG, TIFF, GIF or BMP image, or is damaged") from error
 
 
+def _refuse_long_tags(content: bytes) -> None:
+    """Raise DicomError for a TIFF with a list of millions of numbers, of which Pillow makes Python's."""
+    order, is_big = ("<" if content[:1] == b"I" else ">"), 43 in content[2:4]
+    size, count, entry = ("Q", "Q", 20) if is_big else ("L", "H", 12)
+    with suppress(struct.error):  # where the file ends
+        place = 8 if is_big else 4
+        for _ in range(2):  # pages; nobody looks for a third one
+            [place] = struct.unpack_from(f"{order}{size}", content, place)
+            if not place:
+                return
+            [tags] = struct.unpack_from(f"{order}{count}", content, place)
+            place += struct.calcsize(count)
+            for _ in range(tags):
+                kind, numbers = struct.unpack_from(f"{order}2xH{size}", content, place)
+                if numbers > _MAX_NUMBERS and kind not in _TIFF_BYTES:
+                    raise DicomError(f"is a TIFF with a list of {numbers:,} numbers; at most {_MAX_NUMBERS:,} are read")
+                place += entry
+
+
 def _values(image: Image.Image) -> npt.NDArray[Any]:
+    """As `_open` returns, from strips: Pillow takes four bytes a pixel, and each conversion takes them again."""
+    if image.mode in ("I", "F"):
+        return _two_numbers(image)
+    if image.mode == "P":
+        used = np.flatnonzero(image.histogram())
+        palette = np.reshape(image.getpalette("RGB") or [], (-1, 3)).astype(np.uint8)
+        if len(np.unique(_packed(palette[used]))) != len(used):
+            raise DicomError("has several entries of its palette in one colour; write 0 and 255 without a palette")
+    strips = [_of_strip(strip) for strip in _strips(image)]
+    if any(strip.dtype == np.uint32 for strip in strips):
+        strips = [strip if strip.dtype == np.uint32 else strip * np.uint32(0x010101) for strip in strips]
+    return np.concatenate(strips)
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    for top in range(0, image.height, _STRIP_ROWS):
+        yield image.crop((0, top, image.width, min(top + _STRIP_ROWS, image.height)))
+
+
+def _of_strip(image: Image.Image) -> npt.NDArray[Any]:
     mode = image.mode
     if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         opaque = np.asarray(image.convert("RGBA"))[:, :, 3] == 255
@@ -117,33 +163,31 @@ def _values(image: Image.Image) -> npt.NDArray[Any]:
         return np.asarray(image, np.uint8) * np.uint8(255)
     if image.mode == "L" or image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint8 if image.mode == "L" else np.uint16)
-    if image.mode in ("I", "F"):
-        return _two_numbers(np.asarray(image))
     if image.mode not in ("P", "RGB"):
         raise DicomError(f"is an image of the kind {image.mode}; a mask must be black and white, or of two colours")
     colours = np.asarray(image.convert("RGB"))
-    if image.mode == "P" and len(np.unique(np.asarray(image))) != len(np.unique(_packed(colours))):
-        raise DicomError("has several entries of its palette in one colour; write 0 and 255 without a palette")
-    return np.asarray(colours[:, :, 0] if (colours == colours[:, :, :1]).all() else colours)
+    return np.asarray(colours[:, :, 0] if (colours == colours[:, :, :1]).all() else _packed(colours))
 
 
-def _two_numbers(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    distinct = np.unique(values)
-    if len(distinct) > 2 or distinct[0] != 0:
-        raise DicomError(f"has {len(distinct):,} values from {distinct[0]:g} to {distinct[-1]:g}; a mask has 0 and 1")
-    return np.asarray(values != 0, np.uint8)
+def _two_numbers(image: Image.Image) -> npt.NDArray[np.uint8]:
+    distinct = np.zeros(0)
+    parts = []
+    for strip in _strips(image):
+        values = np.asarray(strip)
+        distinct = np.unique(np.append(distinct, np.unique(values)))
+        if len(distinct) > 2 or distinct[0] != 0:
+            shown = f"{len(distinct):,} values from {distinct[0]:g} to {distinct[-1]:g}"
+            raise DicomError(f"has at least {shown}; a mask has 0 and 1")
+        parts.append((values != 0).astype(np.uint8))
+    return np.concatenate(parts)
 
 
 def _packed(colours: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint32]:
-    packed = colours[:, :, 0].astype(np.uint32)
-    for channel in (1, 2):
-        packed <<= 8
-        packed |= colours[:, :, channel]
-    return packed
+    red, green, blue = np.moveaxis(colours.astype(np.uint32), -1, 0)
+    return np.asarray(red << 16 | green << 8 | blue, np.uint32)
 
 
-def _two_colours(place: str, values: npt.NDArray[np.uint8]) -> FoundMask:
-    packed = _packed(values)
+def _two_colours(place: str, packed: npt.NDArray[np.uint32]) -> FoundMask:
     distinct = np.unique(packed).tolist()
     if len(distinct) == 2 and distinct[0] == 0:
         with about(place):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ def test_polygons_are_filled_as_opencv_tells_inside_from_outside() -> None:
 
 
 def test_polygons_differ_from_those_of_pycocotools_by_less_than_a_fifth_of_a_pixel() -> None:
-    other = annotations._segmentation({"size": [100, 90], "counts": FILLED}, (100, 90))
+    other = annotations._segmentation({"size": [100, 90], "counts": FILLED}, (100, 90), annotations._Work())
     differs = np.argwhere(drawn(other, 100, 90) != drawn(fill(outline(PENTAGON), 100, 90), 100, 90))
     contour = outline(PENTAGON).astype(np.float32).reshape(-1, 1, 2)
     far = [abs(cv2.pointPolygonTest(contour, (x + 0.5, y + 0.5), True)) for y, x in differs.tolist()]
@@ -82,10 +84,11 @@ def test_a_circle_has_the_pixels_whose_centres_are_in_it() -> None:
 def test_run_lengths_of_pycocotools() -> None:
     y, x = np.mgrid[:200, :150]
     ring = ((y - 90) ** 2 / 70**2 + (x - 60) ** 2 / 40**2 < 1) & ~(((y - 70) ** 2 + (x - 60) ** 2) < 300)
-    found = annotations._segmentation({"size": [200, 150], "counts": RING}, (200, 150))
+    work = annotations._Work()
+    found = annotations._segmentation({"size": [200, 150], "counts": RING}, (200, 150), work)
     assert np.array_equal(drawn(found, 200, 150), ring)
-    assert annotations._segmentation({"size": [5, 4], "counts": "0d0"}, (5, 4)).tolist() == [[0, 20]]
-    assert annotations._segmentation({"size": [5, 4], "counts": "d0"}, (5, 4)).tolist() == []
+    assert annotations._segmentation({"size": [5, 4], "counts": "0d0"}, (5, 4), work).tolist() == [[0, 20]]
+    assert annotations._segmentation({"size": [5, 4], "counts": "d0"}, (5, 4), work).tolist() == []
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -233,9 +236,36 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path, monkeypatc
     write(tmp_path / "2.json", labelme())
     with pytest.raises(LabelError, match=r"a has two masks, in 1.json and in 2.json; keep one of them"):
         read_any(tmp_path)
-    monkeypatch.setattr(annotations, "MAX_BYTES", 50)
-    with pytest.raises(LabelError, match=r"1\.json has more than 50 bytes"):
+    monkeypatch.setattr(annotations, "MAX_MEMORY", 1000)
+    with pytest.raises(LabelError, match=r"1\.json would take about 0.0 GB of memory; at most 0.0 GB are taken. Split"):
         read_any(tmp_path)
+
+
+def test_the_memory_of_a_json_file_is_known_before_it_is_read(tmp_path: Path) -> None:
+    """450 MB of empty lists took 10 GB."""
+    ring = ",".join(f"{number / 7:.2f}" for number in range(200))
+    for content in ("[[]" + ",[]" * 20_000 + "]", f"[{f'[{ring}],' * 100}0]", '[{"a":1}' + ',{"b":2}' * 5000 + "]"):
+        tracemalloc.start()
+        found = json.loads(content)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        estimate = annotations._memory_of(content.encode()) - len(content)
+        assert 0.9 * peak < estimate < 2 * peak, (content[:50], found is None)
+
+
+def test_masks_that_take_minutes_to_draw_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outline of 4 kB takes a second, and a mask of one pixel took as long as its image."""
+    dot = base64.b64encode(cv2.imencode(".png", np.full((1, 1), 255, np.uint8))[1]).decode()
+    dots = [shape(points=[[2, 1], [2, 1]], shape_type="mask", mask=dot)] * 3
+    zigzag = segment([[0, 1, 8, 2, 0, 3, 8, 4, 0, 5, 8, 6]])
+    for content in (zigzag, segment({"size": [6, 8], "counts": [1] * 48}), labelme(*dots)):
+        path = write(tmp_path / "a.json", content)
+        assert annotations.read_annotations(path, path)
+        with monkeypatch.context() as changed:
+            changed.setattr(annotations, "_MOST_WORK", 40)
+            changed.setattr(annotations, "_PIXELS", 0.25)
+            with pytest.raises(LabelError, match="is one mask too many: drawing those of this file would take minutes"):
+                annotations.read_annotations(path, path)
 
 
 def test_an_outline_that_nobody_draws_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
