@@ -10,6 +10,7 @@ prediction gives the same ids.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import warnings
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom.multival import MultiValue
-from pydicom.uid import RE_VALID_UID, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import PYDICOM_ROOT_UID, RE_VALID_UID, UID, ExplicitVRLittleEndian, generate_uid
 
 from ptxdist import __version__
 from ptxdist.dicom.parsing import with_preamble
@@ -79,12 +80,12 @@ def _encode(source: pydicom.Dataset, mask: npt.NDArray[np.bool_], models: Sequen
         warnings.simplefilter("ignore")  # about invalid values in the source
         result = hd.seg.Segmentation(
             source_images=[source],
-            pixel_array=mask.astype(np.uint8)[None],
+            pixel_array=mask.view(np.uint8)[None],
             segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=[segment],
             series_instance_uid=generate_uid(entropy_srcs=["series", *origin]),
             series_number=_SERIES_NUMBER,
-            sop_instance_uid=generate_uid(entropy_srcs=[*origin, mask.tobytes().hex()]),
+            sop_instance_uid=_uid_of("".join(origin), mask),
             instance_number=1,
             manufacturer="ptxdist",
             manufacturer_model_name="ptxdist",
@@ -100,6 +101,14 @@ def _encode(source: pydicom.Dataset, mask: npt.NDArray[np.bool_], models: Sequen
         file = BytesIO()
         result.save_as(file, enforce_file_format=True)
     return file.getvalue()
+
+
+def _uid_of(origin: str, mask: npt.NDArray[np.bool_]) -> UID:
+    """`generate_uid` of the text and of the mask in hex, as a whole twice to four times as large as a radiograph."""
+    digest = hashlib.sha512(origin.encode())
+    for row in mask:
+        digest.update(row.tobytes().hex().encode())
+    return UID(f"{PYDICOM_ROOT_UID}{int(digest.hexdigest(), 16)}"[:64])
 
 
 def _read_source(content: bytes) -> pydicom.Dataset:

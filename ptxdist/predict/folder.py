@@ -27,7 +27,7 @@ import torch
 
 from ptxdist import files, locks
 from ptxdist.dicom.guard import guarded
-from ptxdist.errors import CatalogError, DicomError, RunError, plain
+from ptxdist.errors import CatalogError, DicomError, LabelError, RunError, plain
 from ptxdist.executor import Executor, OnProgress, ahead, in_chunks, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, find_inputs, read_headers, reject_repeated
@@ -209,7 +209,7 @@ def _predict(
         try:
             with guarded():
                 return item, write_case(options.out, prediction, item.digest, outputs=options.outputs, models=models)
-        except DicomError as error:
+        except (DicomError, LabelError) as error:  # a mask of millions of pieces
             return item, str(error)
 
     def reader(item: FoundInput) -> Callable[[], tuple[bytes, str]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from ptxdist.dicom.frontal import refuse_other_than_chest
 from ptxdist.dicom.guard import PassingError, place_of
-from ptxdist.errors import DicomError, PtxdistError, RunError, SettingsError
+from ptxdist.errors import DicomError, LabelError, PtxdistError, RunError, SettingsError
 from ptxdist.executor import start_worker, starting
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
         return Reply(200, "application/json", answer.model_dump_json().encode())
     except PassingError as error:
         return refused(500, f"This file {error}.", str(error).partition("(")[2].partition(")")[0])
-    except DicomError as error:
+    except (DicomError, LabelError) as error:
         return refused(422, f"This file {error}.")
     except SettingsError as error:  # an extra is not installed
         return refused(501, f"{error}.")

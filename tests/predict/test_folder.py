@@ -387,6 +387,15 @@ def test_a_zip_file_is_read_safely(predictor: Predictor, finished_run: Path, ima
     assert "has 209,715,200 bytes unpacked" in read_table(tmp_path / "out" / "rejects.csv")[1][1]
 
 
+def test_a_mask_of_too_many_pieces_rejects_its_file_only(
+    predictor: Predictor, finished_run: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rle, "MOST_RUNS", 0)
+    always = Predictor(predictor.cards, predictor.models, predictor.device, ALWAYS)
+    with pytest.raises(CatalogError, match=r"none of the 1 files could be used, .* has a mask of .* pieces of columns"):
+        predict_files([images / "study0"], tmp_path / "out", always, [finished_run], outputs=("masks",))
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_members_of_one_name_and_files_that_are_no_images(images: Path, tmp_path: Path) -> None:
     """A zip file that was appended to has several members of one name; only images among the others are read."""
