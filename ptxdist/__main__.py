@@ -24,10 +24,10 @@ def main() -> None:
             cli(prog_name="ptxdist")
         finally:
             interrupts.end()  # inside, so that an interruption at this very moment is said too
-    except interrupts.Interrupted as interruption:
+    except KeyboardInterrupt:
         interrupts.end()
         interrupts.say()
-        sys.exit(interruption.exit_code)
+        sys.exit(interrupts.exit_code())
     finally:
         error = sys.exception()
         code = getattr(error, "code", 1) if error else 0

@@ -240,6 +240,21 @@ def test_an_interruption_that_a_library_raises_again_keeps_its_number() -> None:
     assert (done.returncode, done.stderr.splitlines()) == (143, [SENTENCE])
 
 
+def test_an_interruption_between_the_steps_of_click_is_said_too() -> None:
+    code = (
+        "import os, signal, click, ptxdist.cli, ptxdist.__main__\n"
+        "def leave(self, *error, leave=click.Context.__exit__):\n"
+        "    leave(self, *error)\n"
+        "    if self.parent is None and self._depth == 0: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "click.Context.__exit__ = leave\n"
+        "import sys; sys.argv = ['ptxdist', 'settings']\n"
+        "ptxdist.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.split("\n")[-2]) == (143, SENTENCE)
+    assert "Aborted" not in done.stderr
+
+
 def test_an_interruption_while_an_error_is_said_is_said_too() -> None:
     code = (
         "import os, signal, click, ptxdist.cli; from ptxdist import interrupts\n"

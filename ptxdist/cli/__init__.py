@@ -48,6 +48,18 @@ class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """As click's, but for an interruption between two of its steps, of which it says "Aborted!"."""
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            interrupts.say()
+            sys.exit(interrupts.exit_code())
+        sys.exit(code if isinstance(code, int) else 0)
+
     def make_context(self, info_name: str | None, args: list[str], *parents: Any, **extra: Any) -> click.Context:
         self._words = tuple(args)
         with _said(self._words):

@@ -222,8 +222,8 @@ class Interruptions:
         faults = [f"process left: {words}" for words in remaining]
         if handled:
             faults += self.faults(process.returncode, said, number)
-        elif process.returncode not in (-number, 128 + number):  # in the interpreter's own start
-            faults.append("code")
+        elif process.returncode not in (-number, 128 + number) and "KeyboardInterrupt" not in said:
+            faults.append("code")  # in the interpreter's own start
         if not self.use.ray and (drafts := self.drafts()):
             faults += drafts
         if turn % 4 == 3 and not faults and process.returncode and self.use.most_s is None:
