@@ -23,7 +23,7 @@ from ptxdist.phantoms import anatomy, greys
 from ptxdist.predict.predictor import Predictor
 from ptxdist.rundir import read_settings
 from ptxdist.storage.caches import local_cache
-from ptxdist.train.unet import heads
+from ptxdist.train.losses import heads
 
 LIMIT = 1e-4  # of a probability; operating points are searched in steps of 0.005
 BATCHES = (1, 3, 4)  # batch sizes that are compared: the smallest, an odd one, the one that was traced

@@ -19,7 +19,7 @@ from ptxdist.errors import CheckpointError, SettingsError, reason
 from ptxdist.train import pretrained
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from ptxdist.train.features import Features
 
@@ -33,21 +33,17 @@ class Encoder:
 
     `words` name it in reports. `build` makes it with random weights, on the CPU. `check` raises SettingsError, before
     anything is built, when it cannot be an encoder of images of a size in pixels; None: it always can.
-    Files of its weights contain the state dict of `library`'s `architecture`, of which keys that start with one of
-    `ignored` are left out; `rename`, called with what `build` made and such a state dict, returns it under the names
-    of the former. `imagenet` returns such a state dict with ImageNet weights, or raises CheckpointError; None: there
-    are none. They are of `origin`, for reports.
+    Files of its weights contain the state dict of `library`'s `architecture`. `imagenet` returns such a state dict with
+    ImageNet weights, or raises CheckpointError; None: there are none. They are of `origin`, for reports.
     """
 
     words: str
     build: Callable[[], Features]
     library: str
     architecture: str
-    ignored: tuple[str, ...] = ()
     imagenet: Callable[[], State] | None = None
     origin: str = ""
     check: Callable[[int], None] | None = None
-    rename: Callable[[nn.Module, State], State] | None = None
 
 
 def chosen(model: ModelSettings) -> Encoder:
@@ -75,7 +71,7 @@ def start_in_words(model: ModelSettings) -> str:
     return f"weights trained on ImageNet, of {origin}" if origin else "weights trained on ImageNet"
 
 
-def load_weights(network: nn.Module, encoder: Encoder, source: str) -> None:
+def load_weights(network: Features, encoder: Encoder, source: str) -> None:
     """Load pre-trained weights into a network that `encoder` has built.
 
     `source` is `imagenet` (from this machine, else downloaded once: `pretrained`), `none`, or a file: .safetensors, or
@@ -85,14 +81,20 @@ def load_weights(network: nn.Module, encoder: Encoder, source: str) -> None:
     if source == "none":
         return
     if source != "imagenet":
-        _load(network, encoder, read_weights(Path(source)), str(Path(source)))
+        state, place = read_weights(Path(source)), str(Path(source))
     elif encoder.imagenet is not None:
-        _load(network, encoder, encoder.imagenet(), f"{encoder.library}'s {encoder.words} ImageNet weights")
+        state, place = encoder.imagenet(), f"{encoder.library}'s {encoder.words} ImageNet weights"
     else:
         raise CheckpointError(
             f"there are no ImageNet weights of {encoder.words}; use `--encoder-weights none`, or give a file: "
             "`--encoder-weights <file>`"
         )
+    found = network.own_weights(state)
+    if faults := misfits(network.state_dict(), found):
+        raise CheckpointError(
+            f"{place}: not the weights of {encoder.library}'s {encoder.architecture}; {'; '.join(faults)}"
+        )
+    network.load_state_dict(found)
 
 
 def _resnet(depth: int) -> Encoder:
@@ -111,7 +113,6 @@ def _resnet(depth: int) -> Encoder:
         build,
         "torchvision",
         name,
-        ignored=("fc.",),
         imagenet=lambda: pretrained.of_torchvision(name),
         origin="torchvision (IMAGENET1K_V1)",
     )
@@ -128,11 +129,6 @@ def _of_timm(name: str) -> Encoder:
 
         check_timm(name, size_px)
 
-    def rename(network: nn.Module, state: State) -> State:
-        from ptxdist.train.timm_networks import rename
-
-        return rename(name, network, state)
-
     packaged = name.partition(".")[0] == pretrained.PACKAGED
     return Encoder(
         f"timm's {name}",
@@ -142,7 +138,6 @@ def _of_timm(name: str) -> Encoder:
         imagenet=lambda: pretrained.of_timm(name),
         origin=f"the package {pretrained.PACKAGE}, or of timm if it is not installed" if packaged else "timm",
         check=check,
-        rename=rename,
     )
 
 
@@ -185,14 +180,3 @@ def misfits(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list
         "of another shape": sorted(key for key in expected.keys() & found if expected[key].shape != found[key].shape),
     }
     return [f"{len(keys)} {name}: {', '.join(keys[:3])}" for name, keys in problems.items() if keys]
-
-
-def _load(network: nn.Module, encoder: Encoder, state: State, source: str) -> None:
-    found = {key: value for key, value in state.items() if not key.startswith(encoder.ignored)}
-    if encoder.rename:
-        found = dict(encoder.rename(network, found))
-    if faults := misfits(network.state_dict(), found):
-        raise CheckpointError(
-            f"{source}: not the weights of {encoder.library}'s {encoder.architecture}; {'; '.join(faults)}"
-        )
-    network.load_state_dict(found)

@@ -24,7 +24,7 @@ from ptxdist import files
 from ptxdist.cache.catalog import Catalog, read_catalog
 from ptxdist.cache.salt import read_salt
 from ptxdist.cache.split import split_indices
-from ptxdist.cache.store import Store, open_store
+from ptxdist.cache.store import open_store
 from ptxdist.cache.verify import refuse_damaged
 from ptxdist.config import Settings
 from ptxdist.dicom.radiograph import hash_text
@@ -33,14 +33,7 @@ from ptxdist.labels import rle
 from ptxdist.labels.patients import read_patients
 from ptxdist.places import refuse_taken
 from ptxdist.records import EvaluationResult, OperatingPoint, PipelineResult, StageResult
-from ptxdist.rundir import (
-    EVALUATION,
-    RESULT,
-    read_evaluation,
-    read_settings,
-    read_stages,
-    write_evaluation,
-)
+from ptxdist.rundir import EVALUATION, RESULT, read_evaluation, read_settings, read_stages, write_evaluation
 from ptxdist.scores.analysis import Evaluated, conclude
 from ptxdist.scores.counts import CaseCounts
 from ptxdist.scores.tables import FIXED_THRESHOLDS, refuse_other_split, write_tables
@@ -51,8 +44,9 @@ from ptxdist.train.checkpoint import load_weights
 from ptxdist.train.dataset import Indices
 from ptxdist.train.device import choose_device, choose_precision, keep_freed_memory
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
+from ptxdist.train.losses import heads
 from ptxdist.train.scoring import score_cases
-from ptxdist.train.unet import Output, build_unet, heads
+from ptxdist.train.unet import Output, build_unet
 
 
 @dataclass(frozen=True)
@@ -206,16 +200,14 @@ def score_and_write(
     that order. Rank 0 calls both, and writes; every rank returns the result.
     """
     keep_freed_memory(device)
-    started, store = time.perf_counter(), _store_of(catalog, cache, how.size_px)
+    started, store = time.perf_counter(), open_store(cache, how.size_px)
+    if store.cases != len(catalog.labelled):
+        raise RunError(f"{store.path} and the catalog of {cache} differ; rerun `ptxdist preprocess`")
     total, done = sum(len(indices) for _, indices in parts), 0
     thresholds = list(dict.fromkeys((how.threshold, *FIXED_THRESHOLDS)))
     if how.point is not None:  # its masks are not those of its lower threshold
         thresholds = [how.threshold, *FIXED_THRESHOLDS]
     predictions: dict[int, str] = {}
-
-    def keep_mask(index: int, mask: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> None:
-        predictions[index] = rle.encode(mask)
-
     found = []
     for load, indices in parts:
         before = done
@@ -233,7 +225,7 @@ def score_and_write(
                 point=how.point,
                 histograms=True,
                 on_cases=lambda count, before=before: on_cases(min(total, before + count * world_size()), total),  # type: ignore[misc]
-                on_mask=keep_mask,
+                on_mask=lambda index, mask: predictions.update({index: rle.encode(mask)}),
             )
         )
         done += len(indices)
@@ -327,13 +319,6 @@ def evaluate_runs(
 
 def _has_head(member: Member) -> bool:
     return member.settings.pipeline.model.image_head
-
-
-def _store_of(catalog: Catalog, cache: Path, size_px: int) -> Store:
-    store = open_store(cache, size_px)
-    if store.cases != len(catalog.labelled):
-        raise RunError(f"{store.path} and the catalog of {cache} differ; rerun `ptxdist preprocess`")
-    return store
 
 
 def _join(parts: Sequence[CaseCounts]) -> CaseCounts:

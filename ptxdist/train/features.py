@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ class Features(nn.Module):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
+    def own_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of the whole network under the names of its features, without the layers that these lack."""
+        return dict(state)
+
 
 class ResNetFeatures(Features):
     """A ResNet without average pooling and fully connected layer; its weights keep torchvision's names."""
@@ -31,14 +36,14 @@ class ResNetFeatures(Features):
     def __init__(self, network: ResNet) -> None:
         super().__init__()
         self.conv1, self.bn1, self.relu, self.maxpool = network.conv1, network.bn1, network.relu, network.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = (
-            network.layer1,
-            network.layer2,
-            network.layer3,
-            network.layer4,
-        )
+        self.layer1, self.layer2 = network.layer1, network.layer2
+        self.layer3, self.layer4 = network.layer3, network.layer4
         wide = network.fc.in_features
         self.channels = (64, wide // 8, wide // 4, wide // 2, wide)
+
+    def own_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict without the fully connected layer."""
+        return {key: value for key, value in state.items() if not key.startswith("fc.")}
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features at strides 2, 4, 8, 16 and 32 of an image (B, 3, H, W)."""

@@ -72,8 +72,6 @@ class Loss:
 
     def of_cases(self, output: Output, target: Tensor) -> Tensor:
         """`per_case` of what a network has returned, with the weighted loss of its image head: float32 (B,)."""
-        from ptxdist.train.unet import heads
-
         logits, image = heads(output)
         loss = self.per_case(logits, target)
         if self.negative_weight != 1:
@@ -82,8 +80,6 @@ class Loss:
 
     def of_all(self, output: Output, target: Tensor) -> Tensor | None:
         """`sums` of what a network has returned, float32 (k,); None for a loss without them."""
-        from ptxdist.train.unet import heads
-
         if self.sums is None:
             return None
         logits, _ = heads(output)
@@ -96,8 +92,6 @@ class Loss:
     def parts(self, output: Output, target: Tensor) -> Tensor:
         """For each case `of_cases` and, if there are any, its `sums`: float64 (B, width)."""
         import torch
-
-        from ptxdist.train.unet import heads
 
         columns = [self.of_cases(output, target)[:, None].double()]
         if self.sums is not None:
@@ -112,6 +106,11 @@ class Loss:
 
         mean = float(np.ascontiguousarray(parts[:, 0]).mean())
         return mean if self.whole is None else mean + float(self.whole(torch.from_numpy(parts[:, 1:].sum(0))))
+
+
+def heads(output: Output) -> tuple[Tensor, Tensor | None]:
+    """What a network has returned as (mask logits, image logits), these None without an image head."""
+    return output if isinstance(output, tuple) else (output, None)
 
 
 def chosen(stage: StageSettings) -> Loss:
@@ -131,19 +130,11 @@ def chosen(stage: StageSettings) -> Loss:
 
 def bce_dice_per_image(logits: Tensor, target: Tensor) -> Tensor:
     """BCE plus Dice loss of each image, float32 (B,), at least 0. Computed in float32, also under autocast."""
-    import torch.nn.functional as F
-
     logits, target = logits.float().flatten(1), target.float().flatten(1)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
-    return cross_entropy + 1 - _dice(logits, target)
-
-
-def _dice(logits: Tensor, target: Tensor) -> Tensor:
-    """Soft Dice of the rows of both, (B, pixels) to (B,)."""
     probability = logits.sigmoid()
     overlap = (probability * target).sum(1)
     dice: Tensor = (2 * overlap + SMOOTHING_PX) / (probability.sum(1) + target.sum(1) + SMOOTHING_PX)
-    return dice
+    return bce_per_image(logits, target) + 1 - dice
 
 
 def bce_per_image(logits: Tensor, target: Tensor) -> Tensor:

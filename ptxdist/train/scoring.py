@@ -26,8 +26,8 @@ from ptxdist.scores.counts import LEVELS, CaseCounts
 from ptxdist.train.dataset import VAL_BLOCK, Batch, Indices, batches, validation_shares
 from ptxdist.train.device import autocast, one_thread_each
 from ptxdist.train.distributed import barrier, rank, sum_over_ranks, world_size
-from ptxdist.train.losses import Loss
-from ptxdist.train.unet import Output, heads
+from ptxdist.train.losses import Loss, heads
+from ptxdist.train.unet import Output
 
 _BLOCK_ROWS = 1024
 _TOP_SHARE = 256  # one in so many pixels is among the highest ones, which are part of a case's score
@@ -93,7 +93,9 @@ def score_cases(
                 masks[0] = mask_at(full, point, float(score[row]))
             # Most cases are empty, and most validated masks too: then the truth need not be decoded.
             needed = case.masks and (histograms or any(bool(mask.any()) for mask in masks))
-            area = _decode(case).to(full.device) if needed else None
+            area = None
+            if needed:
+                area = torch.from_numpy(rle.decode(case.masks or (), case.rows, case.columns)).bool().to(full.device)
             for number, mask in enumerate(masks):
                 overlap = 0 if area is None else _area(mask & area)
                 at_full[number, row] = torch.tensor([overlap, _area(mask), case.area_px])
@@ -218,7 +220,3 @@ def _histogram(full: Tensor, area: Tensor | None) -> Tensor:
         inside = levels[:0] if area is None else levels[area[start : start + _BLOCK_ROWS].flatten()]
         counts += torch.stack([torch.bincount(part, minlength=LEVELS) for part in (levels, inside)])
     return counts.int().cpu()
-
-
-def _decode(case: Case) -> Tensor:
-    return torch.from_numpy(rle.decode(case.masks or (), case.rows, case.columns)).bool()

@@ -34,10 +34,14 @@ class TimmFeatures(Features):
             )
         if strides != list(STRIDES):
             network = _create(name, out_indices=[strides.index(stride) for stride in STRIDES])
-        self.network = network
+        self.name, self.network = name, network
         self.channels = tuple(network.feature_info.channels())
         self.mean, self.std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
         self._depthwise = any(isinstance(layer, nn.Conv2d) and layer.groups > 1 for layer in network.modules())
+
+    def own_weights(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of timm's whole network under the names of its features, as `rename` finds them."""
+        return rename(self.name, self, state)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features at strides 2, 4, 8, 16 and 32 of an image (B, 3, H, W).
@@ -69,7 +73,7 @@ def check_timm(name: str, size_px: int) -> None:
 
 
 def rename(name: str, network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of timm's whole network under the names of its TimmFeatures, without the layers that these lack.
+    """A state dict of timm's whole network under the names of its features, without the layers that these lack.
 
     Keys that the whole network does not have keep their names.
     """

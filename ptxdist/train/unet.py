@@ -128,11 +128,6 @@ class UNet(nn.Module):
         return logits if self.image_head is None else (logits, self.image_head(coarsest))
 
 
-def heads(output: Output) -> tuple[Tensor, Tensor | None]:
-    """What a network has returned as (mask logits, image logits), these None without an image head."""
-    return output if isinstance(output, tuple) else (output, None)
-
-
 def build_unet(model: ModelSettings) -> UNet:
     """The network of the settings, on the CPU in float32, initialised from torch's global random generator.
 
