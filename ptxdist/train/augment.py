@@ -232,16 +232,12 @@ class Augmentation:
         for transform in self._transforms:
             if not transform.should_apply():
                 continue
-            if _is_flip(transform):
+            if type(transform).__name__ == "HorizontalFlip":
                 flip = not flip
                 continue
             drawn = transform.get_params_dependent_on_data(transform.get_params(), {"image": levels})
             levels = transform.apply(levels, **drawn)
         return Draw(flip, None if levels is _LEVELS else levels[0])
-
-
-def _is_flip(transform: A.BasicTransform) -> bool:
-    return type(transform).__name__ == "HorizontalFlip"
 
 
 def _maps_levels(transform: A.BasicTransform) -> bool:

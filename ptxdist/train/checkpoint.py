@@ -8,8 +8,7 @@
 Tensors are in safetensors files, the rest is JSON; nothing is pickled. A checkpoint that is truncated or altered is
 recognised, and the one before it is used.
 
-Owns: weight keys on disk and the layout above. Refuses: files that are damaged or do not fit the model
-(CheckpointError).
+Owns: weight keys on disk and the layout above.
 """
 
 from __future__ import annotations

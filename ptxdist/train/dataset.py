@@ -130,9 +130,9 @@ def training_shares(order: Indices, batch_size: int, rank: int, ranks: int) -> l
     return [Share(batch[rank::ranks], len(batch), before[rank::ranks]) for batch, before in parts]
 
 
-def validation_shares(indices: Indices, rank: int, ranks: int, block: int = VAL_BLOCK) -> list[Share]:
+def validation_shares(indices: Indices, rank: int, ranks: int) -> list[Share]:
     """Blocks of this rank, each with its size; over all ranks every case occurs exactly once."""
-    blocks = [indices[start : start + block] for start in range(0, len(indices), block)]
+    blocks = [indices[start : start + VAL_BLOCK] for start in range(0, len(indices), VAL_BLOCK)]
     return [Share(block, len(block), np.zeros(len(block), np.int64)) for block in blocks[rank::ranks]]
 
 
@@ -157,7 +157,6 @@ def batches(
     """
     pin = device is not None and device.type == "cuda"
     allocate = _pinned if pin else _Buffers()
-
     pool = np.sort(others) if others is not None else np.empty(0, np.int64)
 
     def draws(share: Share) -> list[_Drawn] | None:

@@ -117,7 +117,7 @@ def fit(
     keep_freed_memory(device)
     saver = Saver(folder, stage, train, preempted)
     trainer = _Trainer(model, data, stage, train, number, seed, device, on_event, saver)
-    with saver:  # however the stage ends, a checkpoint that is being written is finished first
+    with saver.writer:  # however the stage ends, a checkpoint that is being written is finished first
         trainer.resume()
         on_event(StageHistory(stage=number, epochs=tuple(trainer.history)))
         for epoch in range(len(trainer.history) + 1, stage.epochs + 1):

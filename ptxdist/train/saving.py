@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 
 from ptxdist import files
 from ptxdist.config import StageSettings, TrainSettings
@@ -32,7 +31,7 @@ _PREEMPTED_S = 1.0  # seconds between checkpoints after a preemption notice
 
 @dataclass(eq=False)
 class Saver:
-    """Saves one stage below `folder`. As a context manager it ends after the file that is being written is whole.
+    """Saves one stage below `folder`, in the thread of `writer`, which as a context manager ends with a whole file.
 
     `sha256` is that of the best weights, "" before there are any; it is up to date after `wait`. `preempted` is called
     on rank 0 and says whether there is a preemption notice.
@@ -43,19 +42,10 @@ class Saver:
     train: TrainSettings
     preempted: Callable[[], bool]
     sha256: str = ""
-    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ptxdist-checkpoints"))
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ptxdist-checkpoints"))
     _writing: Future[None] | None = None
     _saved_at: float = field(default_factory=time.monotonic)
     _saved: TrainingState | None = None
-
-    def __enter__(self) -> Saver:
-        self._writer.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._writer.__exit__(kind, error, trace)
 
     def load(self, say: Callable[[str], None]) -> TrainingState | None:
         """The newest whole checkpoint, which rank 0 chooses for all ranks; None if there is none.
@@ -115,7 +105,7 @@ class Saver:
             for path in set(self.folder.glob("best-*.safetensors")) - needed:  # no kept checkpoint refers to them
                 path.unlink()
 
-        self._writing = self._writer.submit(write)
+        self._writing = self.writer.submit(write)
 
     def wait(self) -> None:
         """Wait until what is written in the background is whole; raises its error."""

@@ -1,7 +1,6 @@
 """The optimiser, and one step of it over a global batch: forward, loss, backward, the check for finite numbers.
 
-Owns: accumulation, and the share of the loss that each rank contributes. Refuses: a loss or gradient that is not finite
-(TrainingError, on all ranks).
+Owns: accumulation, and the share of the loss that each rank contributes.
 """
 
 from __future__ import annotations
