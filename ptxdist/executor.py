@@ -20,8 +20,8 @@ from ptxdist.errors import StoreError
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
-
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+OnCount = Callable[[int, int], None]  # how much is done, of how much
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -130,7 +130,7 @@ def in_chunks(
     size: int,
     *more: Any,
     light: bool = False,
-    on_done: Callable[[int, int], None] = lambda done, total: None,
+    on_done: OnCount = lambda done, total: None,
 ) -> list[Result]:
     """Call `function` with `size` items at a time and the arguments `more`; the results of all items, in their order.
 

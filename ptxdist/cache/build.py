@@ -6,7 +6,7 @@ fold; a new case takes the row of a removed one or goes to the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from ptxdist.cache.scan import DICOM_SUFFIXES, ScannedFile, scan
 from ptxdist.cache.split import FOLDS, Leakage, assign_folds
 from ptxdist.dicom.radiograph import Header, hash_text
 from ptxdist.errors import CatalogError, LabelError
-from ptxdist.executor import Executor, serial
+from ptxdist.executor import Executor, OnCount, serial
 from ptxdist.finding import DEFAULT, Limits, load_finding
 from ptxdist.labels import rle
 from ptxdist.labels.dialect import Dialect, check_mask_files, detect_dialect, parse_dialect, to_siim
@@ -28,8 +28,6 @@ from ptxdist.labels.tables import line_of
 _SUFFIXES = (*DICOM_SUFFIXES, ".png", ".jpg")
 _LOOKED_AT = 100  # masks, for a hint
 _MAX_REMOVED_SHARE = 0.25  # with more rows of removed cases, the cases are sorted again
-
-OnFile = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def build_catalog(
     unlisted_negative: bool = False,
     skip: Collection[Path] = (),
     executor: Executor = serial,
-    on_file: OnFile = lambda done, total: None,
+    on_file: OnCount = lambda done, total: None,
 ) -> tuple[Catalog, dict[str, str]]:
     """Build the catalog of the files below `images`; also returns the path of each case's file below that folder.
 
@@ -119,7 +117,7 @@ def _read(
     salt: bytes,
     skip: Collection[Path],
     executor: Executor,
-    on_file: OnFile,
+    on_file: OnCount,
 ) -> _Inputs:
     """Read patients and headers; CatalogError or LabelError when they do not belong together."""
     patient_of = read_patients(patients) if patients else {}

@@ -1,7 +1,6 @@
 """Image files and tables -> a cache: catalog and stores. A rerun keeps what is still right.
 
-Owns: the order in which a cache is written, rejects.csv and missing.csv. Refuses: a second writer of a cache
-(BusyError), input of which too much cannot be used (CatalogError).
+Owns: the order in which a cache is written, rejects.csv and missing.csv.
 
 Shards are written first, then coordinates, catalog and tables, and last the manifest that says that a store is
 complete. After an interruption the manifest never lists more than there is.
@@ -9,7 +8,7 @@ complete. After an interruption the manifest never lists more than there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,32 +18,16 @@ import numpy as np
 
 from ptxdist import files, locks
 from ptxdist.cache.build import build_catalog
-from ptxdist.cache.catalog import (
-    FILE_NAME,
-    Case,
-    Catalog,
-    Reject,
-    catalog_text,
-    leakage_of,
-    read_catalog,
-)
+from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reject, catalog_text, leakage_of, read_catalog
 from ptxdist.cache.duplicates import FILE_NAME as DUPLICATES
 from ptxdist.cache.duplicates import find_duplicates
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, read_manifest, write_manifest
 from ptxdist.cache.render import TRANSFORM, Shard, shard_fingerprint, write_shard
 from ptxdist.cache.salt import SALT, choose_salt, keep_salt
 from ptxdist.cache.split import FOLDS
-from ptxdist.cache.store import (
-    ARRAYS,
-    SHARD_CASES,
-    damaged_rows,
-    pending,
-    shard_path,
-    store_path,
-    write_metadata,
-)
+from ptxdist.cache.store import ARRAYS, SHARD_CASES, damaged_rows, pending, shard_path, store_path, write_metadata
 from ptxdist.errors import CatalogError, StoreError
-from ptxdist.executor import Executor, processes
+from ptxdist.executor import Executor, OnProgress, processes
 from ptxdist.files import fingerprint
 from ptxdist.finding import DEFAULT, load_finding
 
@@ -53,7 +36,6 @@ REJECTS = "rejects.csv"
 MISSING = "missing.csv"
 TABLES = (FILE_NAME, MISSING, REJECTS, DUPLICATES, SALT)
 
-Progress = Callable[[str, int, int], None]
 Records = dict[int, dict[int, ShardRecord]]
 
 
@@ -89,7 +71,7 @@ def preprocess(
     replace_other: bool = False,
     executor: AbstractContextManager[Executor] | None = None,
     workers: int = 1,
-    on_progress: Progress = lambda step, done, total: None,
+    on_progress: OnProgress = lambda step, done, total: None,
 ) -> PreprocessResult:
     """Build or renew the cache `out` from image files and a label table.
 
@@ -182,7 +164,7 @@ def _write_cache(
     out: Path,
     sizes: tuple[int, ...],
     executor: Executor,
-    on_progress: Progress,
+    on_progress: OnProgress,
 ) -> PreprocessResult:
     _refuse_too_many(catalog.rejects, catalog, out)
     blocks = shards(catalog.labelled)
@@ -228,7 +210,7 @@ def shards(cases: Sequence[Case]) -> list[Sequence[Case]]:
 
 
 def _kept_shards(
-    out: Path, size: int, manifest: Manifest, prints: Sequence[str], on_progress: Progress
+    out: Path, size: int, manifest: Manifest, prints: Sequence[str], on_progress: OnProgress
 ) -> dict[int, ShardRecord]:
     """Records of the shards, in place or pending, that are still right and whole; other pending files are removed."""
     store, entry = store_path(out, size), manifest.store(size)
@@ -265,7 +247,7 @@ def _refuse_too_many(rejects: Sequence[Reject], catalog: Catalog, out: Path) -> 
     manifest = read_manifest(out)
     if manifest.files.pop(REJECTS, None):  # the stores stay as they are; this file is no longer about them
         write_manifest(out, manifest)
-    _write_rejects(out, rejects)
+    files.write_whole(out / REJECTS, _rejects_text(rejects), error=None)
     raise CatalogError(
         f"{len(rejects)} of {catalog.reconciliation.files} files cannot be used, more than a tenth; "
         f"the reasons are in {out / REJECTS} (the first: {rejects[0].path} {rejects[0].reason})"
@@ -387,10 +369,6 @@ def exclusive(out: Path) -> Iterator[None]:
     with locks.only(out / locks.LOCK, busy, error=StoreError):
         files.remove_leftovers(out)
         yield
-
-
-def _write_rejects(out: Path, rejects: Sequence[Reject]) -> None:
-    files.write_whole(out / REJECTS, _rejects_text(rejects), error=None)
 
 
 def _rejects_text(rejects: Sequence[Reject]) -> bytes:

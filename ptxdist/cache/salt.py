@@ -1,7 +1,6 @@
 """The secret key of a cache, by which patients are hashed.
 
-Owns: the file `salt`, which only its owner can read. Refuses: short keys, another key than the cache was made with, and
-a salt that is missing or damaged (CatalogError).
+Owns: the file `salt`, which only its owner can read.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """A folder of image files -> their headers, read in parallel.
 
-Owns: which files are candidates, by their names and first bytes. Refuses: folders without a candidate, or that cannot
-be read (CatalogError).
+Owns: which files are candidates, by their names and first bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import Header, read_bytes, read_header, read_start
 from ptxdist.errors import CatalogError, DicomError
-from ptxdist.executor import Executor, in_chunks, serial
+from ptxdist.executor import Executor, OnCount, in_chunks, serial
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UID = re.compile(r"\d+(\.\d+){3,}")
@@ -31,8 +30,7 @@ class ScannedFile:
     """One candidate: its path below the folder, a hash of its bytes, and its header.
 
     `header` is None for a file that cannot be used; `reason` says why. `is_image` is False for a DICOM file that is
-    none, such as a report. The path is written to rejects.csv only, since
-    folders may be named after patients.
+    none, such as a report. The path is written to rejects.csv only, since folders may be named after patients.
     """
 
     path: str
@@ -48,7 +46,7 @@ def scan(
     salt: bytes = b"",
     skip: Collection[Path] = (),
     executor: Executor = serial,
-    on_file: Callable[[int, int], None] = lambda done, total: None,
+    on_file: OnCount = lambda done, total: None,
 ) -> tuple[list[ScannedFile], int]:
     """Every candidate below `root` in the order of the paths, and the number of other files.
 
@@ -137,8 +135,8 @@ def choose_images(paths: Collection[str], start_of: Callable[[str], bytes | None
 
     A name that ends in .dcm, .dicom or .ima, or is a UID, is a DICOM file; of other names but PNG, those whose content
     is a DICOM image. Only where no content is, PNG files count. Nothing hidden counts, such as deleted files in
-    `.Trash-1000` or copies in `.ipynb_checkpoints`. `start_of` gives the first
-    bytes of a file, or None when it cannot be read; such a file without a suffix counts, to be reported.
+    `.Trash-1000` or copies in `.ipynb_checkpoints`. `start_of` gives the first bytes of a file, or None when it cannot
+    be read; such a file without a suffix counts, to be reported.
     """
 
     def kind(path: str) -> str | None:

@@ -5,7 +5,7 @@ Refuses: damage that it cannot repair (StoreError that names the command that ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,7 @@ from ptxdist.cache.render import Shard, differing_cases, write_shard
 from ptxdist.cache.scan import scan
 from ptxdist.cache.store import ARRAYS, damaged_rows, pending, shard_path, store_path, write_metadata
 from ptxdist.errors import StoreError
-from ptxdist.executor import Executor, serial
-
-Progress = Callable[[str, int, int], None]
+from ptxdist.executor import Executor, OnProgress, serial
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Damage:
 
 
 def verify(
-    cache: Path, *, sizes_px: Sequence[int] | None = None, on_progress: Progress = lambda step, done, total: None
+    cache: Path, *, sizes_px: Sequence[int] | None = None, on_progress: OnProgress = lambda step, done, total: None
 ) -> list[Damage]:
     """Compare every byte of a cache with the checksums in its manifest, for these sizes or all.
 
@@ -54,7 +52,7 @@ def verify(
 
 
 def _compare(
-    cache: Path, manifest: Manifest, sizes: Iterable[int], blocks: Sequence[Sequence[Case]], on_progress: Progress
+    cache: Path, manifest: Manifest, sizes: Iterable[int], blocks: Sequence[Sequence[Case]], on_progress: OnProgress
 ) -> list[Damage]:
     damages = []
     for size in sizes:
@@ -73,26 +71,23 @@ def _compare(
 
 
 def verify_source(
-    cache: Path, images: Path, *, executor: Executor = serial, on_progress: Progress = lambda step, done, total: None
+    cache: Path, images: Path, *, executor: Executor = serial, on_progress: OnProgress = lambda step, done, total: None
 ) -> list[Damage]:
     """Decode every image file again and compare the samples with the manifest.
 
     Files are found by their content, wherever below `images` they are.
     """
     manifest, blocks = _finished(cache), shards(read_catalog(cache).labelled)
-    paths = _find(images, blocks, executor, on_progress)
+    sources = _find(images, dict(enumerate(blocks)), executor, on_progress)
     tasks = [
-        (
-            Shard(number, block, [paths.get(case.digest, "") for case in block], images),
-            {size: entry.shards[number] for size, entry in manifest.sizes.items()},
-        )
-        for number, block in enumerate(blocks)
+        (source, {size: entry.shards[number] for size, entry in manifest.sizes.items()})
+        for number, source in sources.items()
     ]
-    digest_of = {case.case_id: case.digest for block in blocks for case in block}
     damages, done = {}, 0
     for number, found in executor(differing_cases, tasks):
+        path_of = {case.case_id: path for case, path in zip(blocks[number], sources[number].paths, strict=True)}
         damages[number] = [
-            Damage("", reason if digest_of[name] in paths else "its file is gone or was changed", (name,))
+            Damage("", reason if path_of[name] else "its file is gone or was changed", (name,))
             for name, reason in found.items()
         ]
         done += len(blocks[number])
@@ -105,7 +100,7 @@ def repair(
     images: Path | None,
     *,
     executor: Executor = serial,
-    on_progress: Progress = lambda step, done, total: None,
+    on_progress: OnProgress = lambda step, done, total: None,
 ) -> list[Damage]:
     """Repair what `verify` finds, from the catalog and the image files; returns what was wrong.
 
@@ -120,7 +115,7 @@ def repair(
         raise StoreError(f"{cache}: writing stopped: {error.strerror}; rerun the same command to continue") from error
 
 
-def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: Progress) -> list[Damage]:
+def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: OnProgress) -> list[Damage]:
     damages, manifest = verify(cache, on_progress=on_progress), _finished(cache)
     names = {damage.path for damage in damages}
     if lost := sorted(name for name in names if "/" not in name):
@@ -134,15 +129,8 @@ def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: P
     if broken and images is None:
         raise StoreError(f"{len(broken)} shards are damaged; give the image files with --source to rewrite them")
     if broken and images is not None:
-        paths = _find(images, [blocks[number] for number in broken], executor, on_progress)
-        tasks = [
-            (
-                Shard(number, blocks[number], [paths.get(case.digest, "") for case in blocks[number]], images),
-                cache,
-                tuple(sizes),
-            )
-            for number, sizes in broken.items()
-        ]
+        sources = _find(images, {number: blocks[number] for number in broken}, executor, on_progress)
+        tasks = [(sources[number], cache, tuple(sizes)) for number, sizes in broken.items()]
         for number, made in executor(write_shard, tasks):
             _replace_shard(cache, number, broken[number], made)
     for size in manifest.sizes:
@@ -185,15 +173,20 @@ def _finished(cache: Path, sizes_px: Iterable[int] | None = None) -> Manifest:
     return manifest
 
 
-def _find(images: Path, blocks: Sequence[Sequence[Case]], executor: Executor, on_progress: Progress) -> dict[str, str]:
-    """Paths below `images` of the cases' files, by the digest of their content."""
-    wanted = {case.digest for block in blocks for case in block}
+def _find(
+    images: Path, blocks: Mapping[int, Sequence[Case]], executor: Executor, on_progress: OnProgress
+) -> dict[int, Shard]:
+    """The shards of these numbers and cases, with the cases' files below `images`, which their content identifies."""
     found, _ = scan(images, executor=executor, on_file=lambda done, total: on_progress("headers", done, total))
-    return {file.digest: file.path for file in found if file.digest in wanted}
+    paths = {file.digest: file.path for file in found}
+    return {
+        number: Shard(number, block, [paths.get(case.digest, "") for case in block], images)
+        for number, block in blocks.items()
+    }
 
 
 def refuse_damaged(
-    cache: Path, sizes_px: Sequence[int], *, on_progress: Progress = lambda step, done, total: None
+    cache: Path, sizes_px: Sequence[int], *, on_progress: OnProgress = lambda step, done, total: None
 ) -> None:
     """Raise a StoreError that names the first damage and its cases when the stores of these sizes are damaged."""
     damages = verify(cache, sizes_px=sizes_px, on_progress=on_progress)

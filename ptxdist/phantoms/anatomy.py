@@ -9,7 +9,7 @@ y grows downwards.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -84,7 +84,7 @@ def pose(rng: np.random.Generator, view: str) -> Chest:
         radius = np.interp(ANGLES, angles[order], radii[order], period=2 * np.pi)
         keep = np.exp(-0.5 * (np.arange(361) / 18) ** 2)  # smooth over about three degrees
         lungs.append(Lung(centre, np.fft.irfft(np.fft.rfft(radius) * keep, 720), side))
-    return Chest(chest.view, chest.turn, chest.scale, chest.shift, tuple(lungs))
+    return replace(chest, lungs=tuple(lungs))
 
 
 # --- the masks --------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import io
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -26,7 +26,7 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 from ptxdist import files
 from ptxdist.dicom.synthetic import phantom_uids
 from ptxdist.errors import LabelError, RunError, SettingsError
-from ptxdist.executor import in_chunks, processes
+from ptxdist.executor import OnCount, in_chunks, processes
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_labels
 from ptxdist.phantoms import anatomy, greys
@@ -62,7 +62,6 @@ class _Task:
     rows: bool = True
     image_id: str | None = None
     texts: tuple[str, ...] | None = None
-    bedside: bool = False
 
 
 def write_phantoms(
@@ -74,7 +73,7 @@ def write_phantoms(
     labels: Path | None = None,
     bedside: bool = False,
     workers: int = 1,
-    on_image: Callable[[int, int], None] = lambda done, total: None,
+    on_image: OnCount = lambda done, total: None,
 ) -> PhantomResult:
     """Write `cases` phantoms under `out`: `dicom-images/<study>/<series>/<image>.dcm`, `train-rle.csv`, `patients.csv`.
 
@@ -96,11 +95,11 @@ def write_phantoms(
     except OSError as error:
         raise RunError(f"{out} cannot be written: {error.strerror}; give another folder") from error
     tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
-    tasks = [replace(task, bedside=bedside) for task in tasks]
     busy = f"another `ptxdist phantom` is writing {out}; wait for it or stop it"
     with files.replacing_folder(out, over=False, busy=busy) as folder:
         with processes(workers) as executor:
-            rows = in_chunks(executor, _write_chunk, tasks, CHUNK, folder / "dicom-images", seed, on_done=on_image)
+            place = folder / "dicom-images"
+            rows = in_chunks(executor, _write_chunk, tasks, CHUNK, place, seed, bedside, on_done=on_image)
         labelled = [(name, text) for name, texts in rows for text in texts]
         owners = [(name, f"{task.patient:08d}") for task, (name, _) in zip(tasks, rows, strict=True)]
         for name, header, table in (
@@ -171,10 +170,17 @@ def _assign_patients(positive: npt.NDArray[np.bool_], rng: np.random.Generator) 
     return patients
 
 
-def _write_chunk(tasks: Sequence[_Task], folder: Path, seed: int) -> list[tuple[str, list[str]]]:
+def _write_chunk(tasks: Sequence[_Task], folder: Path, seed: int, bedside: bool) -> list[tuple[str, list[str]]]:
     """Draw and write some images; ids and label rows in the order of `tasks`."""
     cv2.setNumThreads(1)
-    return [_write_image(folder, task, seed) for task in tasks]
+    rows = []
+    for task in tasks:
+        name, texts, content, place = _draw(task, seed, bedside)
+        path = folder / place
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)  # not by pydicom, whose errors of a full disk have tracebacks in them
+        rows.append((name, texts if task.rows else []))
+    return rows
 
 
 # --- one file ---------------------------------------------------------------------------------------------------
@@ -182,24 +188,16 @@ def _write_chunk(tasks: Sequence[_Task], folder: Path, seed: int) -> list[tuple[
 
 def draw_file(seed: int) -> bytes:
     """One phantom with a pneumothorax, as the bytes of a DICOM file like those of `write_phantoms`."""
-    return _draw(_Task(index=0, patient=0, positive=True), seed)[2]
+    return _draw(_Task(index=0, patient=0, positive=True), seed, bedside=False)[2]
 
 
-def _write_image(folder: Path, task: _Task, seed: int) -> tuple[str, list[str]]:
-    name, texts, content, place = _draw(task, seed)
-    path = folder / place
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)  # not by pydicom, whose errors of a full disk have tracebacks in them
-    return name, texts if task.rows else []
-
-
-def _draw(task: _Task, seed: int) -> tuple[str, list[str], bytes, str]:
+def _draw(task: _Task, seed: int, bedside: bool) -> tuple[str, list[str], bytes, str]:
     """Id, label texts and content of a file, and its place below the folder of images."""
     rng = np.random.default_rng((seed, task.index))
     node, second = rng.integers(1, 32768), 1517875160 + rng.integers(0, 100)
     study, series, image = phantom_uids(int(node), int(second), task.index)
     name = task.image_id or image
-    view = "PA" if rng.random() < 0.6 and not task.bedside else "AP"
+    view = "PA" if rng.random() < 0.6 and not bedside else "AP"
     chest = anatomy.pose(rng, view)
     if task.texts is None:
         masks = anatomy.draw_masks(rng, chest) if task.positive else []
@@ -209,11 +207,10 @@ def _draw(task: _Task, seed: int) -> tuple[str, list[str], bytes, str]:
         masks = [rle.decode(texts, SIZE_PX, SIZE_PX)] if task.positive else []
     union = np.maximum.reduce(masks) if masks else np.zeros((SIZE_PX, SIZE_PX), np.uint8)
     grey = greys.draw_image(rng, chest, union)
-    data = _encode(cv2.LUT(grey, _UNDEREXPOSED) if task.bedside else grey)
+    data = _encode(cv2.LUT(grey, _UNDEREXPOSED) if bedside else grey)
     file = io.BytesIO()
-    with (
-        pydicom.config.disable_value_validation()
-    ):  # '62' is not a valid age and ID_… not a valid UID; the challenge has both
+    # '62' is not a valid age and ID_… not a valid UID; the challenge has both.
+    with pydicom.config.disable_value_validation():
         _dataset(rng, (study, series, name), view, task.patient, data).save_as(file, enforce_file_format=True)
     return name, texts, file.getvalue(), f"{study}/{series}/{name}.dcm"
 

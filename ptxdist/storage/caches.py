@@ -5,7 +5,6 @@
     STAGING/….use, ….lock                   locked while a folder is in use, and while it is being filled
 
 Owns: these folders, the order in which a cache is copied and sent, and which copies are deleted to free space.
-Refuses: remote caches that are not finished or damaged (StoreError).
 
 A copy is compared with the checksums of its manifest. The checksum of the manifest is in the folder's name, so a
 renewed cache gets another folder. A cache is sent in the order in which it is written: first a manifest that lists only
@@ -28,13 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptxdist import files, locks
-from ptxdist.cache.manifest import (
-    MANIFEST,
-    Manifest,
-    manifest_text,
-    parse_manifest,
-    read_manifest,
-)
+from ptxdist.cache.manifest import MANIFEST, Manifest, manifest_text, parse_manifest, read_manifest
 from ptxdist.cache.preprocess import TABLES
 from ptxdist.cache.store import ARRAYS, shard_path, store_path
 from ptxdist.cache.verify import verify

@@ -1,7 +1,6 @@
 """A folder in an object store (`s3://bucket/folder`): read, written and listed, with retries.
 
-Owns: addresses, requests and their retries. Refuses: object stores that cannot be reached, deny a request or keep
-failing (StorageError, in bounded time).
+Owns: addresses, requests and their retries.
 
 An object is complete or absent, and a conditional write succeeds for one of several writers. A request is retried for
 at most `PTXDIST_STORAGE_PATIENCE_S` (120) seconds. Credentials, region and endpoint come from AWS_… variables or from
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptxdist import files
 from ptxdist.errors import StorageError
+from ptxdist.executor import OnCount
 
 if TYPE_CHECKING:
     from obstore.store import S3Store
@@ -38,7 +38,6 @@ _CREDENTIALS = (
 _PIECE_BYTES, _PART_BYTES = 32 * 2**20, 16 * 2**20  # of a request that reads, and of one that writes
 
 Result = TypeVar("Result")
-OnCount = Callable[[int, int], None]
 
 
 class ConflictError(Exception):

@@ -3,8 +3,7 @@
     STAGING/run-<address>/exp4/     where a run is written, on the node of rank 0 and on that of the driver
     STAGING/read-<address>/exp4/    a copy to read
 
-Owns: which files of a run are sent, and in which order. Refuses: a second training of a run (BusyError), addresses
-without a run (RunError).
+Owns: which files of a run are sent, and in which order.
 
 A run is sent in parts, each of which one process writes: rank 0 a stage's folder and the evaluation, the driver the
 rest. New files are sent first, then the files that say that something is finished; then removed files are deleted. So
