@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.cache.catalog import Case, Catalog
+from ptxdist import files
+from ptxdist.cache.catalog import Catalog
 from ptxdist.cache.duplicates import SIDE_PX, Hashes, perceptual_hashes, thumbnail
 from ptxdist.cache.likeness import MOST, likeness_of, look
 from ptxdist.cache.store import Store
@@ -48,12 +49,9 @@ class Fingerprints:
 
     def write(self) -> str:
         """The table as text, sorted, so that it is the same for any order of the images."""
-        file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
         looks = (look.tobytes().hex() for look in self.looks)
-        writer.writerows(sorted(zip(self.pixels, looks, self.patients, strict=True)))
-        return file.getvalue()
+        rows = sorted(zip(self.pixels, looks, self.patients, strict=True))
+        return files.table_text(COLUMNS, rows, "\n").decode()
 
     @classmethod
     def read(cls, text: str | bytes, source: str) -> Fingerprints:
@@ -95,28 +93,22 @@ def look_at(
     store: Store, catalog: Catalog, indices: npt.NDArray[np.int64], salt: bytes
 ) -> tuple[Fingerprints, Profile]:
     """Fingerprints of the images at `indices` in the store of a cache with this `salt`, and what they are like."""
-    cases, looks = catalog.labelled, []
-    step = max(1, -(-len(indices) // MOST))
-    pixels, small, brightness = [], np.zeros((len(indices), SIDE_PX, SIDE_PX), np.float32), []
-    for row, index in enumerate(indices.tolist()):
+    labelled = catalog.labelled
+    cases, looks = [labelled[index] for index in indices.tolist()], []
+    step = max(1, -(-len(cases) // MOST))
+    pixels, small, brightness = [], np.zeros((len(cases), SIDE_PX, SIDE_PX), np.float32), []
+    for row, (index, case) in enumerate(zip(indices.tolist(), cases, strict=True)):
         image = np.ascontiguousarray(store.sample(index)[0])
         pixels.append(hashlib.sha256(image.data).hexdigest()[:16])
         small[row] = thumbnail(image)
         brightness.append(float(image.mean()))
         if row % step == 0:
-            looks.append(look(image, max(cases[index].rows, cases[index].columns)))
-    profile = profile_of([cases[index] for index in indices.tolist()], brightness)
-    profile = profile.model_copy(update={"synthetic": catalog.synthetic, "likeness": likeness_of(looks)})
+            looks.append(look(image, max(case.rows, case.columns)))
     which = hashlib.blake2b(b"salt of patients", key=salt[:64]).hexdigest()[:_SALT_DIGITS]
     known = catalog.leakage.grouped_by != "nothing"
-    patients = tuple(f"{which}{cases[index].group}" if known else "" for index in indices.tolist())
-    return Fingerprints(tuple(pixels), perceptual_hashes(small), patients), profile
-
-
-def profile_of(cases: Sequence[Case], brightness: Sequence[float]) -> Profile:
-    """What cases are like; `brightness` is the mean grey level of each at the network's size, 0..255."""
+    patients = tuple(f"{which}{case.group}" if known else "" for case in cases)
     views = [case.view or "unknown" for case in cases]
-    return Profile(
+    profile = Profile(
         images=len(cases),
         positives=sum(bool(case.masks) for case in cases),
         mask_share=_spread([case.area_px / (case.rows * case.columns) for case in cases if case.masks]),
@@ -124,7 +116,10 @@ def profile_of(cases: Sequence[Case], brightness: Sequence[float]) -> Profile:
         age=_spread([case.age for case in cases if case.age is not None]),
         side_px=_spread([max(case.rows, case.columns) for case in cases]),
         views={view: views.count(view) for view in sorted(set(views))},
+        synthetic=catalog.synthetic,
+        likeness=likeness_of(looks),
     )
+    return Fingerprints(tuple(pixels), perceptual_hashes(small), patients), profile
 
 
 def _spread(values: Sequence[float]) -> tuple[float, ...]:

@@ -35,12 +35,11 @@ class _Measure(NamedTuple):
 _MEASURES: dict[Measure, _Measure] = {
     "brightness": _Measure(5, "darker", "brighter"),  # mean grey level
     "contrast": _Measure(3, "of less contrast", "of more contrast"),  # standard deviation of the grey levels
-    "sharpness": _Measure(
-        0.1, "blurrier", "sharper or noisier"
-    ),  # of the middle: finest structures : next coarser, log
+    "sharpness": _Measure(0.1, "blurrier", "sharper or noisier"),  # middle: finest structures : next coarser, log
     "size": _Measure(2, "smaller", "larger"),  # log2 of the original's longer side: a factor of 4
+    # Correlation with the mean training image.
     "layout": _Measure(0.05, "of another layout (another view or part of the body, turned, or inverted)", ""),
-}  # layout: correlation with the mean training image
+}
 
 
 class Look(NamedTuple):

@@ -59,15 +59,11 @@ def outline_path(mask: npt.NDArray[np.generic], side_px: int = 512) -> str:
     return "".join("M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in part) + "Z" for part in parts)
 
 
-def grid(pictures: Sequence[Colour], columns: int = 6) -> Colour:
-    """At least one picture uint8 (side, side, 3), all of one side, in rows; the rest of the last row is black."""
-    side = len(pictures[0])
-    rows = -(-len(pictures) // columns)
-    sheet = np.zeros((rows * side, min(columns, len(pictures)) * side, 3), np.uint8)
-    for number, picture in enumerate(pictures):
-        row, column = divmod(number, columns)
-        sheet[row * side : (row + 1) * side, column * side : (column + 1) * side] = picture
-    return sheet
+def grid(pictures: Sequence[Colour]) -> Colour:
+    """At least one picture uint8 (side, side, 3), all of one side, in rows of six; the rest of the last is black."""
+    columns = min(6, len(pictures))
+    padded = [*pictures, *[np.zeros_like(pictures[0])] * (-len(pictures) % columns)]
+    return np.vstack([np.hstack(padded[start : start + columns]) for start in range(0, len(padded), columns)])
 
 
 def draw_contact_sheet(cache: Path) -> Path:

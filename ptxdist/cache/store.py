@@ -199,9 +199,7 @@ class Store:
     def gather(self, indices: Sequence[int] | npt.NDArray[np.int64], image: Samples, mask: Samples) -> None:
         """Copy samples into `image` and `mask`, uint8 (>= len(indices), size, size), row by row."""
         for row, index in enumerate(indices):
-            shard, offset = divmod(int(index), SHARD_CASES)
-            image[row] = self.images[shard][offset]
-            mask[row] = self.masks[shard][offset]
+            image[row], mask[row] = self.sample(int(index))
 
     def sample(self, index: int) -> tuple[Samples, Samples]:
         """Views of one image and one mask, uint8 (size, size), of the mapped file."""
@@ -220,14 +218,6 @@ class Store:
                         "`ptxdist verify` names all damage, and `ptxdist preprocess` repairs it"
                     )
         return found
-
-    def column(self, name: str) -> npt.NDArray[Any]:
-        """One coordinate array, (case,): case_id, split, fold, has_mask, area_px, rows or columns."""
-        import zarr
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return np.asarray(zarr.open_group(self.path, mode="r")[name][:])
 
 
 def open_store(cache: Path, size_px: int) -> Store:

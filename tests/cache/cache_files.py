@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import zarr
+
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
-from ptxdist.cache.store import ARRAYS, open_store
+from ptxdist.cache.store import ARRAYS, Store, open_store
 from ptxdist.cache.verify import verify
 
 SIZES = (32, 48)
@@ -33,6 +36,13 @@ def shard_files(cache: Path) -> dict[str, tuple[int, str]]:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             found[path.relative_to(cache).as_posix()] = path.stat().st_mtime_ns, digest
     return found
+
+
+def column(store: Store, name: str) -> Any:
+    """One coordinate array of a store, (case,)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return zarr.open_group(store.path, mode="r")[name][:]
 
 
 def shard_names(*shards: int, sizes: tuple[int, ...] = SIZES) -> set[str]:
@@ -92,6 +102,6 @@ class Renewal:
         assert read_catalog(self.cache) == result.catalog
         for size in result.sizes_px:
             store = open_store(self.cache, size)
-            for name in ("case_id", "split", "fold", "area_px"):
-                assert store.column(name).tolist() == [getattr(case, name) for case in result.catalog.labelled]
+            for name in ("case_id", "split", "fold", "area_px", "rows", "columns"):
+                assert column(store, name).tolist() == [getattr(case, name) for case in result.catalog.labelled]
         return written

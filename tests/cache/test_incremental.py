@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_files import SIZES, Renewal, digests, folds_of, rows_of, shard_files, shard_names
+from cache_files import SIZES, Renewal, column, digests, folds_of, rows_of, shard_files, shard_names
 
 from ptxdist.cache import render
 from ptxdist.cache.catalog import read_catalog
@@ -79,8 +79,8 @@ def test_one_changed_label_rewrites_its_shard_alone(renewal: Renewal) -> None:
     assert folds_of(renewal.cache) == before
     store = open_store(renewal.cache, 32)
     assert store.sample(151)[1][:, 0].tolist() == [128] * 32  # one column of 64 px is half of one of 32
-    assert store.column("has_mask")[151]
-    assert store.column("area_px")[151] == 64
+    assert column(store, "has_mask")[151]
+    assert column(store, "area_px")[151] == 64
     renewal.relabel("1.2.3.10151,0 64", "1.2.3.10151,-1")
     assert renewal.changed() == shard_names(1)
     assert not open_store(renewal.cache, 32).sample(151)[1].any()
@@ -108,7 +108,7 @@ def test_removed_case_leaves_a_row_of_zeros_and_nothing_else(renewal: Renewal) -
     for size in SIZES:
         store = open_store(renewal.cache, size)
         assert not any(sample.any() for sample in store.sample(150))
-        assert (store.column("split")[150], store.column("has_mask")[150]) == ("removed", False)
+        assert (column(store, "split")[150], column(store, "has_mask")[150]) == ("removed", False)
         assert store.sample(149)[0].any()
     for path in renewal.cache.rglob("*"):
         assert path.is_dir() or not [word for word in (name, digest) if word.encode() in path.read_bytes()], path
@@ -246,7 +246,7 @@ def test_store_that_fits_the_new_split_no_more_is_not_trained_on(renewal: Renewa
     """Without the patient map the split is another: the size that is not renewed must not be used with it."""
     renewal.run(patients=None, sizes_px=(32,))
     splits = [case.split for case in read_catalog(renewal.cache).labelled]
-    assert open_store(renewal.cache, 32).column("split").tolist() == splits
+    assert column(open_store(renewal.cache, 32), "split").tolist() == splits
     with pytest.raises(StoreError, match=r"48.zarr is not finished"):
         open_store(renewal.cache, 48)
     assert verify(renewal.cache, sizes_px=[32]) == []
@@ -254,7 +254,7 @@ def test_store_that_fits_the_new_split_no_more_is_not_trained_on(renewal: Renewa
         verify(renewal.cache)
     again = renewal.run(patients=None)
     assert again.written == 0
-    assert open_store(renewal.cache, 48).column("split").tolist() == splits
+    assert column(open_store(renewal.cache, 48), "split").tolist() == splits
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * 32, None], ids=["empty", "other", "gone"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_files import Renewal, digests, rejects_of
+from cache_files import Renewal, column, digests, rejects_of
 
 from ptxdist.cache import render, scan
 from ptxdist.cache.catalog import read_catalog
@@ -39,9 +39,9 @@ def test_bad_files_become_rejects_and_stop_nothing(small_dataset, tmp_path: Path
     [rejected] = [case for case in read_catalog(out).cases if case.split == "rejected"]
     assert (result.paths[rejected.case_id], rejected.fold) == (truncated, -1)
     store = open_store(out, 48)
-    index = store.column("case_id").tolist().index(rejected.case_id)
-    assert Counter(store.column("split").tolist())["rejected"] == 1
-    assert store.column("split")[index] == "rejected"
+    index = column(store, "case_id").tolist().index(rejected.case_id)
+    assert Counter(column(store, "split").tolist())["rejected"] == 1
+    assert column(store, "split")[index] == "rejected"
     assert not store.sample(index)[0].any()
     assert result.catalog.sides()["rejected"]["cases"] == 1
 

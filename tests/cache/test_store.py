@@ -242,13 +242,6 @@ def test_xarray_opens_a_store(small_cache) -> None:  # type: ignore[no-untyped-d
     assert len(val) == result.catalog.sides()["val"]["cases"]
 
 
-def test_column_gives_the_coordinates(small_cache) -> None:  # type: ignore[no-untyped-def]
-    cache, result = small_cache
-    store = open_store(cache, 64)
-    assert store.column("case_id").tolist() == [case.case_id for case in result.catalog.labelled]
-    assert store.column("rows").tolist() == [case.rows for case in result.catalog.labelled]
-
-
 def test_rewritten_metadata_leave_nothing_of_the_former(tmp_path: Path) -> None:
     """zarr writes no chunk for values that are all zero: the former chunk must not shine through."""
     arrays = noise(3, 4)
