@@ -5,7 +5,7 @@ No model, image or file is needed. The rows for `tables` come with the numbers, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,9 +25,8 @@ SMALL_CASES, SMALL_POSITIVES = 30, 10  # a group with fewer is marked as small
 _AGES = ((0, "under 40"), (40, "40 to 59"), (60, "60 and over"))
 _SIZES = ((0.0, "under 0.2 % of the image"), (0.002, "0.2 to 1 %"), (0.01, "1 to 2 %"), (0.02, "2 % and over"))
 _EXPOSURES = ("dark third", "middle third", "bright third")
-_ORDER = {
-    name: number for number, name in enumerate((*(name for _, name in (*_AGES, *_SIZES)), *_EXPOSURES))
-}  # of names that are not in alphabetical order
+# Of names that are not in alphabetical order.
+_ORDER = {name: number for number, name in enumerate((*(name for _, name in (*_AGES, *_SIZES)), *_EXPOSURES))}
 
 Floats = npt.NDArray[np.float64]
 Row = dict[str, object]
@@ -68,7 +67,6 @@ def conclude(
     cases, counts, groups = evaluated.cases, evaluated.counts, evaluated.groups
     own = counts.at_full[0]
     positive = own[:, 2] > 0
-    area = auroc(counts.score, positive)[0]
     ids = [case.case_id for case in cases]
     image_scores = counts.score if image_head else None
     tuned = {kind: tune(counts.histograms, own[:, 2], ids, groups, kind, image_scores) for kind in ("pair", "triplet")}
@@ -87,17 +85,13 @@ def conclude(
         folds=tuple(sorted({case.fold for case in cases})),
         point=point,
         scores=scores(own),
-        auroc=None if np.isnan(area) else float(area),
+        auroc=auroc(counts.score, positive),
         intervals=score_intervals(own, groups, image_score=counts.score),
         at_other_thresholds={
             str(threshold): scores(counts.at_full[number]) for number, threshold in enumerate(thresholds) if number
         },
         tuned=tuple(_compared(*found, own, groups) if point else found[0] for found in tuned.values() if found),
-        calibration=(
-            _reliability_of_px(counts.histograms),
-            _reliability_of_images(counts.score, positive),
-            *after,
-        ),
+        calibration=(_reliability_of_px(counts.histograms), _reliability_of_images(counts.score, positive), *after),
         platt=calibration[0] if calibration else None,
         roc=roc(counts.score, positive),
         working=tuple(found for found in points if found),
@@ -112,10 +106,7 @@ def conclude(
 def _compared(tuned: TunedPoint, estimate: Counts, own: Counts, groups: Sequence[str]) -> TunedPoint:
     """The tuned point with how much better its estimate is than the given point."""
     return tuned.model_copy(
-        update={
-            "gains": differences(own, estimate),
-            "gain_intervals": difference_intervals(own, estimate, groups),
-        }
+        update={"gains": differences(own, estimate), "gain_intervals": difference_intervals(own, estimate, groups)}
     )
 
 
@@ -188,27 +179,19 @@ def subgroups(cases: Sequence[Case], counts: Counts, brightness: Floats, groups:
 
     `counts` of the masks, `brightness` (mean grey levels) and `groups` (patients) are in the order of `cases`.
     """
-    dark, bright = np.quantile(brightness, (1 / 3, 2 / 3))
-
-    def exposure(row: int) -> str:
-        value = brightness[row]
-        return _EXPOSURES[int(value >= dark) + int(value >= bright)]
-
-    def of_case(name: Callable[[Case], str]) -> Callable[[int], str]:
-        return lambda row: name(cases[row])
-
-    properties: tuple[tuple[str, Callable[[int], str]], ...] = (
-        ("view", of_case(lambda case: case.view)),
-        ("sex", of_case(lambda case: case.sex)),
-        ("age", of_case(lambda case: "" if case.age is None else _band(case.age, _AGES))),
-        ("mask size", of_case(_mask_size)),
-        ("masks", of_case(lambda case: "" if not case.masks else "one" if len(case.masks) == 1 else "several")),
-        ("exposure", exposure),
-    )  # fmt: skip
-    for by, name_of in properties:
+    thirds = np.searchsorted(np.quantile(brightness, (1 / 3, 2 / 3)), brightness, side="right")
+    properties = {
+        "view": [case.view for case in cases],
+        "sex": [case.sex for case in cases],
+        "age": ["" if case.age is None else _band(case.age, _AGES) for case in cases],
+        "mask size": [_band(case.area_px / (case.rows * case.columns), _SIZES) if case.masks else "" for case in cases],
+        "masks": ["" if not case.masks else "one" if len(case.masks) == 1 else "several" for case in cases],
+        "exposure": [_EXPOSURES[third] for third in thirds],
+    }
+    for by, names in properties.items():
         members: dict[str, list[int]] = {}
-        for row in range(len(cases)):
-            if name := name_of(row):
+        for row, name in enumerate(names):
+            if name:
                 members.setdefault(name, []).append(row)
         if len(members) < 2:
             continue
@@ -221,10 +204,6 @@ def subgroups(cases: Sequence[Case], counts: Counts, brightness: Floats, groups:
                 intervals=score_intervals(counts[rows], [groups[row] for row in rows]),
                 small=found.cases < SMALL_CASES or found.positives < SMALL_POSITIVES,
             )
-
-
-def _mask_size(case: Case) -> str:
-    return _band(case.area_px / (case.rows * case.columns), _SIZES) if case.masks else ""
 
 
 def _band(value: float, bands: Sequence[tuple[float, str]]) -> str:

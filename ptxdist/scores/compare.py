@@ -3,8 +3,6 @@
 Everything is computed from the cases.csv of each run, at the operating point that it has in use (`headline.points`);
 a tuned point is scored on patients that it was not tuned on. Differences are paired: each patient is left out of both
 runs at once, so that cases which are hard for every run cancel out.
-
-Refuses: evaluations without a common case, or with different masks or findings (RunError).
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from ptxdist.rundir import CASES, EVALUATION, RESULT, SETTINGS, read_evaluation,
 from ptxdist.scores.headline import points, short
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
-from ptxdist.scores.names import DICES, Score
+from ptxdist.scores.names import DICES, Score, markdown
 from ptxdist.scores.tables import read_cases
 
 
@@ -169,17 +167,13 @@ def matrix_markdown(parts: Sequence[DataComparison]) -> str:
         f"{part.data}: {first.cases:,} images, {first.positives:,} positive"
         for part, first in zip(parts, firsts, strict=True)
     ]
-    rows = [["Kaggle Dice; positives-only Dice, at the point in use", *heads], ["---"] * (len(parts) + 1)]
+    rows = []
     for model in models:
-        cells = []
-        for part in parts:
-            places = [place for place, name in enumerate(part.models) if name == model]
-            run = part.comparison.runs[places[0]] if places else None
-            shown = [] if run is None else [_plain(run, score) for score in DICES[:2]]
-            cells.append("; ".join(shown))
-        rows.append([model, *cells])
+        named = [zip(part.models, part.comparison.runs, strict=True) for part in parts]
+        runs = [next((run for name, run in part if name == model), None) for part in named]
+        rows.append([model, *("; ".join(_plain(run, score) for score in DICES[:2]) if run else "" for run in runs)])
     rows.append(["predicting nothing", *(f"{first.all_empty_dice:.4f}; 0.0000" for first in firsts)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return markdown(["Kaggle Dice; positives-only Dice, at the point in use", *heads], rows)
 
 
 def _plain(run: Compared, score: Score) -> str:
@@ -197,13 +191,10 @@ def _names(runs: Sequence[Path]) -> list[str]:
 def as_markdown(comparison: Comparison) -> str:
     """The comparison as a Markdown table; each cell has the score, the difference from the first run, and intervals."""
     first = comparison.runs[0].scores
-    rows = [
-        [f"{comparison.cases:,} images, {first.positives:,} positive", "point in use", *(item.name for item in DICES)],
-        ["---"] * (len(DICES) + 2),
-        *([run.run, run.point, *(_cell(run, score) for score in DICES)] for run in comparison.runs),
-        ["predicting nothing", "", *(f"{score.baseline_of(first):.4f}" for score in DICES)],
-    ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    head = [f"{comparison.cases:,} images, {first.positives:,} positive", "point in use", *(one.name for one in DICES)]
+    rows = [[run.run, run.point, *(_cell(run, score) for score in DICES)] for run in comparison.runs]
+    nothing = ["predicting nothing", "", *(f"{score.baseline_of(first):.4f}" for score in DICES)]
+    return markdown(head, [*rows, nothing])
 
 
 def _cell(run: Compared, score: Score) -> str:

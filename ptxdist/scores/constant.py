@@ -47,23 +47,19 @@ class ConstantMask:
             return None
         order = np.argsort(-self._share, kind="stable")
         numbers = np.unique(np.geomspace(1, GRID * GRID, _SIZES).astype(int))
-        best: Counts | None = None
-        best_dice = -1.0
-        for number in numbers:
-            mask = np.zeros(GRID * GRID, bool)
-            mask[order[:number]] = True
-            area = {size: int(_areas(size)[mask].sum()) for size in set(self._sizes)}
-            found = np.array(
-                [
-                    (pixels[mask[cells]].sum(), area[size], pixels.sum())
-                    for (cells, pixels), size in zip(self._inside, self._sizes, strict=True)
-                ],
-                np.int64,
-            )
-            dice = float(image_dice(found)[found[:, 2] > 0].mean())
-            if dice > best_dice:
-                best, best_dice = found, dice
-        return best
+        tried = (self._counts_of(order[:number]) for number in numbers)
+        return max(tried, key=lambda found: float(image_dice(found)[found[:, 2] > 0].mean()))
+
+    def _counts_of(self, chosen: npt.NDArray[np.intp]) -> Counts:
+        """The counts of the mask of these cells."""
+        mask = np.zeros(GRID * GRID, bool)
+        mask[chosen] = True
+        area = {size: int(_areas(size)[mask].sum()) for size in set(self._sizes)}
+        rows = [
+            (pixels[mask[cells]].sum(), area[size], pixels.sum())
+            for (cells, pixels), size in zip(self._inside, self._sizes, strict=True)
+        ]
+        return np.array(rows, np.int64)
 
 
 def _areas(size: Size) -> npt.NDArray[np.intp]:

@@ -18,10 +18,9 @@ class CaseCounts:
 
     `loss` float64 (n, parts), of which `train.losses` makes the validation loss, (n, 0) if it is not asked for; `score`
     float64 (n,), see `train.scoring.case_score`; `at_stage` int64 (n, 3) at the first threshold; `at_full` int64
-    (thresholds, n, 3) at the original resolution.
-    If asked for, also `histograms` int32 (n, 2, LEVELS): pixels of each level at the original resolution, all pixels
-    and those of the truth; and `brightness` float64 (n,), the mean grey level of the image, 0..255. Else these are
-    empty.
+    (thresholds, n, 3) at the original resolution. If asked for, also `histograms` int32 (n, 2, LEVELS): pixels of each
+    level at the original resolution, all pixels and those of the truth; and `brightness` float64 (n,), the mean grey
+    level of the image, 0..255. Else these are empty.
     """
 
     loss: npt.NDArray[np.float64]

@@ -101,23 +101,16 @@ def _medians_differ(field: str, count: str = "images") -> Callable[[Profile, Pro
     return differ
 
 
-class _Property(NamedTuple):
-    """A property of images: its name, its value in words, and whether two sets of images differ in it."""
-
-    name: str
-    value: Callable[[Profile], str]
-    differ: Callable[[Profile, Profile], bool]
-
-
-_PROPERTIES = (
-    _Property(
+# The name of each property of images, its value in words, and whether two sets of images differ in it.
+_PROPERTIES: tuple[tuple[str, Callable[[Profile], str], Callable[[Profile, Profile], bool]], ...] = (
+    (
         "positive images",
         lambda side: f"{100 * side.positives / side.images:.1f} %",
         lambda *sides: _shares_differ(*((side.positives, side.images) for side in sides)),
     ),
-    _Property("median mask", _median("mask_share", "{:.2%} of the image"), _medians_differ("mask_share", "positives")),
-    _Property("median grey level", _median("brightness", "{:.0f}"), _medians_differ("brightness")),
-    _Property("median age", _median("age", "{:.0f}"), _medians_differ("age")),
-    _Property("median longer side", _median("side_px", "{:,.0f} pixels"), _medians_differ("side_px")),
-    _Property("views", _views, _views_differ),
+    ("median mask", _median("mask_share", "{:.2%} of the image"), _medians_differ("mask_share", "positives")),
+    ("median grey level", _median("brightness", "{:.0f}"), _medians_differ("brightness")),
+    ("median age", _median("age", "{:.0f}"), _medians_differ("age")),
+    ("median longer side", _median("side_px", "{:,.0f} pixels"), _medians_differ("side_px")),
+    ("views", _views, _views_differ),
 )

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ptxdist.errors import LabelError, SettingsError
+from ptxdist.executor import OnProgress
 from ptxdist.finding import DEFAULT, load_finding
 from ptxdist.labels import rle
 from ptxdist.labels.dialect import down_columns
@@ -24,8 +25,8 @@ from ptxdist.records import Record
 from ptxdist.scores.constant import ConstantMask
 from ptxdist.scores.counts import Counts
 from ptxdist.scores.definitions import DEFINITIONS, Definition, of_ratio, resampled
-from ptxdist.scores.intervals import FEWEST, ratio_interval, score_intervals
-from ptxdist.scores.names import TOO_FEW
+from ptxdist.scores.intervals import FEWEST, number_groups, ratio_interval, score_intervals
+from ptxdist.scores.names import TOO_FEW, markdown
 from ptxdist.scores.surfaces import SURFACES, require_surfaces, surface_scores
 
 SIZE_PX = 1024
@@ -35,7 +36,6 @@ _MOST = 0.5  # of all pixels: where so many are predicted, and not in truth, the
 _CLEAR_SHARE = 0.2  # of the predicted pixels, which have to be in the truth for a verdict
 
 Floats = npt.NDArray[np.float64]
-OnProgress = Callable[[str, int, int], None]
 
 
 class ExternalScore(Record):
@@ -120,9 +120,8 @@ def score_predictions(
     _prepare(true, truth, sizes, partial(on_progress, "truth"))
     counts, distances, constant, order = _count(ids, sizes, predicted, true, surfaces, on_progress)
     described = predicted.describe(), true.describe()
-    names: dict[str, int] = {}
     groups = [f"patient {patient_of[case_id]}" if case_id in patient_of else f"image {case_id}" for case_id in ids]
-    group = np.array([names.setdefault(name, len(names)) for name in groups], np.intp)
+    group, group_count = number_groups(groups)
     notes = [] if order == "as read" else [*described[0][1], *described[1][1]]
     if order == "swapped":
         notes.insert(
@@ -143,7 +142,7 @@ def score_predictions(
         positives=int((counts[:, 2] > 0).sum()),
         hits=int(((counts[:, 1] > 0) & (counts[:, 2] > 0)).sum()),
         unit="patients" if patients else "images",
-        groups=len(names),
+        groups=group_count,
         predictions=described[0][0],
         truth=described[1][0],
         only_predicted=len(predicted.ids) - len(ids),
@@ -165,10 +164,7 @@ def _common(
         return ids
     sides = [
         f"{len(only):,} of {len(whole):,} images of {path} are not in {other} ({_some(only)})"
-        for only, whole, path, other in (
-            (left, predicted, predictions, truth),
-            (right, true, truth, predictions),
-        )
+        for only, whole, path, other in ((left, predicted, predictions, truth), (right, true, truth, predictions))
         if only
     ]
     advice = (
@@ -291,15 +287,9 @@ def _of(definition: Definition, counts: Counts, places: npt.NDArray[np.intp]) ->
 
 def as_markdown(result: ExternalScores) -> str:
     """The scores as a Markdown table, and a list of what each is and may be compared with."""
-    rows = [
-        [f"{result.cases:,} images, {result.positives:,} positive", *COLUMNS],
-        ["---"] * (len(COLUMNS) + 1),
-        *([score.name, *cells(score)] for score in result.scores.values()),
-    ]
-    lines = [
-        f"- **{score.name}**: {score.definition} Compare with: {score.compare}" for score in result.scores.values()
-    ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + "\n" + "\n".join(lines) + "\n"
+    head, scores = [f"{result.cases:,} images, {result.positives:,} positive", *COLUMNS], result.scores.values()
+    lines = [f"- **{score.name}**: {score.definition} Compare with: {score.compare}\n" for score in scores]
+    return markdown(head, ([score.name, *cells(score)] for score in scores)) + "\n" + "".join(lines)
 
 
 COLUMNS = ("value", "95 % interval", "predicting nothing", "constant mask")

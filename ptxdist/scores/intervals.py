@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from ptxdist.records import Intervals
 from ptxdist.scores.counts import Counts
-from ptxdist.scores.metrics import image_dice
+from ptxdist.scores.metrics import image_dice, wins
 
 FEWEST = 5  # patients
 _FEWEST_POOLED = 15  # effective patients, by pixels, of a difference of the pooled Dice
@@ -47,7 +47,7 @@ def score_intervals(counts: Counts, groups: Sequence[str], *, image_score: Float
     With `image_score` (n,) also of `auroc`. A score has no entry if it is not defined or fewer than FEWEST groups have
     images for it; of the AUROC, positive or negative ones.
     """
-    group, names = _number(groups)
+    group, names = number_groups(groups)
     found = {
         name: _interval(_ratio(upper, lower, group, names), share=name in _SHARES)
         for name, (upper, lower) in _ratios(counts).items()
@@ -66,7 +66,7 @@ def ratio_interval(
 
     `lower` is 0 or more. `share` says that it is a share of images. None as for `score_intervals`.
     """
-    return _interval(_ratio(upper, lower, *_number(groups)), share=share)
+    return _interval(_ratio(upper, lower, *number_groups(groups)), share=share)
 
 
 def difference_intervals(before: Counts, after: Counts, groups: Sequence[str]) -> Intervals:
@@ -75,7 +75,7 @@ def difference_intervals(before: Counts, after: Counts, groups: Sequence[str]) -
     Both are int64 (n, 3), in the order of `groups`. Missing entries as in `score_intervals`; the pooled Dice, whose
     differences are those of a few large masks, needs more patients.
     """
-    group, names = _number(groups)
+    group, names = number_groups(groups)
     found: Intervals = {}
     for name, ratio in _ratios(before).items():
         other = _ratios(after)[name]
@@ -159,22 +159,16 @@ def _auroc(
     sides = [np.bincount(group[kind], minlength=names).astype(float) for kind in (positive, ~positive)]
     if min(np.count_nonzero(side) for side in sides) < FEWEST:
         return None
-    wins = _wins(score[positive], score[~positive])
-    losses = positive.sum() - _wins(score[~positive], score[positive])
-    of_group = np.bincount(group[positive], wins, names) + np.bincount(group[~positive], losses, names)
+    won = wins(score[positive], score[~positive])
+    lost = positive.sum() - wins(score[~positive], score[positive])
+    of_group = np.bincount(group[positive], won, names) + np.bincount(group[~positive], lost, names)
     for number in np.flatnonzero((sides[0] > 0) & (sides[1] > 0)):  # pairs within a group were counted twice
         own = group == number
-        of_group[number] -= _wins(score[own & positive], score[own & ~positive]).sum()
+        of_group[number] -= wins(score[own & positive], score[own & ~positive]).sum()
     pairs, left = sides[0].sum() * sides[1].sum(), (sides[0].sum() - sides[0]) * (sides[1].sum() - sides[1])
-    without = (wins.sum() - of_group) / left
+    without = (won.sum() - of_group) / left
     effective = min(float(side.sum() ** 2 / (side**2).sum()) for side in sides)
-    return _Jackknife(float(wins.sum() / pairs), without, effective, _welch(without, sides[0] > 0))
-
-
-def _wins(scores: Floats, others: Floats) -> Floats:
-    """How many of `others` each score is above, ties counting half; (len(scores),)."""
-    ordered = np.sort(others)
-    return np.asarray(sum(np.searchsorted(ordered, scores, side) for side in ("left", "right")) / 2, np.float64)
+    return _Jackknife(float(won.sum() / pairs), without, effective, _welch(without, sides[0] > 0))
 
 
 def _welch(without: Floats, kind: npt.NDArray[np.bool_]) -> float:
@@ -199,7 +193,7 @@ def _ratios(counts: Counts) -> dict[str, tuple[Floats, Floats]]:
     }
 
 
-def _number(groups: Sequence[str]) -> tuple[npt.NDArray[np.intp], int]:
+def number_groups(groups: Sequence[str]) -> tuple[npt.NDArray[np.intp], int]:
     """Number of each case's group, in order of first appearance, so that names do not matter; and how many groups."""
     names: dict[str, int] = {}
     return np.array([names.setdefault(group, len(names)) for group in groups], np.intp), len(names)

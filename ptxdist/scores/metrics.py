@@ -54,27 +54,19 @@ def differences(before: Counts, after: Counts) -> dict[str, float]:
     return {name: new - old for name, (old, new) in pairs.items() if old is not None and new is not None}
 
 
-def auroc(
-    score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_], weight: npt.NDArray[np.float64] | None = None
-) -> npt.NDArray[np.float64]:
+def auroc(score: npt.NDArray[np.float64], positive: npt.NDArray[np.bool_]) -> float | None:
     """Area under the ROC curve: how often a positive image has a higher score than a negative one; ties count half.
 
-    `score` and `positive` are (n,); `weight` (draws, n) says how often each image is counted in a draw (default: one
-    draw of ones). Returns (draws,), NaN where a draw has images of one class only (Hanley and McNeil 1982).
+    `score` and `positive` are (n,). None for images of one class only (Hanley and McNeil 1982).
     """
-    if weight is None:
-        weight = np.ones((1, len(score)))
-    if not len(score):
-        return np.full(len(weight), np.nan)
-    order = np.argsort(score, kind="stable")
-    starts = np.flatnonzero(np.diff(score[order], prepend=-np.inf))  # where a new value begins
-    up, down = (
-        np.add.reduceat(np.where(kind[order], weight[:, order], 0.0), starts, axis=1) for kind in (positive, ~positive)
-    )
-    wins = (up * (np.cumsum(down, axis=1) - down / 2)).sum(1)
-    pairs = up.sum(1) * down.sum(1)
-    area: npt.NDArray[np.float64] = np.divide(wins, pairs, out=np.full(len(weight), np.nan), where=pairs > 0)
-    return area
+    pairs = int(positive.sum()) * int((~positive).sum())
+    return float(wins(score[positive], score[~positive]).sum()) / pairs if pairs else None
+
+
+def wins(score: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """How many of `others` each score is above, ties counting half; (len(score),)."""
+    ordered = np.sort(others)
+    return np.asarray(sum(np.searchsorted(ordered, score, side) for side in ("left", "right")) / 2, np.float64)
 
 
 def _mean(values: npt.NDArray[Any]) -> float | None:

@@ -6,6 +6,7 @@ Terminal, Markdown, report, TensorBoard and Ray's dashboard take their names fro
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ptxdist.records import Scores
@@ -65,6 +66,11 @@ ECE = Score(
     "Too large in small samples, so without an interval.",
     "one score for all",
 )  # fmt: skip
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts in Markdown."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def dice_metrics(scores: Scores) -> dict[str, float]:

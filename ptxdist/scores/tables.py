@@ -4,8 +4,7 @@
     predictions.csv         ImageId, EncodedPixels: its mask as run-length text, in the challenge's format
     histograms.safetensors  `histograms`, int32 (case, 2, LEVELS): pixels by probability, see `counts`
 
-Owns: columns, writing and reading of these files. Refuses: damaged tables, and a cache that was split differently
-after the run was evaluated, or shows another finding (RunError).
+Owns: columns, writing and reading of these files.
 """
 
 from __future__ import annotations
@@ -64,10 +63,7 @@ class CaseRow:
 
 
 def write_tables(
-    folder: Path,
-    cases: Iterable[Mapping[str, object]],
-    predictions: Iterable[tuple[str, str]],
-    histograms: Histograms,
+    folder: Path, cases: Iterable[Mapping[str, object]], predictions: Iterable[tuple[str, str]], histograms: Histograms
 ) -> None:
     """Write the three files, each atomically: values of COLUMNS, ids with masks as text, and counts in the same order.
 
@@ -133,10 +129,9 @@ def _prediction(row: Mapping[str, str]) -> tuple[str, str]:
 def refuse_other_split(run: Path, catalog: Catalog, fold: int) -> None:
     """RunError when the cache was split differently after the run, or its masks show another finding now.
 
-    With another split, training images would be scored.
-
-    Cases that were added or removed do no harm; one that the run held out and that is in training now does. A run
-    without an evaluation, or whose table of cases cannot be read, is not checked.
+    With another split, training images would be scored. Cases that were added or removed do no harm; one that the run
+    held out and that is in training now does. A run without an evaluation, or whose table of cases cannot be read, is
+    not checked.
     """
     trained = origin.finding if (origin := read_origin(run)) else PNEUMOTHORAX
     if trained.is_other(catalog.finding):

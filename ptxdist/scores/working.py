@@ -65,14 +65,13 @@ def working_point(
     `prevalence` is that for which the predictive values are stated; None: the share of positive images here. None with
     one fold, or when some fold leaves no image of either kind to the others.
     """
-    numbers = sorted(set(folds.tolist()))
-    sides = [folds != number for number in numbers]
-    if len(numbers) < 2 or any(positive[side].all() or not positive[side].any() for side in sides):
+    sides = _others(positive, folds)
+    if not sides:
         return None
     score = np.round(score, DIGITS)
     flagged = np.zeros(len(score), bool)
-    for number, side in zip(numbers, sides, strict=True):
-        flagged[folds == number] = score[folds == number] >= _threshold(score[side], positive[side], kind, target)
+    for side in sides:
+        flagged[~side] = score[~side] >= _threshold(score[side], positive[side], kind, target)
     hits, alarms = flagged & positive, flagged & ~positive
     sensitivity, specificity = hits.sum() / positive.sum(), 1 - alarms.sum() / (~positive).sum()
     share = float(positive.mean()) if prevalence is None else prevalence
@@ -80,10 +79,7 @@ def working_point(
     def interval(part: Flags, whole: Flags) -> tuple[float, float] | None:
         return ratio_interval(part.astype(np.float64), whole.astype(np.float64), groups, share=True)
 
-    intervals = {
-        "sensitivity": interval(hits, positive),
-        "specificity": interval(~positive & ~flagged, ~positive),
-    }
+    intervals = {"sensitivity": interval(hits, positive), "specificity": interval(~positive & ~flagged, ~positive)}
     return WorkingPoint(
         kind=kind,
         target=target,
@@ -100,6 +96,12 @@ def working_point(
         ppv=_ratio(sensitivity * share, (1 - specificity) * (1 - share)),
         npv=_ratio(specificity * (1 - share), (1 - sensitivity) * share),
     )
+
+
+def _others(positive: Flags, folds: npt.NDArray[np.intp]) -> list[Flags]:
+    """For each fold the cases of the others; [] with one fold, or where a fold leaves images of one kind only."""
+    sides = [folds != number for number in np.unique(folds)]
+    return [] if len(sides) < 2 or any(positive[side].all() or not positive[side].any() for side in sides) else sides
 
 
 def _threshold(score: Floats, positive: Flags, kind: Kind, target: float) -> float:
@@ -139,14 +141,12 @@ def calibrate(score: Floats, positive: Flags, folds: npt.NDArray[np.intp]) -> tu
 
     None with one fold, or when some fold leaves no image of either kind to the others.
     """
-    numbers = sorted(set(folds.tolist()))
-    sides = [folds != number for number in numbers]
-    if len(numbers) < 2 or any(positive[side].all() or not positive[side].any() for side in sides):
+    sides = _others(positive, folds)
+    if not sides:
         return None
     found = np.zeros(len(score))
-    for number, side in zip(numbers, sides, strict=True):
-        own = folds == number
-        found[own] = calibrated(score[own], _fit(score[side], positive[side]))
+    for side in sides:
+        found[~side] = calibrated(score[~side], _fit(score[side], positive[side]))
     return _fit(score, positive), found
 
 

@@ -52,7 +52,7 @@ def population(alike: float, better: float) -> Population:
     counts = np.column_stack((overlap, predicted, truth)).astype(np.int64)
     some = random.choice(count, 40_000, replace=False)
     right = {name: value for name, value in scores(counts).model_dump().items() if isinstance(value, float)}
-    right |= {"pooled_iou": scores(counts).pooled_iou, "auroc": float(auroc(score[some], positive[some])[0])}
+    right |= {"pooled_iou": scores(counts).pooled_iou, "auroc": auroc(score[some], positive[some])}
     return np.concatenate(([0], np.cumsum(sizes))), counts, score, right
 
 

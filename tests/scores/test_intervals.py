@@ -65,7 +65,7 @@ def test_the_interval_of_the_auroc_is_about_hanley_and_mcneil_s() -> None:
     positive = counts[:, 2] > 0
     image_score = random.normal(positive * 1.0)
     low, high = score_intervals(counts, [str(index) for index in range(800)], image_score=image_score)["auroc"]
-    area = float(auroc(image_score, positive)[0])
+    area = auroc(image_score, positive)
     ones, zeros = positive.sum(), (~positive).sum()
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     variance = (area * (1 - area) + (ones - 1) * (q1 - area**2) + (zeros - 1) * (q2 - area**2)) / (ones * zeros)
@@ -149,12 +149,12 @@ def test_the_jackknife_of_the_auroc_is_that_of_scores_without_each_patient() -> 
     random = np.random.default_rng(12)
     counts, patients = cases(90, seed=12, positive_share=0.4), np.sort(random.integers(0, 25, 90))
     positive, score = counts[:, 2] > 0, random.integers(0, 8, 90) / 8 + 0.2 * (counts[:, 2] > 0)
-    found = intervals._auroc(score, positive, *intervals._number(list(map(str, patients))))
+    found = intervals._auroc(score, positive, *intervals.number_groups(list(map(str, patients))))
     assert found is not None
     names = dict.fromkeys(patients.tolist())
-    naive = [float(auroc(score[patients != one], positive[patients != one])[0]) for one in names]
+    naive = [auroc(score[patients != one], positive[patients != one]) for one in names]
     assert found.without == pytest.approx(naive)
-    assert found.value == pytest.approx(float(auroc(score, positive)[0]))
+    assert found.value == pytest.approx(auroc(score, positive))
 
 
 def test_fewer_than_five_patients_give_no_interval() -> None:

@@ -106,7 +106,7 @@ def test_every_number_can_be_computed_again_from_the_table(evaluated: tuple[Path
         [scores(own[number : number + 1]).kaggle_dice for number in range(len(own))], abs=1e-6
     )
     score, positive = np.array([float(row["score"]) for row in rows]), own[:, 2] > 0
-    assert result.auroc == pytest.approx(float(auroc(score, positive)[0]))
+    assert result.auroc == pytest.approx(auroc(score, positive))
     assert len(result.tuned) == 2
     for tuned in result.tuned:
         names = (f"{tuned.kind}_intersection_px", f"{tuned.kind}_predicted_px", "truth_px")
