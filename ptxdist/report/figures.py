@@ -43,10 +43,7 @@ def learning_curves(result: PipelineResult) -> list[Chart]:
 
     bests = [stage.best for stage in result.stages]
     best = [(at, item) for part in parts for at, item in part if item in bests]
-    loss = (
-        series("training", 1, lambda item: item.train_loss),
-        series("validation", 2, lambda item: item.val_loss),
-    )
+    loss = (series("training", 1, lambda item: item.train_loss), series("validation", 2, lambda item: item.val_loss))
     dice = [
         series(score.name, style, lambda item, score=score: score.of(item.at_full))  # type: ignore[misc]
         for style, score in enumerate(DICES, start=1)
@@ -224,9 +221,8 @@ def reliability(found: Reliability) -> list[Chart]:
     axes = linear_axis("mean predicted probability", 0, 1), linear_axis("observed share", 0, 1)
     is_few = [count < FEW for count in found.counts]
     few = tuple(point for point, alone in zip(points, is_few, strict=True) if alone)
-    runs = groupby(
-        zip(is_few, points, strict=True), key=lambda item: item[0]
-    )  # lines are interrupted at bins of few things
+    # Lines are interrupted at bins of few things.
+    runs = groupby(zip(is_few, points, strict=True), key=lambda item: item[0])
     many = tuple(tuple(point for _, point in run) for alone, run in runs if not alone)
     series = [Series(things, 1, many), Series("few", 5, (few,), line=False)]
     legend = [Legend(1, f"bins of {things}"), Legend(0, "perfect calibration")]

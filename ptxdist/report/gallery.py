@@ -76,31 +76,19 @@ def draw_galleries(
             prediction = fit_square(rle.decode(kept, case.rows, case.columns))
             save(outline(image, truth, prediction, SIDE_PX), overlays / f"{name}-{number}.png")
             before = sum(len(gallery.pictures) for gallery in galleries)
-            pictures.append(_picture(before + number, row, image, truth, prediction))
+            shown = outline(image, np.zeros((1, 1)), side_px=SIDE_PX)
+            pictures.append(
+                Picture(
+                    number=before + number,
+                    row=row,
+                    source=data_uri("image/jpeg", encode(shown, ".jpg")),
+                    truth=outline_path(truth, SIDE_PX),
+                    prediction=outline_path(prediction, SIDE_PX),
+                    words=f"Chest radiograph. Truth: {_place(truth)}. Prediction: {_place(prediction)}.",
+                )
+            )
         galleries.append(Gallery(name, title, chosen[name][0], tuple(pictures)))
     return galleries
-
-
-def _picture(
-    number: int,
-    row: CaseRow,
-    image: npt.NDArray[np.uint8],
-    truth: npt.NDArray[np.generic],
-    prediction: npt.NDArray[np.generic],
-) -> Picture:
-    shown = outline(image, np.zeros((1, 1)), side_px=SIDE_PX)
-    return Picture(
-        number=number,
-        case_id=row.case_id,
-        dice=row.kaggle_dice,
-        truth_px=row.truth_px,
-        predicted_px=row.predicted_px,
-        score=row.score,
-        source=data_uri("image/jpeg", encode(shown, ".jpg")),
-        truth=outline_path(truth, SIDE_PX),
-        prediction=outline_path(prediction, SIDE_PX),
-        words=f"Chest radiograph. Truth: {_place(truth)}. Prediction: {_place(prediction)}.",
-    )
 
 
 def _place(mask: npt.NDArray[np.generic]) -> str:

@@ -24,11 +24,7 @@ _FEW_POSITIVES = 100  # below, the interval of a mean Dice is some tenths wide
 
 
 def model_card(
-    settings: Settings,
-    result: PipelineResult,
-    catalog: Catalog,
-    environment: Environment,
-    origin: Origin | None = None,
+    settings: Settings, result: PipelineResult, catalog: Catalog, environment: Environment, origin: Origin | None
 ) -> tuple[Facts, ...]:
     """A list of sentences for each heading; `origin` is None for runs of older versions."""
     parent = origin.parent if origin else None
@@ -169,25 +165,23 @@ def _training_data(catalog: Catalog) -> tuple[str, ...]:
     )
 
 
-def _limits(result: PipelineResult, catalog: Catalog) -> tuple[str, ...]:
-    evaluation, leakage = result.evaluation, catalog.leakage
-    scores = evaluation.scores
-    found = [
+def _limits(result: PipelineResult, catalog: Catalog) -> Iterator[str]:
+    scores, leakage = result.evaluation.scores, catalog.leakage
+    yield (
         "Evaluated on held-out images of the same source as the training images. Nothing is known of other hospitals, "
         "machines, projections or ages."
-    ]
+    )
     if scores.equals_all_empty:
-        found.append("This model finds nothing: no pixel is predicted in any held-out image.")
+        yield "This model finds nothing: no pixel is predicted in any held-out image."
     if scores.positives < _FEW_POSITIVES:
-        found.append(f"Only {scores.positives} held-out images have {catalog.finding.one}, so the intervals are wide.")
+        yield f"Only {scores.positives} held-out images have {catalog.finding.one}, so the intervals are wide."
     if leakage.grouped_by == "nothing":
-        found.append(f"Patients are not known, so {UNKNOWN_PATIENTS}.")
+        yield f"Patients are not known, so {UNKNOWN_PATIENTS}."
     elif leakage.shared_cases:
-        found.append(f"{leakage.shared_cases:,} held-out images share a patient with training.")
-    found += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in split_doubts(catalog)]
+        yield f"{leakage.shared_cases:,} held-out images share a patient with training."
+    yield from (f"{doubt[0].upper()}{doubt[1:]}." for doubt in split_doubts(catalog))
     if leakage.near_duplicates_shared:
-        found.append(f"{leakage.near_duplicates_shared:,} pairs of similar images are on different sides of the split.")
+        yield f"{leakage.near_duplicates_shared:,} pairs of similar images are on different sides of the split."
     if not catalog.dialect_proven:
-        found.append(f"The encoding of the masks, {catalog.dialect}, is assumed; the masks do not prove it.")
-    found.append("The best epoch was chosen on the same held-out images, so the scores are slightly optimistic.")
-    return tuple(found)
+        yield f"The encoding of the masks, {catalog.dialect}, is assumed; the masks do not prove it."
+    yield "The best epoch was chosen on the same held-out images, so the scores are slightly optimistic."

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ptxdist.report.charts import swatch
+from ptxdist.scores.tables import CaseRow
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 SIDE_PX = 512  # of the pictures of cases
@@ -138,11 +139,7 @@ class Picture:
     """
 
     number: int
-    case_id: str
-    dice: float
-    truth_px: int
-    predicted_px: int
-    score: float
+    row: CaseRow
     source: str
     truth: str
     prediction: str

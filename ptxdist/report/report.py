@@ -87,7 +87,10 @@ def _write(
     sections: Callable[[Sequence[CaseRow], Sequence[Gallery]], Iterable[Section]],
 ) -> Path:
     """Write the report of a run or an evaluation: the page `about` it with these sections, and the overlays."""
-    rows, predictions = _read_tables(place, evaluation)
+    # The cases are at the operating point in use, the masks at that of predictions.csv.
+    rows, predictions = read_cases(place, points(evaluation)[0].tuned), read_predictions(place)
+    if {row.case_id for row in rows} != predictions.keys():
+        raise RunError(f"the tables of {place} are of different evaluations; `ptxdist evaluate {place}` writes both")
     with files.replacing_folder(place / REPORT, busy="") as folder:
         overlays = folder / "overlays"
         overlays.mkdir()
@@ -95,14 +98,6 @@ def _write(
         page = replace(about, sections=tuple(sections(rows, galleries)))
         (folder / "index.html").write_text(render(page), encoding="utf-8")
     return place / REPORT / "index.html"
-
-
-def _read_tables(run: Path, evaluation: EvaluationResult) -> tuple[list[CaseRow], dict[str, str]]:
-    """The cases at the operating point in use, and the masks at that of predictions.csv."""
-    rows, predictions = read_cases(run, points(evaluation)[0].tuned), read_predictions(run)
-    if {row.case_id for row in rows} != predictions.keys():
-        raise RunError(f"the tables of {run} are of different evaluations; `ptxdist evaluate {run}` writes both")
-    return rows, predictions
 
 
 def _sharpest_store(cache: Path, size_px: int) -> Store:

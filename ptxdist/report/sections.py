@@ -5,7 +5,7 @@ To add a chart, write a function in `figures` that returns it and add a line to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,13 +48,7 @@ def sections(run: RunData) -> tuple[Section, ...]:
         *_result(evaluation, _warnings(evaluation, catalog), run.galleries),
         *_about_scores(evaluation, catalog, run.rows, run.galleries),
         Section(
-            "training",
-            "Training",
-            (
-                *_learning(run),
-                tables.stage_table(result),
-                *figures.learning_curves(result),
-            ),
+            "training", "Training", (*_learning(run), tables.stage_table(result), *figures.learning_curves(result))
         ),
         Section("data", "Data", data_card(catalog, evaluation.shared_patients)),
         Section("model-card", "Model card", model_card(run.settings, result, catalog, run.environment, run.origin)),
@@ -83,33 +77,28 @@ def sections_elsewhere(
     )
 
 
-def _seen(about: Elsewhere) -> list[Notice]:
+def _seen(about: Elsewhere) -> Iterator[Notice]:
     if about.seen is None:
-        text = "It has no fingerprints of its training images: it was trained by an older ptxdist."
-        return [Notice("Whether the model was trained on some of these images is not known.", text)]
-    if not about.seen.case_ids:
-        return []
-    count, without = len(about.seen.case_ids), about.seen.without
-    rest = (
-        "No other image is left."
-        if without is None
-        else (
-            f"Without them, {without.cases:,} images with {without.positives:,} positive: Kaggle Dice "
-            f"{number(without.kaggle_dice)} (predicting nothing {number(without.all_empty_dice)}), "
-            f"positives-only Dice {number(without.positive_dice)}, "
-            f"pooled Dice {number(without.pooled_dice)}."
+        yield Notice(
+            "Whether the model was trained on some of these images is not known.",
+            "It has no fingerprints of its training images: it was trained by an older ptxdist.",
         )
-    )
-    return [
-        Notice(
+    elif about.seen.case_ids:
+        ids, without, rest = about.seen.case_ids, about.seen.without, "No other image is left."
+        if without is not None:
+            rest = (
+                f"Without them, {without.cases:,} images with {without.positives:,} positive: Kaggle Dice "
+                f"{number(without.kaggle_dice)} (predicting nothing {number(without.all_empty_dice)}), "
+                f"positives-only Dice {number(without.positive_dice)}, pooled Dice {number(without.pooled_dice)}."
+            )
+        yield Notice(
             "The model was trained on some of these images or patients.",
-            f"{seen_before(about.seen)}: {', '.join(about.seen.case_ids[:3])}{', …' if count > 3 else ''}. {rest}",
+            f"{seen_before(about.seen)}: {', '.join(ids[:3])}{', …' if len(ids) > 3 else ''}. {rest}",
         )
-    ]
 
 
 def _result(
-    evaluation: EvaluationResult, warnings: Sequence[Notice], galleries: Sequence[Gallery]
+    evaluation: EvaluationResult, warnings: Iterable[Notice], galleries: Sequence[Gallery]
 ) -> tuple[Section, Section]:
     """The headline numbers, and the images on which the model is wrong."""
     return (
@@ -218,64 +207,49 @@ def _outlines(evaluation: EvaluationResult) -> str:
     )
 
 
-def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> list[Notice]:
-    used, found, name = points(evaluation)[0], [], "This run" if evaluation.elsewhere is None else "The model"
+def _warnings(evaluation: EvaluationResult, catalog: Catalog) -> Iterator[Notice]:
+    used, name = points(evaluation)[0], "This run" if evaluation.elsewhere is None else "The model"
     scores, places = used.scores, digits(used.intervals.get("kaggle_dice"))
     trained_on = evaluation.elsewhere.there if evaluation.elsewhere else catalog
     if trained_on is not None and trained_on.synthetic:
-        found.append(Notice("Synthetic images.", SYNTHETIC))
+        yield Notice("Synthetic images.", SYNTHETIC)
     if scores.equals_all_empty:
-        found.append(
-            Notice(
-                f"{name} equals predicting nothing.",
-                "No pixel is predicted in any of the images. The Kaggle Dice is the share of negative images "
-                "and says nothing about the model.",
-            )
+        yield Notice(
+            f"{name} equals predicting nothing.",
+            "No pixel is predicted in any of the images. The Kaggle Dice is the share of negative images and says "
+            "nothing about the model.",
         )
     elif scores.kaggle_dice <= scores.all_empty_dice:
-        found.append(
-            Notice(
-                f"{name} is no better than predicting nothing.",
-                f"Its Kaggle Dice is {number(scores.kaggle_dice, places)}; empty masks for all images score "
-                f"{number(scores.all_empty_dice, places)}.",
-            )
+        yield Notice(
+            f"{name} is no better than predicting nothing.",
+            f"Its Kaggle Dice is {number(scores.kaggle_dice, places)}; empty masks for all images score "
+            f"{number(scores.all_empty_dice, places)}.",
         )
-    if evaluation.elsewhere is not None:
-        if catalog.leakage.grouped_by == "nothing":
-            found.append(
-                Notice("Patients are not known.", "Each image counts as one patient, so intervals may be too narrow.")
-            )
-    elif catalog.leakage.grouped_by == "nothing":
-        found.append(Notice("Patients are not known.", f"{UNKNOWN_PATIENTS.capitalize()}."))
-    elif catalog.leakage.shared_cases:
-        found.append(
-            Notice(
-                "Some patients are on both sides of the split.",
-                f"{catalog.leakage.shared_cases:,} held-out images share a patient with training; see Data.",
-            )
+    if catalog.leakage.grouped_by == "nothing":
+        narrow = "Each image counts as one patient, so intervals may be too narrow."
+        yield Notice("Patients are not known.", narrow if evaluation.elsewhere else f"{UNKNOWN_PATIENTS.capitalize()}.")
+    elif catalog.leakage.shared_cases and not evaluation.elsewhere:
+        yield Notice(
+            "Some patients are on both sides of the split.",
+            f"{catalog.leakage.shared_cases:,} held-out images share a patient with training; see Data.",
         )
     if not evaluation.calibration:
-        found.append(
-            Notice(
-                "This run was evaluated by an older ptxdist.",
-                "Operating points, subgroups and calibration are missing; `ptxdist evaluate RUN` adds them.",
-            )
+        yield Notice(
+            "This run was evaluated by an older ptxdist.",
+            "Operating points, subgroups and calibration are missing; `ptxdist evaluate RUN` adds them.",
         )
-    return found
 
 
-def _learning(run: RunData) -> list[Notice]:
+def _learning(run: RunData) -> Iterator[Notice]:
     """Stages that have collapsed, or whose masks are not worth predicting."""
-    found = []
     for stage in run.result.stages:
         name, best = f"Stage {stage.stage}", stage.best.at_full
         settings = run.settings.pipeline.stages[stage.stage - 1]
         if (lost := collapse.find(stage.history, settings, stage.stage)) is not None:
             later = "Later epochs have masks again. " if lost.over else ""
-            found.append(Notice(f"{name} has collapsed to empty masks.", f"{lost.words} {later}{lost.cure}"))
+            yield Notice(f"{name} has collapsed to empty masks.", f"{lost.words} {later}{lost.cure}")
         elif reason := why_not(best, settings):
-            found.append(Notice(f"The masks of {name.lower()} do not raise the Kaggle Dice.", reason))
-    return found
+            yield Notice(f"The masks of {name.lower()} do not raise the Kaggle Dice.", reason)
 
 
 def _definitions(evaluation: EvaluationResult, catalog: Catalog) -> Terms:
