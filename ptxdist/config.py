@@ -225,16 +225,11 @@ class PipelineSettings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
-    def _fits_memory(self) -> PipelineSettings:
-        for stage in self.stages:
+    def _fits(self) -> PipelineSettings:
+        for number, stage in enumerate(self.stages, start=1):
             for halved, channels in enumerate(reversed(self.model.decoder_channels)):
                 if channels * (side := stage.size_px >> halved) ** 2 > _MOST_VALUES:
                     raise ValueError(f"model.decoder_channels: {channels} at {side} pixels take over 1 GiB an image")
-        return self
-
-    @model_validator(mode="after")
-    def _tells_negatives(self) -> PipelineSettings:
-        for number, stage in enumerate(self.stages, start=1):
             if stage.negative_weight < 1 and not self.model.image_head:
                 raise ValueError(
                     f"stages.{number}.negative_weight below 1 needs model.image_head = true: the masks then say less "

@@ -11,11 +11,8 @@ from ptxdist.cli.options import FOLDER, begin, json_option
 from ptxdist.cli.train import train
 
 DEMO_CASES, DEMO_POSITIVE_SHARE = 280, 0.5
-WITHOUT_WEIGHTS = (  # random weights need more steps
-    "model.encoder=resnet34",
-    "model.encoder_weights=none",
-    "stages.1.epochs=16",
-)
+# Random weights need more steps.
+WITHOUT_WEIGHTS = ("model.encoder=resnet34", "model.encoder_weights=none", "stages.1.epochs=16")
 
 
 @click.command(short_help="All steps on synthetic data, in minutes.")

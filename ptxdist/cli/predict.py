@@ -104,17 +104,13 @@ def predict(
         )
     else:
         done, profile = result.predicted + result.kept, predictor.cards[0].profile
-        known = profile is not None and profile.likeness is not None
+        known, flagged = profile is not None and profile.likeness is not None, result.flagged - result.positive
         console.show_pairs(
             str(out),
             [
                 ("images", f"{done:,}" + (f" ({result.kept:,} of them finished before)" if result.kept else "")),
                 ("marked", f"{result.positive:,}"),
-                *(
-                    [("flagged without a mask", f"{flagged:,}")]
-                    if (flagged := result.flagged - result.positive)
-                    else []
-                ),
+                *([("flagged without a mask", f"{flagged:,}")] if flagged else []),
                 ("unlike the training images", f"{result.unlike:,}" if result.unlike or known else "not known"),
                 ("repeated files", f"{result.repeated:,}"),
                 ("rejected, see rejects.csv", f"{result.rejected:,}"),

@@ -29,14 +29,7 @@ SIZE = "Side of the images in pixels, if both sides are tables.  [default: 1024]
 @click.option("--surfaces", is_flag=True, help="Also HD95 and surface Dice; needs the extra `surfaces`.")
 @click.option("--markdown", is_flag=True, help="Print a Markdown table.")
 @json_option
-def score(
-    predictions: Path,
-    truth: Path,
-    patients: Path | None,
-    markdown: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
+def score(predictions: Path, truth: Path, patients: Path | None, markdown: bool, as_json: bool, **options: Any) -> None:
     """Score the masks of any tool under every definition of Dice in use, without a model.
 
     PREDICTIONS is a submission table (.csv, .csv.gz), a folder of mask or probability PNGs, a folder of NIfTI masks as

@@ -15,12 +15,10 @@ from ptxdist.errors import RunError
 if TYPE_CHECKING:
     from ptxdist.config import Settings
 
-DEFAULT_PIPELINE = "paper"
-
 
 @click.command(short_help="Train a pipeline, evaluate it and write a report.")
 @click.option("--workers", type=click.IntRange(1), help="Ray Train workers (DDP ranks).  [default: 1, or the site's]")
-@click.option("--pipeline", default=DEFAULT_PIPELINE, show_default=True, help="A name from pipelines/, or a TOML file.")
+@click.option("--pipeline", default="paper", show_default=True, help="A name from pipelines/, or a TOML file.")
 @click.option("--site", help="A name from configs/ (local, gpu), or a TOML file, with settings of this machine.")
 @click.option("--data", type=PLACE, help="The cache, a folder or s3://….  [default: cache, or the site's]")
 @click.option("--run", type=PLACE, help="The run, a folder or s3://….  [default: runs/PIPELINE]")
