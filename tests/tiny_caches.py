@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from ptxdist.cache.catalog import FILE_NAME, Case, Catalog, Reconciliation, Reject, read_catalog, write_catalog
 from ptxdist.cache.manifest import Manifest, ShardRecord, StoreRecord, write_manifest
 from ptxdist.cache.split import Leakage
-from ptxdist.cache.store import ARRAYS, pending, shard_path, shard_writer, store_path, write_metadata
+from ptxdist.cache.store import ARRAYS, Store, pending, shard_path, shard_writer, store_path, write_metadata
 from ptxdist.labels import rle
 
 SIDE_PX = 128  # of the "original" images
@@ -132,3 +135,10 @@ def folds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_catalog(replace(catalog, cases=tuple(cases), folds=2), folder / FILE_NAME)
     return folder
+
+
+def column(store: Store, name: str) -> Any:
+    """One coordinate array of a store, (case,)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return zarr.open_group(store.path, mode="r")[name][:]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import zarr
+from tiny_caches import column
 
 from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
-from ptxdist.cache.store import ARRAYS, Store, open_store
+from ptxdist.cache.store import ARRAYS, open_store
 from ptxdist.cache.verify import verify
 
 SIZES = (32, 48)
@@ -36,13 +35,6 @@ def shard_files(cache: Path) -> dict[str, tuple[int, str]]:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             found[path.relative_to(cache).as_posix()] = path.stat().st_mtime_ns, digest
     return found
-
-
-def column(store: Store, name: str) -> Any:
-    """One coordinate array of a store, (case,)."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return zarr.open_group(store.path, mode="r")[name][:]
 
 
 def shard_names(*shards: int, sizes: tuple[int, ...] = SIZES) -> set[str]:

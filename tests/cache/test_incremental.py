@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_files import SIZES, Renewal, column, digests, folds_of, rows_of, shard_files, shard_names
+from cache_files import SIZES, Renewal, digests, folds_of, rows_of, shard_files, shard_names
+from tiny_caches import column
 
 from ptxdist.cache import render
 from ptxdist.cache.catalog import read_catalog

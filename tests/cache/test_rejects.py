@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cache_files import Renewal, column, digests, rejects_of
+from cache_files import Renewal, digests, rejects_of
+from tiny_caches import column
 
 from ptxdist.cache import render, scan
 from ptxdist.cache.catalog import read_catalog

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from object_store import BUCKET, KEY, SECRET, Proxy
+from tiny_caches import column
 
 from ptxdist import files
 from ptxdist.cache.manifest import MANIFEST
@@ -106,7 +107,7 @@ def test_only_the_sizes_that_are_asked_for_are_copied(s3: Proxy, url: str, small
     send(small_cache[0], url)
     copy = local_cache(url, [64])
     assert not (copy / "96.zarr").exists()
-    assert open_store(copy, 64).column("case_id").shape == (23,)
+    assert column(open_store(copy, 64), "case_id").shape == (23,)
     assert local_cache(url, [96]) == copy
     assert verify(copy) == []
     with pytest.raises(StoreError, match=f"{url} has no finished store of 128 px"):
@@ -273,7 +274,7 @@ def test_a_renewed_cache_sends_what_changed_and_keeps_its_split_on_another_machi
     assert len([name for name in sent if "/c/" in name and name.startswith(("32.zarr/image", "32.zarr/mask"))]) == 2
     assert s3.written()[-2].endswith(MANIFEST), "the manifest last, but for the lease"
     now = local_cache(url)
-    splits = [open_store(path, 32).column("split").tolist() for path in (former, now)]
+    splits = [column(open_store(path, 32), "split").tolist() for path in (former, now)]
     assert splits[0] == splits[1]
     assert digests(former) == was, "who reads the former version goes on reading it"
 
