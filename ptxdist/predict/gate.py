@@ -1,7 +1,8 @@
 """Which requests the viewer's server accepts: from whom, how large, how fast, how many.
 
 Owns: limits, security headers, and the check of host and origin. Refuses: pages of other origins, unknown host names,
-files that are too large or too slow, and too many requests, each with a status and a sentence.
+files that are too large or too slow, too many requests, and large files for which there is no memory beside those in
+work, each with a status and a sentence.
 """
 
 from __future__ import annotations
@@ -43,10 +44,13 @@ class Limits:
     """Size and times of a request, and how many there may be, in all and from one address.
 
     A head has to arrive within `head_s`. A file has `patience_s`, and a second more for each `least_rate` bytes that
-    have arrived, up to `upload_s`. `send_s` is how long an answer may take to be received.
+    have arrived, up to `upload_s`. `send_s` is how long an answer may take to be received. Files in work may have
+    `held_bytes` together; those of up to `small_bytes` are accepted beside them too.
     """
 
     max_bytes: int = MAX_INFLATED
+    held_bytes: int = 2 * MAX_INFLATED
+    small_bytes: int = 32 * 2**20
     head_s: float = 10
     patience_s: float = 5
     least_rate: int = 100_000
@@ -72,12 +76,14 @@ class Gate:
     """Counts requests, and rejects those above the limits."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits, self._inside = limits, Counter[str]()
+        self._limits, self._inside, self._held = limits, Counter[str](), 0
         self._times: dict[str, deque[float]] = {}
 
     @contextmanager
-    def enter(self, address: str) -> Iterator[None]:
-        """Count a request while the block runs; HTTPException 429 or 503 when there are too many."""
+    def enter(self, address: str, size: int) -> Iterator[None]:
+        """Count a request with a file of `size` bytes while the block runs; HTTPException 413, 429 or 503."""
+        if size > self._limits.max_bytes:
+            raise HTTPException(413, f"This file has more than the {self._limits.max_bytes:,} bytes that are accepted.")
         now = time.monotonic()
         self._times = {key: times for key, times in self._times.items() if times[-1] > now - 60}
         times = self._times.get(address, deque())
@@ -91,19 +97,29 @@ class Gate:
         if here >= self._limits.at_once_each or all_ >= self._limits.at_once:
             words = f"{all_} files are in work, and no more can wait; try again in a few seconds."
             raise HTTPException(503, words, {"Retry-After": "5"})
+        if size > self._limits.small_bytes and self._held + size > self._limits.held_bytes:
+            words = "There is no room for this file beside the large ones in work; try again in a few seconds."
+            raise HTTPException(503, words, {"Retry-After": "5"})
         self._times.setdefault(address, times).append(now)
         self._inside[address] += 1
+        self._held += size
         try:
             yield
         finally:
+            self._held -= size
             self._inside[address] -= 1
             self._inside += Counter()  # drops the addresses without a request
 
 
+def sender_of(address: str) -> str:
+    """Who is counted as one: an IPv4 address, or a network of IPv6, since a machine may have all addresses of one."""
+    with suppress(ValueError):
+        return str(ipaddress.IPv6Network((address.partition("%")[0], 64), strict=False))
+    return address
+
+
 async def read_body(request: Request, limits: Limits) -> bytearray:
-    """The body of a request, at most `limits.max_bytes` of it; HTTPException 400, 408 or 413."""
-    if int(request.headers.get("content-length", 0)) > limits.max_bytes:
-        raise HTTPException(413, f"This file has more than the {limits.max_bytes:,} bytes that are accepted.")
+    """The body of a request; HTTPException 400 or 408 when it does not arrive."""
     content, stream = bytearray(), request.stream()
     begin = asyncio.get_running_loop().time()
     try:

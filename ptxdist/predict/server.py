@@ -19,7 +19,7 @@ import ipaddress
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -34,11 +34,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ptxdist.dicom.guard import place_of
 from ptxdist.errors import AddressError
 from ptxdist.predict.connection import Connection
-from ptxdist.predict.gate import DEFAULT, HEADERS, Gate, Limits, read_body, refusal
-from ptxdist.predict.worker import Wanted, Worker
+from ptxdist.predict.gate import DEFAULT, HEADERS, Gate, Limits, read_body, refusal, sender_of
+from ptxdist.predict.worker import Reply, Wanted, Worker
 
 TYPES = ("application/dicom", "image/png", "application/octet-stream")  # no form of another page can send these
 _SHUTDOWN_S = 10
+_PART_BYTES = 2**20
 _PLAIN = {  # instead of the words of HTTP
     404: "There is nothing at this address; the page is at /.",
     405: "This address does not take such requests; the page is at /, and files are sent with POST.",
@@ -76,15 +77,17 @@ def make_app(
             raise HTTPException(
                 415, f"Send the bytes of one file as the body, with Content-Type: {TYPES[0]}, or {TYPES[1]}."
             )
-        with gate.enter(request.client.host if request.client else ""):
+        size = int(request.headers.get("content-length", 0))
+        with ExitStack() as place:
+            place.enter_context(gate.enter(sender_of(request.client.host if request.client else ""), size))
             content = await read_body(request, limits)
             async with turn:
                 if await request.is_disconnected():
                     raise HTTPException(400, "The sender has gone.")
                 reply = await asyncio.get_running_loop().run_in_executor(pool, worker.predict, content, wanted)
-        if reply.defect:
-            on_defect(reply.defect)
-        return Response(reply.body, reply.status, media_type=reply.kind)
+            if reply.defect:
+                on_defect(reply.defect)
+            return _Answer(reply, place.pop_all())
 
     @app.post("/api/predict")
     async def predict_file(request: Request) -> Response:
@@ -100,6 +103,22 @@ def make_app(
 
     _add_page(app, worker.about.page)
     return _guarding(app, known)
+
+
+class _Answer(Response):
+    """A reply that is sent in parts, of which the connection holds one; `place` is left when all has been received."""
+
+    def __init__(self, reply: Reply, place: ExitStack) -> None:
+        super().__init__(reply.body, reply.status, media_type=reply.kind)
+        self._place = place
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._place:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            for start in range(0, len(self.body), _PART_BYTES):
+                part = self.body[start : start + _PART_BYTES]
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body"})
 
 
 def _guarding(app: ASGIApp, known: frozenset[str]) -> ASGIApp:

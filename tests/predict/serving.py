@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -96,3 +98,49 @@ def error_of(answer: tuple[int, http.client.HTTPMessage, bytes]) -> tuple[int, s
     plain: dict[str, Any] = json.loads(content)
     assert list(plain) == ["error"]
     return status, plain["error"]
+
+
+def connected(url: str, buffer: int | None = None) -> socket.socket:
+    """A connection; `buffer` bytes of an answer that are not read are received, None for as many as usual."""
+    connection, parts = socket.socket(), urlsplit(url)
+    connection.settimeout(60)
+    if buffer is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    connection.connect((parts.hostname or "", parts.port or 0))
+    return connection
+
+
+def raw(url: str, sent: bytes) -> bytes:
+    """What a server answers to these bytes, until it closes the connection."""
+    with connected(url) as connection:
+        connection.sendall(sent)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def head_of(name: str, size: int) -> bytes:
+    """The head of a request with a file of so many bytes."""
+    head = f"POST /api/{name} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\nContent-Length: {size}"
+    return f"{head}\r\n\r\n".encode()
+
+
+def half_a_file() -> bytes:
+    """A request of which two thirds of the file are missing."""
+    return head_of("predict", 900) + bytes(300)
+
+
+def rest(connection: socket.socket, answer: bytes) -> bytes:
+    """An answer that is one JSON object, of which a part has been received."""
+    while b"}" not in answer:
+        part = connection.recv(4096)
+        assert part, answer
+        answer += part
+    return answer
+
+
+def until(call: Callable[[], tuple], good: Callable[[tuple], bool]) -> tuple:  # type: ignore[type-arg]
+    """The first good result; AssertionError after a minute."""
+    end = time.monotonic() + 60
+    while not good(found := call()):
+        assert time.monotonic() < end, found
+        time.sleep(0.05)
+    return found

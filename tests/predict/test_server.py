@@ -1,8 +1,7 @@
-"""The viewer's server over real connections: answers equal to `predict`'s, errors, limits, nothing stored."""
+"""The viewer's server over real connections: answers equal to `predict`'s, errors, nothing stored."""
 
 from __future__ import annotations
 
-import http.client
 import io
 import json
 import os
@@ -11,11 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,10 +22,7 @@ import pydicom
 import pytest
 import torch
 from click.testing import CliRunner
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from pydicom.uid import ExplicitVRLittleEndian
-from serving import DICOM, Here, ask, error_of, make_predictor, parts_of, serving
+from serving import DICOM, ask, error_of, make_predictor, parts_of, raw, serving
 from slow_worker import work
 
 from ptxdist import Predictor
@@ -41,11 +35,10 @@ from ptxdist.predict import server
 from ptxdist.predict.findings import position_of
 from ptxdist.predict.gate import Limits
 from ptxdist.predict.viewer import EXAMPLE_SEED, levels_of, page_files, thresholds_at
-from ptxdist.predict.worker import Reply, Wanted, Worker, refused
+from ptxdist.predict.worker import Worker
 from ptxdist.records import SYNTHETIC, OperatingPoint
 from ptxdist.train.scoring import mask_at
 
-POST = b"POST /api/%s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\nContent-Length: %d\r\n\r\n"
 SECRETS = ("Quagmire", "Zebulon", "QX7-HOSPITAL", "19391207", "1.2.826.77")
 
 
@@ -260,59 +253,14 @@ def test_every_answer_has_the_headers_and_the_page_names_nothing_outside(url: st
     assert "style=" not in page, "the policy allows no style in the page"
 
 
-def test_a_file_that_is_too_large_is_refused_before_it_has_arrived(predictor: Predictor) -> None:
-    with serving(predictor, Limits(max_bytes=1000)) as (url, _):
-        head = "POST /api/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\n"
-        with _connected(url) as connection:
-            connection.sendall(f"{head}Content-Length: 1001\r\n\r\n".encode())
-            answer = connection.recv(4096)
-            assert b" 413 " in answer.split(b"\r\n")[0]
-            assert b"more than the 1,000 bytes" in _rest(connection, answer)
-        assert error_of(ask(url, "POST", "/api/predict", bytes(1001)))[0] == 413
-        assert error_of(ask(url, "POST", "/api/predict", bytes(1000)))[0] == 422
-
-
-def test_a_file_that_does_not_come_is_not_waited_for(predictor: Predictor) -> None:
-    with serving(predictor, Limits(upload_s=0.3)) as (url, _), _connected(url) as connection:
-        connection.sendall(_half_a_file())
-        answer = _rest(connection, b"")
-        assert b" 408 " in answer.split(b"\r\n")[0]
-        assert b"Of the file, only 300 bytes arrived within 0.3 s." in answer
-
-
-def test_places_are_counted_and_given_back(predictor: Predictor, files: list[Path]) -> None:
-    content = files[0].read_bytes()
-    with serving(predictor, Limits(at_once=1, a_minute=10**6)) as (url, _):
-        with _connected(url) as connection:
-            connection.sendall(_half_a_file())
-            answer = _until(lambda: ask(url, "POST", "/api/predict", content), lambda found: found[0] == 503)
-            assert answer[1]["retry-after"] == "5"
-            assert "no more can wait" in error_of(answer)[1]
-        _until(lambda: ask(url, "POST", "/api/predict", content), lambda found: found[0] == 200)
-
-
-def test_an_address_may_send_so_many_in_a_minute(predictor: Predictor, files: list[Path]) -> None:
-    with serving(predictor, Limits(a_minute=2)) as (url, _):
-        assert [ask(url, "POST", "/api/predict", files[0].read_bytes())[0] for _ in range(2)] == [200, 200]
-        answer = ask(url, "POST", "/api/predict", files[0].read_bytes())
-        assert error_of(answer)[0] == 429
-        assert 0 < int(answer[1]["retry-after"]) <= 60
-        assert ask(url, "GET", "/")[0] == 200
-
-
-def raw(url: str, sent: bytes) -> bytes:
-    """What a server answers to these bytes, until it closes the connection."""
-    with _connected(url) as connection:
-        connection.sendall(sent)
-        return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
 def test_every_refusal_is_ours(url: str) -> None:
     """In JSON, with a sentence and the security headers, also where uvicorn or Starlette would refuse."""
     post = b"POST /api/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\n"
     for sent, status in (
         (b"GARBAGE\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 70_000, 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"a:\r\n" * 101 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"a:\n" * 101, 431),
         (post + b"Content-Length: x\r\n\r\n", 400),
         (post + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", 400),
         (post + b"Content-Length: " + b"9" * 20 + b"\r\n\r\n", 413),
@@ -347,68 +295,6 @@ def test_every_refusal_is_ours(url: str) -> None:
         assert len(words.split()) > 4
 
 
-def test_idle_connections_keep_nobody_out_and_are_closed(predictor: Predictor) -> None:
-    with serving(predictor, Limits(connections=6, connections_each=4, head_s=0.4)) as (url, _):
-        idle = [_connected(url) for _ in range(9)]
-        slow = _connected(url)
-        slow.sendall(b"GET / HTTP/1.1\r\nHost: local")
-        assert ask(url, "GET", "/viewer.svg")[0] == 200
-        assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
-        for connection in [*idle, slow]:
-            with connection, suppress(ConnectionResetError):
-                assert connection.recv(4096) == b""
-
-
-def test_when_all_connections_are_in_use_another_one_is_refused(predictor: Predictor) -> None:
-    with serving(predictor, Limits(connections_each=2, head_s=0.2)) as (url, _), ExitStack() as stack:
-        for _ in range(2):
-            stack.enter_context(_connected(url)).sendall(_half_a_file())
-            time.sleep(0.1)
-        head, _, body = raw(url, b"").partition(b"\r\n\r\n")
-        assert b" 503 " in head.split(b"\r\n")[0]
-        assert b"Too many connections" in body
-
-
-def test_an_answer_that_nobody_receives_is_given_up(predictor: Predictor, file_of: Callable[..., bytes]) -> None:
-    content = file_of(np.full((2500, 2500), 90, np.uint8), ExplicitVRLittleEndian)
-    with serving(predictor, Limits(send_s=0.1)) as (url, _), socket.socket() as stopped:
-        stopped.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        stopped.connect((urlsplit(url).hostname or "", urlsplit(url).port or 0))
-        stopped.sendall(POST % (b"maps", len(content)) + content)
-        assert ask(url, "POST", "/api/predict", b"no")[0] == 422, "it waits for nobody"
-        time.sleep(1)
-        received = 0
-        with suppress(ConnectionResetError):
-            while part := stopped.recv(2**16):
-                received += len(part)
-        assert received < 2500 * 2500, "the levels alone have a byte for each pixel"
-
-
-def test_a_sender_that_has_gone_costs_no_computing(predictor: Predictor, files: list[Path]) -> None:
-    """Its file is not predicted when its turn comes; the next one is."""
-    worker = Here(predictor, Limits())
-    calls, begun, go = [], threading.Event(), threading.Event()
-
-    def predict(content: bytes, wanted: Wanted) -> Reply:
-        calls.append(len(content))
-        begun.set()
-        assert go.wait(60)
-        return refused(422, "no")
-
-    worker.predict = predict  # type: ignore[method-assign]
-    with serving(worker, Limits()) as (url, defects), ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, url, "POST", "/api/predict", b"1")
-        assert begun.wait(60)
-        with _connected(url) as gone:
-            gone.sendall(POST % (b"predict", 2) + b"22")
-            time.sleep(0.1)
-        third = pool.submit(ask, url, "POST", "/api/predict", b"333")
-        time.sleep(0.1)
-        go.set()
-        assert [first.result()[0], third.result()[0]] == [422, 422]
-        assert (calls, defects) == ([1, 3], [])
-
-
 def test_a_file_that_takes_too_long_or_crashes_the_process_ends_no_other_request() -> None:
     with Worker(work, compute_s=1) as worker, serving(worker, Limits()) as (url, defects):
         assert ask(url, "POST", "/api/predict", b"one")[2] == b"one"
@@ -431,48 +317,6 @@ def test_a_file_that_takes_too_long_or_crashes_the_process_ends_no_other_request
 def test_a_worker_that_cannot_start_says_why(broken: str, words: str) -> None:
     with pytest.raises(RunError, match=words), Worker(work, broken, compute_s=1):
         pass
-
-
-@given(
-    method=st.sampled_from(["GET", "HEAD", "POST", "PUT", "OPTIONS", "TRACE"]) | st.text("ABC", min_size=1, max_size=9),
-    path=st.sampled_from(["/", "/api/predict", "/api/maps", "/viewer.js", "/..%2fetc", "*", "http://x/", "/%00?a=b#c"]),
-    headers=st.lists(
-        st.tuples(
-            st.sampled_from(["Host", "Origin", "Sec-Fetch-Site", "Content-Type", "Content-Length", "Transfer-Encoding"])
-            | st.sampled_from(["Expect", "Upgrade", "Connection", "Range", "Cookie"]),
-            st.sampled_from(
-                ["localhost", "application/dicom", "3", "chunked", "100-continue", "http://[", "websocket, close"]
-            )
-            | st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=20),
-        ),
-        max_size=6,
-    ),
-    body=st.sampled_from([b"", b"abc", b"0\r\n\r\n", b"3\r\nabc\r\n0\r\n\r\n"]) | st.binary(max_size=40),
-    known=st.booleans(),
-)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_request_gets_an_answer_of_ours(
-    quick: tuple[str, list[str]], method: str, path: str, headers: list[tuple[str, str]], body: bytes, known: bool
-) -> None:
-    """Requests from a schema: methods, addresses and headers that mean something here, in any combination."""
-    url, defects = quick
-    lines = [
-        f"{method} {path} HTTP/1.1",
-        *["Host: localhost"] * known,
-        *(f"{name}: {value}" for name, value in headers),
-    ]
-    with _connected(url) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
-        connection.shutdown(socket.SHUT_WR)
-        answer = http.client.HTTPResponse(connection, method=method)
-        answer.begin()
-        content = answer.read()
-    assert answer.status in (200, 400, 403, 404, 405, 408, 411, 413, 415, 421, 422, 501)
-    assert answer.headers["x-content-type-options"] == "nosniff"
-    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
-    if answer.status >= 300 and method != "HEAD":
-        assert list(json.loads(content)) == ["error"]
-    assert defects == []
 
 
 def test_several_at_a_time_get_their_own_answers(url: str, files: list[Path]) -> None:
@@ -567,30 +411,3 @@ def _object(stream: io.TextIOBase | object) -> str:
         if line.startswith("}") or text.rstrip().endswith("}"):
             return text
     raise AssertionError(f"no JSON, only {text!r}")
-
-
-def _connected(url: str) -> socket.socket:
-    parts = urlsplit(url)
-    return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=60)
-
-
-def _half_a_file() -> bytes:
-    head = "POST /api/predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/dicom\r\nContent-Length: 900"
-    return f"{head}\r\n\r\n".encode() + bytes(300)
-
-
-def _rest(connection: socket.socket, answer: bytes) -> bytes:
-    while b"}" not in answer:
-        part = connection.recv(4096)
-        assert part, answer
-        answer += part
-    return answer
-
-
-def _until(call: Callable[[], tuple], good: Callable[[tuple], bool]) -> tuple:  # type: ignore[type-arg]
-    """The first good result; AssertionError after a minute."""
-    end = time.monotonic() + 60
-    while not good(found := call()):
-        assert time.monotonic() < end, found
-        time.sleep(0.05)
-    return found
