@@ -1,7 +1,6 @@
 """What the masks of a cache show, and what its models segment: pneumothorax, unless the user names another finding.
 
-Owns: `findings.toml`, its words, codes and limits. Refuses: unknown names, and files that do not describe a finding
-(SettingsError).
+Owns: `findings.toml`, its words, codes and limits.
 
 Caches, runs and bundles name their finding only if it is another one, so those of older versions are of pneumothorax.
 """

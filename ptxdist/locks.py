@@ -1,7 +1,6 @@
 """Locks between processes.
 
-Owns: every call of flock, and what happens where it does not work. Refuses: a second holder (BusyError), a lock file
-that cannot be opened or locked (the caller's error class).
+Owns: every call of flock, and what happens where it does not work.
 
 A lock is an flock on a file that contains nothing. The kernel releases it when the process ends, however it ends, so
 there are no stale locks. The file may stay. Whoever holds the lock with `only` may also delete the file: a process
@@ -22,7 +21,7 @@ import fcntl
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -37,27 +36,23 @@ _READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
 _log = logging.getLogger(__name__)
 
 
-@contextmanager
-def only(path: Path, busy: str = "", *, error: type[PtxdistError] | None = RunError) -> Iterator[bool]:
+def only(path: Path, busy: str = "", *, error: type[PtxdistError] | None = RunError) -> AbstractContextManager[bool]:
     """Hold the lock file `path` alone while the block runs.
 
     If another process has it, raises BusyError with the text `busy`; with no text, waits. The folder must exist.
     Yields True, or False where the file system has no locks. Any other failure raises `error` with the reason, or the
     OSError itself when `error` is None.
     """
-    with _holding(path, fcntl.LOCK_EX, busy, error) as is_locked:
-        yield is_locked
+    return _holding(path, fcntl.LOCK_EX, busy, error)
 
 
-@contextmanager
-def shared(path: Path, busy: str = "", *, error: type[PtxdistError] | None = RunError) -> Iterator[bool]:
+def shared(path: Path, busy: str = "", *, error: type[PtxdistError] | None = RunError) -> AbstractContextManager[bool]:
     """Hold the lock file `path` together with other readers while the block runs; as `only` otherwise.
 
     Reading must be possible where nothing can be written: if the lock file cannot be opened for writing, it is opened
     for reading; if that fails too, the block runs without a lock and receives False.
     """
-    with _holding(path, fcntl.LOCK_SH, busy, error) as is_locked:
-        yield is_locked
+    return _holding(path, fcntl.LOCK_SH, busy, error)
 
 
 @contextmanager

@@ -1,7 +1,4 @@
-"""The manifest of a cache: what each store is made of, and the checksum of every file.
-
-Owns: `manifest.json` and its schema.
-"""
+"""`manifest.json` of a cache and its schema: what each store is made of, and the checksum of every file."""
 
 from __future__ import annotations
 
@@ -112,18 +109,14 @@ def parse_manifest(text: bytes, path: Path | str) -> Manifest:
         for name, sum_ in content["files"].items():
             _check(_NAME.fullmatch(name), f"it lists {name!r}, which is no file of a cache")
             _check(_SUM.fullmatch(sum_), f"the checksum of {name} is none")
+        for size in content["sizes"]:
+            _check(_SIZE.fullmatch(size), f"{size!r} is no size")
         transform = content.get("transform", _FORMER_TRANSFORM)
         _check(type(transform) is int, "its transform is no number")
-        return Manifest(
-            {_size(size): _store_record(entry) for size, entry in content["sizes"].items()}, content["files"], transform
-        )
+        sizes = {int(size): _store_record(entry) for size, entry in content["sizes"].items()}
+        return Manifest(sizes, content["files"], transform)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{path} is damaged ({error}); remove it and rerun `ptxdist preprocess`") from error
-
-
-def _size(text: str) -> int:
-    _check(_SIZE.fullmatch(text), f"{text!r} is no size")
-    return int(text)
 
 
 def _store_record(entry: dict[str, Any]) -> StoreRecord:

@@ -1,7 +1,4 @@
-"""The secret key of a cache, by which patients are hashed.
-
-Owns: the file `salt`, which only its owner can read.
-"""
+"""The secret key of a cache, by which patients are hashed: the file `salt`, which only its owner can read."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A folder of image files -> their headers, read in parallel.
-
-Owns: which files are candidates, by their names and first bytes.
-"""
+"""A folder of image files -> their headers, read in parallel; which files count, by their names and first bytes."""
 
 from __future__ import annotations
 

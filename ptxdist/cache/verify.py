@@ -1,7 +1,4 @@
-"""Compare a cache with its manifest and with its image files, and repair it.
-
-Refuses: damage that it cannot repair (StoreError that names the command that can).
-"""
+"""Compare a cache with its manifest and with its image files, and repair it where that is possible."""
 
 from __future__ import annotations
 

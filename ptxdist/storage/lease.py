@@ -1,7 +1,4 @@
-"""The only writer of a folder in an object store.
-
-Owns: the lease object, and when a lease expires. Refuses: a second writer (BusyError).
-"""
+"""The only writer of a folder in an object store: its lease object, and when a lease expires."""
 
 from __future__ import annotations
 
