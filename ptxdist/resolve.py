@@ -143,15 +143,12 @@ def set_in_words(name: str, value: str) -> str:
     """How `--set` gives a value to the settings of this name, or of a usual short one; "" if there are none."""
     name = _SHORT_NAMES.get(name, name)
     keys = [item.key for item in every_setting() if item.key.rpartition(".")[2] == name]
-    ways = []
-    for key in keys:
-        if "*" in key:
-            ways.append(
-                f"`--set '{key}={value}'` for all stages, `--set {key.replace('*', '1')}={value}` for the first"
-            )
-        else:
-            ways.append(f"`--set {key}={value}`")
-    return ", or ".join(ways)
+    return ", or ".join(
+        f"`--set '{key}={value}'` for all stages, `--set {key.replace('*', '1')}={value}` for the first"
+        if "*" in key
+        else f"`--set {key}={value}`"
+        for key in keys
+    )
 
 
 def _parse_value(text: str) -> Any:

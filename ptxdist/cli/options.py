@@ -1,7 +1,4 @@
-"""Argument types, options and executors that several commands share.
-
-Owns: the help texts of options that are in more than one command.
-"""
+"""Argument types, options with their help texts, and executors that several commands share."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`ptxdist submit`: run another command as a job on a Ray cluster.
-
-Owns: its options, and the absolute paths in the submitted command. Refuses: commands that do not parse.
-"""
+"""`ptxdist submit`: run another command, its paths made absolute, as a job on a Ray cluster."""
 
 from __future__ import annotations
 

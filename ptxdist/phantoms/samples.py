@@ -12,7 +12,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
 from ptxdist.cache.catalog import Case
 from ptxdist.cache.render import fit_square, resize
@@ -45,7 +44,9 @@ def draw_samples(
         rng = np.random.default_rng((seed, position, _STREAM))
         mask = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
         if is_positive(position):
-            mask = _mask_of(positives[position // 2 % len(positives)])
+            case = positives[position // 2 % len(positives)]
+            square = fit_square(rle.decode(case.masks or (), case.rows, case.columns))
+            mask = np.asarray(cv2.resize(square, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_NEAREST), np.uint8)
         chest = anatomy.pose(rng, "PA" if rng.random() < 0.6 else "AP")
         images[position] = resize(greys.draw_image(rng, chest, mask), size_px)
         masks[position] = resize(mask * np.uint8(255), size_px)
@@ -59,13 +60,6 @@ def draw_samples(
 def is_positive(position: int) -> bool:
     """Whether the phantom at a position shows a pneumothorax."""
     return position % 2 == 0
-
-
-def _mask_of(case: Case) -> npt.NDArray[np.uint8]:
-    """The union of a case's masks, padded to a square: uint8 (1024, 1024) of 0 and 1."""
-    assert case.masks
-    square = fit_square(rle.decode(case.masks, case.rows, case.columns))
-    return np.asarray(cv2.resize(square, (SIZE_PX, SIZE_PX), interpolation=cv2.INTER_NEAREST), np.uint8)
 
 
 def _shards(samples: Samples) -> tuple[Samples, ...]:

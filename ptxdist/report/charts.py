@@ -125,7 +125,7 @@ def plot(
     return _frame(x, y, inside, words)
 
 
-def surface(x: Axis, y: Axis, picture: str, *, words: str, inside: Grid, ring: Point | None = None) -> Markup:
+def surface(x: Axis, y: Axis, picture: str, *, words: str, inside: Grid, ring: Point) -> Markup:
     """A picture of cells (a data URI, one pixel each, stretched over the plot) over two cell axes.
 
     The cells that are true in `inside`, bool (rows, columns) from below, are outlined; `ring` marks one cell.
@@ -135,15 +135,10 @@ def surface(x: Axis, y: Axis, picture: str, *, words: str, inside: Grid, ring: P
             picture
         )
     ]
-    sides = _sides(inside)
+    sides, place = _sides(inside), (x.place(ring[0]), 100 - y.place(ring[1]))
     for kind in ("halo", "edge"):
         drawn.append(_path(kind, [[(x.place(a), 100 - y.place(b)) for a, b in side] for side in sides]))
-        if ring:
-            drawn.append(
-                Markup('<circle class="{}" cx="{:.2f}%" cy="{:.2f}%" r="6"/>').format(
-                    kind, x.place(ring[0]), 100 - y.place(ring[1])
-                )
-            )
+        drawn.append(Markup('<circle class="{}" cx="{:.2f}%" cy="{:.2f}%" r="6"/>').format(kind, *place))
     return _frame(x, y, drawn, words)
 
 

@@ -94,9 +94,7 @@ def _read_table(run: Path, name: str, parse: Callable[[Mapping[str, str]], Row])
     path = next((path for path in (run / EVALUATION / name, run / name) if path.is_file()), None)
     if path is None:
         raise RunError(f"{run} has no {EVALUATION}/{name}; `ptxdist evaluate {run}` makes it")
-    expected = None
-    if (path.parent / RESULT).is_file():
-        expected = read_evaluation(path.parent, name).scores.cases
+    expected = read_evaluation(path.parent, name).scores.cases if (path.parent / RESULT).is_file() else None
     remedy = f"`ptxdist evaluate {run}` rewrites it"
     try:
         rows = [parse(row) for row in files.read_table(path)]

@@ -133,18 +133,6 @@ def snapshot(state: TrainingState, former: TrainingState | None = None) -> Train
 
 def save_checkpoint(folder: Path, state: TrainingState, *, keep: int) -> None:
     """Write a checkpoint atomically, then remove all but the `keep` newest. After a failure the old ones are kept."""
-    with files.replacing_folder(folder / state.name, error=CheckpointError) as draft:
-        _write_parts(draft, state)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("epoch-????-step-??????"))
-
-
-def _write_parts(draft: Path, state: TrainingState) -> None:
     moments = {
         f"{index}.{name}": value
         for index, entry in state.optimizer["state"].items()
@@ -158,9 +146,17 @@ def _write_parts(draft: Path, state: TrainingState) -> None:
         "param_groups": state.optimizer["param_groups"],
         "progress": state.progress,
     }
-    sums = {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()}
-    content["sha256"] = {**sums, _STATE: files.content_sum(content)}
-    files.write_whole(draft / _STATE, json.dumps(content), error=CheckpointError)
+    with files.replacing_folder(folder / state.name, error=CheckpointError) as draft:
+        sums = {name: save_weights(tensors, draft / f"{name}.safetensors") for name, tensors in parts.items()}
+        content["sha256"] = {**sums, _STATE: files.content_sum(content)}
+        files.write_whole(draft / _STATE, json.dumps(content), error=CheckpointError)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("epoch-????-step-??????"))
 
 
 def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda message: None) -> TrainingState | None:

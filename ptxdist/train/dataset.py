@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -156,7 +157,9 @@ def batches(
     when the caller stops reading.
     """
     pin = device is not None and device.type == "cuda"
-    allocate = _pinned if pin else _Buffers()
+    # torch reuses page-locked memory when the copy to the GPU is done.
+    pinned = partial(torch.empty, dtype=torch.uint8, pin_memory=True)
+    allocate: Callable[..., Tensor] = pinned if pin else _Buffers()
     pool = np.sort(others) if others is not None else np.empty(0, np.int64)
 
     def draws(share: Share) -> list[_Drawn] | None:
@@ -199,11 +202,6 @@ class _Buffers:
         # whole pages of a mapped file to there takes five times as long on some processors.
         self._arrays.append(torch.empty(shape, dtype=torch.uint8).numpy())
         return torch.from_numpy(self._arrays[-1])
-
-
-def _pinned(*shape: int) -> Tensor:
-    """Page-locked memory; torch reuses it when the copy to the GPU is done."""
-    return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
 
 
 def _on_host(

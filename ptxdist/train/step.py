@@ -1,7 +1,4 @@
-"""The optimiser, and one step of it over a global batch: forward, loss, backward, the check for finite numbers.
-
-Owns: accumulation, and the share of the loss that each rank contributes.
-"""
+"""The optimiser, and a step of it over a global batch, of which each rank has a share; the check for finite numbers."""
 
 from __future__ import annotations
 
