@@ -30,15 +30,25 @@ def main() -> None:
         sys.exit(interrupts.exit_code())
     finally:
         error = sys.exception()
-        code = getattr(error, "code", 1) if error else 0
-        if interrupts.arrived():
-            atexit._run_exitfuncs()
-        lost = _flush()
-        if interrupts.arrived():  # the end of the interpreter may crash in threads of a Ray that has just started
-            os._exit(code if isinstance(code, int) else 1)
-        if lost and not code:
-            print(f"error: output: {lost}", file=sys.stderr)
-            sys.exit(1)
+        if error is None or isinstance(error, SystemExit):  # else the interpreter shows a defect
+            _end(error.code if error else 0)
+
+
+def _end(code: object) -> None:
+    """End the process with what the interpreter does first, and without the rest.
+
+    Freeing modules takes PyTorch up to a second, and may crash in threads of a Ray that has just started.
+    """
+    import threading  # late: signals are handled before it is imported
+
+    if not interrupts.arrived():
+        threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    lost = _flush()
+    if lost and not code:
+        os.write(2, f"error: output: {lost}\n".encode())
+        code = 1
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def _open_closed() -> None:

@@ -84,8 +84,9 @@ class _Processes:
                 "finished work is kept"
             ) from error
         finally:
-            # The caller may release its lock next, so no worker may still write.
-            wait([future for future in waiting if not future.cancel()])
+            if waiting and self.pool is not None:  # the caller may release its lock next: no worker may still write
+                self.pool.shutdown(cancel_futures=True)
+                self.pool = None
 
     def prepare(self, module: str) -> None:
         if self._workers > 1:

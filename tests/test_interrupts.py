@@ -281,15 +281,38 @@ def test_a_crash_at_the_end_of_the_interpreter_does_not_change_the_code() -> Non
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (143, "ended\n", [SENTENCE])
 
 
-def test_a_signal_at_the_end_of_the_interpreter_changes_nothing() -> None:
-    """The command has ended by then; the interpreter no longer calls handlers, and the signal would kill it."""
+def test_a_signal_after_the_end_of_a_command_changes_nothing() -> None:
+    """Python shows tracebacks of handlers then, or calls none, and the signal would kill it."""
     code = (
-        "import os, signal, ptxdist.cli, ptxdist.__main__\n"
+        "import atexit, os, signal, time, ptxdist.cli, ptxdist.__main__\n"
         "class Late:\n"
         "    def __del__(self, kill=os.kill, me=os.getpid()): kill(me, 2); kill(me, 15)\n"
         "left = Late()\n"
+        "atexit.register(lambda: (os.kill(os.getpid(), 2), time.sleep(0.01), print('ended')))\n"
         "ptxdist.cli.cli = lambda **_: None\n"
         "ptxdist.__main__.main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ended\n", "")
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    code = (
+        "import ptxdist.cli, ptxdist.__main__\nptxdist.cli.cli = lambda **_: {}['a defect']\nptxdist.__main__.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "KeyError: 'a defect'")
+
+
+def test_what_an_interruption_causes_is_no_other_error() -> None:
+    """As when worker processes got SIGTERM too, and ended before this one had heard of it."""
+    code = (
+        "import os, signal; from ptxdist import interrupts; from ptxdist.cli import _said\n"
+        "from ptxdist.errors import StoreError\n"
+        "interrupts.install()\n"
+        "with _said():\n"
+        "    try: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    finally: raise StoreError('a worker process was killed')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr.splitlines()) == (143, [SENTENCE])

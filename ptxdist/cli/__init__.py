@@ -74,7 +74,12 @@ class _Commands(click.Group):
 def _said(words: Sequence[str] = ()) -> Iterator[None]:
     try:
         with _errors_said(words):
-            yield
+            try:
+                yield
+            except Exception:
+                if interrupts.arrived():  # which has caused it, as when it ended worker processes too
+                    raise KeyboardInterrupt from None
+                raise
     except KeyboardInterrupt:  # also while an error is said
         interrupts.say()
         sys.exit(interrupts.exit_code())
