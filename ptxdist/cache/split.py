@@ -102,18 +102,16 @@ def split_indices(cases: Iterable[Folded], fold: int) -> tuple[npt.NDArray[np.in
     return np.flatnonzero((own >= 0) & (own != fold)), np.flatnonzero(own == fold)
 
 
-def measure_leakage(
-    groups: Sequence[str], positive: Sequence[bool], val: Sequence[bool], grouped_by: str, *, draws: int = 20
-) -> Leakage:
-    """Leakage of a split, and the mean of `draws` random splits with as many validation cases."""
+def measure_leakage(groups: Sequence[str], positive: Sequence[bool], val: Sequence[bool], grouped_by: str) -> Leakage:
+    """Leakage of a split, and the mean of 20 random splits with as many validation cases."""
     group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)[1]
     is_positive, is_val = np.asarray(positive, bool), np.asarray(val, bool)
 
     def shared(held_out: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         return held_out & np.isin(group, group[~held_out])
 
-    shares = np.zeros((draws, 2))
-    for draw in range(draws):
+    shares = np.zeros((20, 2))
+    for draw in range(len(shares)):
         held_out = np.zeros(len(group), bool)
         held_out[np.random.default_rng(draw).permutation(len(group))[: is_val.sum()]] = True
         leaked = shared(held_out)

@@ -41,15 +41,9 @@ def split_doubts(catalog: Catalog) -> tuple[str, ...]:
     train, val = sides["train"]["positive"], sides["val"]["positive"]
     doubts = []
     if images and train + val == images:
-        unlabelled = catalog.reconciliation.unlabelled
-        doubts.append(
-            f"no image without {catalog.finding.one} has a label, so a model cannot learn what is none"
-            + (
-                f"; if the {unlabelled:,} images without a label have none, give --unlisted negative"
-                if unlabelled
-                else ""
-            )
-        )
+        doubts.append(f"no image without {catalog.finding.one} has a label, so a model cannot learn what is none")
+        if unlabelled := catalog.reconciliation.unlabelled:
+            doubts[0] += f"; if the {unlabelled:,} images without a label have none, give --unlisted negative"
     if bool(train) != bool(val):
         doubts.append(f"no image for {'training' if val else 'validation'} has {catalog.finding.one}")
     if source == "nothing":

@@ -78,14 +78,9 @@ def _soft_tissue(rng: np.random.Generator, chest: Chest, lungs: Image) -> Floats
     most = rng.uniform(0.48, 0.66) if chest.view == "PA" else rng.uniform(0.40, 0.60)
     aeration = field * (most + 0.16 * (depth - 0.5)) * (1 - 0.3 * middle)
     soft = (0.56 + dense) * (1 - aeration) + 0.24 * rim + 0.03 * _blur(breasts, 4) - 0.14 * _blur(gas, 3)
-    return np.asarray(soft * body * (1 + 0.10 * _exposure(rng) + 0.015 * _grain(rng, 64, 1.5)), np.float32)
-
-
-def _exposure(rng: np.random.Generator) -> Floats:
-    """Smooth differences of exposure, about -1..1; float32 (512, 512)."""
     knots = rng.uniform(-1, 1, (4, 4)).astype(np.float32)
-    wide: Floats = cv2.resize(knots, (DRAW_PX, DRAW_PX), interpolation=cv2.INTER_CUBIC)
-    return wide
+    exposure = cv2.resize(knots, (DRAW_PX, DRAW_PX), interpolation=cv2.INTER_CUBIC)  # smooth, about -1..1
+    return np.asarray(soft * body * (1 + 0.10 * exposure + 0.015 * _grain(rng, 64, 1.5)), np.float32)
 
 
 def _bones(rng: np.random.Generator, chest: Chest, lungs: Image) -> Floats:

@@ -32,11 +32,9 @@ class Axis:
 
     def place(self, value: float) -> float:
         """Position of a value along the axis, in per cent; values beyond an end are placed at that end."""
-        low, high, at = (
-            (math.log(max(item, self.low)) for item in (self.low, self.high, value))
-            if self.log
-            else (self.low, self.high, value)
-        )
+        low, high, at = self.low, self.high, value
+        if self.log:
+            low, high, at = (math.log(max(item, self.low)) for item in (low, high, at))
         return 100 * min(1.0, max(0.0, (at - low) / (high - low)))
 
 
@@ -216,14 +214,12 @@ def swatch(style: int, *, line: bool = True) -> Markup:
 
 def _path(kind: str, parts: Sequence[Sequence[Point]]) -> Markup:
     drawn = " ".join("M" + "L".join(f"{x:.2f},{y:.2f}" for x, y in part) for part in parts)
-    return (
-        Markup(
-            '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" overflow="visible">'
-            '<path class="{}" d="{}"/></svg>'
-        ).format(kind, drawn)
-        if drawn
-        else Markup("")
-    )
+    if not drawn:
+        return Markup("")
+    return Markup(
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" width="100%" height="100%" overflow="visible">'
+        '<path class="{}" d="{}"/></svg>'
+    ).format(kind, drawn)
 
 
 def _rule(place: float, name: str, all_places: Sequence[float]) -> Markup:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ptxdist.cache.catalog import Case, Catalog
 from ptxdist.cache.summary import percent, reconciliation, share, split_doubts, spread
@@ -23,7 +23,7 @@ UNKNOWN_PATIENTS = "images of one patient may be on both sides of the split, and
 def data_card(catalog: Catalog, shared: SharedPatients | None) -> tuple[Block, ...]:
     """All blocks about the data; `shared` are the scores by whether the patient is in training."""
     blocks: list[Block] = [
-        Facts(_leakage(catalog)),
+        Facts(tuple(_leakage(catalog))),
         *shared_table(shared),
         Columns((Values("Label table and image files", reconciliation(catalog)), _sides(catalog))),
     ]
@@ -34,33 +34,28 @@ def data_card(catalog: Catalog, shared: SharedPatients | None) -> tuple[Block, .
     return tuple(blocks)
 
 
-def _leakage(catalog: Catalog) -> tuple[str, ...]:
+def _leakage(catalog: Catalog) -> Iterator[str]:
     leakage = catalog.leakage
     if leakage.grouped_by == "nothing":
-        grouping = (
+        yield (
             "Patients are not known: every image has a PatientID of its own, none, or the same as all, and no map was "
             f"given. So {UNKNOWN_PATIENTS}."
         )
     else:
-        grouping = (
+        yield (
             f"Patients are known from the {leakage.grouped_by}: {leakage.groups:,}, of them "
             f"{leakage.positive_groups:,} with {catalog.finding.one}. "
             f"{leakage.shared_cases:,} of {leakage.val_cases:,} held-out images share a patient with training; in a "
             f"random split of this size {percent(leakage.random_shared)} of them would, and "
             f"{percent(leakage.random_shared_positive)} of the positive ones."
         )
-    return (
-        grouping,
-        *(f"{doubt[0].upper()}{doubt[1:]}." for doubt in split_doubts(catalog)),
+    yield from (f"{doubt[0].upper()}{doubt[1:]}." for doubt in split_doubts(catalog))
+    yield (
         f"Near-duplicates: {leakage.near_duplicates:,} pairs of images look the same, "
-        f"{leakage.near_duplicates_shared:,} of them with one image on each side.",
-        f"Encoding of the masks: {catalog.dialect}, "
-        + (
-            "proven by the masks themselves, except for left and right."
-            if catalog.dialect_proven
-            else "which the masks do not prove."
-        ),
+        f"{leakage.near_duplicates_shared:,} of them with one image on each side."
     )
+    proof = "proven by the masks themselves, except for left and right" if catalog.dialect_proven else ""
+    yield f"Encoding of the masks: {catalog.dialect}, {proof or 'which the masks do not prove'}."
 
 
 def _sides(catalog: Catalog) -> Table:

@@ -95,12 +95,10 @@ def score_table(evaluation: EvaluationResult) -> Table:
 
 def operating_points(evaluation: EvaluationResult) -> tuple[str, ...]:
     """What the points are and how they were tuned, in sentences; () if nothing was tuned."""
-    own = (
-        ()
-        if evaluation.point is None or evaluation.elsewhere is None
-        else (f"The model's own point, from {evaluation.elsewhere.point_from}: {evaluation.point.words}.",)
-    )
-    return (*own, *(_tuned_words(evaluation, tuned) for tuned in evaluation.tuned))
+    words = [_tuned_words(evaluation, tuned) for tuned in evaluation.tuned]
+    if evaluation.point is not None and evaluation.elsewhere is not None:
+        words.insert(0, f"The model's own point, from {evaluation.elsewhere.point_from}: {evaluation.point.words}.")
+    return tuple(words)
 
 
 def _tuned_words(evaluation: EvaluationResult, tuned: TunedPoint) -> str:
