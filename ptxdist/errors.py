@@ -24,6 +24,8 @@ parse; 130 is an interruption from the keyboard.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 
 _MOST = 500  # characters of what was found
@@ -44,6 +46,37 @@ def short(text: str, most: int = _MOST) -> str:
 def reason(error: BaseException) -> str:
     """What an error of another library says, in one line: the first of its text, else its class."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+_SPACE = "free some space there"
+_PERMISSION = "let this user read and write there, or use another place"
+_REMEDIES = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: f"{_SPACE}, or ask for a larger quota",
+    errno.EROFS: "use another place, or mount that file system for writing",
+    errno.EACCES: _PERMISSION,
+    errno.EPERM: _PERMISSION,
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+    errno.ENFILE: "close other programs: this machine has too many open files",
+    errno.ENOMEM: "close other programs, or use a machine with more memory",
+    errno.ESTALE: "mount that network storage again, and rerun the command",
+    errno.EIO: "check that disk or network storage, which fails, and rerun the command",
+}
+
+
+def remedy(failure: object, otherwise: str = "") -> str:
+    """What to do about a failure of a disk, a permission or a limit; `otherwise` for any other one.
+
+    `failure` is an OSError, or a text from another process that repeats one.
+    """
+    text = str(failure)
+    return next((advice for number, advice in _REMEDIES.items() if os.strerror(number) in text), otherwise)
+
+
+def system_says(failure: OSError, otherwise: str = "") -> str:
+    """The end of a sentence about a file: what the system says, and what to do, as `remedy` knows it."""
+    advice = remedy(failure, otherwise)
+    return f"{failure.strerror or reason(failure)}{'; ' if advice else ''}{advice}"
 
 
 class PtxdistError(Exception):

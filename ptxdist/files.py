@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ptxdist import locks
-from ptxdist.errors import PtxdistError, RunError, SettingsError
+from ptxdist.errors import PtxdistError, RunError, SettingsError, remedy, system_says
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
 _FORMULA = re.compile("'*[-=+@\t\r\uff0d\uff1d\uff0b\uff20]")
@@ -146,11 +146,7 @@ def _encoded(text: str) -> bytes:
 
 
 def write_json(
-    path: Path,
-    content: Mapping[str, Any] | _Model,
-    *,
-    beside: Iterable[str] = (),
-    sync: bool = True,
+    path: Path, content: Mapping[str, Any] | _Model, *, beside: Iterable[str] = (), sync: bool = True
 ) -> None:
     """Write a mapping or a pydantic model as JSON, indented by two, atomically.
 
@@ -160,15 +156,14 @@ def write_json(
     plain = dict(content if isinstance(content, Mapping) else content.model_dump(mode="json"))
     plain["sha256"] = sums = {name: sha256(path.parent / name) for name in beside}
     sums[path.name] = content_sum(plain)
-    text = json.dumps(plain, indent=2, allow_nan=False)
-    write_whole(path, text + "\n", sync=sync)
+    write_whole(path, json.dumps(plain, indent=2, allow_nan=False) + "\n", sync=sync)
 
 
-def read_json(path: Path, remedy: str, *beside: str, error: type[PtxdistError] = RunError) -> dict[str, Any]:
+def read_json(path: Path, otherwise: str, *beside: str, error: type[PtxdistError] = RunError) -> dict[str, Any]:
     """What `write_json` wrote; the files `beside`, whose checksums it has, are compared too.
 
-    Files of older versions have no `sha256`: what was not recorded is not compared.
-    Raises `error`, which ends with the `remedy`, when one of these files is damaged or cannot be read.
+    Files of older versions have no `sha256`: what was not recorded is not compared. Raises `error` when one of these
+    files is damaged or cannot be read; it ends with what to do: `otherwise`, unless a permission or a disk is wrong.
     """
     try:
         with open(path, "rb", opener=open_at_once) as file:
@@ -182,12 +177,11 @@ def read_json(path: Path, remedy: str, *beside: str, error: type[PtxdistError] =
             raise ValueError("it has another checksum than when it was written")
         del content["sha256"]
     except OSError as failure:
-        raise error(f"{path} cannot be read: {failure.strerror or failure}; {remedy}") from failure
+        raise error(f"{path} cannot be read: {system_says(failure, otherwise)}") from failure
     except (ValueError, RecursionError) as failure:
-        raise error(f"{path} is damaged ({failure}); {remedy}") from failure
-    for name in beside:
-        if name in sums and (found := damage_of(path.parent / name, sums[name])):
-            raise error(f"{path.parent / name} {found}; {remedy}")
+        raise error(f"{path} is damaged ({failure}); {otherwise}") from failure
+    for name in filter(sums.__contains__, beside):
+        refuse_damaged(path.parent / name, sums[name], otherwise, error)
     return content
 
 
@@ -228,6 +222,12 @@ def damage_of(path: Path, sha256_: object) -> str:
         return f"cannot be read ({error.strerror})"
 
 
+def refuse_damaged(path: Path, sha256_: object, otherwise: str, error: type[PtxdistError]) -> None:
+    """Raise `error`, ending with what to do as in `read_json`, unless a file has this sha256."""
+    if found := damage_of(path, sha256_):
+        raise error(f"{path} {found}; {remedy(found, otherwise)}")
+
+
 def write_table(
     path: Path,
     header: Iterable[object],
@@ -254,8 +254,9 @@ def table_text(header: Iterable[object], rows: Iterable[Iterable[object]], linet
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a file of `write_table` by column; ValueError when it is damaged, OSError when it cannot be read."""
+    csv.field_size_limit(2**31 - 1)  # a mask may have more than Python's 131,072 characters
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", opener=open_at_once) as file:
             rows = list(csv.DictReader(file, strict=True))
     except csv.Error as error:
         raise ValueError(str(error)) from error
@@ -385,9 +386,7 @@ def _failures(path: Path, error: Error, verb: str = "written") -> Iterator[None]
         if error is None:
             raise
         kept = "; what was saved before is kept" if verb == "written" else ""
-        raise error(
-            f"{path} cannot be {verb}: {failure.strerror or str(failure).partition(chr(10))[0]}{kept}"
-        ) from failure
+        raise error(f"{path} cannot be {verb}: {system_says(failure)}{kept}") from failure
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptxdist.errors import SettingsError
+from ptxdist.errors import SettingsError, system_says
 
 DEFAULT = "pneumothorax"
 _FILE = Path(__file__).with_name("findings.toml")
@@ -109,9 +109,9 @@ def known_name(name: str) -> str:
 
 def _read(path: Path) -> dict[str, tuple[FindingType, Limits]]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise SettingsError(f"{path} cannot be read: {error.strerror}") from error
+        raise SettingsError(f"{path} cannot be read: {system_says(error)}") from error
     except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path} is not TOML: {error}") from error
     return {name: _finding(path, name, table) for name, table in content.items()}

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
-from ptxdist.errors import BusyError, PtxdistError, RunError
+from ptxdist.errors import BusyError, PtxdistError, RunError, system_says
 
 LOCK = ".lock"  # the lock file in a cache and in a folder of predictions; in a run it is `rundir.LOCK`
 
@@ -62,7 +62,7 @@ def _holding(path: Path, operation: int, busy: str, error: type[PtxdistError] | 
     except OSError as failure:
         if error is None:
             raise
-        raise error(f"{path} cannot be locked: {failure.strerror or failure}") from failure
+        raise error(f"{path} cannot be locked: {system_says(failure)}") from failure
     try:
         yield lock is not None
     finally:

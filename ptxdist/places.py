@@ -94,9 +94,11 @@ def in_words(kind: str) -> str:
 
 
 def refuse_missing(place: Path, option: str, error: type[PtxdistError]) -> None:
-    """Raise the error where nothing is at a path that an option names."""
+    """Raise the error where neither a file nor a folder is at a path that an option names."""
     if not place.exists():
         raise error(f"{option}: nothing at {place}{near(place)}; give a path that exists")
+    if not (place.is_file() or place.is_dir()):
+        raise error(f"{option}: {place} is a pipe or a device; give a file or a folder")
 
 
 def near(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from ptxdist.config import PACKAGE, PipelineSettings, Settings, StageSettings, explain, leaves, nearest, section_of
-from ptxdist.errors import SettingsError, short
+from ptxdist.errors import SettingsError, short, system_says
 from ptxdist.section import Section
 
 _SHORT_NAMES = {"lr": "learning_rate", "batch": "batch_size", "bs": "batch_size", "wd": "weight_decay"}
@@ -64,8 +64,10 @@ def settings_folders(kind: str) -> list[Path]:
 def read_toml(path: Path) -> dict[str, Any]:
     """Content of a TOML file; SettingsError naming file and place if it does not parse."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SettingsError(f"{path} cannot be read: {system_says(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{path}: cannot be read as TOML: {error}") from error
 
 

@@ -193,6 +193,12 @@ def test_wrong_pipeline_file_is_named_with_the_key(tmp_path: Path, text: str, na
     assert named in message
 
 
+def test_a_byte_order_mark_as_editors_write_it_is_no_error(tmp_path: Path) -> None:
+    path = pipeline_file(tmp_path, "[[stages]]\nsize_px = 64\nepochs = 1\nbatch_size = 8")
+    Path(path).write_bytes(b"\xef\xbb\xbf" + Path(path).read_bytes().replace(b"\n", b"\r\n"))
+    assert load_settings(path).pipeline.stages[0].size_px == 64
+
+
 def test_wrong_value_in_a_site_file_is_laid_on_that_file(tmp_path: Path) -> None:
     site = tmp_path / "site.toml"
     site.write_text("[train]\nworkers = 'many'\n")

@@ -94,7 +94,8 @@ def test_a_full_disk_leaves_the_former_file_and_nothing_else(small_disk: Path, w
     write_whole(path, "former")
     with pytest.raises(CheckpointError) as caught:
         write(path, 2**21, error=CheckpointError)
-    assert str(caught.value) == f"{path} cannot be written: No space left on device; what was saved before is kept"
+    found = f"{path} cannot be written: No space left on device; free some space there; what was saved before is kept"
+    assert str(caught.value) == found
     with pytest.raises(OSError, match="No space left") as plain:
         write(path, 2**21, error=None)
     assert plain.value.errno == errno.ENOSPC
@@ -105,7 +106,9 @@ def test_a_full_disk_leaves_the_former_file_and_nothing_else(small_disk: Path, w
 
 def test_a_full_disk_leaves_the_former_folder_and_nothing_else(small_disk: Path) -> None:
     fill_folder(small_disk / "out", 10)
-    with pytest.raises(CheckpointError, match="out cannot be written: No space left on device; what was saved"):
+    with pytest.raises(
+        CheckpointError, match="out cannot be written: No space left on device; free some space there; what was"
+    ):
         fill_folder(small_disk / "out", 2**21, error=CheckpointError)
     assert names(small_disk) == ["out", "out/a", "out/b"]
     assert (small_disk / "out" / "b").read_bytes() == bytes(10)
@@ -147,7 +150,9 @@ def test_a_failure_at_any_step_leaves_the_former_file(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, function, fail)
-        with pytest.raises(RunError, match="file cannot be written: Input/output error; what was saved before"):
+        with pytest.raises(
+            RunError, match=r"file cannot be written: Input/output error; check .*; what was saved before"
+        ):
             write_whole(path, "new")
     assert (path.read_text(), names(tmp_path)) == ("former", ["file"])
 
@@ -470,6 +475,18 @@ def test_json_with_another_form_is_a_sentence(tmp_path: Path, text: str) -> None
             read_json(missing, "do it again")
 
 
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its remedy may be to remove it."""
+    write_json(tmp_path / "x.json", {"a": 1})
+
+    def refuse(path: str, flags: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("ptxdist.files.open_at_once", refuse)
+    with pytest.raises(RunError, match=r"x.json cannot be read: Permission denied; let this user read and write there"):
+        read_json(tmp_path / "x.json", "remove it")
+
+
 OUTSIDE = (
     "", "/etc/passwd", "//x", "..", "../x", "a/../../x", "a/..", ".", "./x", "a//b", "a/", "C:/x", "c:x", "a\\..\\x",
     "\\\\host\\x", "a\0b", "a\nb", "a\x1b[31mb", "\udcff", None, 7, ["a"],
@@ -521,6 +538,11 @@ def test_formulas_are_made_harmless_for_spreadsheets_and_come_back_as_they_were(
     with open(path, newline="", encoding="utf-8") as file:
         shown = [row["text"] for row in csv.DictReader(file)]
     assert shown == [*(f"'{text}" for text in FORMULAS), *NO_FORMULAS, "end"]
+
+
+def test_a_mask_may_have_more_characters_than_pythons_limit(tmp_path: Path) -> None:
+    write_table(tmp_path / "x.csv", ("mask",), [("1 2 " * 50_000,)])
+    assert read_table(tmp_path / "x.csv") == [{"mask": "1 2 " * 50_000}]
 
 
 @pytest.mark.parametrize("text", ["a,b\n1\n", "a,b\n1,2,3\n", 'a,b\n1,"2\n', "a,b\n1,\xff\n"])

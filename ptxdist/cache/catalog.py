@@ -15,7 +15,7 @@ from typing import Any
 from ptxdist import files, places
 from ptxdist.cache.manifest import refuse_damaged_table
 from ptxdist.cache.split import FOLDS, Leakage, measure_leakage
-from ptxdist.errors import StoreError
+from ptxdist.errors import StoreError, system_says
 from ptxdist.finding import PNEUMOTHORAX, FindingType
 from ptxdist.labels.dialect import SIIM
 
@@ -209,7 +209,9 @@ def read_catalog(cache: Path, *, as_it_is: bool = False) -> Catalog:
                 finding=FindingType.of(head["finding"]) if "finding" in head else PNEUMOTHORAX,
                 synthetic=head.get("synthetic", False) is True,
             )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {system_says(error, 'rerun `ptxdist preprocess`')}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({error}); rerun `ptxdist preprocess`") from error
 
 

@@ -61,6 +61,8 @@ class Fingerprints:
             if tuple(reader.fieldnames or ()) != COLUMNS:
                 raise ValueError(f"its columns are not {', '.join(COLUMNS)}")
             rows = list(reader)
+            if any(None in row or None in row.values() for row in rows):
+                raise ValueError("a row has too few or too many columns")
             looks = [np.frombuffer(bytes.fromhex(row[COLUMNS[1]]), np.uint64) for row in rows]
             stacked = np.array(looks, np.uint64).reshape(len(rows), 4)
             return cls(tuple(row[COLUMNS[0]] for row in rows), stacked, tuple(row[COLUMNS[2]] for row in rows))

@@ -92,8 +92,8 @@ def refuse_damaged_table(cache: Path, name: str) -> None:
     While a cache is being written, its manifest lists none.
     """
     sum_ = read_manifest(cache).files.get(name)
-    if sum_ is not None and (found := files.damage_of(cache / name, sum_)):
-        raise StoreError(f"{cache / name} {found}; rerun `ptxdist preprocess`")
+    if sum_ is not None:
+        files.refuse_damaged(cache / name, sum_, "rerun `ptxdist preprocess`", StoreError)
 
 
 def parse_manifest(text: bytes, path: Path | str) -> Manifest:

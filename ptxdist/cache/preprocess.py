@@ -26,7 +26,7 @@ from ptxdist.cache.render import TRANSFORM, Shard, shard_fingerprint, write_shar
 from ptxdist.cache.salt import SALT, choose_salt, keep_salt
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import ARRAYS, SHARD_CASES, damaged_rows, pending, shard_path, store_path, write_metadata
-from ptxdist.errors import CatalogError, StoreError
+from ptxdist.errors import CatalogError, StoreError, system_says
 from ptxdist.executor import Executor, OnProgress, processes
 from ptxdist.files import fingerprint
 from ptxdist.finding import DEFAULT, load_finding
@@ -123,7 +123,7 @@ def preprocess(
             return replace(result, is_new_split=was_there and former is None)
     except OSError as error:
         raise StoreError(
-            f"{out}: writing stopped: {error.strerror}; finished work is kept, rerun the same command to continue"
+            f"{out}: writing stopped: {system_says(error)}; finished work is kept, rerun the same command to continue"
         ) from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ptxdist import files
 from ptxdist.cache.manifest import read_manifest
-from ptxdist.errors import BusyError, CatalogError
+from ptxdist.errors import BusyError, CatalogError, system_says
 
 SALT = "salt"
 _LEAST_KEY = 16  # bytes
@@ -50,7 +50,7 @@ def _read_key(path: Path) -> bytes:
         content = path.read_bytes().strip()
     except OSError as error:
         raise CatalogError(
-            f"{path} cannot be read: {error.strerror}; --patient-key names a file with a secret"
+            f"{path} cannot be read: {system_says(error, '--patient-key names a file with a secret')}"
         ) from error
     if len(content) < _LEAST_KEY:
         raise CatalogError(

@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from ptxdist import files
 from ptxdist.cache.manifest import SCHEMA, ShardRecord, read_manifest
-from ptxdist.errors import StoreError
+from ptxdist.errors import StoreError, remedy
 
 SHARD_CASES = 128
 CHUNK_CASES = 16
@@ -252,16 +252,16 @@ def map_shard(path: Path, cases: int, size_px: int) -> tuple[Samples, Samples]:
     Raises StoreError when the file is missing or its length or index is wrong.
     """
     data, index = shard_layout(cases, size_px * size_px)
-    remedy = "rerun `ptxdist preprocess` to rewrite it"
+    otherwise = "rerun `ptxdist preprocess` to rewrite it"
     try:
         if path.stat().st_size != data + len(index):
-            raise StoreError(f"{path} is damaged; {remedy}")
+            raise StoreError(f"{path} is damaged; {otherwise}")
         content = np.memmap(path, dtype=np.uint8, mode="r")
     except OSError as error:
         what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise StoreError(f"{path} {what}; {remedy}") from error
+        raise StoreError(f"{path} {what}; {remedy(error, otherwise)}") from error
     if content[data:].tobytes() != index:
-        raise StoreError(f"{path} is damaged; {remedy}")
+        raise StoreError(f"{path} is damaged; {otherwise}")
     samples = np.asarray(content[:data]).reshape(-1, size_px, size_px)
     return samples[:cases], samples[cases:]
 

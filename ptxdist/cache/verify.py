@@ -14,7 +14,7 @@ from ptxdist.cache.preprocess import coordinates, exclusive, shards
 from ptxdist.cache.render import Shard, differing_cases, write_shard
 from ptxdist.cache.scan import scan
 from ptxdist.cache.store import ARRAYS, damaged_rows, pending, shard_path, store_path, write_metadata
-from ptxdist.errors import StoreError
+from ptxdist.errors import StoreError, system_says
 from ptxdist.executor import Executor, OnProgress, serial
 
 
@@ -109,7 +109,8 @@ def repair(
         with exclusive(cache):
             return _repair(cache, images, executor, on_progress)
     except OSError as error:
-        raise StoreError(f"{cache}: writing stopped: {error.strerror}; rerun the same command to continue") from error
+        says = system_says(error)
+        raise StoreError(f"{cache}: writing stopped: {says}; rerun the same command to continue") from error
 
 
 def _repair(cache: Path, images: Path | None, executor: Executor, on_progress: OnProgress) -> list[Damage]:

@@ -28,7 +28,7 @@ from ptxdist.cli.serve import serve
 from ptxdist.cli.settings import settings
 from ptxdist.cli.submit import submit
 from ptxdist.cli.train import train
-from ptxdist.errors import PtxdistError, short
+from ptxdist.errors import PtxdistError, short, system_says
 
 # What is wrong with a machine and not with ptxdist: a disk, permissions, limits.
 _ENVIRONMENT = (
@@ -105,7 +105,7 @@ def _errors_said(words: Sequence[str]) -> Iterator[None]:
             raise
         from ptxdist import console
 
-        console.fail(f"{error.filename or 'output'}: {error.strerror}")
+        console.fail(f"{error.filename or 'output'}: {system_says(error)}")
         sys.exit(1)
 
 

@@ -18,12 +18,13 @@ from typing import Any, Literal
 from ptxdist.cluster import network, probe
 from ptxdist.cluster.connection import LOOPBACK, connection
 from ptxdist.cluster.nodes import THIS_MACHINE, Nodes, ThisMachine, ray_nodes
-from ptxdist.errors import ClusterError
+from ptxdist.errors import ClusterError, remedy
 from ptxdist.executor import start_worker, starting
 
 _GIB = 1024**3
 _CHECKPOINT = 2 * _GIB  # three resumable checkpoints of 400 MB, the best weights, and a reserve
 _SKEW_S = 5.0
+_ANSWERS_NOT = "check it, or remove it"
 _COLLECTIVE_S = 25.0  # a node that is cut off does not end its own clock of 20 s
 
 State = Literal["ok", "warning", "wrong"]
@@ -103,7 +104,7 @@ def _examine(nodes: Nodes, cache: Path | str | None, folder: Path | str | None, 
     findings, digests = [], dict[str, str]()
     for where, found in nodes.ask(probe.examine, *words).items():
         if isinstance(found, ClusterError):
-            findings.append(Finding("node", where, "wrong", f"does not answer: {found}", "check it, or remove it"))
+            findings.append(_judged("node", where, found, "", ""))
             continue
         findings += [_versions(where, found["versions"], mine["versions"]), _gpus(where, found["gpus"])]
         findings += [
@@ -123,7 +124,9 @@ def _examine(nodes: Nodes, cache: Path | str | None, folder: Path | str | None, 
 def _judged(check: str, where: str, wrong: object, fine: str, advice: str) -> Finding:
     """The result of a check that has found what is `wrong`, or with "" that all is `fine`."""
     text = str(wrong)
-    return Finding(check, where, "wrong" if text else "ok", text or fine, advice if text else "")
+    if isinstance(wrong, ClusterError):
+        text, advice = f"does not answer: {text}", _ANSWERS_NOT
+    return Finding(check, where, "wrong" if text else "ok", text or fine, remedy(text, advice) if text else "")
 
 
 def _versions(where: str, found: Mapping[str, str], mine: Mapping[str, str]) -> Finding:

@@ -9,7 +9,7 @@ import errno
 import re
 from collections.abc import Sequence
 
-from ptxdist.errors import PtxdistError, TrainingError
+from ptxdist.errors import PtxdistError, TrainingError, remedy
 
 _VARIABLE = re.compile(r"\bRAY_\w+")
 _PLACE = re.compile(r"\b(?:node_ip=|ip: )['\"]?([\w.:%]+)")
@@ -59,7 +59,7 @@ def verdict(causes: Sequence[BaseException], what: str) -> Exception:
         preempted = any(getattr(cause, "preempted", False) for cause in lost)
         return LostError(loss_of((lost or transient)[0]), preempted=preempted)
     cause = next(cause for cause in causes if cause not in transient)
-    advice = ""
+    advice = f"; {found}" if (found := remedy(cause)) else ""
     if isinstance(cause, torch.OutOfMemoryError):
         advice = '; use a smaller train.micro_batch, or, with dice = "batch", more workers or a smaller batch_size'
     return TrainingError(f"{what} stopped: a worker failed with {brief(cause)}{advice}")

@@ -19,6 +19,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import IO, Any, TextIO
 
+from ptxdist import files
 from ptxdist.archives import Archive, ArchiveError
 from ptxdist.errors import LabelError
 from ptxdist.labels import rle
@@ -155,7 +156,7 @@ def table_rows(path: Path, file: TextIO) -> Iterator[tuple[int, list[str]]]:
 def open_text(path: Path) -> Iterator[TextIO]:
     """The file as text, unpacked if it is gzip or zip; an error while it is open becomes a LabelError."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=files.open_at_once) as file:
             start = file.read(2)
             file.seek(0)
             with _unpacked(path, start, file) as unpacked:

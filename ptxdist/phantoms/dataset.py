@@ -25,7 +25,7 @@ from pydicom.uid import JPEGBaseline8Bit, SecondaryCaptureImageStorage
 
 from ptxdist import files
 from ptxdist.dicom.synthetic import phantom_uids
-from ptxdist.errors import LabelError, RunError, SettingsError
+from ptxdist.errors import LabelError, RunError, SettingsError, system_says
 from ptxdist.executor import OnCount, in_chunks, processes
 from ptxdist.labels import rle
 from ptxdist.labels.tables import read_labels
@@ -93,7 +93,7 @@ def write_phantoms(
                 f"{out} exists and is not an empty folder; delete it or give another one; nothing was written"
             )
     except OSError as error:
-        raise RunError(f"{out} cannot be written: {error.strerror}; give another folder") from error
+        raise RunError(f"{out} cannot be written: {system_says(error, 'give another folder')}") from error
     tasks = _plan(cases, seed, positive_share) if labels is None else _plan_table(labels, cases, seed)
     busy = f"another `ptxdist phantom` is writing {out}; wait for it or stop it"
     with files.replacing_folder(out, over=False, busy=busy) as folder:

@@ -31,7 +31,7 @@ from torch import Tensor
 from ptxdist import files, places
 from ptxdist.cache.render import TRANSFORM
 from ptxdist.config import PipelineSettings, Precision, Side, fingerprint, without_removed
-from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError
+from ptxdist.errors import CheckpointError, PtxdistError, RunError, SettingsError, system_says
 from ptxdist.finding import PNEUMOTHORAX, FindingType, unless_pneumothorax
 from ptxdist.records import (
     SYNTHETIC,
@@ -238,8 +238,7 @@ def write_bundle(model: Path, out: Path, point: tuple[OperatingPoint, str] | Non
         card, members = read_members(model)
     else:
         card, path = describe_run(model)
-        if not path.is_file() or files.sha256(path) != card.weights_sha256:
-            raise CheckpointError(f"{path} is missing or was altered after training; train its stage again")
+        read_weights(path, card.weights_sha256)
         members = {README: b"", WEIGHTS: path.read_bytes()}
         if seen := read_training_images(model):  # None for a run of an older version, whose bundle keeps its bytes
             members[TRAINING_IMAGES] = seen
@@ -260,7 +259,7 @@ def read_members(path: Path) -> tuple[ModelCard, dict[str, bytes]]:
 
     Raises CheckpointError when the file is not a bundle, is damaged, was altered, or is of another version.
     """
-    foreign = f"{path} is not a bundle of `ptxdist export`"
+    foreign, again = f"{path} is not a bundle of `ptxdist export`", "get the file again from its source"
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -270,8 +269,10 @@ def read_members(path: Path) -> tuple[ModelCard, dict[str, bytes]]:
             ):
                 raise CheckpointError(f"{foreign} (it should hold {CARD}, {README} and {WEIGHTS}, uncompressed)")
             card, *contents = (archive.read(member) for member in members)
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{foreign}, or is damaged: {error}; get the file again from its source") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {system_says(error, again)}") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{foreign}, or is damaged: {error}; {again}") from error
     found = dict(zip(names[1:], contents, strict=True))
     return _check(path, card, found), found
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from ptxdist import files, locks
 from ptxdist.config import Settings
-from ptxdist.errors import PtxdistError, RunError, SettingsError
+from ptxdist.errors import PtxdistError, RunError, SettingsError, system_says
 from ptxdist.events import Event, Message, OnEvent
 from ptxdist.records import PipelineResult, StageResult
 from ptxdist.report.model_card import made_from
@@ -104,7 +104,7 @@ def only_training(run: Path) -> Iterator[None]:
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{run} cannot be made: {error.strerror}; give another folder with --run") from error
+        raise RunError(f"{run} cannot be made: {system_says(error, 'give another folder with --run')}") from error
     with locks.only(run / LOCK, f"another `ptxdist train` works on {run}; wait for it or stop it"):
         try:
             yield
@@ -252,8 +252,7 @@ def _take_over(other: StageResult, source: Path, run: Path, number: int, folder:
 
 
 def _check_weights(path: Path, sha256: str) -> None:
-    if not path.is_file() or files.sha256(path) != sha256:
-        raise RunError(f"{path} is missing or was altered; remove {path.parent} to retrain this stage")
+    files.refuse_damaged(path, sha256, f"remove {path.parent} to retrain this stage", RunError)
 
 
 def _is_first(engine: OpenEngine | None) -> bool:

@@ -31,7 +31,7 @@ from ptxdist.cache.manifest import MANIFEST, Manifest, manifest_text, parse_mani
 from ptxdist.cache.preprocess import TABLES
 from ptxdist.cache.store import ARRAYS, shard_path, store_path
 from ptxdist.cache.verify import verify
-from ptxdist.errors import BusyError, StoreError
+from ptxdist.errors import BusyError, StoreError, system_says
 from ptxdist.executor import OnProgress
 from ptxdist.storage.lease import Lease
 from ptxdist.storage.remote import ConflictError, Remote, is_remote
@@ -262,7 +262,8 @@ def _root(given: str | None) -> Path:
             root.mkdir(mode=0o700)
         found = root.lstat()
     except OSError as error:
-        raise StoreError(f"{root} cannot be used: {error.strerror}; set PTXDIST_STAGING to another folder") from error
+        says = system_says(error)
+        raise StoreError(f"{root} cannot be used: {says}; or set PTXDIST_STAGING to another folder") from error
     is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or is_open:
         raise StoreError(

@@ -59,8 +59,9 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
 
 def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors in a file of `save_weights`; CheckpointError when it is missing, damaged, or not that of `sha256`."""
-    if sha256 is not None and files.damage_of(path, sha256):
-        raise CheckpointError(f"{path} is missing or was altered after it was written; retrain its stage")
+    if sha256 is not None:
+        remedy = f"remove {path.parent} and rerun the same `ptxdist train`, which retrains this stage"
+        files.refuse_damaged(path, sha256, remedy, CheckpointError)
     return _read(path)
 
 

@@ -40,7 +40,9 @@ def test_full_disk_leaves_the_old_store_and_the_next_run_ends_well(renewal: Rene
     renewal.run(sizes_px=(*SIZES, 128))
     expected, renewal.cache = digests(renewal.cache), small_disk / "cache"
     before = digests(renewal.cache)
-    with pytest.raises(StoreError, match=r"writing stopped: No space left on device; finished work is kept") as caught:
+    with pytest.raises(
+        StoreError, match=r"writing stopped: No space left on device; free some space there; finished work"
+    ) as caught:
         renewal.run(sizes_px=(*SIZES, 128))
     assert caught.value.exit_code == 7
     assert not list(renewal.cache.rglob("*.tmp"))

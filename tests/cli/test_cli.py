@@ -170,7 +170,14 @@ def test_what_is_printed_is_plain_in_lines_and_tables(capsys: pytest.CaptureFixt
     assert shown.replace("\n", "").count("[/red][bold]:smile:") >= 4
 
 
-@pytest.mark.parametrize(("number", "sentence"), [(errno.ENOSPC, "No space left"), (errno.ENAMETOOLONG, "name too")])
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, "No space left on device; free some space there"),
+        (errno.EMFILE, "Too many open files; raise the limit of open files (`ulimit -n`)"),
+        (errno.ENAMETOOLONG, "File name too long\n"),
+    ],
+)
 def test_a_disk_that_fails_is_a_line_and_a_defect_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, sentence: str
 ) -> None:

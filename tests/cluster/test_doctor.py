@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +61,33 @@ def test_a_node_that_does_not_answer_is_red() -> None:
     (finding,) = doctor._examine(Silent(), None, None, False)
     assert (finding.check, finding.state, finding.advice) == ("node", "wrong", "check it, or remove it")
     assert [item.state for item in doctor._storage(Silent(), Path("/"))] == ["wrong"]
+    (finding,) = doctor._storage(Silent(), "s3://bucket/run")
+    assert (finding.found, finding.advice) == ("does not answer: the node died", "check it, or remove it")
+
+
+@pytest.mark.parametrize("answer", ["cannot write there: {}", ClusterError("RayTaskError: OSError: [Errno 28] {}")])
+@pytest.mark.parametrize("place", [Path("/runs"), "s3://bucket/run"])
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EROFS, "mount that file system for writing"),
+        (errno.EMFILE, "ulimit -n"),
+        (errno.EACCES, "let this user"),
+        (errno.ESTALE, "mount that network storage again"),
+    ],
+)
+def test_the_advice_about_a_disk_fits_what_is_wrong_with_it(
+    answer: Any, place: Path | str, number: int, advice: str
+) -> None:
+    class Failing(nodes.ThisMachine):
+        def ask_each(self, function, arguments):  # type: ignore[no-untyped-def]
+            return {name: type(answer)(str(answer).format(os.strerror(number))) for name in arguments}
+
+    (finding,) = doctor._storage(Failing(), place)
+    assert finding.state == "wrong"
+    assert advice in finding.advice
+    assert "credentials" not in finding.advice
 
 
 def test_a_truncated_shard_is_found_by_the_quick_check_and_another_byte_by_the_full_one(
