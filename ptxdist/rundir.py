@@ -146,36 +146,50 @@ def write_evaluation(folder: Path, evaluation: EvaluationResult) -> None:
 def read_evaluation(folder: Path, *tables: str) -> EvaluationResult:
     """Result of an evaluation's folder; RunError when there is none, or when one of these `tables` is damaged."""
     path = folder / RESULT
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise RunError(f"{folder} holds no evaluation; `ptxdist evaluate` makes one")
     return _read(path, EvaluationResult, "rerun `ptxdist evaluate`", *tables)
 
 
 def read_result(run: Path) -> PipelineResult:
-    """Result of a finished run; RunError when it is not finished."""
-    read_settings(run)
-    path = run / RESULT
-    if not path.is_file():
+    """Result of a finished run; RunError when it is not finished, or when its files are those of different runs."""
+    pipeline, path = read_settings(run).pipeline, run / RESULT
+    if not os.path.lexists(path):
         raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
-    return _read(path, PipelineResult, "rerun the same `ptxdist train`, which writes it again")
+    remedy = "rerun the same `ptxdist train`, which writes it again"
+    result = _read(path, PipelineResult, remedy)
+    folders = [stage_folder(run, number, stage.size_px) for number, stage in enumerate(pipeline.stages, start=1)]
+    own = []
+    for folder in folders:
+        try:
+            own.append(read_stage_result(folder))
+        except RunError:  # said by those who need more than `result` has
+            own.append(None)
+    held_out = result.evaluation.folds if "folds" in result.evaluation.model_fields_set else (pipeline.fold,)
+    if len(own) != len(result.stages) or held_out != (pipeline.fold,):
+        raise RunError(f"{path} is not of the run in {run / SETTINGS}; {remedy}")
+    for mine, stage, folder in zip(own, result.stages, folders, strict=True):
+        if mine not in (None, stage):
+            raise RunError(f"{path} and {folder / RESULT} are not of one run; {remedy}")
+    return result
 
 
 def read_origin(run: Path) -> Origin | None:
-    """What the network of a run is made from; None for runs of older versions, which have no record of it."""
+    """What the network of a run is made from; None for runs of older versions, which have no record of it.
+
+    RunError when it or training-images.csv is damaged, or one of both is missing.
+    """
     path = run / ORIGIN
-    return _read(path, Origin, _origin_remedy(path)) if os.path.lexists(path) else None
+    if not any(os.path.lexists(run / name) for name in (ORIGIN, TRAINING_IMAGES)):
+        return None
+    remedy = f"rerun the same `ptxdist train` without {path}, which it writes again"
+    return _read(path, Origin, remedy, TRAINING_IMAGES)
 
 
 def read_training_images(run: Path) -> bytes | None:
-    """Content of training-images.csv; None for runs of older versions. RunError when it is damaged or missing."""
-    origin, path = run / ORIGIN, run / TRAINING_IMAGES
-    if os.path.lexists(origin):
-        _read(origin, Origin, _origin_remedy(origin), TRAINING_IMAGES)
-    return path.read_bytes() if path.is_file() else None
-
-
-def _origin_remedy(path: Path) -> str:
-    return f"remove {path} and rerun the same `ptxdist train`, which writes it again"
+    """Content of training-images.csv; None for runs of older versions. Errors as for `read_origin`."""
+    path = run / TRAINING_IMAGES
+    return path.read_bytes() if read_origin(run) and path.is_file() else None
 
 
 def read_environment(run: Path) -> Environment:

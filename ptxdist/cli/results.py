@@ -211,7 +211,7 @@ def _inspect_run(run: Path, as_json: bool) -> None:
     from ptxdist.rundir import RESULT, read_result, read_settings, read_stage_result, stage_folder
 
     settings = read_settings(run)
-    if (run / RESULT).is_file():
+    if os.path.lexists(run / RESULT):
         result = read_result(run)
         if as_json:
             console.show_json(result.model_dump(mode="json"))

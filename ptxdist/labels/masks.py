@@ -181,16 +181,15 @@ def _open_table(path: Path, dialect: str | None, option: str, limits: Limits) ->
 
 
 def _open_predict_folder(path: Path) -> Masks:
+    otherwise = f"rerun `ptxdist predict`, or give {path / SUBMISSION} alone"
+    files.read_json(path / PREDICT_SETTINGS, otherwise, SUBMISSION, error=LabelError)
     texts, sizes = read_labels(path / SUBMISSION), {}
     for case_id in texts:
         try:
             finding = files.read_json(files.below(path / FINDINGS, f"{case_id}.json"), "")
             sizes[case_id] = (int(finding["rows"]), int(finding["columns"]))
         except (RunError, ValueError, KeyError, TypeError):
-            raise LabelError(
-                f"{path}: {FINDINGS}/{case_id}.json is missing or damaged; rerun `ptxdist predict`, or give "
-                f"{path / SUBMISSION} alone"
-            ) from None
+            raise LabelError(f"{path}: {FINDINGS}/{case_id}.json is missing or damaged; {otherwise}") from None
     return TextMasks(path, texts, sizes, words="folder of ptxdist predict")
 
 

@@ -38,7 +38,8 @@ from ptxdist.scores.working import NO_POINTS, Wanted
 from ptxdist.storage.caches import local_cache
 from ptxdist.storage.remote import is_remote
 from ptxdist.train.device import choose_device, choose_precision
-from ptxdist.train.evaluate import Ensemble, Known, Masks, score_and_write
+from ptxdist.train.distributed import rank
+from ptxdist.train.evaluate import NOBODY, Ensemble, Known, Masks, score_and_write
 
 Split = Literal["all", "train", "val"]
 
@@ -119,7 +120,7 @@ def evaluate_elsewhere(
             point=card.operating_point,
         ),
         device=device,
-        known=lambda: _known(cases, patients, read_salt(cache)),
+        known=_known(cases, patients, read_salt(cache)) if rank() == 0 else NOBODY,
         working=working,
         complete=complete,
         on_cases=on_cases,

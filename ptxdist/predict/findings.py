@@ -10,7 +10,7 @@ Owns: these files, and the numbers that are reported for a prediction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,19 +137,21 @@ def write_case(
     )
     for name, content in contents.items():
         files.write_whole(_path(out, name, case_id), content, sync=False)
-    files.write_json(_path(out, FINDINGS, case_id), finding, sync=False)
+    (out / FINDINGS).mkdir(exist_ok=True)
+    files.write_json(_path(out, FINDINGS, case_id), finding, beside=_beside(case_id, contents), sync=False)
     return finding
 
 
 def read_finished(
     out: Path, case_id: str, digest: str, outputs: Sequence[str], point: OperatingPoint
 ) -> Finding | None:
-    """The finding of a case that has all its files, made from the same bytes; None when it has to be predicted.
+    """The finding of a case that has all its files, whole and made from the same bytes; None: it has to be predicted.
 
     `point` is that of the folder.
     """
     try:
-        finding = Finding.model_validate(files.read_json(_path(out, FINDINGS, case_id), ""))
+        content = files.read_json(_path(out, FINDINGS, case_id), "", *_beside(case_id, outputs))
+        finding = Finding.model_validate(content)
         if finding.area_px and finding.side is None:  # of an older version
             check_size(finding.rows, finding.columns)
             mask = rle.decode((finding.encoded_pixels,), finding.rows, finding.columns) > 0
@@ -168,6 +170,11 @@ def read_finished(
 def overlay_path(out: Path, case_id: str) -> Path:
     """The file of a case's overlay."""
     return _path(out, "overlays", case_id)
+
+
+def _beside(case_id: str, outputs: Iterable[str]) -> list[str]:
+    """Names of these files of a case from the folder of the findings, which have their checksums."""
+    return [_path(Path(".."), name, case_id).as_posix() for name in outputs]
 
 
 def _path(out: Path, name: str, case_id: str) -> Path:

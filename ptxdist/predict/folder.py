@@ -5,7 +5,7 @@
         findings.csv            the same as a table, highest score first
         submission.csv          ImageId,EncodedPixels of the same; -1 where nothing is predicted
         rejects.csv             inputs that were rejected, and why; the only file that names paths
-        predict.json            what the masks depend on: models and operating point
+        predict.json            what the masks depend on: models and operating point; checksum of submission.csv
         findings/ masks/ …      the files of each case, see `findings`
         .lock                   held while a command writes here, empty
 
@@ -22,12 +22,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ptxdist import files, locks
 from ptxdist.dicom.guard import guarded
-from ptxdist.errors import CatalogError, DicomError, LabelError, RunError, plain
+from ptxdist.errors import CatalogError, DicomError, LabelError, RunError, plain, system_says
 from ptxdist.executor import Executor, OnProgress, ahead, in_chunks, serial
 from ptxdist.predict.findings import Finding, read_finished, write_case
 from ptxdist.predict.inputs import FoundInput, find_inputs, read_headers, reject_repeated
@@ -98,7 +99,7 @@ def predict_files(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"{out} cannot be created: {error.strerror}; give another folder with --out") from error
+        raise RunError(f"{out} cannot be created: {system_says(error, 'give another folder with --out')}") from error
     with locks.only(out / locks.LOCK, f"another `ptxdist predict` is writing to {out}; wait for it or stop it"):
         _check_folder(out, predictor)
         headers = in_chunks(
@@ -132,6 +133,7 @@ def predict_files(
         files.write_table(out / SUBMISSION, ("ImageId", "EncodedPixels"), rows, lineterminator="\n")
         reasons = sorted((item.source.shown, item.reason) for item in rejected)
         files.write_table(out / REJECTS, ("path", "reason"), reasons, lineterminator="\n")
+        files.write_json(out / PREDICT_SETTINGS, _settings_of(predictor), beside=(SUBMISSION,))
     if not found:
         raise CatalogError(
             f"none of the {len(inputs)} files could be used, see {out / REJECTS}; the first one {reasons[0][1]}"
@@ -156,18 +158,22 @@ def _context(predictor: Predictor, rejected: int, repeated: int) -> Context:
     )
 
 
+def _settings_of(predictor: Predictor) -> dict[str, Any]:
+    """What the masks depend on."""
+    return {
+        "models": [{"name": card.name, "weights_sha256": card.weights_sha256} for card in predictor.cards],
+        "operating_point": predictor.operating_point.model_dump(),
+        "flip_averaging": predictor.flip_averaging,
+    }
+
+
 def _check_folder(out: Path, predictor: Predictor) -> None:
     """Write what the masks depend on, or compare it with what the masks in the folder depend on.
 
     The lock must be held. Raises RunError when the two differ, or when the folder holds other files.
     """
     files.remove_leftovers(out)
-    plain = {
-        "models": [{"name": card.name, "weights_sha256": card.weights_sha256} for card in predictor.cards],
-        "operating_point": predictor.operating_point.model_dump(),
-        "flip_averaging": predictor.flip_averaging,
-    }
-    path = out / PREDICT_SETTINGS
+    plain, path = _settings_of(predictor), out / PREDICT_SETTINGS
     if not path.is_file():
         if any(other.name != locks.LOCK for other in out.iterdir()):
             with suppress(OSError):

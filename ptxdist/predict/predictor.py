@@ -148,6 +148,8 @@ class Predictor:
         """
         if isinstance(image, np.ndarray):
             return self._one(self._fitted(radiograph_of(image), b""))
+        if not isinstance(image, str | os.PathLike):
+            raise DicomError(f"{type(image).__name__}: give the path of a file, or a NumPy array (rows, columns)")
         return self.predict_content(read_bytes(Path(image)), name=Path(image).name)
 
     def predict_content(

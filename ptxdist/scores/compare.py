@@ -7,6 +7,7 @@ runs at once, so that cases which are hard for every run cancel out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -145,9 +146,10 @@ def _in_use(run: Path) -> tuple[str, str]:
 
 
 def _evaluation(run: Path) -> EvaluationResult | None:
-    """The result of a run's evaluation, or of an evaluation's folder; None if there is only the table of cases."""
-    folder = next((place for place in (run / EVALUATION, run) if (place / CASES).is_file()), run)
-    return read_evaluation(folder) if (folder / RESULT).is_file() else None
+    """The result of a run's evaluation, or of an evaluation's folder; None if that has only the table of cases."""
+    is_run = (run / SETTINGS).is_file()
+    folder = run / EVALUATION if is_run or (run / EVALUATION / CASES).is_file() else run
+    return read_evaluation(folder) if is_run or os.path.lexists(folder / RESULT) else None
 
 
 def _origin(run: Path) -> tuple[str, str]:

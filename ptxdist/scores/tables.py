@@ -9,6 +9,7 @@ Owns: columns, writing and reading of these files.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ COLUMNS = (
     *(f"at_{threshold}_{what}_px" for threshold in FIXED_THRESHOLDS for what in ("predicted", "intersection")),
 )  # fmt: skip
 _PX, _FLOATS = ("intersection_px", "predicted_px", "truth_px"), ("kaggle_dice", "score")  # as in CaseRow
+_MOST_PX = 2**32  # of an image
 _MASK = re.compile("-1|[0-9]+( [0-9]+)*", re.ASCII)  # as `labels.rle` writes it
 Row = TypeVar("Row")
 _PREDICTION_COLUMNS = ("ImageId", "EncodedPixels")
@@ -94,7 +96,8 @@ def _read_table(run: Path, name: str, parse: Callable[[Mapping[str, str]], Row])
     path = next((path for path in (run / EVALUATION / name, run / name) if path.is_file()), None)
     if path is None:
         raise RunError(f"{run} has no {EVALUATION}/{name}; `ptxdist evaluate {run}` makes it")
-    expected = read_evaluation(path.parent, name).scores.cases if (path.parent / RESULT).is_file() else None
+    has_result = os.path.lexists(path.parent / RESULT)
+    expected = read_evaluation(path.parent, name).scores.cases if has_result else None
     remedy = f"`ptxdist evaluate {run}` rewrites it"
     try:
         rows = [parse(row) for row in files.read_table(path)]
@@ -111,10 +114,11 @@ def _case_row(row: Mapping[str, str], tuned: str) -> CaseRow:
         counts[:2] = (int(row[f"{tuned}_{name}"]) for name in _PX[:2])
         total = counts[1] + counts[2]
         shares[0] = 2 * counts[0] / total if total else 1.0
-    if min(counts) < 0 or not all(0 <= share <= 1 for share in shares):
-        raise ValueError("a number is out of its range")
     (overlap, predicted, truth), (dice, score) = counts, shares
     brightness = float(row.get("brightness") or 0)
+    is_possible = 0 <= overlap <= min(predicted, truth) and max(predicted, truth) <= _MOST_PX
+    if not is_possible or not all(0 <= share <= 1 for share in (*shares, brightness / 255)):
+        raise ValueError("a number is out of its range")
     return CaseRow(row["case_id"], row["group"], overlap, predicted, truth, dice, score, brightness)
 
 

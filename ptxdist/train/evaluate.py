@@ -156,7 +156,7 @@ def evaluate(
         ),
         working=working,
         device=device,
-        known=lambda: _patients_of(catalog, indices, folds, patients, read_salt(cache)),
+        known=_patients_of(catalog, indices, folds, patients, read_salt(cache)) if rank() == 0 else NOBODY,
         on_cases=on_cases,
     )
 
@@ -179,6 +179,7 @@ class Masks:
 
 
 Known = tuple[Sequence[str], Sequence[bool | None], str]  # groups, whether in training, and known from where
+NOBODY: Known = ((), (), "")
 
 
 def score_and_write(
@@ -189,7 +190,7 @@ def score_and_write(
     how: Masks,
     *,
     device: torch.device,
-    known: Callable[[], Known],
+    known: Known,
     working: Wanted = NO_POINTS,
     complete: Callable[[EvaluationResult, CaseCounts], EvaluationResult] = lambda result, counts: result,
     on_cases: Callable[[int, int], None] = lambda done, total: None,
@@ -197,7 +198,7 @@ def score_and_write(
     """Score each network, which its function loads, on its positions in the store; write tables and result to `folder`.
 
     `known` is about the patients of all positions in their order; `complete` may add to the result, from the counts in
-    that order. Rank 0 calls both, and writes; every rank returns the result.
+    that order. Rank 0 uses both, and writes; every rank returns the result.
     """
     keep_freed_memory(device)
     started, store = time.perf_counter(), open_store(cache, how.size_px)
@@ -236,7 +237,7 @@ def score_and_write(
     if rank() == 0:  # the others wait and leave the cores to it
         folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(folder, deep=False)
-        evaluated = Evaluated([catalog.labelled[index] for index in indices], counts, *known())
+        evaluated = Evaluated([catalog.labelled[index] for index in indices], counts, *known)
         result, rows = conclude(
             evaluated,
             thresholds,

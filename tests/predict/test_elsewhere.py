@@ -222,9 +222,9 @@ def test_the_mean_of_two_models_and_models_without_fingerprints(
 ) -> None:
     old = tmp_path / "run"
     shutil.copytree(finished_run, old)
-    (old / TRAINING_IMAGES).unlink()
     origin = read_origin(old)
     assert origin is not None
+    (old / TRAINING_IMAGES).unlink()
     (old / ORIGIN).write_text(origin.model_copy(update={"profile": None}).model_dump_json())
     write_bundle(old, tmp_path / "old.ptxdist")
     assert TRAINING_IMAGES not in read_members(tmp_path / "old.ptxdist")[1]

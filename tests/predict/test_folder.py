@@ -24,7 +24,7 @@ from pydicom.uid import JPEG2000Lossless
 
 from ptxdist import Predictor
 from ptxdist.cli import cli
-from ptxdist.errors import BusyError, CatalogError, RunError
+from ptxdist.errors import BusyError, CatalogError, LabelError, RunError
 from ptxdist.executor import processes
 from ptxdist.files import read_json, write_json
 from ptxdist.labels import rle
@@ -261,13 +261,17 @@ def test_a_damaged_finding_of_an_older_version_is_made_anew(tmp_path: Path, dama
         assert (read_finished(tmp_path, "1.2.1", "d", (), ALWAYS) is not None) == is_sound
 
 
-def test_the_folder_and_its_masks_can_be_scored(done: Path) -> None:
+def test_the_folder_and_its_masks_can_be_scored(done: Path, tmp_path: Path) -> None:
     """The noise of an untrained network is no truth in a folder, so it is given as a table with its encoding."""
     truth = done / "submission.csv"
     for predictions, words in ((done, "folder of ptxdist predict"), (done / "masks", "mask")):
         found = score_predictions(predictions, truth, truth_dialect="relative-columns")
         assert (found.cases, found.scores["pooled_dice"].value) == (5, 1.0)
         assert words in found.predictions
+    changed = shutil.copytree(done, tmp_path / "changed")
+    (changed / "submission.csv").write_bytes(truth.read_bytes()[:-1])
+    with pytest.raises(LabelError, match=r"submission.csv has another checksum .*; rerun `ptxdist predict`, or give"):
+        score_predictions(changed, truth)
 
 
 def test_nothing_predicted_is_minus_one(finished_run: Path, images: Path, tmp_path: Path) -> None:
@@ -332,10 +336,12 @@ def test_the_same_command_goes_on_and_does_nothing_twice(
     (out / "masks" / "1.2.2.png").unlink()
     (out / "findings" / "1.2.3.json").unlink()
     (out / "findings" / "1.2.4.json").write_text("{")
+    overlay = out / "overlays" / "1.2.5.jpg"
+    overlay.write_bytes(overlay.read_bytes()[:-9])
     result = predict_files([images], out, predictor, [finished_run], outputs=("masks", "overlays"))
-    assert (result.predicted, result.kept) == (3, 2)
+    assert (result.predicted, result.kept) == (4, 1)
     after = contents(out)
-    tables = {f"findings/1.2.{n}.json" for n in (2, 3, 4)} | {"findings.csv", "index.html"}  # their last digits
+    tables = {f"findings/1.2.{n}.json" for n in (2, 3, 4, 5)} | {"findings.csv", "index.html"}  # their last digits
     assert {name for name in after if after[name] != whole[name]} <= tables
     assert {name: after[name] for name in after if name.startswith(("masks", "sub", "rej"))} == {
         name: whole[name] for name in whole if name.startswith(("masks", "sub", "rej"))
@@ -368,7 +374,7 @@ def test_processes_write_the_same_bytes(
         if not name.startswith("findings/"):
             assert found[name] == whole[name], name
         else:
-            drop = {"seg_reason": ""}
+            drop = {"seg_reason": "", "sha256": {}}
             assert json.loads(found[name]) | drop == json.loads(whole[name]) | drop
 
 

@@ -106,6 +106,9 @@ def test_a_model_of_phantoms_says_so_and_an_image_unlike_its_training_images_too
 def test_what_cannot_be_loaded_is_refused(finished_run: Path) -> None:
     with pytest.raises(CheckpointError, match="no model"):
         Predictor.load()
+    for image in ([[1.0]], None):
+        with pytest.raises(DicomError, match=r"give the path of a file, or a NumPy array \(rows, columns\)"):
+            Predictor.load(finished_run, device="cpu").predict(image)  # type: ignore[arg-type]
     import torch
 
     if not torch.cuda.is_available():

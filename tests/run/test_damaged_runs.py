@@ -8,10 +8,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +68,6 @@ READS = {
 WITHOUT = {  # missing, these files are done without
     ("report", "environment.json"),
     ("report", "evaluation/result.json"),
-    ("compare", "evaluation/result.json"),
     ("inspect", "result.json"),  # a run that is not finished
 }
 
@@ -182,9 +183,39 @@ def test_what_is_no_file_in_the_place_of_one_is_neither_waited_for_nor_taken_for
         read(run)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda result: result["evaluation"].update(folds=[1]), "result.json is not of the run in .*settings.json"),
+        (lambda result: result["stages"].pop(), "result.json is not of the run in .*settings.json"),
+        (lambda result: result["stages"][0].update(seconds=1.0), "result.json and .*stages.* are not of one run"),
+    ],
+)
+@pytest.mark.parametrize("version", ["old", "new"])
+def test_the_result_of_another_run_is_refused(
+    place: Path, version: str, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
+    path = place / version / "result.json"
+    result = json.loads(path.read_bytes())
+    change(result)
+    files.write_json(path, result)
+    for command in ("inspect", "report"):
+        done = call(command, place / version)
+        assert done.exit_code == 8
+        assert re.search(words, done.stderr.replace("\n", " "))
+
+
+def test_fingerprints_without_their_record_are_refused(place: Path) -> None:
+    """Else a model of phantoms would lose the sentence that says so."""
+    (place / "new/training-images.csv").write_text("pixels,look,patient\n")
+    for read in (read_origin, read_training_images):
+        with pytest.raises(RunError, match=r"origin.json cannot be read: No such file .*; rerun the same"):
+            read(place / "new")
+
+
 def test_other_files_of_a_run_may_be_damaged(place: Path) -> None:
     """Those that are for people and other programs: the epochs are in the results of the stages too."""
-    for name in ("metrics.jsonl", "lock", "evaluation/histograms.safetensors"):
+    for name in ("metrics.jsonl", "lock", "evaluation/histograms.safetensors", "stages/2-96px/result.json"):
         (place / "new" / name).write_bytes(b"\xff")
         assert call("report", place / "new").exit_code == 0
 
@@ -238,6 +269,10 @@ def test_no_command_accepts_damage_of_a_file_of_a_cache_that_it_reads(
     settings = json.loads((run / "settings.json").read_bytes())
     settings["pipeline"]["fold"] = 1  # fold 0 needs no near_duplicates.csv
     files.write_json(run / "settings.json", settings)
+    write_evaluation(run / "evaluation", read_evaluation(run / "evaluation").model_copy(update={"folds": (1,)}))
+    result = json.loads((run / "result.json").read_bytes())
+    result["evaluation"]["folds"] = [1]
+    files.write_json(run / "result.json", result)
     monkeypatch.setattr(REPORT, "refuse_other_split", lambda *given: None)
     monkeypatch.setattr("ptxdist.cache.outlines.outline", lambda *given, side_px: np.zeros((1, 1, 3), np.uint8))
 

@@ -50,6 +50,8 @@ def test_leftovers_of_a_killed_process_are_removed(run: Path) -> None:
         lambda text: text.replace("0.9", "high"),
         lambda text: text[:-30],
         lambda text: text + "\xff",
+        lambda text: text.replace("30", str(2**63)),  # more than an integer of NumPy
+        lambda text: text.replace("10,", "25,"),  # more in both masks than in one
     ],
 )
 def test_a_damaged_table_is_rejected_and_does_not_keep_evaluate_from_rewriting_it(  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 from ptxdist.cache.catalog import FILE_NAME, read_catalog, write_catalog
 from ptxdist.cache.preprocess import preprocess
 from ptxdist.config import ModelSettings, PipelineSettings, Settings, StageSettings
-from ptxdist.errors import RunError
+from ptxdist.errors import LabelError, RunError
 from ptxdist.labels import rle
 from ptxdist.records import EvaluationResult, StageResult
 from ptxdist.rundir import CASES, HISTOGRAMS, PREDICTIONS, read_evaluation
@@ -294,6 +295,15 @@ def test_patients_in_training_are_told_apart_by_a_map(
     assert sides == {case.case_id: str(int(number < 4)) for number, case in enumerate(held)}
     assert result.shared == scores(counts_of(table(mapped)[:4]))
     assert "taught-" not in (mapped / CASES).read_text(), "only hashes of patients are written"
+
+
+def test_a_patient_map_that_cannot_be_used_is_refused_before_the_long_work(
+    folds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "map.csv").write_text("image,patient\nnobody,1\n")
+    monkeypatch.setattr(sys.modules[evaluate.__module__], "score_cases", None)
+    with pytest.raises(LabelError, match=r"map\.csv"):
+        evaluate([member(tmp_path)], folds, tmp_path / "out", device=CPU, patients=tmp_path / "map.csv")
 
 
 def test_leakage_of_real_patients_is_what_the_map_says(real_data: Path, tmp_path: Path) -> None:
