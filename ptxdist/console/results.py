@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from ptxdist.console.tables import number
+from ptxdist.console.tables import indented, number
 from ptxdist.console.terminal import out
 from ptxdist.records import Elsewhere, EvaluationResult, Intervals, Scores, StageResult, WorkingPoint
 from ptxdist.scores import headline
@@ -197,11 +197,10 @@ def show_comparison(comparison: Comparison) -> None:
 
 def show_external(result: ExternalScores) -> None:
     """Print the scores of another tool's predictions, and what each is and may be compared with."""
-    from ptxdist.scores.external import COLUMNS, cells
+    from ptxdist.scores.external import cells
 
-    table = Table(title=f"{result.predictions}; truth: {result.truth}", title_justify="left")
-    for name in ("", *COLUMNS):
-        table.add_column(name, justify="right" if name else "left", no_wrap=name == COLUMNS[1])
+    out.print(f"{result.predictions}; truth: {result.truth}")
+    table = _plain("", "value", "95 % interval", "nothing", "constant mask")
     for score in result.scores.values():
         table.add_row(score.name, *cells(score))
     out.print(table)
@@ -212,7 +211,8 @@ def show_external(result: ExternalScores) -> None:
     if result.only_predicted or result.only_true:
         out.print(f"left out: {result.only_predicted:,} images without truth, {result.only_true:,} without prediction")
     for score in result.scores.values():
-        out.print(Text.assemble("\n", (score.name, "bold"), f": {score.definition}\n  Compare with: {score.compare}"))
+        out.print(Text.assemble("\n", (score.name, "bold"), "\n", indented(score.definition)))
+        out.print(indented(f"Compare with: {score.compare}"))
 
 
 def _intervals(form: str, scores: Scores, intervals: Intervals) -> list[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +15,7 @@ from ptxdist.console.terminal import out, say
 if TYPE_CHECKING:
     from ptxdist.cache.catalog import Catalog
     from ptxdist.cache.verify import Damage
-_DAMAGES_SHOWN = 20
+_DAMAGES_SHOWN, _INDENT = 20, 4 * " "
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
@@ -33,7 +33,12 @@ def show_settings(rows: Sequence[tuple[str, str, str, str]]) -> None:
     for key, kind, default, meaning in rows:
         value = f" = {default}" if default else ""
         out.print(Text.assemble((key, "bold"), f"{value}  ", (kind, "dim")), soft_wrap=True)
-        out.print(Padding(Text(meaning), (0, 0, 0, 4)))
+        out.print(indented(meaning))
+
+
+def indented(text: str) -> Text:
+    """A text in lines of the terminal's width, each after four blanks."""
+    return Text(textwrap.fill(text, out.width, initial_indent=_INDENT, subsequent_indent=_INDENT))
 
 
 def show_catalog(catalog: Catalog) -> None:

@@ -9,7 +9,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,20 +18,58 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from ptxdist.errors import ClusterError, PtxdistError, TrainingError, plain
 
 _LOG_EVERY_S = 10.0
+_CUT = "…"  # which rich puts where it cuts a text
+_WORD = 20  # characters; longer words, such as paths and ids, may be broken
 
 
 class _Console(Console):
     """Prints every text as it is, without markup, and its control characters escaped."""
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """As rich's, from which everything that is printed comes."""
+        """As rich's, from which everything that is printed comes; a table whose cells would be cut is stacked."""
+        if isinstance(renderable, Table) and (cells := _cells(renderable)):
+            drawn = "".join(segment.text for segment in super().render(renderable, options))
+            if _is_cut(cells if renderable.show_header else cells[1:], drawn):
+                renderable = _stacked(renderable, cells)
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(plain(segment.text), segment.style)
+
+
+def _cells(table: Table) -> list[list[str]]:
+    """The texts of a table, its heads first; [] for one that has other things in it, such as bars."""
+    rows = [list(column.cells) for column in table.columns]
+    if not all(isinstance(cell, str | Text) for row in rows for cell in row):
+        return []
+    return [
+        [str(column.header) for column in table.columns],
+        *([str(cell) for cell in row] for row in zip(*rows, strict=True)),
+    ]
+
+
+def _is_cut(cells: Sequence[Sequence[str]], drawn: str) -> bool:
+    """Whether what is drawn lacks an end of a cell, or breaks a word or a number."""
+    text = " ".join(cell for row in cells for cell in row)
+    words = Counter(word for word in text.split() if len(word) <= _WORD)
+    return bool(words - Counter(drawn.split())) or drawn.count(_CUT) > text.count(_CUT)
+
+
+def _stacked(table: Table, cells: Sequence[Sequence[str]]) -> Text:
+    """The rows of a table below each other, each value with its head, in lines that may be wrapped."""
+    (first, *heads), *rows = ([cell.replace("\n", " ").rstrip() for cell in row] for row in cells)
+    lines = [Text(str(table.title), "bold")] if table.title else []
+    for name, *values in rows:
+        if not table.show_header:
+            lines.append(Text(": ".join((name, *values))))
+            continue
+        lines.append(Text(" ".join(filter(None, (first, name)))))
+        lines += [Text(f"  {head}: {value}") for head, value in zip(heads, values, strict=True) if value]
+    return Text("\n").join(lines)
 
 
 out = _Console(highlight=False, markup=False, emoji=False)
@@ -64,8 +103,8 @@ class _Rate(ProgressColumn):
 def bars() -> Progress:
     """A group of progress bars on stderr, not started."""
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=32),
+        TextColumn("{task.description}", table_column=Column(overflow="fold")),
+        BarColumn(bar_width=max(4, min(32, err.width - 64))),
         MofNCompleteColumn(),
         _Rate(),
         TimeRemainingColumn(),

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
+import pytest
+from rich.table import Table
+
+from ptxdist import console
 from ptxdist.console.results import show_comparison, show_result
 from ptxdist.records import EvaluationResult, Intervals, OperatingPoint, Scores, TunedPoint
 from ptxdist.scores.compare import Compared, Comparison
@@ -13,6 +17,32 @@ SCORES = Scores(
     all_empty_dice=0.6667,
 )  # fmt: skip
 INTERVALS: Intervals = {"kaggle_dice": (0.5, 0.8), "sensitivity": (0.25, 0.75), "auroc": (0.7, 0.9)}
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60])
+def test_nothing_is_cut_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
+) -> None:
+    """A table that does not fit is stacked: each value with its head, in lines that may be wrapped."""
+    monkeypatch.setenv("COLUMNS", "300")
+    rows = [(f"has another checksum {n}", f"{1.5 * n:.4f}", "1.2.276.0.7230010.3.1.4.8323329") for n in range(12)]
+
+    def show() -> str:
+        table = Table(title="a title", title_justify="left")
+        for name in ("", "Dice:\nKaggle", "a longer head", "95 % interval"):
+            table.add_column(name, no_wrap=bool(name))
+        for row in rows:
+            table.add_row(*row, "0.7912 to 0.8434")
+        console.out.print(table)
+        console.show_pairs("wide", [("images", "1,234 (12.5 %)"), ("file", "64.zarr/image/c/0/0/0")])
+        return capsys.readouterr().out
+
+    words = set(re.findall(r"[\w.%,/()]{2,}", show()))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    narrow = show()
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines())) <= columns
+    assert not {word for word in words - set(re.findall(r"[\w.%,/()]{2,}", narrow)) if len(word) < columns - 9}
 
 
 def test_an_evaluation_is_a_sentence_and_five_rows(
