@@ -59,6 +59,8 @@ def phantom(out: Path, cases: int, labels: Path | None, as_json: bool, **options
         console.show_json(asdict(result))
     else:
         console.show_pairs(str(out), [(name, str(value)) for name, value in asdict(result).items()])
+        tables = f"--labels {result.labels} --patients {result.patients}"
+        console.say(f"next: ptxdist preprocess --dicom {result.dicom} {tables} --out cache")
 
 
 @click.command(short_help="Convert image files and labels to a training cache.")

@@ -37,6 +37,7 @@ class TrainingDisplay:
         self._task = self._bars.add_task("", total=None, visible=False)
         self._what = ""  # of the bar
         self._folds_left, self._is_estimated = 1, False
+        self._run: RunStart | None = None
         self._log = log_progress()
         self._live = Live(
             get_renderable=self._render, console=err, transient=True, redirect_stdout=False, redirect_stderr=False
@@ -65,6 +66,8 @@ class TrainingDisplay:
                 if self._left.step(event) and not self._is_estimated:
                     self._estimate(event)
             case StageHistory():
+                if self._run:
+                    self._announce_stage(self._run, event)
                 self._rows = [row for row in self._rows if row.stage != event.stage] + list(event.epochs)
                 self._left.start(event.stage, event.epochs)
             case EpochMetrics():
@@ -99,10 +102,14 @@ class TrainingDisplay:
             f"{run.run} trains on {run.train:,} images, {run.positive:,} with {run.shown}; {run.held_out:,} are held "
             f"out (fold {run.fold}); {workers}"
         )
-        for place, (stage, images) in enumerate(zip(self._stages, run.images, strict=True), start=1):
-            what = "" if images == run.train else f" of {images:,} {'phantoms' if stage.phantoms else 'images'}"
-            epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}{what}"
-            say(f"stage {place} of {len(self._stages)}: {stage.size_px} px, {epochs} in batches of {stage.batch_size}")
+        self._run = run
+
+    def _announce_stage(self, run: RunStart, begun: StageHistory) -> None:
+        stage, images = self._stages[begun.stage - 1], run.images[begun.stage - 1]
+        what = "" if images == run.train else f" of {images:,} {'phantoms' if stage.phantoms else 'images'}"
+        epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}{what} in batches of {stage.batch_size}"
+        done = f"; {len(begun.epochs)} are finished" if begun.epochs else ""
+        say(f"stage {begun.stage} of {len(self._stages)}: {stage.size_px} px, {epochs}{done}")
 
     def _estimate(self, step: Progress) -> None:
         left = self._left.seconds(step.stage)

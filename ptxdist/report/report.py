@@ -5,6 +5,7 @@ Everything comes from the files of the run and from the cache; no network is run
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -59,15 +60,24 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
     refuse_other_split(run, catalog, fold)
     if fold:
         catalog = hold_out(catalog, fold, read_pairs(cache))
-    if (run / EVALUATION / RESULT).is_file() and read_evaluation(run / EVALUATION) != result.evaluation:
+    if os.path.lexists(run / EVALUATION / RESULT) and read_evaluation(run / EVALUATION) != result.evaluation:
         raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
     environment, origin = read_environment(run), read_origin(run)
 
     def chosen(rows: Sequence[CaseRow], galleries: Sequence[Gallery]) -> Iterable[Section]:
         return sections(RunData(settings, result, environment, catalog, rows, galleries, origin))
 
-    about = Page(settings.pipeline.name, catalog.finding.name, settings.pipeline.purpose, (), _FOOT.format("run"))
+    about = Page(
+        _title(run, settings.pipeline.name), catalog.finding.name, settings.pipeline.purpose, (), _FOOT.format("run")
+    )
     return _write(run, about, result.evaluation, catalog, _sharpest_store(cache, size_px), chosen)
+
+
+def _title(run: Path, pipeline: str) -> str:
+    """The run by its folder, and its pipeline, which may have a name as general as "plan"."""
+    run = run.absolute()
+    name = f"{run.parent.name}/{run.name}" if run.name.startswith("fold-") else run.name
+    return pipeline if name == pipeline else f"{name}: pipeline {pipeline}"
 
 
 def _write_elsewhere(folder: Path, evaluation: EvaluationResult, elsewhere: Elsewhere) -> Path:
