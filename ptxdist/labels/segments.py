@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 _CLASS = re.compile(rb"1\.2\.840\.10008\.5\.1\.4\.1\.1\.66\.[47](?![0-9.])")  # Segmentation, Label Map Segmentation
-_MOST_FRAMES = 4096
+_MOST_FRAMES, _MOST_RUNS = 4096, 2**23
 _MOST_READS = 1_000_000  # as parsing counts them; a frame takes about 100
 _DERIVED = ("DerivationImageSequence", "SourceImageSequence")
 _NOTHING: Spans = np.zeros((0, 2), np.int64)
@@ -74,6 +74,7 @@ def _read(content: bytes) -> list[FoundMask]:
     kind = source.text("SegmentationType")
     half = int(source.text("MaximumFractionalValue") or 255) / 2 if kind == "FRACTIONAL" else 0.5
     masks: dict[tuple[str, str], list[Spans]] = {}
+    runs = 0
     for group, values in zip(groups, decode_frames(file, *size, frames), strict=True):
         instance = source.instance(group)
         parts = _label_spans(values) if kind == "LABELMAP" else [(source.segment(group), rle.spans_of(values >= half))]
@@ -82,7 +83,9 @@ def _read(content: bytes) -> list[FoundMask]:
                 raise LabelError(f"has a frame of segment {number}, which it does not describe (Segment Sequence)")
             name = names[number] or f"segment {number}" if len(spans) else ""
             rle.add(masks.setdefault((instance, name), []), spans)
-        rle.refuse_many_runs(sum(len(spans) for parts in masks.values() for spans in parts))
+            runs += len(spans)
+        if runs > _MOST_RUNS:
+            raise LabelError(f"has masks of more than {_MOST_RUNS:,} pieces of columns")
     return [FoundMask.of_spans(rle.unite(parts), size, name, instance) for (instance, name), parts in masks.items()]
 
 

@@ -19,11 +19,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ptxdist import files, locks
@@ -42,6 +43,7 @@ REJECTS = "rejects.csv"
 _HEADERS_A_TASK = 64
 _FILES_A_TASK = 8
 _WRITERS = 2
+_NO_MAP = np.zeros((0, 0), np.float32)  # of a prediction that waits to be written
 
 
 @dataclass(frozen=True)
@@ -221,5 +223,11 @@ def _predict(
     def reader(item: FoundInput) -> Callable[[], tuple[bytes, str]]:
         return lambda: (item.source.read(), item.source.name)
 
-    predictions = predictor.stream((item, reader(item)) for item in items)
-    return ahead(write, predictions, threads=_WRITERS, most=2 * _WRITERS)
+    def without_map(
+        pair: tuple[FoundInput, Prediction | DicomError],
+    ) -> tuple[FoundInput, Prediction | DicomError]:
+        item, found = pair
+        return item, found if isinstance(found, DicomError) else replace(found, probability=_NO_MAP)
+
+    predictions = predictor.stream(((item, reader(item)) for item in items), with_content="seg" in options.outputs)
+    return ahead(write, map(without_map, predictions), threads=_WRITERS, most=2 * _WRITERS)

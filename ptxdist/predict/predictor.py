@@ -177,14 +177,19 @@ class Predictor:
         return self.stream(read)
 
     def stream(
-        self, items: Iterable[tuple[Item, Callable[[], tuple[bytes, str]]]]
+        self, items: Iterable[tuple[Item, Callable[[], tuple[bytes, str]]]], with_content: bool = True
     ) -> Iterator[tuple[Item, Prediction | DicomError]]:
-        """As `predict_many`, for items with a function that returns content and file name."""
+        """As `predict_many`, for items with a function that returns content and file name.
+
+        Without the content, of which some twenty are in memory at once, that of a prediction is empty.
+        """
 
         def load(item: tuple[Item, Callable[[], tuple[bytes, str]]]) -> tuple[Item, _Loaded | DicomError]:
             try:
                 with guarded():
-                    return item[0], self._load(*item[1]())
+                    content, name = item[1]()
+                    radiograph = read_radiograph(content, name=name)
+                    return item[0], self._fitted(radiograph, content if with_content else b"")
             except DicomError as error:
                 return item[0], bare(error)
 
@@ -221,14 +226,17 @@ class Predictor:
     def _predictions(self, items: Sequence[_Loaded], found: _Maps) -> Iterator[Prediction | DicomError]:
         share = {size: sum(card.size_px == size for card in self.cards) / len(self.cards) for size in self._sizes}
         for row, item in enumerate(items):
-            result: Prediction | DicomError
-            try:
-                with guarded():
-                    parts = [(found[size][0][row], float(found[size][1][row]), share[size]) for size in self._sizes]
-                    result = self._predicted(item, parts)
-            except DicomError as error:
-                result = bare(error)
-            yield result
+            parts = [(found[size][0][row], float(found[size][1][row]), share[size]) for size in self._sizes]
+            yield self._predicted_or_reason(item, parts)  # no name here keeps it until the next one is asked for
+
+    def _predicted_or_reason(
+        self, item: _Loaded, parts: Sequence[tuple[Tensor, float, float]]
+    ) -> Prediction | DicomError:
+        try:
+            with guarded():
+                return self._predicted(item, parts)
+        except DicomError as error:
+            return bare(error)
 
     def _predicted(self, item: _Loaded, parts: Sequence[tuple[Tensor, float, float]]) -> Prediction:
         """The prediction from the map, the score and the share of each size."""

@@ -32,7 +32,7 @@ from typing import Any
 from measuring import header, publish
 
 SIDE = 8192  # 64 megapixels, the most that is accepted
-MOST_BYTES, MOST_S = 6 * 2**30, 300  # of a process; more is reported as such
+MOST_BYTES, MOST_S = 6 * 2**30, 600  # of a process; more is reported as such
 UID = "1.2.826.0.1.3680043.8.498.1"
 EXPLICIT, DEFLATED, RLE = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.5"
 BASELINE, EXTENDED, LOSSLESS, JPEG_LS, JPEG_2000 = (f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 70, 80, 90))
@@ -75,7 +75,7 @@ def dicom(
     stored = stored or bits
     meta = element(0x00020010, "UI", syntax)
     data = b"".join((
-        element(0x00080016, "UI", sop_class), element(0x00080018, "UI", UID), private,
+        element(0x00080016, "UI", sop_class), element(0x00080018, "UI", UID), element(0x00080060, "CS", "DX"), private,
         element(0x00100020, "LO", "P1"), element(0x0020000D, "UI", f"{UID}.1"), element(0x0020000E, "UI", f"{UID}.2"),
         element(0x00280002, "US", 1), element(0x00280004, "CS", "MONOCHROME2"), element(0x00280008, "IS", str(frames)),
         element(0x00280010, "US", rows), element(0x00280011, "US", columns), element(0x00280100, "US", bits),
@@ -606,7 +606,7 @@ def _numbered() -> bytes:
 
 
 def _runs(count: int) -> str:
-    return "400000 20" + " 1004 20" * (count - 1)
+    return "400000 20" + f" {SIDE - 20} 20" * (count - 1)
 
 
 def _odd_zip() -> bytes:
