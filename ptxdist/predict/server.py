@@ -175,19 +175,37 @@ def url_of(listening: socket.socket) -> str:
     return f"http://{name}:{listening.getsockname()[1]}/"
 
 
-def make_server(app: ASGIApp, limits: Limits = DEFAULT) -> uvicorn.Server:
-    """A server without log output; run it on a socket of `listen`."""
+class _Server(uvicorn.Server):
+    """A server whose event loop reports an error as a defect; asyncio itself would print a traceback."""
+
+    def __init__(self, config: uvicorn.Config, on_defect: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self._on_defect = on_defect
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            error = context.get("exception")
+            self._on_defect(place_of(error) if error else context["message"])
+
+        asyncio.get_running_loop().set_exception_handler(report)
+        await super().startup(sockets)
+
+
+def make_server(
+    app: ASGIApp, limits: Limits = DEFAULT, on_defect: Callable[[str], None] = lambda where: None
+) -> uvicorn.Server:
+    """A server without log output; run it on a socket of `listen`. `on_defect` as for `make_app`."""
     connection: Any = partial(Connection, limits=limits, peers={})
-    return uvicorn.Server(
-        uvicorn.Config(
-            app, loop="asyncio", http=connection, ws="none", lifespan="off", access_log=False, log_config=None,
-            log_level="critical", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_S,
-        )
+    config = uvicorn.Config(
+        app, loop="asyncio", http=connection, ws="none", lifespan="off", access_log=False, log_config=None,
+        log_level="critical", server_header=False, timeout_graceful_shutdown=_SHUTDOWN_S,
+        backlog=limits.connections,  # as many are accepted at a time; more than a process may have files end in errors
     )  # fmt: skip
+    return _Server(config, on_defect)
 
 
 def serve(worker: Worker, listening: socket.socket, host: str, on_defect: Callable[[str], None]) -> None:
     """Serve the viewer until Ctrl-C; `worker` is running, `host` is the name that was given to `listen`."""
     names = frozenset() if is_loopback(listening) else frozenset({host.lower(), socket.gethostname().lower()})
     with suppress(KeyboardInterrupt):
-        make_server(make_app(worker, names=names, on_defect=on_defect)).run(sockets=[listening])
+        make_server(make_app(worker, names=names, on_defect=on_defect), on_defect=on_defect).run(sockets=[listening])

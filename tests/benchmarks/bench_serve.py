@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,13 +31,11 @@ from urllib.parse import urlsplit
 
 import cv2
 import numpy as np
-from bench_predict import make_predictor
 from measuring import header, in_turn, publish, table
 
 from ptxdist.phantoms.dataset import draw_file, write_phantoms
 from ptxdist.predict import server
 from ptxdist.predict.gate import Limits
-from ptxdist.predict.viewer import EXAMPLE_SEED
 from ptxdist.predict.worker import Worker, answer_files
 
 STATUS = ("VmRSS", "VmHWM", "Threads")
@@ -44,6 +43,8 @@ STATUS = ("VmRSS", "VmHWM", "Threads")
 
 def work(connection: Connection, size_px: int, max_bytes: int) -> None:
     """The worker of this benchmark."""
+    from bench_predict import make_predictor  # late: the server itself does not import torch
+
     answer_files(connection, make_predictor(size_px), max_bytes)
 
 
@@ -55,7 +56,8 @@ def serve_apart(connection: Connection, size_px: int) -> None:
         Worker(work, size_px, limits.max_bytes, compute_s=limits.compute_s) as worker,
     ):
         connection.send((listening.getsockname()[1], worker._process.pid))
-        server.make_server(server.make_app(worker, limits=limits), limits).run(sockets=[listening])
+        with suppress(KeyboardInterrupt):
+            server.make_server(server.make_app(worker, limits=limits), limits).run(sockets=[listening])
 
 
 def kept(pid: int) -> dict[str, int]:
@@ -86,7 +88,7 @@ def measure_kept(size_px: int, requests: int, save: str | None) -> None:
     process.start()
     port, worker = here.recv()
     random = np.random.default_rng(0)
-    small = draw_file(EXAMPLE_SEED)
+    small = draw_file(0)
     noise = random.integers(0, 256, (3000, 2500), dtype=np.uint8)
     large = cv2.imencode(".png", cv2.GaussianBlur(noise, (31, 31), 0))[1].tobytes()
     ways = (
@@ -129,6 +131,8 @@ def main() -> None:
     if options.requests:
         measure_kept(options.size, options.requests, options.save)
         return
+    from bench_predict import make_predictor
+
     predictor = make_predictor(options.size)
     limits = Limits(a_minute=10**6)
     with (

@@ -57,7 +57,9 @@ def serving(predictor: Predictor | Worker, limits: Limits = DEFAULT) -> Iterator
     defects: list[str] = []
     worker = predictor if isinstance(predictor, Worker) else Here(predictor, limits)
     with server.listen("127.0.0.1", 0) as listening:
-        running = server.make_server(server.make_app(worker, limits=limits, on_defect=defects.append), limits)
+        running = server.make_server(
+            server.make_app(worker, limits=limits, on_defect=defects.append), limits, defects.append
+        )
         thread = threading.Thread(target=running.run, args=([listening],))
         thread.start()
         try:

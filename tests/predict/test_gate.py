@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import socket
 import threading
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from slow_worker import work
 
 from ptxdist import Predictor
 from ptxdist.predict import server
+from ptxdist.predict.connection import Connection
 from ptxdist.predict.gate import Limits, sender_of
 from ptxdist.predict.worker import Reply, Wanted, Worker, refused
 from ptxdist.records import OperatingPoint
@@ -147,6 +151,47 @@ def test_answered_connections_keep_nobody_out_and_end_with_the_server(predictor:
             assert ask(url, "GET", "/")[0] == 200
             begin = time.monotonic()
         assert time.monotonic() - begin < 3, "it does not wait for those that do not close their connection"
+
+
+def test_a_burst_of_connections_is_accepted_in_parts(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process may have a limited number of open files; asyncio accepts all that wait before it begins with one."""
+    most, real = 0, Connection.connection_made
+
+    def made(self: Connection, transport: asyncio.Transport) -> None:
+        nonlocal most
+        if not most:
+            time.sleep(0.3)
+        most = max(most, len(os.listdir("/proc/self/fd")))
+        real(self, transport)
+
+    monkeypatch.setattr(Connection, "connection_made", made)
+    with ExitStack() as stack, serving(predictor, Limits(connections=10)) as (url, defects):
+        parts = urlsplit(url)
+        others = [stack.enter_context(socket.socket()) for _ in range(100)]
+        before = len(os.listdir("/proc/self/fd"))
+        stack.enter_context(connected(url))
+        for other in others:
+            other.setblocking(False)
+            other.connect_ex((parts.hostname or "", parts.port or 0))
+        time.sleep(0.6)
+        assert before < most < before + 50
+        assert defects == []
+
+
+def test_an_error_of_the_event_loop_is_a_defect_and_no_traceback(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(self: Connection, data: bytes) -> None:
+        raise ValueError("Quagmire")
+
+    with serving(predictor) as (url, defects):
+        with monkeypatch.context() as patch, connected(url) as connection:
+            patch.setattr(Connection, "data_received", broken)
+            connection.sendall(b"GET / HTTP/1.1\r\n")
+            assert connection.recv(1) == b""
+        assert ask(url, "GET", "/")[0] == 200
+    assert [place.split()[0] for place in defects] == ["ValueError"]
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 @pytest.mark.parametrize("is_slow", [False, True])
