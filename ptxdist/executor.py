@@ -121,7 +121,9 @@ def processes(workers: int) -> Iterator[Executor]:
             executor.pool.shutdown(wait=False, cancel_futures=True)
         raise
     if executor.pool is not None:
-        executor.pool.shutdown()
+        with interrupts.deferred():  # half freed, its semaphores would be reported as lost
+            executor.pool.shutdown()
+            executor.pool = None
 
 
 def in_chunks(
