@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from ptxdist import files
 from ptxdist.errors import BusyError, ClusterError, RunError, SettingsError
 from ptxdist.events import Event, Message
+from ptxdist.interrupts import Interrupted
 from ptxdist.resolve import load_settings
 from ptxdist.run import plan
 from ptxdist.run.folds import train_folds
@@ -119,6 +121,33 @@ def test_a_stage_of_a_run_beside_it_is_taken_over_with_a_word_or_not_at_all(fini
             run_pipeline(plan.plan_run(wanted, tmp_path / "second"), engine, on_event=heard.append)
         texts = [event.text for event in heard if isinstance(event, Message)]
         assert any("stage 1 is taken from" in text and "--no-reuse" in text for text in texts) is said
+
+
+def test_an_interruption_between_two_stages_keeps_the_first_one(finished_run: Path, tmp_path: Path) -> None:
+    run, asked = tmp_path / "run", list[int]()
+    shutil.copytree(finished_run, run, copy_function=os.link)
+    settings = read_settings(run)
+    first, second = (stage_folder(run, n, stage.size_px) for n, stage in enumerate(settings.pipeline.stages, start=1))
+    shutil.rmtree(second)
+    (run / RESULT).unlink()
+    kept = {path: files.sha256(path) for path in first.rglob("*") if path.is_file()}
+
+    class Interrupts:
+        def nodes(self) -> list[dict[str, float]]:
+            return []
+
+        def train(self, task: Any) -> Any:
+            asked.append(task.number)
+            raise Interrupted(15)
+
+    def engine(*given: object) -> Any:
+        return nullcontext(Interrupts())
+
+    for _ in range(2):
+        with pytest.raises(Interrupted), only_training(run):
+            run_pipeline(plan.plan_run(settings, run), engine)
+    assert asked == [2, 2]
+    assert kept == {path: files.sha256(path) for path in first.rglob("*") if path.is_file()}
 
 
 def test_a_finished_run_starts_no_engine_unless_its_evaluation_is_missing(finished_run: Path, tmp_path: Path) -> None:
