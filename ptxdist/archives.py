@@ -41,7 +41,8 @@ class Archive(zipfile.ZipFile):
     def close(self) -> None:
         """Close the file, too."""
         super().close()
-        self._start.close()
+        if start := vars(self).get("_start"):  # none when it could not be opened
+            start.close()
 
     def unpacked(self, member: zipfile.ZipInfo) -> IO[bytes]:
         """As `open`; NotImplementedError for other compressions than Deflate, too."""

@@ -52,3 +52,9 @@ def test_members_that_share_bytes_are_refused(tmp_path: Path) -> None:
         archive.filelist *= 3
     with pytest.raises(ArchiveError, match="has members that share bytes"):
         Archive(path)
+
+
+def test_a_file_that_cannot_be_opened_is_one_error(tmp_path: Path) -> None:
+    """The destructor raised another one, which Python printed with its traceback."""
+    with pytest.raises(FileNotFoundError):
+        Archive(tmp_path / "a.zip")

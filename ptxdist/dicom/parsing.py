@@ -338,7 +338,7 @@ def items(dataset: Dataset, tag: int, reads: Iterator[int]) -> Sequence[Dataset]
     stream = _Stream(content, reads)
     try:
         found: Sequence[Dataset] = read_sequence(
-            stream, element.is_implicit_VR, element.is_little_endian, len(content), "iso8859"
+            stream, element.is_implicit_VR, element.is_little_endian, len(content), dataset.original_character_set
         )
     except Exception as error:  # pydicom raises another one in the place of ours
         if next(reads, None) is None:

@@ -175,10 +175,12 @@ def _two_numbers(image: Image.Image) -> npt.NDArray[np.uint8]:
     for strip in _strips(image):
         values = np.asarray(strip)
         distinct = np.unique(np.append(distinct, np.unique(values)))
-        if len(distinct) > 2 or distinct[0] != 0:
-            shown = f"{len(distinct):,} values from {distinct[0]:g} to {distinct[-1]:g}"
-            raise DicomError(f"has at least {shown}; a mask has 0 and 1")
+        if len(distinct) > 2:
+            break
         parts.append((values != 0).astype(np.uint8))
+    if len(distinct) > 2 or distinct[0] != 0:  # not of the first strip alone: 0 may come later
+        shown = f"{len(distinct):,} values from {distinct[0]:g} to {distinct[-1]:g}"
+        raise DicomError(f"has at least {shown}; a mask has 0 and 1")
     return np.concatenate(parts)
 
 

@@ -491,10 +491,10 @@ def test_a_label_map_is_read_in_one_pass() -> None:
 
 
 def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_path: Path) -> None:
-    seg, second = segmentation(phantoms, 1, "BINARY"), segmentation(phantoms, 2, "BINARY", "Lung")
+    seg, second = segmentation(phantoms, 1, "BINARY"), segmentation(phantoms, 2, "BINARY", "Lungenödem")
     saved(second, tmp_path / "2.dcm")
     saved(seg, tmp_path / "1.dcm")
-    with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 2.dcm has 'lung'\)"):
+    with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 2.dcm has 'lungenödem'\)"):
         read_any(tmp_path)
     second.SegmentSequence[0].SegmentNumber = 2
     seg.SegmentSequence.append(second.SegmentSequence[0])
@@ -504,10 +504,10 @@ def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_pa
     other.SegmentIdentificationSequence = pydicom.Sequence([identity])
     seg.PerFrameFunctionalGroupsSequence.append(other)
     seg.NumberOfFrames, seg.PixelData = 2, seg.PixelData + second.PixelData
-    with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 1.dcm has 'lung'\)"):
+    with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 1.dcm has 'lungenödem'\)"):
         read_any(saved(seg, tmp_path / "1.dcm"))
     assert list(read_any(tmp_path / "1.dcm", finding="pneumothorax").masks) == [IDS[1]]
-    assert list(read_any(tmp_path / "1.dcm", finding="lung").masks) == [IDS[2]]
+    assert list(read_any(tmp_path / "1.dcm", finding="Lungenödem").masks) == [IDS[2]]
 
 
 def saved(seg: Any, path: Path) -> Path:

@@ -252,6 +252,16 @@ def test_pictures_of_two_colours_are_masks(
         assert read_any(tmp_path / "m").masks == read_any(tmp_path / "m" / name).masks == {"a": ("9 2 2 2",)}
 
 
+def test_a_mask_of_numbers_may_fill_the_first_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptxdist.labels.pictures._STRIP_ROWS", 2)
+    values = np.array([[1, 1], [1, 1], [0, 1], [0, 0]])
+    for kind in (np.int32, np.float32):
+        save(tmp_path / "a.tif", values.astype(kind))
+        assert read_any(tmp_path).masks == {"a": ("0 2 2 3",)}
+    save(tmp_path / "a.tif", np.ones((4, 2), np.int32))
+    refused(tmp_path, "the mask image a.tif has at least 1 values from 1 to 1; a mask has 0 and 1")
+
+
 def test_masks_in_different_colours_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "a.png", RED)
     save(tmp_path / "b.png", GREEN)
