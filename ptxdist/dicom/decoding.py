@@ -119,10 +119,9 @@ def _bits_below(file: Tags) -> int:
 
 
 def _compressed(file: Tags, rows: int, columns: int) -> Stored:
-    frame = file.frame()
     if file.syntax == syntax.RLE:
-        refuse_long_runs(frame, rows * columns, file.whole(tags.BITS_ALLOCATED, 0))
-        return _run_lengths(file, frame, rows, columns)
+        return _run_lengths(file, rows, columns)
+    frame = file.frame()
     stream = codestream.read_jpeg_2000(frame) if file.syntax in syntax.JPEG_2000 else codestream.read_jpeg(frame)
     _check(stream, file, rows, columns)
     if file.syntax in syntax.JPEG_2000:
@@ -139,17 +138,25 @@ def _compressed(file: Tags, rows: int, columns: int) -> Stored:
         raise
 
 
-def _run_lengths(file: Tags, frame: bytes, rows: int, columns: int) -> Stored:
+def _run_lengths(file: Tags, rows: int, columns: int) -> Stored:
     """Stored values of an RLE image, which more zeros may follow than the one that makes its length even."""
     from pydicom.encaps import encapsulate
 
-    plain, reasons = frame.rstrip(b"\0"), []
-    for data in dict.fromkeys((frame, plain, plain + bytes(1))):  # the image may end with a zero
+    frame, reasons = file.frame(), list[Exception]()
+    refuse_long_runs(frame, rows * columns, file.whole(tags.BITS_ALLOCATED, 0))
+    endings = (None, b"", bytes(1)) if frame.endswith(b"\0") else (None, bytes(1))  # the image may end with a zero
+    del frame  # pydicom makes two copies
+    for ending in endings:
         try:
-            return _words(file, encapsulate([data], has_bot=False), rows, columns)
-        except Exception as error:
-            reasons.append(error)
+            return _words(file, encapsulate([_ending(file.frame(), ending)], has_bot=False), rows, columns)
+        except Exception as error:  # whose traceback keeps the copies
+            kind = DicomError if isinstance(error, DicomError) else ValueError
+            reasons.append(kind(str(error)))
     raise reasons[0]
+
+
+def _ending(frame: bytes, ending: bytes | None) -> bytes:
+    return frame if ending is None else frame.rstrip(b"\0") + ending
 
 
 def refuse_long_runs(frame: bytes, pixels: int, allocated: int) -> None:
