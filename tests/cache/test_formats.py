@@ -507,7 +507,7 @@ def test_segmentations_of_several_classes_are_refused(phantoms: Phantoms, tmp_pa
     with pytest.raises(LabelError, match=r"several classes \(1.dcm has 'pneumothorax', 1.dcm has 'lungenödem'\)"):
         read_any(saved(seg, tmp_path / "1.dcm"))
     assert list(read_any(tmp_path / "1.dcm", finding="pneumothorax").masks) == [IDS[1]]
-    assert list(read_any(tmp_path / "1.dcm", finding="Lungenödem").masks) == [IDS[2]]
+    assert list(read_any(tmp_path / "1.dcm", finding="lungenödem").masks) == [IDS[2]]
 
 
 def saved(seg: Any, path: Path) -> Path:
