@@ -80,6 +80,7 @@ def answer_files(connection: Connection, predictor: Predictor, max_bytes: int) -
         reply = reply_to(connection.recv_bytes(), wanted, predictor)
         connection.send((reply.status, reply.kind, reply.defect))
         connection.send_bytes(reply.body)
+        del reply  # up to 68 MB, which would be kept until the next file
 
 
 def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
@@ -137,9 +138,11 @@ class Worker:
     def predict(self, content: bytes | bytearray, wanted: Wanted) -> Reply:
         """The reply to the bytes of a file, at most `compute_s` seconds after the process is ready for it."""
         try:
-            self._wait(self._compute_s + _RELOADS * self._loading_s)
-            self._connection.send(wanted)
-            self._connection.send_bytes(content)
+            try:
+                self._send(content, wanted)
+            except OSError:  # it had ended before, killed for want of memory, say, and not by this file
+                self._renew()
+                self._send(content, wanted)
             if not self._connection.poll(self._compute_s):
                 self._renew()
                 return refused(422, f"This file was given up: it took more than {self._compute_s:g} s to compute.")
@@ -152,6 +155,11 @@ class Worker:
             code = self._renew()
             defect = "" if self._closed else f"the process that predicts ended with code {code}"
             return refused(500, "This file ended the process that predicts; no other file is affected.", defect)
+
+    def _send(self, content: bytes | bytearray, wanted: Wanted) -> None:
+        self._wait(self._compute_s + _RELOADS * self._loading_s)
+        self._connection.send(wanted)
+        self._connection.send_bytes(content)
 
     def _begin(self) -> None:
         context = multiprocessing.get_context("spawn")

@@ -309,6 +309,9 @@ def test_a_file_that_takes_too_long_or_crashes_the_process_ends_no_other_request
         assert (status, "no other file is affected" in words) == (500, True)
         assert ask(url, "POST", "/api/predict", b"three")[2] == b"three"
         assert defects == ["the process that predicts ended with code 9"]
+        worker._process.kill()
+        worker._process.join()
+        assert ask(url, "POST", "/api/predict", b"four")[2] == b"four", "it is not blamed for that"
         process = worker._process
     assert not process.is_alive()
 
