@@ -10,6 +10,7 @@ The program imports this module first of all, so it imports little.
 from __future__ import annotations
 
 import _thread
+import fcntl
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ _first: list[int] = []  # the number of the first signal, when one has arrived
 _due = False  # whether it still has to be raised
 _installed = False
 _main = 0  # the thread that `install` was called in
+_stderr = 2
 _deferring = 0  # blocks in which it must not be raised, one in the other
 _sentence = SENTENCE
 
@@ -46,9 +48,12 @@ class Interrupted(KeyboardInterrupt):
 
 def install() -> None:
     """Handle the three signals from now on; what is ignored already (nohup, background jobs) stays ignored."""
-    global _installed, _main
+    global _installed, _main, _stderr
     _ignored.update(item for item in _SIGNALS if signal.getsignal(item) is signal.SIG_IGN)
     _installed, _main = True, _thread.get_ident()
+    with suppress(OSError):  # it is closed
+        # A command may redirect stderr, as to the log of Ray.
+        _stderr = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
     sys.unraisablehook = _unraisable
     _handle()
 
@@ -70,7 +75,7 @@ def say() -> None:
     global _sentence
     said, _sentence = _sentence, ""
     with suppress(OSError):
-        os.write(2, f"{said}\n".encode() if said else b"")
+        os.write(_stderr, f"{said}\n".encode() if said else b"")
 
 
 @contextmanager

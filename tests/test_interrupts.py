@@ -41,9 +41,11 @@ except KeyboardInterrupt as error:
     assert (code, out, err) == (128 + number, "clean\n", "")
 
 
-def test_a_command_that_hangs_while_it_cleans_up_is_ended() -> None:
-    code, _, err = outcome("""
+def test_a_command_that_hangs_while_it_cleans_up_is_ended(tmp_path: Path) -> None:
+    """And says so, also when stderr has been redirected to the log of Ray."""
+    code, _, err = outcome(f"""
 interrupts.GRACE_S = 0.2
+os.dup2(os.open({str(tmp_path / "log")!r}, os.O_CREAT | os.O_WRONLY), 2)
 try:
     os.kill(os.getpid(), 15)
 finally:
