@@ -246,39 +246,36 @@ class Interruptions:
         lines = said.splitlines()
         faults = ["it says more"] if FAULTY.search(said) else []
         sentences = [line for line in lines if line in (SENTENCE, NOTHING_KEPT, SERVES)]
-        if code == 0 and (sentences == [SERVES] or (not sentences and self.complete())):
+        if code == 0 and sentences == [SERVES]:
             return faults
+        if code == 0 and not sentences:  # it had ended
+            return faults + self.other()
         if code - 128 not in numbers:
             faults.append("code")
         if len(sentences) != 1 or lines[-1] not in sentences or SERVES in sentences:
             faults.append("sentence")
         return faults
 
-    def complete(self) -> bool:
-        """Whether all that it writes is there, with the same bytes."""
+    def other(self) -> list[str]:
+        """The files that are missing, too many, or other than those of an undisturbed command."""
         found = self.written()
-        return found.keys() == self.expected.keys() and all(
-            sum_ in ("", found[name]) for name, sum_ in self.expected.items()
-        )
+        same = [name for name, sum_ in self.expected.items() if name in found and sum_ in ("", found[name])]
+        return sorted({*found, *self.expected}.difference(same))
 
     def drafts(self) -> list[str]:
         """Temporary files and folders that are left."""
         found = (*(self.place / "out").rglob("*.tmp"), *(self.place / "tmp").iterdir())
-        return [f"left: {path.name}" for path in found if path.name not in self.usual]
+        return [f"left: {path.name}" for path in found if path.name not in {*self.usual, "torchinductor_root"}]
 
     def again(self) -> list[str]:
         """What is wrong after a rerun."""
-        if self.complete():
+        if not self.other():
             return []
         try:
             self.finish()
         except RuntimeError as error:
             return [f"rerun: {error}"]
-        found = self.written()
-        return [] if self.complete() else [
-            f"rerun: {name}" for name in {*found, *self.expected}
-            if name not in found or self.expected.get(name) not in ("", found[name])
-        ]  # fmt: skip
+        return [f"rerun: {name}" for name in self.other()]
 
 
 def caught(pid: int, field: str, number: int) -> bool:
