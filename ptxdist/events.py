@@ -24,7 +24,7 @@ class Progress(Record):
     """
 
     stage: int
-    step: Literal["copy", "draw", "train", "average", "validate", "evaluate"]
+    step: Literal["copy", "draw", "load", "train", "average", "validate", "evaluate"]
     epoch: int
     done: int
     total: int

@@ -62,6 +62,8 @@ class Waiting:
             self._heard, self._began, self._silent, self._ended = now, None, None, None
         if now - self._heard < _QUIET_S or now - self._looked < _QUIET_S or self._reason:
             return
+        if now - self._looked > _SILENT_S:  # this process was stopped, as with Ctrl-Z, and perhaps the workers too
+            self._silent = None
         self._looked = now
         placed = has_place()
         self._compare(now, None if placed else room(self.use_gpu))

@@ -22,7 +22,8 @@ from ptxdist.scores.watchdog import Verdict, judge, why_not
 
 _EPOCHS_SHOWN = 12
 _OUTSIDE = {  # steps of a stage that are outside of its epochs
-    "copy": "copying the cache", "draw": "drawing phantoms", "average": "batch norm of the averaged weights",
+    "copy": "copying the cache", "draw": "drawing phantoms", "load": "copying the images to the device",
+    "average": "batch norm of the averaged weights",
 }  # fmt: skip
 
 

@@ -158,7 +158,11 @@ class _Trainer:
         on_device = self.train.data_on_device
         if on_device == "auto" and not self.augmentation.by_table:
             on_device = "off"  # the CPU augments, so most batches would not come from the device
-        self.data = replace(self.data, store=hold(self.data.store, self.device, on_device))
+
+        def on_images(done: int, total: int) -> None:  # of a slow storage, for minutes
+            self.on_event(Progress(stage=self.number, step="load", epoch=0, done=done, total=total))
+
+        self.data = replace(self.data, store=hold(self.data.store, self.device, on_device, on_images))
         self.training = self.data.training
         self.precision = choose_precision(self.train.precision, self.device)
         self.model = self.model.to(self.device).to(memory_format=torch.channels_last)

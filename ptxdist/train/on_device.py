@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ptxdist.cache.store import Store
 from ptxdist.errors import TrainingError
+from ptxdist.executor import OnCount
 from ptxdist.train.augment import Draw
 
 _SHARE_OF_FREE = 0.25  # of the GPU's free memory; the rest is the network's
@@ -54,7 +55,7 @@ def draws_as_tensors(draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     return torch.tensor([draw.flip for draw in draws], dtype=torch.bool), torch.from_numpy(tables)
 
 
-def hold(store: Store, device: torch.device, choice: Choice) -> Store:
+def hold(store: Store, device: torch.device, choice: Choice, on_images: OnCount = lambda done, total: None) -> Store:
     """The store, with a copy on the device if `choice` is `on`, or `auto` and it takes at most a quarter of the free
     memory of a GPU. On a CPU `on` copies it into memory, which only tests use.
 
@@ -72,11 +73,14 @@ def hold(store: Store, device: torch.device, choice: Choice) -> Store:
     image, mask = (
         torch.empty((store.cases, store.size_px, store.size_px), dtype=torch.uint8, device=device) for _ in range(2)
     )
+    done = 0
     for shards, target in ((store.images, image), (store.masks, mask)):
         start = 0
         for shard in shards:
             target[start : start + len(shard)] = torch.from_numpy(np.array(shard))  # a copy: mapped files are read-only
             start += len(shard)
+            done += len(shard)
+            on_images(done // 2, store.cases)
     return OnDeviceStore(
         **{field.name: getattr(store, field.name) for field in fields(Store)}, device_images=image, device_masks=mask
     )

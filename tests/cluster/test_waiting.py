@@ -129,6 +129,18 @@ def test_workers_that_are_silent_for_long_are_lost(monkeypatch: pytest.MonkeyPat
         story.waiting.refuse()
 
 
+def test_the_time_in_which_the_driver_was_stopped_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(monkeypatch)
+    story.placed, story.waiting.silence_s = True, 600
+    story.goes_on(30)
+    story.now += 3600
+    story.goes_on(590)
+    story.waiting.refuse()
+    story.goes_on(15)
+    with pytest.raises(LostError, match=r"the workers were silent for 60\d s"):
+        story.waiting.refuse()
+
+
 def test_fewer_workers_are_advised_only_where_they_help(monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(monkeypatch, workers=4, min_workers=3)
     story.room = Room(0, 0)

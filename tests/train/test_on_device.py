@@ -14,7 +14,7 @@ from ptxdist.cache.catalog import read_catalog
 from ptxdist.cache.store import open_store
 from ptxdist.config import Recipe, StageSettings, TrainSettings, Transform
 from ptxdist.errors import TrainingError
-from ptxdist.events import Event, Message
+from ptxdist.events import Event, Message, Progress
 from ptxdist.train.augment import Augmentation
 from ptxdist.train.dataset import Share, batches, epoch_order, training_shares
 from ptxdist.train.loop import FitResult, StageData, fit
@@ -72,10 +72,11 @@ def test_a_stage_trained_on_held_data_ends_with_the_same_bits(
 def test_a_recipe_in_full_is_applied_by_the_cpu_which_is_said(
     cache: Path, tmp_path: Path, small_net: Callable[[], nn.Module], full_recipe: tuple[Transform, ...]
 ) -> None:
-    ends, texts = [], []
+    ends, texts, copied = [], [], []
 
     def listen(event: Event) -> None:
         texts.extend([event.text] if isinstance(event, Message) else [])
+        copied.extend([event] if isinstance(event, Progress) and event.step == "load" else [])
 
     for choice in ("off", "auto", "on"):
         settings = TrainSettings(data_on_device=choice)
@@ -85,6 +86,7 @@ def test_a_recipe_in_full_is_applied_by_the_cpu_which_is_said(
         "stage 1: the augmentation does more than flip images and change grey levels, so the CPU prepares the training "
         "batches; the data set on the device is used for validation only"
     ]
+    assert copied[-1].done == copied[-1].total == open_store(cache, 32).cases
 
 
 def test_auto_holds_nothing_on_a_cpu(cache: Path) -> None:
