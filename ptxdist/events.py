@@ -20,7 +20,7 @@ class Message(Record):
 class Progress(Record):
     """`done` of `total` images of one step are processed, by all ranks together; `epoch` is 0 outside of epochs.
 
-    Of "copy", the cache's to this node, they are files.
+    In the step "copy", which copies the cache to this node, they are files.
     """
 
     stage: int

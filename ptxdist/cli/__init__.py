@@ -94,6 +94,8 @@ def _errors_said(words: Sequence[str]) -> Iterator[None]:
 
         console.fail(str(error))
         sys.exit(error.exit_code)
+    except click.exceptions.NoArgsIsHelpError:  # its message is the whole help
+        raise
     except click.ClickException as error:
         from ptxdist import console
 

@@ -274,7 +274,7 @@ class _Trainer:
         )
 
     def _told(self, shares: list[Share]) -> Iterator[Batch]:
-        """The batches of the averaged weights' statistics, of which each is told."""
+        """The batches for the batch norm of the averaged weights; emits Progress after each."""
         done, total = 0, sum(share.global_size for share in shares)
         for batch in self._batches(shares, self.stage.epochs):
             yield batch

@@ -73,6 +73,7 @@ def test_the_commands_stand_in_the_order_of_use_and_no_line_is_cut() -> None:
     assert [name for name in names if name in way] == way
     assert sorted(names) == COMMANDS
     assert "..." not in shown.replace("[ARGS]...", "")
+    assert run().output == shown
 
 
 def test_settings_are_listed_with_type_default_and_meaning() -> None:
