@@ -49,7 +49,7 @@ def reason(error: BaseException) -> str:
 
 
 _SPACE = "free some space there"
-_PERMISSION = "let this user read and write there, or use another place"
+_PERMISSION = "give this user the permission, or use another place"
 _REMEDIES = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: f"{_SPACE}, or ask for a larger quota",

@@ -7,7 +7,6 @@ those who read it.
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 
 from ptxdist.errors import PtxdistError, RunError, StoreError, short
@@ -34,22 +33,22 @@ _SHOWN = 3
 
 
 def kind_of(path: Path) -> str:
-    """The kind of a place; "file" or "folder" for others, NOTHING where nothing is."""
+    """The kind of a place; "file", "folder" or "pipe or device" for others, NOTHING where nothing is."""
     if path.is_dir():
         if (path / SETTINGS).is_file():
             return RUN if (path / RESULT).is_file() else UNFINISHED
         marks = {CATALOG: CACHE, MANIFEST: CACHE, CASES: EVALUATION, PREDICT_SETTINGS: PREDICTIONS}
         found = next((kind for name, kind in marks.items() if (path / name).is_file()), None)
         return found or (RUNS if any(path.glob(f"*/{SETTINGS}")) else "folder")
-    if path.exists():
+    if path.is_file():
         return BUNDLE if path.suffix == SUFFIX or _MEMBER in _start(path) else "file"
-    return NOTHING
+    return "pipe or device" if path.exists() else NOTHING
 
 
 def _start(path: Path) -> bytes:
     try:
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            return file.read(64) or b""
+        with open(path, "rb") as file:
+            return file.read(64)
     except OSError:
         return b""
 
@@ -76,7 +75,7 @@ def refuse_other(place: Path | str, *wanted: str) -> None:
     if kind in _FOR:
         advice = "" if kind == UNFINISHED else f"; expected {expected}"
         raise error(f"{place} is {_FOR[kind]}{advice}")
-    missing = "" if kind == "file" else f" (no {CATALOG if wanted == (CACHE,) else SETTINGS})"
+    missing = "" if kind != "folder" else f" (no {CATALOG if wanted == (CACHE,) else SETTINGS})"
     made = "; ".join(_MADE_BY[item].format("OUT") for item in wanted if item in _MADE_BY)
     raise error(f"{place} is a {kind} and not {expected}{missing}; {made}")
 
@@ -104,7 +103,7 @@ def refuse_missing(place: Path, option: str, error: type[PtxdistError]) -> None:
 def near(path: Path) -> str:
     """The nearest name beside a path that does not exist, as a question in parentheses; "" if none is near."""
     try:
-        there = [item.name for item in path.absolute().parent.iterdir()]
+        there = [item.name for item in path.absolute().parent.iterdir() if item.exists()]
     except OSError:
         return ""
     found = difflib.get_close_matches(path.name, there, n=1, cutoff=0.7)

@@ -10,6 +10,7 @@ from ptxdist.finding import FindingType, unless_pneumothorax
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Loss = Annotated[float, Field(ge=-1e100, le=1e100)]
 ScoreThreshold = Annotated[float, Field(ge=0, le=1.001)]  # just above 1, no image is flagged
 Name = Annotated[str, Field(pattern=r"\A[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)*\z")]
 Intervals = dict[str, tuple[float, float]]
@@ -97,8 +98,8 @@ class EpochMetrics(Record):
     epoch: int
     averaged: bool = False
     learning_rate: float
-    train_loss: float | None
-    val_loss: float
+    train_loss: Loss | None
+    val_loss: Loss
     at_stage: Scores
     at_full: Scores
     train_seconds: float
@@ -162,7 +163,6 @@ class Reliability(Record):
     """Predicted against observed: `things` by their predicted probability, in bins of equal width.
 
     They are "px", "images" by their scores, or "images, calibrated".
-
     `predicted` is the mean probability in a bin, `observed` the share that is positive; empty bins are left out.
     `error` is the expected calibration error: the mean of |predicted - observed| over all things (Naeini et al. 2015).
     Predicting the positive share for all would score 0. `interval` is in results of older versions only.
@@ -267,6 +267,8 @@ class Profile(Record):
         lengths = {*map(len, (self.mask_share, self.brightness, self.age, self.side_px))}
         if max(self.positives, 0, *self.views.values()) > self.images or lengths - {0, 5}:
             raise ValueError("more positives or more of a view than images, or not five percentiles")
+        if self.mask_share and not self.positives:
+            raise ValueError("areas of masks without a positive image")
         return self
 
 

@@ -34,10 +34,10 @@ tables. What an older version wrote has none and is used as it is.
 from __future__ import annotations
 
 import os
+from collections.abc import Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
-
-from pydantic import ValidationError
 
 from ptxdist import files, places
 from ptxdist.config import Settings, differences, restore, snapshot
@@ -158,18 +158,15 @@ def read_result(run: Path) -> PipelineResult:
         raise RunError(f"{run} is not finished; rerun the same `ptxdist train`, which skips finished stages")
     remedy = "rerun the same `ptxdist train`, which writes it again"
     result = _read(path, PipelineResult, remedy)
-    folders = [stage_folder(run, number, stage.size_px) for number, stage in enumerate(pipeline.stages, start=1)]
-    own = []
-    for folder in folders:
-        try:
-            own.append(read_stage_result(folder))
-        except RunError:  # said by those who need more than `result` has
-            own.append(None)
+    sizes = [(number, stage.size_px) for number, stage in enumerate(pipeline.stages, start=1)]
     held_out = result.evaluation.folds if "folds" in result.evaluation.model_fields_set else (pipeline.fold,)
-    if len(own) != len(result.stages) or held_out != (pipeline.fold,):
+    if [(stage.stage, stage.size_px) for stage in result.stages] != sizes or held_out != (pipeline.fold,):
         raise RunError(f"{path} is not of the run in {run / SETTINGS}; {remedy}")
-    for mine, stage, folder in zip(own, result.stages, folders, strict=True):
-        if mine not in (None, stage):
+    for stage in result.stages:
+        folder, own = stage_folder(run, stage.stage, stage.size_px), None
+        with suppress(RunError):  # damage is said by those who need more than `result`
+            own = read_stage_result(folder)
+        if own not in (None, stage):
             raise RunError(f"{path} and {folder / RESULT} are not of one run; {remedy}")
     return result
 
@@ -218,9 +215,21 @@ def read_metrics(run: Path) -> list[EpochMetrics]:
 def _read(path: Path, kind: type[_Record], remedy: str, *beside: str) -> _Record:
     content = files.read_json(path, remedy, *beside)
     try:
-        return kind.model_validate(content)
-    except (ValidationError, RecursionError) as error:
+        record = kind.model_validate(content)
+        _check_lengths(getattr(record, "evaluation", record))
+        return record
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged or of another version; {remedy}") from error
+
+
+def _check_lengths(record: object) -> None:
+    """Raise ValueError when lists of an evaluation that belong together differ in length."""
+    if isinstance(record, EvaluationResult):
+        pairs: list[tuple[Sized, Sized]] = [(row, found.areas_px) for found in record.tuned for row in found.surface]
+        pairs += [(found.surface, found.thresholds) for found in record.tuned]
+        pairs += [(found.counts, side) for found in record.calibration for side in (found.predicted, found.observed)]
+        if any(len(one) != len(other) for one, other in pairs):
+            raise ValueError("lists that belong together differ in length")
 
 
 def write_metrics(run: Path, metrics: list[EpochMetrics]) -> None:

@@ -483,7 +483,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monke
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
     monkeypatch.setattr("ptxdist.files.open_at_once", refuse)
-    with pytest.raises(RunError, match=r"x.json cannot be read: Permission denied; let this user read and write there"):
+    with pytest.raises(RunError, match=r"x.json cannot be read: Permission denied; give this user the permission"):
         read_json(tmp_path / "x.json", "remove it")
 
 

@@ -14,7 +14,7 @@ from ptxdist.cache.preprocess import coordinates, exclusive, shards
 from ptxdist.cache.render import Shard, differing_cases, write_shard
 from ptxdist.cache.scan import scan
 from ptxdist.cache.store import ARRAYS, damaged_rows, pending, shard_path, store_path, write_metadata
-from ptxdist.errors import StoreError, system_says
+from ptxdist.errors import StoreError, remedy, system_says
 from ptxdist.executor import Executor, OnProgress, serial
 
 
@@ -192,7 +192,5 @@ def refuse_damaged(
         first = damages[0]
         more = " …" if len(first.cases) > 3 else ""
         cases = f" (cases {', '.join(first.cases[:3])}{more})" if first.cases else ""
-        raise StoreError(
-            f"{cache / first.path} {first.reason}{cases}; "
-            f"repair it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
-        )
+        repair = f"repair it with `ptxdist verify {cache} --repair --source DICOM` or `ptxdist preprocess`"
+        raise StoreError(f"{cache / first.path} {first.reason}{cases}; {remedy(first.reason, repair)}")

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -80,7 +81,8 @@ def open_predictions(
         return _open_table(path, dialect, "--dialect", limits)
     if dialect:
         raise SettingsError(f"{path} is a folder, whose masks have no dialect; leave out --dialect {dialect}")
-    if (path / SUBMISSION).is_file() and (path / PREDICT_SETTINGS).is_file():
+    has = {name for name in (SUBMISSION, PREDICT_SETTINGS, FINDINGS) if os.path.lexists(path / name)}
+    if PREDICT_SETTINGS in has or len(has) > 1:  # what lacks a part of it is no folder of mask images
         _refuse_threshold(path, threshold)
         return _open_predict_folder(path)
     kind = PngMasks if _suffix_of_masks(path) in PNG else NiftiMasks

@@ -73,7 +73,7 @@ def test_a_node_that_does_not_answer_is_red() -> None:
         (errno.ENOSPC, "free some space"),
         (errno.EROFS, "mount that file system for writing"),
         (errno.EMFILE, "ulimit -n"),
-        (errno.EACCES, "let this user"),
+        (errno.EACCES, "give this user"),
         (errno.ESTALE, "mount that network storage again"),
     ],
 )

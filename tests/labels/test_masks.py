@@ -98,6 +98,15 @@ def write_predict_folder(folder: Path, masks: dict[str, Mask]) -> Path:
     return write_png(folder / "masks", masks).parent
 
 
+@pytest.mark.parametrize("name", ["predict.json", "submission.csv"])
+def test_a_folder_of_predict_that_lacks_a_part_is_not_taken_for_mask_images(tmp_path: Path, name: str) -> None:
+    folder = write_predict_folder(tmp_path / "out", {"a": np.ones((4, 4), bool)})
+    open_predictions(folder)
+    (folder / name).unlink()
+    with pytest.raises(LabelError, match=f"{name}(:)? cannot be read.*No such file"):
+        open_predictions(folder)
+
+
 def read(masks: Masks, sizes: dict[str, tuple[int, int]] | None = None) -> dict[str, Mask]:
     sizes = dict(masks.sizes) or sizes or dict.fromkeys(IDS, SHAPE)
     masks.prepare(sizes, lambda done, total: None)

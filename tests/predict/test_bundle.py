@@ -136,6 +136,7 @@ ABSURD = (
     ({"profile.images": 10**400}, "profile.images"),
     ({"profile.positives": 10**9}, "more positives"),
     ({"profile.side_px": [9.0]}, "not five percentiles"),
+    ({"profile.positives": 0, "profile.mask_share": [0.1] * 5}, "areas of masks without a positive image"),
     ({"profile.brightness": [1e300] * 5}, "profile.brightness"),
     ({"profile.views": {"\x1b[31m": 1}}, "profile.views"),
 )  # fmt: skip

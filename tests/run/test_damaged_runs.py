@@ -188,11 +188,15 @@ def test_what_is_no_file_in_the_place_of_one_is_neither_waited_for_nor_taken_for
     [
         (lambda result: result["evaluation"].update(folds=[1]), "result.json is not of the run in .*settings.json"),
         (lambda result: result["stages"].pop(), "result.json is not of the run in .*settings.json"),
+        (lambda result: result["stages"][1].update(size_px=-1), "result.json is not of the run in .*settings.json"),
         (lambda result: result["stages"][0].update(seconds=1.0), "result.json and .*stages.* are not of one run"),
+        (lambda result: result["stages"][0]["best"].update(val_loss=1e308), "result.json is damaged"),
+        (lambda result: result["evaluation"]["tuned"][0]["areas_px"].pop(), "result.json is damaged"),
+        (lambda result: result["evaluation"]["calibration"][0]["counts"].pop(), "result.json is damaged"),
     ],
 )
 @pytest.mark.parametrize("version", ["old", "new"])
-def test_the_result_of_another_run_is_refused(
+def test_the_result_of_another_run_or_an_impossible_one_is_refused(
     place: Path, version: str, change: Callable[[dict[str, Any]], object], words: str
 ) -> None:
     path = place / version / "result.json"
