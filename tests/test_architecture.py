@@ -29,7 +29,7 @@ RULES = {
     "resolve": ("errors section config", "pydantic"),
     "records": ("finding", "pydantic"),
     "events": ("records", ""),
-    "rundir": ("errors config records files places", "pydantic"),
+    "rundir": ("errors config records files places", ""),
     "base": ("", ""),
     "dicom": ("base", "numpy PIL pydicom imagecodecs simplejpeg"),
     "labels": ("base dicom", "numpy nibabel PIL pydicom"),

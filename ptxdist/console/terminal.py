@@ -76,6 +76,11 @@ out = _Console(highlight=False, markup=False, emoji=False)
 err = _Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
+def redraws(console: Console) -> bool:
+    """Whether what was printed can be replaced, as bars are: on a terminal that has more than lines."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 def fail(message: str) -> None:
     """Print an error as one line."""
     err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
@@ -115,7 +120,7 @@ def bars() -> Progress:
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A callable (what, done, total) that draws one bar for each `what`."""
-    if err.is_terminal:
+    if redraws(err):
         with bars() as drawn:
             tasks: dict[str, Any] = {}
 

@@ -15,12 +15,12 @@ from rich.table import Table
 from ptxdist.config import StageSettings
 from ptxdist.console.eta import TimeLeft, in_words
 from ptxdist.console.tables import number
-from ptxdist.console.terminal import bars, err, log_progress, say
+from ptxdist.console.terminal import bars, err, log_progress, redraws, say
 from ptxdist.events import Event, Message, Progress, RunStart
 from ptxdist.records import EpochMetrics, EvaluationResult, StageHistory, StageResult
 from ptxdist.scores.watchdog import Verdict, judge, why_not
 
-_EPOCHS_SHOWN = 12
+_EPOCHS_SHOWN, _WIDE = 12, 80
 _OUTSIDE = {  # steps of a stage that are outside of its epochs
     "copy": "copying the cache", "draw": "drawing phantoms", "load": "copying the images to the device",
     "average": "batch norm of the averaged weights",
@@ -45,14 +45,14 @@ class TrainingDisplay:
         )
 
     def __enter__(self) -> TrainingDisplay:
-        if err.is_terminal:
+        if redraws(err):
             self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if err.is_terminal:
+        if redraws(err):
             self._live.stop()
 
     def show(self, event: Event) -> None:
@@ -75,7 +75,7 @@ class TrainingDisplay:
                 self._rows.append(event)
                 self._left.add(event)
                 self._is_estimated = True  # from here on, each line or the title of the table says it
-                if not err.is_terminal:
+                if not redraws(err):
                     left, stage = self._time_left(event.stage, ", "), self._stages[event.stage - 1]
                     say(epoch_line(event, stage.epochs, judge(self._rows_of(event.stage), stage)[-1]) + left)
             case StageResult():
@@ -85,7 +85,7 @@ class TrainingDisplay:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Show how far one piece of work is."""
-        if not err.is_terminal:
+        if not redraws(err):
             self._log(what, done, total)
         elif what != self._what:
             self._what = what
@@ -129,7 +129,7 @@ class TrainingDisplay:
         return f"stage {step.stage} ({stage.size_px} px), epoch {step.epoch} of {stage.epochs}: {step.step}"
 
     def _finish_stage(self, stage: StageResult) -> None:
-        if err.is_terminal:
+        if redraws(err):
             verdicts = judge(stage.history, self._stages[stage.stage - 1])
             err.print(epoch_table(stage.history, f"stage {stage.stage}, {stage.size_px} px", verdicts))
         best = f"best epoch {stage.best.epoch}{' (averaged weights)' if stage.best.averaged else ''}"
@@ -163,9 +163,10 @@ class TrainingDisplay:
             return Group(self._bars)
         stage = self._rows[-1].stage
         rows = self._rows_of(stage)
-        verdicts = judge(rows, self._stages[stage - 1])[-_EPOCHS_SHOWN:]
+        shown = _EPOCHS_SHOWN if err.width >= _WIDE else 1  # one is stacked there
+        verdicts = judge(rows, self._stages[stage - 1])[-shown:]
         title = f"stage {stage}{self._time_left(stage, ': ')}"
-        return Group(epoch_table(rows[-_EPOCHS_SHOWN:], title, verdicts), self._bars)
+        return Group(epoch_table(rows[-shown:], title, verdicts), self._bars)
 
 
 def epoch_line(item: EpochMetrics, epochs: int, verdict: Verdict) -> str:
