@@ -32,7 +32,8 @@ _MOST_ZEROS = 4
 # Start of a tile and of its data; bytes of a coding style, and of a component's, before its levels.
 _SOT, _SOD, _SKIPPED = b"\xff\x90", b"\xff\x93", {b"\xff\x52": 5, b"\xff\x53": 2}
 _MOST_HEAD_BYTES = 2**20  # before the first scan
-MAX_TILES = 65535  # what T.800 allows
+MAX_TILES = 45_000  # the decoder takes 10 kB for each; T.800 allows 65,535
+_MOST_TILE_PARTS = 500_000
 # The decoder takes 0.42 kB for each and 0.15 kB for a precinct: 0.44 GB for 64 million pixels in blocks of 8x8.
 MAX_BLOCKS = 1_100_000
 MAX_SCANS = 100  # progressive encoders write about six for a component
@@ -167,21 +168,26 @@ def read_jpeg_2000(frame: bytes) -> Stream:
     if frame.find(b"\xff\xd9", start) < 0:
         raise DicomError("has JPEG 2000 data that are cut off (the end mark is missing)")
     width, height = min(right - left, tile_width), min(bottom - top, tile_height)
-    for style in _coding_styles(frame, start + 2):
+    styles, found = _coding_styles(frame, start + 2)
+    for style in styles:
         if _code_blocks(width, height, style) > MAX_BLOCKS:
             raise DicomError(f"has JPEG 2000 data of more than {MAX_BLOCKS:,} code blocks, which take too much memory")
-    tiles = -(-right // tile_width) * -(-bottom // tile_height)
+    tile_left, tile_top = int.from_bytes(size[24:28], "big"), int.from_bytes(size[28:32], "big")
+    tiles = -((tile_left - right) // tile_width) * -((tile_top - bottom) // tile_height)
+    if found < tiles <= MAX_TILES:
+        raise DicomError(f"has JPEG 2000 data that are cut off ({found:,} of {tiles:,} tiles)")
     components, bits, signed = int.from_bytes(size[32:34], "big"), (size[34] & 127) + 1, size[34] > 127
     return Stream(bottom - top, right - left, components, bits, tiles=tiles, signed=signed, scan=start)
 
 
-def _coding_styles(frame: bytes, position: int) -> list[bytes]:
+def _coding_styles(frame: bytes, position: int) -> tuple[list[bytes], int]:
     """Levels, sizes of code blocks and of precincts of the main header and of those of the tiles (T.800 A.6.1, A.6.2).
 
-    Raises DicomError when a header cannot be read.
+    Also the number of tiles that are there. Raises DicomError when a header cannot be read.
     """
     found: list[bytes] = []
-    for _ in range(MAX_TILES):
+    tiles = set[bytes]()
+    for _ in range(_MOST_TILE_PARTS):
         begin, size = position, 0
         while (marker := frame[position : position + 2]) not in (_SOD, b"\xff\xd9"):
             length = int.from_bytes(frame[position + 2 : position + 4], "big")
@@ -190,13 +196,14 @@ def _coding_styles(frame: bytes, position: int) -> list[bytes]:
             segment = frame[position + 4 : position + 2 + length]
             if marker == _SOT:
                 begin, size = position, int.from_bytes(segment[2:6], "big")
+                tiles.add(segment[:2])
             elif marker in _SKIPPED:
                 found.append(segment[_SKIPPED[marker] :])
             position += 2 + length
         position = begin + size
         if not size or frame[position : position + 2] != _SOT:
             break
-    return found
+    return found, len(tiles)
 
 
 def _code_blocks(width: int, height: int, style: bytes) -> int:

@@ -290,7 +290,7 @@ def _check(stream: Stream, file: Tags, rows: int, columns: int) -> None:
     if (stream.rows, stream.columns) != (rows, columns):
         raise DicomError(f"contains {stream.columns}x{stream.rows} pixels, but its header says {columns}x{rows}")
     if stream.tiles > codestream.MAX_TILES:
-        raise DicomError(f"has damaged JPEG 2000 data ({stream.tiles:,} tiles)")
+        raise DicomError(f"has JPEG 2000 data of {stream.tiles:,} tiles; at most {codestream.MAX_TILES:,} are accepted")
     if stream.components != 1:
         raise DicomError(f"is not grayscale (its compressed image has {stream.components} samples per pixel)")
     if stream.process not in _PROCESSES.get(file.syntax, {0}):

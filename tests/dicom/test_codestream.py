@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from PIL import Image
 from pydicom import uid
 
 from ptxdist.dicom import codestream
@@ -98,7 +100,8 @@ def test_code_blocks_of_jpeg_2000_are_bounded(file_of, in_tile: bool) -> None:  
         style = style[:2] + (12 + len(precincts)).to_bytes(2, "big") + style[4:] + precincts
         tile = rest.index(b"\xff\x90") + 12
         made = frame[:at] + (segment + rest[:tile] + style + rest[tile:] if in_tile else style + rest)
-        styles = codestream._coding_styles(made, 2)
+        styles, tiles = codestream._coding_styles(made, 2)
+        assert tiles == 1
         assert len(styles) == 1 + in_tile
         assert codestream._code_blocks(8000, 8000, styles[-1]) == pytest.approx(count, rel=0.4)
         if count < codestream.MAX_BLOCKS:
@@ -106,6 +109,18 @@ def test_code_blocks_of_jpeg_2000_are_bounded(file_of, in_tile: bool) -> None:  
         else:
             with pytest.raises(DicomError, match="more than 1,100,000 code blocks"):
                 read_jpeg_2000(made)
+
+
+def test_a_jpeg_2000_stream_without_all_of_its_tiles_is_refused() -> None:
+    """The decoder left black what is not there."""
+    file, pixels = BytesIO(), np.arange(40 * 48, dtype=np.uint16).reshape(40, 48)
+    Image.fromarray(pixels).save(file, "JPEG2000", no_jp2=True, tile_size=(16, 16))
+    whole = file.getvalue()
+    assert read_jpeg_2000(whole).tiles == 9
+    second = whole.index(b"\xff\x90", whole.index(b"\xff\x90") + 2)
+    third = whole.index(b"\xff\x90", second + 2)
+    with pytest.raises(DicomError, match=r"JPEG 2000 data that are cut off \(8 of 9 tiles\)"):
+        read_jpeg_2000(whole[:second] + whole[third:])
 
 
 def test_the_stream_that_was_checked_is_the_one_that_is_decoded(file_of) -> None:  # type: ignore[no-untyped-def]
