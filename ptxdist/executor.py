@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ptxdist.errors import StoreError
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
+_PATIENCE_S = 2.0
 OnProgress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 OnCount = Callable[[int, int], None]  # how much is done, of how much
 Item = TypeVar("Item")
@@ -84,9 +86,8 @@ class _Processes:
                 "finished work is kept"
             ) from error
         finally:
-            if waiting and self.pool is not None:  # the caller may release its lock next: no worker may still write
-                self.pool.shutdown(cancel_futures=True)
-                self.pool = None
+            if waiting:
+                self.end()
 
     def prepare(self, module: str) -> None:
         if self._workers > 1:
@@ -94,6 +95,23 @@ class _Processes:
                 pool = self._start()
                 for _ in range(self._workers):
                     pool.submit(_load, module)
+
+    def end(self) -> None:
+        """End the workers, which finish their task first, but not long after an interruption."""
+        if self.pool is None:
+            return
+        with interrupts.deferred():  # half freed, its semaphores would be reported as lost
+            pool, self.pool = self.pool, None
+            if interrupts.arrived():
+                from multiprocessing import active_children
+
+                pool.shutdown(wait=False, cancel_futures=True)
+                end = time.monotonic() + _PATIENCE_S
+                for process in active_children():
+                    process.join(max(0.0, end - time.monotonic()))
+                    process.kill()
+                    process.join()
+            pool.shutdown(cancel_futures=True)  # the caller may release its lock next: no worker may still write
 
     def _start(self) -> ProcessPoolExecutor:
         if self.pool is None:
@@ -116,14 +134,8 @@ def processes(workers: int) -> Iterator[Executor]:
     executor = _Processes(workers)
     try:
         yield executor
-    except BaseException:
-        if executor.pool is not None:
-            executor.pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    if executor.pool is not None:
-        with interrupts.deferred():  # half freed, its semaphores would be reported as lost
-            executor.pool.shutdown()
-            executor.pool = None
+    finally:
+        executor.end()
 
 
 def in_chunks(

@@ -36,6 +36,7 @@ DATA += "--patients {demo}/phantoms/patients.csv"
 TRAIN = "train --pipeline smoke --data {demo}/cache --run {out} --set stages.2.size_px=128 --set model.encoder=small "
 TRAIN += "--set train.checkpoint_every_images=20 "
 SERVES = "the viewer has ended; nothing was stored"  # the end of a viewer that serves; its exit code is 0
+CHANGING = ("environment.json", "index.html")  # they name the machine's load and the commit
 FAULTY = re.compile("Traceback|Exception ignored|Warning|terminate called|Fatal")
 
 
@@ -163,7 +164,7 @@ class Interruptions:
         """sha256 of the files by their names; locks and logs, which may stay, are left out."""
         files = [path for path in (self.place / "out").rglob("*") if path.is_file()]
         return {
-            str(path.relative_to(self.place)): sha256(path)
+            str(path.relative_to(self.place)): "" if path.name in CHANGING else sha256(path)
             for path in files
             if "lock" not in path.name and path.suffix != ".log" and "tensorboard" not in path.parts
         }
