@@ -68,7 +68,8 @@ def _stacked(table: Table, cells: Sequence[Sequence[str]]) -> Text:
             lines.append(Text(": ".join((name, *values))))
             continue
         lines.append(Text(" ".join(filter(None, (first, name)))))
-        lines += [Text(f"  {head}: {value}") for head, value in zip(heads, values, strict=True) if value]
+        indent = " " * (len(name) - len(name.lstrip()) + 2)
+        lines += [Text(f"{indent}{head}: {value}") for head, value in zip(heads, values, strict=True) if value]
     return Text("\n").join(lines)
 
 
