@@ -212,6 +212,6 @@ class _Bounded(io.RawIOBase):
         content = self._file.read(len(view))
         self._left -= len(content)
         if self._left < 0:
-            raise LabelError(f"{self._path} has more than {MAX_BYTES:,} bytes, unpacked")
+            raise LabelError(f"{self._path} has more than {MAX_BYTES:,} bytes; give a table of the images used")
         view[: len(content)] = content
         return len(content)

@@ -69,7 +69,7 @@ def test_an_archive_that_is_no_table_is_refused(tmp_path: Path, monkeypatch: pyt
                 archive.writestr(name, "0" * 100_000)
         refused(path, expected)
     monkeypatch.setattr(tables, "MAX_BYTES", 9_999)
-    refused(path, "has more than 9,999 bytes, unpacked")
+    refused(path, "has more than 9,999 bytes; give a table of the images used")
     refused(write(tmp_path, gzip.compress(bytes(10_000)), "labels.csv.gz"), "has more than 9,999 bytes")
     refused(write(tmp_path, bytes(10_000)), "has more than 9,999 bytes")
     path.write_bytes(path.read_bytes()[:-30])
