@@ -53,7 +53,7 @@ def load_json(folder: Path, path: Path) -> Any:
             content = file.read(size) if 2 * size <= MAX_MEMORY else b""
         if (memory := max(2 * size, _memory_of(content))) > MAX_MEMORY:
             raise LabelError(
-                f"{place} would take about {memory / 1e9:.1f} GB of memory; at most {MAX_MEMORY / 1e9:.1f} GB are "
+                f"{place} would take about {memory / 1e9:.2f} GB of memory; at most {MAX_MEMORY / 1e9:.2f} GB are "
                 "taken. Split it into several files in one folder, each of some of the images"
             )
         return json.loads(content.decode("utf-8-sig"))

@@ -715,7 +715,9 @@ def view(path: Path) -> str:
 
     predictor = make_predictor(256)
     replies = [reply_to(path.read_bytes(), wanted, predictor) for wanted in ("maps", "seg")]
-    return ", ".join(f"{reply.status}" + reply.body.decode()[:300] * (reply.status != 200) for reply in replies)
+    return ", ".join(
+        f"{reply.status} {'' if reply.status == 200 else reply.body.decode()}".strip() for reply in replies
+    )
 
 
 WAYS = {
@@ -741,7 +743,11 @@ def read(way: str, path: Path) -> None:
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(
         json.dumps(
-            {"s": round(time.process_time() - started, 1), "gb": int(peak.split()[1]) * 1024 / 1e9, "said": said}
+            {
+                "s": round(time.process_time() - started, 1),
+                "gb": round(int(peak.split()[1]) * 1024 / 1e9, 2),
+                "said": said,
+            }
         )
     )
 

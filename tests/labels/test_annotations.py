@@ -237,7 +237,7 @@ def test_files_that_contradict_each_other_are_refused(tmp_path: Path, monkeypatc
     with pytest.raises(LabelError, match=r"a has two masks, in 1.json and in 2.json; keep one of them"):
         read_any(tmp_path)
     monkeypatch.setattr(annotations, "MAX_MEMORY", 1000)
-    with pytest.raises(LabelError, match=r"1\.json would take about 0.0 GB of memory; at most 0.0 GB are taken. Split"):
+    with pytest.raises(LabelError, match=r"1\.json would take about 0.00 GB of memory; at most .* Split it"):
         read_any(tmp_path)
 
 
