@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ptxdist import files
-from ptxdist.errors import CheckpointError
+from ptxdist.errors import CheckpointError, remedy
 
 _STATE = "state.json"
 _DAMAGED = (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -60,8 +60,8 @@ def load_weights(model: nn.Module, path: Path, sha256: str | None = None) -> Non
 def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors in a file of `save_weights`; CheckpointError when it is missing, damaged, or not that of `sha256`."""
     if sha256 is not None:
-        remedy = f"remove {path.parent} and rerun the same `ptxdist train`, which retrains this stage"
-        files.refuse_damaged(path, sha256, remedy, CheckpointError)
+        advice = f"remove {path.parent} and rerun the same `ptxdist train`, which retrains this stage"
+        files.refuse_damaged(path, sha256, advice, CheckpointError)
     return _read(path)
 
 
@@ -161,11 +161,18 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path, on_damaged: Callable[[str], None] = lambda message: None) -> TrainingState | None:
-    """The newest checkpoint that is whole; None if there is none. `on_damaged` is called for each damaged one."""
+    """The newest checkpoint that is whole; None if there is none. `on_damaged` is called for each damaged one.
+
+    Raises CheckpointError when one may not be read, or when the disk or a limit prevents it: it may be whole.
+    """
     for path in reversed(checkpoints(folder)):
         try:
             return _load(path)
         except _DAMAGED as error:
+            if isinstance(error, OSError) and (advice := remedy(error)):
+                raise CheckpointError(
+                    f"checkpoint {path} cannot be read ({error}); {advice}, or remove it to resume from an earlier one"
+                ) from error
             on_damaged(f"checkpoint {path.name} is damaged ({error}); the one before it is used")
     return None
 

@@ -111,6 +111,11 @@ def test_processes_that_end_as_they_start_are_counted_since_the_workers_were_hea
 def test_workers_that_are_silent_for_long_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(monkeypatch)
     story.placed, story.waiting.silence_s = True, 600
+    story.goes_on(1000)
+    assert story.said[0][1] == "the workers have been silent for 60 s; does a disk or a file system hang?"
+    story.waiting.refuse()  # not before they were heard
+    story.said.clear()
+    story.goes_on(1, heard=True)
     story.goes_on(500)
     assert story.said[0][1] == (
         "the workers have been silent for 60 s of 600 s, twice train.collective_timeout_s, after which new ones start; "
@@ -132,6 +137,7 @@ def test_workers_that_are_silent_for_long_are_lost(monkeypatch: pytest.MonkeyPat
 def test_the_time_in_which_the_driver_was_stopped_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(monkeypatch)
     story.placed, story.waiting.silence_s = True, 600
+    story.goes_on(1, heard=True)
     story.goes_on(30)
     story.now += 3600
     story.goes_on(590)

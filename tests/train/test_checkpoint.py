@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from ptxdist import files
 from ptxdist.errors import CheckpointError
 from ptxdist.train.checkpoint import (
     TrainingState,
@@ -75,6 +78,20 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, part: str,
     assert loaded.epoch == 1
     assert len(told) == 1
     assert "epoch-0002-step-000000 is damaged" in told[0]
+
+
+def test_a_checkpoint_that_a_limit_keeps_from_being_read_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, trained(epoch)[1], keep=2)
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(files, "sha256", fail)
+    with pytest.raises(CheckpointError, match=r"epoch-0002-step-000000 cannot be read.*raise the limit of open files"):
+        load_checkpoint(tmp_path)
 
 
 def test_a_checkpoint_that_another_node_wrote_may_be_seen_late_or_not_at_all(tmp_path: Path) -> None:
