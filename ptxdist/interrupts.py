@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
+from importlib.machinery import ExtensionFileLoader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -156,8 +157,20 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _first.append(number)
         _due = True
         _thread.start_new_thread(_end_later, (number,))
-    if not _deferring:
+    if _due and _in_native_import(frame):
+        _thread.start_new_thread(_again, ())
+    elif not _deferring:
         _raise_due()
+
+
+def _in_native_import(frame: FrameType | None) -> bool:
+    """Whether native code is being imported: what it calls must not raise, else the process aborts."""
+    while frame is not None:
+        is_load = frame.f_code.co_name in ("create_module", "exec_module")
+        if is_load and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _raise_due() -> None:
@@ -178,7 +191,7 @@ def _unraisable(lost: sys.UnraisableHookArgs) -> None:
 
 
 def _again() -> None:
-    """Interrupt the main thread once more, when it has left the callback."""
+    """Interrupt the main thread once more, when it has left the callback or the import."""
     time.sleep(_AGAIN_S)
     os.kill(os.getpid(), _first[0])
 

@@ -93,6 +93,24 @@ except KeyboardInterrupt as error:
     assert (code, out, err) == (143, "", "")
 
 
+def test_native_code_is_imported_to_the_end() -> None:
+    """What it is given to call may not raise: Triton's enums ended the process with -6."""
+    code, out, err = outcome("""
+from importlib.machinery import ExtensionFileLoader
+class Native(ExtensionFileLoader):
+    def exec_module(self, module):
+        os.kill(os.getpid(), 15)
+        time.sleep(0.05)
+        print("imported")
+try:
+    Native("native", "native.so").exec_module(None)
+    time.sleep(30)
+except KeyboardInterrupt as error:
+    sys.exit(error.exit_code)
+""")
+    assert (code, out, err) == (143, "imported\n", "")
+
+
 def test_other_errors_in_a_destructor_are_written_as_ever() -> None:
     _, _, err = outcome("""
 class Ended:
