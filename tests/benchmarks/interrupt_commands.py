@@ -265,7 +265,7 @@ class Interruptions:
 
     def drafts(self) -> list[str]:
         """Temporary files and folders that are left."""
-        found = (*(self.place / "out").rglob("*.tmp"), *(self.place / "tmp").iterdir())
+        found = (*(self.place / "out").rglob("*.ptxdist-*.tmp"), *(self.place / "tmp").iterdir())
         return [f"left: {path.name}" for path in found if path.name not in {*self.usual, "torchinductor_root"}]
 
     def again(self) -> list[str]:
