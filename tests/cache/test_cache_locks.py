@@ -66,7 +66,7 @@ def test_without_locks_the_work_is_done(
 def test_lock_that_fails_is_no_conflict(cache: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, "EIO")
     with pytest.raises(
-        StoreError, match=f"^{re.escape(str(cache / locks.LOCK))} cannot be locked: Input/output error$"
+        StoreError, match=f"^{re.escape(str(cache / locks.LOCK))} cannot be locked: Input/output error; check that disk"
     ):
         command()
 

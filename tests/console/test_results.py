@@ -24,6 +24,7 @@ def test_nothing_is_cut_on_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     """A table that does not fit is stacked: each value with its head, in lines that may be wrapped."""
+    monkeypatch.setenv("TERM", "xterm")  # on a dumb terminal rich takes 80 columns
     monkeypatch.setenv("COLUMNS", "300")
     rows = [(f"has another checksum {n}", f"{1.5 * n:.4f}", "1.2.276.0.7230010.3.1.4.8323329") for n in range(12)]
 
