@@ -93,7 +93,7 @@ def _connect(address: str | None, cpus: int | None) -> None:
     """Connect to Ray, or start it; as `connection`."""
     try:
         if address is None:
-            with _signals_stay_ours(), interrupts.only_here():
+            with _signals_stay_ours():
                 _start_local(cpus)
         else:
             _prepare_for(address)
@@ -116,27 +116,34 @@ def _connect(address: str | None, cpus: int | None) -> None:
 
 @contextmanager
 def _signals_stay_ours() -> Iterator[None]:
-    """Keep Ray from handling SIGTERM during the block.
+    """Keep Ray from handling SIGTERM during the block, and processes that it starts from the signals to a command.
 
     Ray's own handlers end a driver with exit code 15, and the one of its C++ core, which `connect` installs, with 134
-    and a stack trace.
+    and a stack trace. When a terminal or a service manager sends a signal to all processes of the command, Ray's would
+    end before it, which ends it without a word; so they are a process group of their own.
     """
     if not interrupts.installed():
         yield
         return
     from ray._private import utils, worker
 
-    set_handler, connect = utils.set_sigterm_handler, worker.connect
+    set_handler, connect, bind = utils.set_sigterm_handler, worker.connect, utils.set_kill_on_parent_death_linux
 
     def connect_without_handler(*args: Any, **extra: Any) -> None:
         with interrupts.held():
             connect(*args, **extra)
 
+    def bind_apart() -> None:  # called by each process before it becomes one of Ray's
+        os.setpgid(0, 0)
+        bind()
+
     utils.set_sigterm_handler, worker.connect = lambda handler: None, connect_without_handler
+    utils.set_kill_on_parent_death_linux = bind_apart
     try:
         yield
     finally:
         utils.set_sigterm_handler, worker.connect = set_handler, connect
+        utils.set_kill_on_parent_death_linux = bind
 
 
 def _start_local(cpus: int | None) -> None:
