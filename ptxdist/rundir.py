@@ -179,7 +179,7 @@ def read_origin(run: Path) -> Origin | None:
     path = run / ORIGIN
     if not any(os.path.lexists(run / name) for name in (ORIGIN, TRAINING_IMAGES)):
         return None
-    remedy = f"rerun the same `ptxdist train` without {path}, which it writes again"
+    remedy = f"rerun the same `ptxdist train` with {path} removed, which it writes again"
     return _read(path, Origin, remedy, TRAINING_IMAGES)
 
 

@@ -109,7 +109,8 @@ class TrainingDisplay:
         stage, images = self._stages[begun.stage - 1], run.images[begun.stage - 1]
         what = "" if images == run.train else f" of {images:,} {'phantoms' if stage.phantoms else 'images'}"
         epochs = f"{stage.epochs} epoch{'s' if stage.epochs > 1 else ''}{what} in batches of {stage.batch_size}"
-        done = f"; {len(begun.epochs)} are finished" if begun.epochs else ""
+        finished = min(len(begun.epochs), stage.epochs)  # averaged weights are an entry too
+        done = f"; {finished} finished" if finished else ""
         say(f"stage {begun.stage} of {len(self._stages)}: {stage.size_px} px, {epochs}{done}")
 
     def _estimate(self, step: Progress) -> None:
