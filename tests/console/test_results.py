@@ -24,8 +24,7 @@ def test_nothing_is_cut_on_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, columns: int
 ) -> None:
     """A table that does not fit is stacked: each value with its head, in lines that may be wrapped."""
-    monkeypatch.setenv("TERM", "xterm")  # on a dumb terminal rich takes 80 columns
-    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(console.out, "_width", 300)  # of COLUMNS when it was made, which pytest-xdist sets to 80
     rows = [(f"has another checksum {n}", f"{1.5 * n:.4f}", "1.2.276.0.7230010.3.1.4.8323329") for n in range(12)]
 
     def show() -> str:
@@ -39,7 +38,7 @@ def test_nothing_is_cut_on_a_narrow_terminal(
         return capsys.readouterr().out
 
     words = set(re.findall(r"[\w.%,/()]{2,}", show()))
-    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(console.out, "_width", columns)
     narrow = show()
     assert "…" not in narrow
     assert max(map(len, narrow.splitlines())) <= columns
