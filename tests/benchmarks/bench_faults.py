@@ -29,7 +29,7 @@ from faults import Training, cluster, drain_node, kill_node, living_nodes, train
 
 from ptxdist.rundir import read_result
 
-WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=20", "--workers", 2, "--set", "train.worker_timeout_s=10",
+WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=12", "--workers", 2, "--set", "train.worker_timeout_s=10",
          "--set", "train.resize_every_s=3", "--set", "train.checkpoint_every_s=1")  # fmt: skip
 ELASTIC = ("--set", "train.min_workers=1")
 Fault = Callable[[Cluster, Training], None]
@@ -102,7 +102,7 @@ def measure(name: str, cache: Path, folder: Path) -> dict[str, object]:
     command = ["train", "--data", cache, "--run", run, "--json", *WORDS, *words]
     with cluster(nodes) as made, Training(made.address, command, log=run.with_suffix(".log")) as training:
         started = time.monotonic()
-        training.wait_for(lambda: training.words.count("epoch 2/20") > 0, 300)
+        training.wait_for(lambda: training.words.count("epoch 2/12") > 0, 300)
         seen = training.words.count("\n")
         hit = time.monotonic()
         fault(made, training)
