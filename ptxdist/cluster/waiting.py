@@ -107,7 +107,9 @@ class Waiting:
         if not placed or self._silent is None:
             self._silent = now if placed else None
             return
-        silent, limit = now - self._silent, self.silence_s if self._heard else None  # a start may take minutes
+        silent, limit = now - self._silent, self.silence_s
+        if limit is not None and not self._heard:
+            limit = max(limit, _LIMIT_S)  # a start may take minutes
         if limit is not None and silent >= limit:
             self._give_up(LostError(f"the workers were silent for {silent:.0f} s"))
         elif silent >= _SILENT_S and now - self._said >= _SAY_EVERY_S:

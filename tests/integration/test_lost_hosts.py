@@ -1,6 +1,6 @@
 """Training on hosts of their own: two that train, a head, one outside, and what happens to them.
 
-See tests/host_faults.py and tests/hosts.py. They take minutes, so `make hosts` runs them, and `make test` does not.
+See tests/host_faults.py and tests/hosts.py. Trainings with faults take minutes, so only `make hosts` runs them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,7 @@ from ptxdist.errors import ClusterError
 from ptxdist.resolve import find
 from ptxdist.rundir import stage_folder
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif("PTXDIST_HOSTS" not in os.environ, reason="takes minutes; `make hosts` runs it"),
-]
+pytestmark = pytest.mark.slow
 # As in test_lost_nodes: how long Ray Train waits for a node that has gone. Each step takes 0.4 s.
 IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "SLOW_S": "0.4"}
 WORDS = ("--workers", 2, "--set", "stages.*.batch_size=2", *SMALL_NETWORK)  # thirteen steps an epoch
@@ -63,6 +60,7 @@ def undisturbed(scene: Scene) -> list[str]:
     return scene.weights(place)
 
 
+@pytest.mark.skipif("PTXDIST_HOSTS" not in os.environ, reason="takes minutes; `make hosts` runs it")
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_costs_no_bit_or_ends_in_a_sentence(name: str, scene: Scene, undisturbed: list[str]) -> None:
     case, place = FAULTS[name], start(scene, name)
