@@ -170,7 +170,7 @@ def start_ray(
     """
     words = ["ray", "start", "--block", f"--node-ip-address={host.address}", "--object-store-memory=100000000"]
     if head:
-        checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000,
+        checks = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_timeout_ms": 2000,
                   "health_check_failure_threshold": 3}  # fmt: skip
         words += ["--head", f"--port={PORT}", "--num-cpus=0"]
         words += [f"--dashboard-host={host.address}"] if dashboard else ["--include-dashboard=false"]

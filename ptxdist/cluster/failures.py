@@ -6,17 +6,16 @@ Ray's own texts name its environment variables, which a training sets itself; RU
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Sequence
 
 from ptxdist.errors import PtxdistError, TrainingError, remedy
 
+_log = logging.getLogger(__name__)
 _VARIABLE = re.compile(r"\bRAY_\w+")
 _PLACE = re.compile(r"\b(?:node_ip=|ip: )['\"]?([\w.:%]+)")
 _SENTENCE = re.compile(r"(?<=[.;])\s+")
-_TIMED_OUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout|timed out after \d+ms")
-
-_BROKEN = re.compile(r"gloo/transport\S* .*?(?:\[([\w.:%]+)\]:\d+|$)|ncclRemoteError", re.MULTILINE)
 
 
 class LostError(Exception):
@@ -70,9 +69,10 @@ def loss_of(error: BaseException, who: str = "a worker") -> str:
     from ray import exceptions
     from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-    text = str(error)
-    place = _PLACE.search(text)
-    where = f" on {place[1]}" if place else ""
+    from ptxdist.train.distributed import loss
+
+    text, place = str(error), place_of(error)
+    where = f" on {place}" if place else ""
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return f"{who}{where} did not answer within train.worker_timeout_s"
     if isinstance(error, exceptions.OutOfMemoryError) or "running low on memory" in text:
@@ -83,12 +83,24 @@ def loss_of(error: BaseException, who: str = "a worker") -> str:
         return f"{who}{where} died"
     if isinstance(error, exceptions.ActorUnavailableError):
         return f"{who}{where} cannot be reached"
-    if _TIMED_OUT.search(text):
-        return "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"
-    if broken := _BROKEN.search(text):
-        peer = f"the one on {broken[1]}" if broken[1] else "another one"
-        return f"{who} lost its connection to {peer}, which died or was cut off"
-    return f"{who} failed with {brief(error)}"
+    return loss(error, who) or f"{who} failed with {brief(error)}"
+
+
+def place_of(error: BaseException) -> str:
+    """The address of the node on which a process was lost; "" if it is not known."""
+    if found := _PLACE.search(str(error)):
+        return found[1]
+    import ray
+    from ray._private.state import actors
+
+    actor = getattr(error, "actor_id", None)
+    if actor is None or not ray.is_initialized():
+        return ""
+    try:
+        return str(actors(actor_id=actor)["Address"]["IPAddress"])
+    except Exception:  # for example when the head is gone too; what was lost matters more than where
+        _log.exception("where %s was cannot be found out", actor)
+        return ""
 
 
 def brief(error: BaseException) -> str:

@@ -92,7 +92,7 @@ class Waiting:
         if missing and found.total and needed > 1:
             fewer = f"; `--set train.min_workers={found.total}` goes on with fewer"
         if limit is not None and waited >= limit:
-            end = "no node came" if missing else "no other work on the cluster ended"
+            end = "no node came" if missing else "neither other work ended nor a silent node answered"
             again = "start Ray again on nodes that were cut off" if missing else "rerun the command later"
             text = f"{have}, and {end} within {limit:.0f} s (train.capacity_timeout_s); {again}{fewer}"
             self._give_up(ClusterError(text))

@@ -9,6 +9,7 @@ has no time limit.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,8 @@ from ptxdist.train.device import Device, choose_device
 
 Result = TypeVar("Result")
 _LONGEST_PAUSE_S = 0.05  # between two looks at whether all ranks have come
+_TIMED_OUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout|timed out after \d+ms")
+_BROKEN = re.compile(r"gloo/transport\S* .*?(?:\[([\w.:%]+)\]:\d+|$)|ncclRemoteError", re.MULTILINE)
 
 
 @contextmanager
@@ -31,7 +34,8 @@ def process_group(device: Device, ranks: int, timeout_s: float) -> Iterator[torc
     """The process group of so many processes of torchrun, if there are several; yields this rank's device.
 
     A collective that takes longer than `timeout_s` raises RuntimeError, or with NCCL ends the process. Raises
-    TrainingError when `device` is gpu and this rank has none.
+    TrainingError when `device` is gpu and this rank has none, when the processes do not find each other, and for a
+    RuntimeError inside that is the loss of another one.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     missing = TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
@@ -39,12 +43,34 @@ def process_group(device: Device, ranks: int, timeout_s: float) -> Iterator[torc
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if ranks > 1:
-        dist.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        backend = "nccl" if own.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except (RuntimeError, OSError) as error:
+            raise TrainingError(
+                f"the processes of torchrun do not reach each other; on several machines, name the network interface "
+                f"between them in {backend.upper()}_SOCKET_IFNAME ({(str(error).splitlines() or [''])[0][:200]})"
+            ) from error
     try:
         yield own
+    except RuntimeError as error:
+        if ranks > 1 and (found := loss(error, "a worker")):
+            raise TrainingError(f"training stopped: {found}; the same command resumes it") from error
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def loss(error: BaseException, who: str) -> str:
+    """How the loss of another rank was noticed, if `error` is a collective's; else ""."""
+    text = str(error)
+    if _TIMED_OUT.search(text):
+        return "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"
+    if broken := _BROKEN.search(text):
+        peer = f"the one on {broken[1]}" if broken[1] else "another one"
+        return f"{who} lost its connection to {peer}, which died or was cut off"
+    return ""
 
 
 def _initialised() -> bool:

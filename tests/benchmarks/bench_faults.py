@@ -29,8 +29,9 @@ from faults import Training, cluster, drain_node, kill_node, living_nodes, train
 
 from ptxdist.rundir import read_result
 
-WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=12", "--workers", 2, "--set", "train.worker_timeout_s=10",
-         "--set", "train.resize_every_s=3", "--set", "train.checkpoint_every_s=1")  # fmt: skip
+WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=12", "--set", "stages.1.best_by=loss", "--workers", 2,
+         "--set", "train.worker_timeout_s=10", "--set", "train.resize_every_s=3", "--set",
+         "train.checkpoint_every_s=1")  # fmt: skip
 ELASTIC = ("--set", "train.min_workers=1")
 Fault = Callable[[Cluster, Training], None]
 

@@ -25,21 +25,22 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from host_faults import ADDRESS, CASES, PTXDIST, UNDISTURBED, Scene, cluster_of_hosts, make_other, restart_ray, start
 from hosts import NETWORK, wait_until
 
-WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=4", "--workers", 2, "--set", "train.worker_timeout_s=10",
-         "--set", "train.checkpoint_every_s=1")  # fmt: skip
+WORDS = ("--pipeline", "smoke", "--set", "stages.1.epochs=4", "--set", "stages.1.best_by=loss", "--workers", 2, "--set",
+         "train.worker_timeout_s=10", "--set", "train.checkpoint_every_s=1")  # fmt: skip
 REFUSED = ("another version", "no shared folder", "a clock 60 s off (doctor)")
 
 
 def measure(name: str, scene: Scene) -> dict[str, object]:
     """Train with one fault in the third epoch of the first stage."""
     case, started = CASES[name], time.monotonic()
-    place = start(scene, name, WORDS)
+    place = start(scene, name, case, WORDS)
     wait_until(lambda: "epoch 2/4" in scene.words or not scene.goes_on(), 600, lambda: scene.words)
-    seen, hit = len(scene.words), time.monotonic()
+    scene.listen()
+    hit = time.monotonic()
     case.fault(scene)
     found: dict[str, float] = {}
     while scene.goes_on():
-        new = scene.words[seen:]
+        new = scene.news
         for key, pattern in (("noticed_s", "worker|collective|waiting"), ("again_s", "resumes after")):
             if key not in found and re.search(pattern, new):
                 found[key] = round(time.monotonic() - hit, 1)
@@ -49,7 +50,7 @@ def measure(name: str, scene: Scene) -> dict[str, object]:
                               "total_s": round(time.monotonic() - started, 1)}  # fmt: skip
     case.after(scene)
     row["as_promised"] = scene.training.returncode == case.code and re.search(case.says, scene.words) is not None
-    row["said"] = [line for line in scene.words[seen:].splitlines() if "epoch" not in line.split(":")[0]][-12:]
+    row["said"] = [line for line in scene.news.splitlines() if "epoch" not in line.split(":")[0]][-12:]
     if scene.training.returncode == 0:
         row["weights"] = scene.weights(place)
     return row

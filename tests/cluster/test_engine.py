@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 from ray._private.state import actors
-from ray.exceptions import ActorDiedError, NodeDiedError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError
 from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
@@ -121,6 +121,9 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
         while (free := ray.available_resources().get("CPU")) != ray.cluster_resources()["CPU"]:
             assert time.monotonic() < end, f"of the CPUs {free} are free"
             time.sleep(0.1)
+        actor, entry = next(iter(actors().items()))
+        place = entry["Address"]["IPAddress"]
+        assert loss_of(ActorUnavailableError("late", bytes.fromhex(actor))) == f"a worker on {place} cannot be reached"
         # Each is a process, and most of them load pandas and more of Ray for a second or two.
         assert sorted(actor["ActorClassName"] for actor in actors().values()) == [
             "Inbox", "RayTrainWorker", "SynchronizationActor", "TrainController", "_AutoscalingCoordinatorActor",

@@ -1,6 +1,6 @@
 """Training on hosts of their own: two that train, a head, one outside, and what happens to them.
 
-See tests/host_faults.py and tests/hosts.py. Trainings with faults take minutes, so only `make hosts` runs them.
+See tests/host_faults.py and tests/hosts.py. They take five minutes, so only `make hosts` runs them.
 """
 
 from __future__ import annotations
@@ -9,29 +9,28 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import host_faults
 import pytest
-from commands import INSIDE, SMALL_NETWORK
-from host_faults import ADDRESS, CASES, PTXDIST, UNDISTURBED, Case, Scene, store_is_cut_off
+from commands import SMALL_NETWORK
+from host_faults import ADDRESS, CASES, PTXDIST, Case, Scene, nothing
 from hosts import NETWORK, wait_until, why_not
 
 from ptxdist.errors import ClusterError
 from ptxdist.resolve import find
-from ptxdist.rundir import stage_folder
 
-pytestmark = pytest.mark.slow
-# As in test_lost_nodes: how long Ray Train waits for a node that has gone. Each step takes 0.4 s.
-IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "SLOW_S": "0.4"}
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif("PTXDIST_HOSTS" not in os.environ, reason="takes minutes; `make hosts` runs it"),
+]
+# As in test_lost_nodes: how long Ray Train waits for a node that has gone. Each step takes 0.1 s.
+IMPATIENT = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5", "SLOW_S": "0.1"}
+SURVIVED = ("a cable is cut for two seconds", "a slow and lossy line to a host", "a training thread hangs",
+            "a host loses power and starts again", "a cable is cut, and mended when the training waits",
+            "the object store is cut off for 15 seconds")  # fmt: skip
+EPOCHS = len(SURVIVED)
 WORDS = ("--workers", 2, "--set", "stages.*.batch_size=2", *SMALL_NETWORK)  # thirteen steps an epoch
-FAULTS: dict[str, Case] = {
-    name: replace(case, fault=partial(store_is_cut_off, seconds=15)) if case.fault is store_is_cut_off else case
-    for name, case in CASES.items()
-    if name != UNDISTURBED
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,44 +42,69 @@ def scene(work: Path) -> Iterator[Scene]:
         yield made
 
 
-def start(scene: Scene, name: str) -> Path | str:
-    """Start the first stage of the smoke pipeline with two workers; returns where its run will be."""
-    pipeline = scene.work / "one.toml"
+def words(work: Path) -> list[object]:
+    """Those of every training here: the first stage of the smoke pipeline, with an epoch for each fault."""
+    pipeline = work / "one.toml"
     pipeline.write_text("[[stages]]".join(find("pipelines", "smoke").read_text().split("[[stages]]")[:2]))
-    more = ["--pipeline", pipeline, "--set", "train.worker_timeout_s=8", "--set", "train.checkpoint_every_images=20"]
-    return host_faults.start(scene, name, [*WORDS, *more])
+    settings = (f"stages.1.epochs={EPOCHS}", "stages.1.best_by=loss", "train.worker_timeout_s=8",
+                "train.checkpoint_every_images=20", f"train.max_worker_failures={EPOCHS}")  # fmt: skip
+    return [*WORDS, "--pipeline", pipeline, *(word for setting in settings for word in ("--set", setting))]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(scene: Scene) -> list[str]:
-    """The weights of a training that nothing happens to, which has two cores for each rank."""
-    place = start(scene, UNDISTURBED)
-    assert scene.training is not None
-    assert scene.training.wait(200) == 0, scene.words
-    return scene.weights(place)
+    """The weights of the same training without Ray, by torchrun on both hosts, which nothing happens to."""
+    run, log = scene.work / "undisturbed" / "run", scene.work / "undisturbed.log"
+    command = ("-m", "--", "ptxdist", "train", "--without-ray", "--data", scene.work / "cache", "--run", run)
+    started = []
+    for number, name in enumerate(("one", "two")):
+        meet = ("--nnodes=2", f"--node-rank={number}", f"--master-addr={NETWORK}.2", "--master-port=29500")
+        change = ("env", "SLOW_S=0", "GLOO_SOCKET_IFNAME=eth0")
+        started.append(scene.at[name].start(*change, "torchrun", *meet, *command, *words(scene.work), log=log))
+    assert [process.wait(100) for process in started] == [0, 0], log.read_text()
+    return scene.weights(run)
 
 
-@pytest.mark.skipif("PTXDIST_HOSTS" not in os.environ, reason="takes minutes; `make hosts` runs it")
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_costs_no_bit_or_ends_in_a_sentence(name: str, scene: Scene, undisturbed: list[str]) -> None:
-    case, place = FAULTS[name], start(scene, name)
-    assert scene.training is not None
-    if isinstance(place, Path) and not case.submitted:
-        inside = stage_folder(place, 1, 64) / "checkpoints" / INSIDE
-        wait_until(lambda: inside.exists() or not scene.goes_on(), 200, lambda: scene.words)
-    else:
-        wait_until(lambda: "epoch 1 of 1: train" in scene.words or not scene.goes_on(), 200, lambda: scene.words)
-    assert scene.goes_on(), scene.words
+def test_a_training_outlives_faults_of_its_hosts_one_after_the_other(scene: Scene, undisturbed: list[str]) -> None:
+    """It is submitted from outside, and its cache and its run are in the object store. Each epoch has a fault."""
+    cases = [CASES[name] for name in SURVIVED]
+    settings = tuple(setting for case in cases for setting in case.settings)
+    place = host_faults.start(scene, "in turn", Case(nothing, True, True, settings), words(scene.work))
+    for epoch, case in enumerate(cases):
+        wait_for(scene, f"stage 1 epoch {epoch}/" if epoch else "training will take about")
+        scene.listen()
+        case.fault(scene)
+        wait_for(scene, case.says, since=scene.heard)
+        case.after(scene)
+    ends(scene, 0)
+    assert scene.weights(place) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["a host never comes back", "the local disk of a host is full"])
+def test_a_training_that_cannot_go_on_says_why(name: str, scene: Scene) -> None:
+    case = CASES[name]
+    host_faults.start(scene, name, case, [*words(scene.work), "--set", "stages.1.epochs=2"])
+    wait_for(scene, "stage 1 epoch 1/")
     case.fault(scene)
     try:
-        assert scene.training.wait(300) == case.code, scene.words
+        ends(scene, case.code)
     finally:
         case.after(scene)
     assert re.search(case.says, scene.words), scene.words
+
+
+def wait_for(scene: Scene, pattern: str, since: int = 0) -> None:
+    """Wait until the training says it, after so many characters; AssertionError when it ends without."""
+    wait_until(lambda: bool(re.search(pattern, scene.words[since:])) or not scene.goes_on(), 200, lambda: scene.words)
+    assert re.search(pattern, scene.words[since:]), scene.words
+
+
+def ends(scene: Scene, code: int) -> None:
+    """Wait for the end of the training, which has this exit code, and check what no training says."""
+    assert scene.training is not None
+    assert scene.training.wait(200) == code, scene.words
     assert "RAY_" not in scene.words
     assert "Traceback" not in scene.words
-    if not case.code:
-        assert scene.weights(place) == undisturbed
 
 
 def test_doctor_finds_three_sound_hosts_though_each_calls_itself_127_0_1_1(scene: Scene) -> None:
