@@ -79,6 +79,22 @@ def system_says(failure: OSError, otherwise: str = "") -> str:
     return f"{failure.strerror or reason(failure)}{'; ' if advice else ''}{advice}"
 
 
+# What gloo and NCCL say when another rank does not answer, and when it is gone.
+_TIMED_OUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout|timed out after \d+ms")
+_BROKEN = re.compile(r"gloo/transport\S* .*?(?:\[([\w.:%]+)\]:\d+|$)|ncclRemoteError", re.MULTILINE)
+
+
+def lost_rank(error: BaseException, who: str) -> str:
+    """How the loss of another rank was noticed, if `error` is a collective's; else ""."""
+    text = str(error)
+    if _TIMED_OUT.search(text):
+        return "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"
+    if broken := _BROKEN.search(text):
+        peer = f"the one on {broken[1]}" if broken[1] else "another one"
+        return f"{who} lost its connection to {peer}, which died or was cut off"
+    return ""
+
+
 class PtxdistError(Exception):
     """Base class of all errors; `exit_code` is that of the command line. A message that repeats input is bounded."""
 

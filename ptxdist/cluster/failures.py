@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Sequence
 
-from ptxdist.errors import PtxdistError, TrainingError, remedy
+from ptxdist.errors import PtxdistError, TrainingError, lost_rank, remedy
 
 _log = logging.getLogger(__name__)
 _VARIABLE = re.compile(r"\bRAY_\w+")
@@ -69,8 +69,6 @@ def loss_of(error: BaseException, who: str = "a worker") -> str:
     from ray import exceptions
     from ray.train.v2._internal.exceptions import WorkerHealthCheckTimeoutError
 
-    from ptxdist.train.distributed import loss
-
     text, place = str(error), place_of(error)
     where = f" on {place}" if place else ""
     if isinstance(error, WorkerHealthCheckTimeoutError):
@@ -83,7 +81,7 @@ def loss_of(error: BaseException, who: str = "a worker") -> str:
         return f"{who}{where} died"
     if isinstance(error, exceptions.ActorUnavailableError):
         return f"{who}{where} cannot be reached"
-    return loss(error, who) or f"{who} failed with {brief(error)}"
+    return lost_rank(error, who) or f"{who} failed with {brief(error)}"
 
 
 def place_of(error: BaseException) -> str:

@@ -9,7 +9,6 @@ has no time limit.
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,13 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptxdist.errors import TrainingError
+from ptxdist.errors import TrainingError, lost_rank
 from ptxdist.train.device import Device, choose_device
 
 Result = TypeVar("Result")
 _LONGEST_PAUSE_S = 0.05  # between two looks at whether all ranks have come
-_TIMED_OUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout|timed out after \d+ms")
-_BROKEN = re.compile(r"gloo/transport\S* .*?(?:\[([\w.:%]+)\]:\d+|$)|ncclRemoteError", re.MULTILINE)
 
 
 @contextmanager
@@ -54,23 +51,12 @@ def process_group(device: Device, ranks: int, timeout_s: float) -> Iterator[torc
     try:
         yield own
     except RuntimeError as error:
-        if ranks > 1 and (found := loss(error, "a worker")):
+        if ranks > 1 and (found := lost_rank(error, "a worker")):
             raise TrainingError(f"training stopped: {found}; the same command resumes it") from error
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def loss(error: BaseException, who: str) -> str:
-    """How the loss of another rank was noticed, if `error` is a collective's; else ""."""
-    text = str(error)
-    if _TIMED_OUT.search(text):
-        return "a collective did not end within train.collective_timeout_s: another worker is stuck or cut off"
-    if broken := _BROKEN.search(text):
-        peer = f"the one on {broken[1]}" if broken[1] else "another one"
-        return f"{who} lost its connection to {peer}, which died or was cut off"
-    return ""
 
 
 def _initialised() -> bool:
