@@ -43,6 +43,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Channels = Annotated[int, Field(ge=1, le=1024)]
 Precision = Literal["auto", "fp32", "bf16"]
+YEAR_S = 366 * 86_400  # the longest time that a setting can say
 _MOST_VALUES = 2**28  # of an image in one layer of the decoder: 1 GiB
 # Settings of a stage that are gone: they changed the weights, and nothing in how these are used.
 _REMOVED = ("ema_decay", "clip_norm")
@@ -77,17 +78,26 @@ class TrainSettings(Section):
     data_on_device: Literal["auto", "on", "off"] = Field(
         "auto", description="keep the data set in the memory of each GPU; auto: if it takes a quarter of it at most"
     )
-    checkpoint_every_s: float = Field(300.0, ge=0, description="seconds between checkpoints inside an epoch; 0: none")
+    checkpoint_every_s: float = Field(
+        300.0, ge=0, le=YEAR_S, description="seconds between checkpoints inside an epoch; 0: none"
+    )
     checkpoint_every_images: int = Field(
         0, ge=0, description="images between checkpoints inside an epoch, up to the next ten steps; 0: none"
     )
     max_worker_failures: int = Field(2, ge=0, description="restarts of a stage after a worker died")
-    worker_timeout_s: float = Field(60.0, gt=0, description="seconds until a worker that does not respond is replaced")
-    collective_timeout_s: float = added(300.0, gt=0, description="seconds until a stuck collective ends")
-    capacity_timeout_s: float | None = added(
-        None, gt=0, description="seconds to wait for nodes; default: 600, without limit if the cluster autoscales"
+    worker_timeout_s: float = Field(
+        60.0, gt=0, le=YEAR_S, description="seconds until a worker that does not respond is replaced"
     )
-    resize_every_s: float = Field(60.0, gt=0, description="with `min_workers`: seconds between checks for new nodes")
+    collective_timeout_s: float = added(300.0, gt=0, le=YEAR_S, description="seconds until a stuck collective ends")
+    capacity_timeout_s: float | None = added(
+        None,
+        gt=0,
+        le=YEAR_S,
+        description="seconds to wait for nodes; default: 600, without limit if the cluster autoscales",
+    )
+    resize_every_s: float = Field(
+        60.0, gt=0, le=YEAR_S, description="with `min_workers`: seconds between checks for new nodes"
+    )
     keep_checkpoints: int = Field(2, ge=1, description="resumable checkpoints kept for each stage")
     mlflow: str | None = Field(None, min_length=1, description="MLflow tracking URI; metrics are also logged there")
     reuse: bool = added(True, description="take over finished stages of runs beside this one that trained the same")

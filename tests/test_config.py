@@ -151,6 +151,7 @@ def test_settings_cannot_be_changed() -> None:
         ("stages.2.threshold=1.0", "pipeline.stages.2.threshold: Input should be less than 1"),
         ("stages.1.learning_rate=nan", "finite number"),
         ("stages.1.size_px=100", "multiple of 32"),
+        ("train.collective_timeout_s=1e308", "less than or equal to 31622400"),
         ("stages.3.epochs=1", "no stage '3'; the pipeline has stages 1 to 2"),
         ("stages.1=1", "such as stages.1.epochs"),
         ("model=1", "'pipeline.model' is a group; set one of: encoder, encoder_weights"),

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ptxdist.dicom.kind import START_BYTES
 from ptxdist.dicom.radiograph import read_start
-from ptxdist.errors import LabelError, SettingsError
+from ptxdist.errors import LabelError, SettingsError, system_says
 from ptxdist.executor import Executor, in_chunks, serial
 from ptxdist.files import require_extra
 from ptxdist.finding import known_name
@@ -112,8 +112,13 @@ def read_any(
 def _kind_of_file(path: Path) -> str:
     start = read_start(path, START_BYTES)
     if start is None:
-        reason = "cannot be read" if path.exists() else "there is no such file or folder"
-        raise LabelError(f"{path}: {reason}")
+        try:
+            path.open("rb").close()
+        except FileNotFoundError:
+            raise LabelError(f"{path}: there is no such file or folder") from None
+        except OSError as error:
+            raise LabelError(f"{path} cannot be read: {system_says(error)}") from None
+        raise LabelError(f"{path} cannot be read")
     if is_segmentation(start):
         return SEG
     if start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):

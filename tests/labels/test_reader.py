@@ -410,3 +410,9 @@ def test_labels_that_name_their_images_have_no_pattern(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ImageId,EncodedPixels\na,-1\n")
     with pytest.raises(SettingsError, match=r"a.csv holds a table, which names its images; leave out --match"):
         read_any(tmp_path / "a.csv", match="*_mask")
+
+
+def test_labels_that_cannot_be_opened(tmp_path: Path) -> None:
+    refused(tmp_path / "gone.csv", ": there is no such file or folder")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file" / "below.csv", " cannot be read: Not a directory")
