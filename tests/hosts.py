@@ -28,7 +28,7 @@ _SETUP = """
 set -e
 hostname "$2"
 mount --bind "$1" /mnt
-mount -t tmpfs -o size=3g tmpfs /tmp
+mount -t tmpfs -o size=1g tmpfs /tmp
 mount -t tmpfs -o size=300m tmpfs /dev/shm
 mkdir -p "$1"
 mount --bind /mnt "$1"

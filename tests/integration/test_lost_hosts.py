@@ -13,12 +13,13 @@ from pathlib import Path
 
 import host_faults
 import pytest
-from commands import SMALL_NETWORK
+from commands import INSIDE, SMALL_NETWORK
 from host_faults import ADDRESS, CASES, PTXDIST, Case, Scene, nothing
 from hosts import NETWORK, wait_until, why_not
 
 from ptxdist.errors import ClusterError
 from ptxdist.resolve import find
+from ptxdist.rundir import stage_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -83,8 +84,9 @@ def test_a_training_outlives_faults_of_its_hosts_one_after_the_other(scene: Scen
 @pytest.mark.parametrize("name", ["a host never comes back", "the local disk of a host is full"])
 def test_a_training_that_cannot_go_on_says_why(name: str, scene: Scene) -> None:
     case = CASES[name]
-    host_faults.start(scene, name, case, [*words(scene.work), "--set", "stages.1.epochs=2"])
-    wait_for(scene, "stage 1 epoch 1/")
+    run = host_faults.start(scene, name, case, [*words(scene.work), "--set", "stages.1.epochs=1"])
+    inside = stage_folder(Path(run), 1, 64) / "checkpoints" / INSIDE
+    wait_until(lambda: inside.exists() or not scene.goes_on(), 200, lambda: scene.words)
     case.fault(scene)
     try:
         ends(scene, case.code)
