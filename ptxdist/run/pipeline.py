@@ -176,10 +176,10 @@ def _opened(engine: OpenEngine | None, plan: Plan, emit: OnEvent) -> AbstractCon
 
 
 def _unchanged(plan: Plan) -> PipelineResult | None:
-    """The result of a run in which nothing is left to do, so that no engine has to start."""
-    with suppress(RunError):  # what is missing or wrong is made or refused later
+    """The result of a run in which nothing is left to do, so that no engine has to start; RunError as `_own_stage`."""
+    stages = tuple(_own_stage(plan, number) for number in range(1, len(plan.fingerprints) + 1))
+    with suppress(RunError):  # what else is missing or wrong is made or refused later
         former = read_result(plan.run)
-        stages = tuple(_own_stage(plan, number) for number in range(1, len(plan.fingerprints) + 1))
         if stages == former.stages and read_evaluation(plan.run / EVALUATION, *TABLES) == former.evaluation:
             return former
     return None

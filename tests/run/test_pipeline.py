@@ -123,6 +123,20 @@ def test_a_stage_of_a_run_beside_it_is_taken_over_with_a_word_or_not_at_all(fini
         assert any("stage 1 is taken from" in text and "--no-reuse" in text for text in texts) is said
 
 
+def test_a_damaged_stage_is_refused_before_an_engine_starts(finished_run: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", read_settings(finished_run)
+    shutil.copytree(finished_run, run, copy_function=os.link)
+    path = stage_folder(run, 2, settings.pipeline.stages[1].size_px) / RESULT
+    path.unlink()
+    path.write_bytes(b"{")
+
+    def engine(*given: object) -> Any:
+        raise AssertionError("an engine starts")
+
+    with pytest.raises(RunError, match=r"result\.json is damaged"):
+        run_pipeline(plan.plan_run(settings, run), engine)
+
+
 def test_an_interruption_between_two_stages_keeps_the_first_one(finished_run: Path, tmp_path: Path) -> None:
     run, asked = tmp_path / "run", list[int]()
     shutil.copytree(finished_run, run, copy_function=os.link)
