@@ -67,7 +67,7 @@ def undisturbed(scene: Scene) -> list[str]:
 
 
 def test_a_training_outlives_faults_of_its_hosts_one_after_the_other(scene: Scene, undisturbed: list[str]) -> None:
-    """It is submitted from outside, and its cache and its run are in the object store. Each epoch but the first has a fault."""
+    """It is submitted from outside, with cache and run in the object store; each epoch but the first has a fault."""
     cases = [CASES[name] for name in SURVIVED]
     settings = tuple(setting for case in cases for setting in case.settings)
     place = host_faults.start(scene, "in turn", Case(nothing, True, True, settings), words(scene.work))
