@@ -28,13 +28,13 @@ from pathlib import Path
 
 from ptxdist.files import sha256
 from ptxdist.interrupts import NOTHING_KEPT, SENTENCE
+from ptxdist.resolve import find
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SMALL_NETWORK = Path(__file__).parents[1] / "small_network"
 DATA = "--dicom {demo}/phantoms/dicom-images --labels {demo}/phantoms/train-rle.csv "
 DATA += "--patients {demo}/phantoms/patients.csv"
-TRAIN = "train --pipeline smoke --data {demo}/cache --run {out} --set stages.2.size_px=128 --set model.encoder=small "
-TRAIN += "--set train.checkpoint_every_images=20 "
+TRAIN = "--data {demo}/cache --run {out} --set model.encoder=small --set train.checkpoint_every_images=20 "
 SERVES = "the viewer has ended; nothing was stored"  # the end of a viewer that serves; its exit code is 0
 CHANGING = ("environment.json", "index.html")  # they name the machine's load and the commit
 FAULTY = re.compile("Traceback|Exception ignored|Warning|terminate called|Fatal")
@@ -71,8 +71,8 @@ USES = {
     "plan": Use("plan {demo}/cache --out {out}/plan.toml"),
     "serve": Use("serve {demo}/run --port 0", most_s=12),
     "doctor": Use("doctor"),
-    "train": Use(TRAIN + "--without-ray", small=True),
-    "train-ray": Use(TRAIN + "--workers 2", small=True, ray=True),
+    "train": Use(f"train --pipeline smoke {TRAIN} --set stages.2.size_px=128 --without-ray", small=True),
+    "train-ray": Use(f"train --pipeline {{demo}}/one.toml {TRAIN} --workers 2", small=True, ray=True),
     "demo": Use("demo --out {out}", ray=True),
 }
 
@@ -112,6 +112,8 @@ def prepare(demo: Path) -> None:
     (demo / "few").mkdir()
     for path in sorted((demo / "phantoms").rglob("*.dcm"))[:60]:
         shutil.copy(path, demo / "few")
+    smoke = find("pipelines", "smoke").read_text()
+    (demo / "one.toml").write_text("[[stages]]".join(smoke.split("[[stages]]")[:2]))
     run("predict {demo}/run {demo}/few --out {demo}/predictions")
     run("evaluate {demo}/run --data {demo}/cache --split val --out {demo}/elsewhere")
     (demo / "ready").touch()
