@@ -62,7 +62,7 @@ def undisturbed(scene: Scene) -> list[str]:
         meet = ("--nnodes=2", f"--node-rank={number}", f"--master-addr={NETWORK}.2", "--master-port=29500")
         change = ("env", "SLOW_S=0", "GLOO_SOCKET_IFNAME=eth0")
         started.append(scene.at[name].start(*change, "torchrun", *meet, *command, *words(scene.work), log=log))
-    assert [process.wait(100) for process in started] == [0, 0], log.read_text()
+    assert [process.wait(300) for process in started] == [0, 0], log.read_text()
     return scene.weights(run)
 
 
