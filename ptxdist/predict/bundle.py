@@ -51,6 +51,7 @@ from ptxdist.train.unet import UNet, build_unet
 SUFFIX = places.SUFFIX
 CARD, README, WEIGHTS = "card.json", "README.md", "weights.safetensors"
 _MAX_BYTES = {CARD: 2**24, README: 2**20, WEIGHTS: 2**31, TRAINING_IMAGES: 2**28}
+_EMPTY_ZIP, _EACH = 22, 76  # bytes of a zip file, and of a member in it beside its content and twice its name
 _WHEN = (1980, 1, 1, 0, 0, 0)  # of every member, so that the same run gives the same bytes
 
 
@@ -268,6 +269,8 @@ def read_members(path: Path) -> tuple[ModelCard, dict[str, bytes]]:
                 member.compress_type or member.file_size > _MAX_BYTES[member.filename] for member in members
             ):
                 raise CheckpointError(f"{foreign} (it should hold {CARD}, {README} and {WEIGHTS}, uncompressed)")
+            if path.stat().st_size != _EMPTY_ZIP + sum(2 * len(m.filename) + m.file_size + _EACH for m in members):
+                raise ValueError("it has more bytes than its members need")
             card, *contents = (archive.read(member) for member in members)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {system_says(error, again)}") from error
@@ -282,7 +285,7 @@ def _check(path: Path, content: bytes, members: Mapping[str, bytes]) -> ModelCar
         plain: Any = files.parse_json(content)
         sums = plain.pop("sha256")
         found = {name: files.sha256(member) for name, member in members.items()} | {CARD: fingerprint(plain)}
-        altered = [name for name in found if sums[name] != found[name]]
+        altered = [name for name in sorted({*sums, *found}) if sums.get(name) != found.get(name)]
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: its {CARD} cannot be read; get the file again") from error
     if altered:

@@ -5,7 +5,6 @@ Everything comes from the files of the run and from the cache; no network is run
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -60,7 +59,7 @@ def write_report(run: Path, *, sections: Callable[[RunData], Iterable[Section]] 
     refuse_other_split(run, catalog, fold)
     if fold:
         catalog = hold_out(catalog, fold, read_pairs(cache))
-    if os.path.lexists(run / EVALUATION / RESULT) and read_evaluation(run / EVALUATION) != result.evaluation:
+    if read_evaluation(run / EVALUATION) != result.evaluation:
         raise RunError(f"{run / RESULT} and {run / EVALUATION} differ; `ptxdist evaluate {run}` writes both")
     environment, origin = read_environment(run), read_origin(run)
 

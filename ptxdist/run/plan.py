@@ -112,7 +112,7 @@ def plan_run(
     if writes:
         start_run(mirror.folder, settings)
         _refuse_full_disk(mirror.folder)
-        if not ((mirror.folder / ORIGIN).exists() and read_origin(mirror.folder)):
+        if not (os.path.lexists(mirror.folder / ORIGIN) and read_origin(mirror.folder)):
             last = open_store(cache, settings.pipeline.stages[-1].size_px)
             train, _ = split_indices(catalog.labelled, settings.pipeline.fold)
             seen, profile = look_at(last, catalog, train, read_salt(cache))

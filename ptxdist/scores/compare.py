@@ -7,16 +7,15 @@ runs at once, so that cases which are hard for every run cancel out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ptxdist.errors import RunError
-from ptxdist.finding import PNEUMOTHORAX, FindingType
+from ptxdist.finding import FindingType
 from ptxdist.records import EvaluationResult, Intervals, Record, Scores
-from ptxdist.rundir import CASES, EVALUATION, RESULT, SETTINGS, read_evaluation, read_settings
+from ptxdist.rundir import CASES, EVALUATION, SETTINGS, read_evaluation, read_settings
 from ptxdist.scores.headline import points, short
 from ptxdist.scores.intervals import difference_intervals, score_intervals
 from ptxdist.scores.metrics import differences, scores
@@ -130,26 +129,22 @@ def _refuse_other_findings(runs: Sequence[Path]) -> None:
 
 def _finding(run: Path) -> FindingType:
     """What the true masks of an evaluation show."""
-    evaluation = _evaluation(run)
-    return evaluation.finding if evaluation else PNEUMOTHORAX
+    return _evaluation(run).finding
 
 
 def _in_use(run: Path) -> tuple[str, str]:
     """The point in use in words, and its kind if it is a tuned one."""
     evaluation = _evaluation(run)
-    if evaluation is None:
-        return "the stage's threshold", ""
     if evaluation.point is not None:
         return f"the model's own {short(evaluation.point)}", ""
     used = points(evaluation)[0]
     return used.name, used.tuned
 
 
-def _evaluation(run: Path) -> EvaluationResult | None:
-    """The result of a run's evaluation, or of an evaluation's folder; None if that has only the table of cases."""
-    is_run = (run / SETTINGS).is_file()
-    folder = run / EVALUATION if is_run or (run / EVALUATION / CASES).is_file() else run
-    return read_evaluation(folder) if is_run or os.path.lexists(folder / RESULT) else None
+def _evaluation(run: Path) -> EvaluationResult:
+    """The result of a run's evaluation, or of an evaluation's folder."""
+    is_run = (run / SETTINGS).is_file() or (run / EVALUATION / CASES).is_file()
+    return read_evaluation(run / EVALUATION if is_run else run)
 
 
 def _origin(run: Path) -> tuple[str, str]:
