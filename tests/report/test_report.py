@@ -325,7 +325,7 @@ def test_the_whole_page_can_be_made_again_from_the_tables_of_the_run(run: Path, 
         flip_averaging=evaluation.flip_averaging,
         runs=evaluation.runs,
     )
-    (copy / EVALUATION / RESULT).unlink()
+    write_json(copy / EVALUATION / RESULT, found)
     write_json(copy / RESULT, read_result(run).model_copy(update={"evaluation": found}))
     assert write_report(copy).read_bytes() == page.read_bytes()
 
@@ -416,7 +416,7 @@ def test_a_run_that_predicts_nothing_says_so_at_once(run: Path, tmp_path: Path) 
     empty = scores(np.array([[0, 0, area] for area in truth]))
     result = read_result(copy)
     evaluation = result.evaluation.model_copy(update={"scores": empty, "tuned": ()})
-    (copy / EVALUATION / RESULT).unlink()
+    write_json(copy / EVALUATION / RESULT, evaluation)
     write_json(copy / RESULT, result.model_copy(update={"evaluation": evaluation}))
     root = read(write_report(copy))
     warning = next(item for item in root.all("p") if item.attributes.get("class") == "warning")
@@ -509,7 +509,7 @@ def test_a_run_of_an_older_version_has_a_report_that_says_what_is_missing(run: P
     old = json.loads((copy / RESULT).read_text())
     for name in ("auroc", "tuned", "calibration", "subgroups", "shared_patients"):
         del old["evaluation"][name]
-    (copy / EVALUATION / RESULT).unlink()
+    write_json(copy / EVALUATION / RESULT, old["evaluation"])
     write_json(copy / RESULT, old)
     root = read(write_report(copy))
     warnings = [item.text for item in root.all("p") if item.attributes.get("class") == "warning"]

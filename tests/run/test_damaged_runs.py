@@ -67,7 +67,6 @@ READS = {
 }
 WITHOUT = {  # missing, these files are done without
     ("report", "environment.json"),
-    ("report", "evaluation/result.json"),
     ("inspect", "result.json"),  # a run that is not finished
 }
 
