@@ -382,7 +382,7 @@ def test_runs_that_cannot_be_compared_are_refused(
     evaluate([member(tmp_path, fold=1)], folds, tmp_path / "other", device=CPU)
     with pytest.raises(RunError, match="no case in common"):
         compare([evaluated[0], tmp_path / "other"])
-    with pytest.raises(RunError, match="has no evaluation"):
+    with pytest.raises(RunError, match="holds no evaluation"):
         compare([evaluated[0], tmp_path / "nowhere"])
     path = tmp_path / "other" / CASES
     path.write_text(path.read_text().replace("truth_px", "truth"))
