@@ -191,7 +191,7 @@ def damage_member(name: str, kind: str) -> None:
                 archive.writestr(member, BYTES[kind](content) if member == name else content)
 
 
-@pytest.mark.parametrize(("first", "row"), enumerate(rows()), ids=map(repr, rows()))
+@pytest.mark.parametrize(("first", "row"), [*enumerate(rows())], ids=[*map(repr, rows())])
 def test_damage_of_a_file_is_said_by_the_commands_of_its_row_and_by_no_other(
     folder: Path, first: int, row: Row
 ) -> None:
