@@ -282,10 +282,24 @@ def without_removed(pipeline: Any) -> Any:
     return {**pipeline, "stages": kept}
 
 
+def _within_a_year(train: Any) -> Any:
+    """The snapshot of `train` without longer times, which former versions accepted, so that their runs can be read."""
+    if not isinstance(train, dict):
+        return train
+    return {
+        name: YEAR_S if name.endswith("_s") and isinstance(value, int | float) and value > YEAR_S else value
+        for name, value in train.items()
+    }
+
+
 def restore(content: Mapping[str, Any]) -> Settings:
     """Settings from a snapshot; SettingsError when it does not fit this version of ptxdist."""
     try:
-        present = {**content, "pipeline": without_removed(content.get("pipeline"))}
+        present = {
+            **content,
+            "train": _within_a_year(content.get("train", {})),
+            "pipeline": without_removed(content.get("pipeline")),
+        }
         return Settings.model_validate_json(json.dumps(present))
     except ValidationError as error:
         raise SettingsError(explain(error, (), "settings snapshot")) from error

@@ -41,7 +41,7 @@ from typing import TypeVar
 
 from ptxdist import files, places
 from ptxdist.config import Settings, differences, restore, snapshot
-from ptxdist.errors import RunError
+from ptxdist.errors import RunError, SettingsError
 from ptxdist.records import Environment, EpochMetrics, EvaluationResult, Origin, PipelineResult, Record, StageResult
 
 SETTINGS = places.SETTINGS
@@ -85,6 +85,8 @@ def read_settings(run: Path) -> Settings:
     content = files.read_json(path, f"put it back from a copy; {_ON_PURPOSE}")
     try:
         return restore(content)
+    except SettingsError as error:
+        raise RunError(f"{path} does not fit this version of ptxdist: {error}") from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise RunError(f"{path} is damaged ({error}); the run cannot be continued") from error
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptxdist import config
-from ptxdist.config import Section, Settings, added, complete, differences, fingerprint, restore, snapshot
+from ptxdist.config import YEAR_S, Section, Settings, added, complete, differences, fingerprint, restore, snapshot
 from ptxdist.errors import SettingsError
 from ptxdist.resolve import find, load_settings
 
@@ -245,6 +245,12 @@ def test_snapshot_of_another_version_is_refused() -> None:
     plain["train"]["gpus"] = 2
     with pytest.raises(SettingsError, match=r"train.gpus"):
         restore(plain)
+
+
+def test_longer_times_of_former_versions_are_read_as_a_year() -> None:
+    plain = snapshot(load_settings("smoke"))
+    plain["train"]["checkpoint_every_s"] = 1e9
+    assert restore(plain).train.checkpoint_every_s == YEAR_S
 
 
 def test_a_setting_added_later_changes_a_fingerprint_only_when_it_is_set() -> None:

@@ -96,7 +96,7 @@ def place_of(error: BaseException) -> str:
         return ""
     try:
         return str(actors(actor_id=actor)["Address"]["IPAddress"])
-    except Exception:  # for example when the head is gone too; what was lost matters more than where
+    except Exception:  # Ray forgets actors in time; when its head is gone, it ends this process within a minute
         _log.exception("where %s was cannot be found out", actor)
         return ""
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ptxdist.errors import TrainingError, lost_rank
+from ptxdist.errors import TrainingError, lost_rank, reason
 from ptxdist.train.device import Device, choose_device
 
 Result = TypeVar("Result")
@@ -31,8 +31,8 @@ def process_group(device: Device, ranks: int, timeout_s: float) -> Iterator[torc
     """The process group of so many processes of torchrun, if there are several; yields this rank's device.
 
     A collective that takes longer than `timeout_s` raises RuntimeError, or with NCCL ends the process. Raises
-    TrainingError when `device` is gpu and this rank has none, when the processes do not find each other, and for a
-    RuntimeError inside that is the loss of another one.
+    TrainingError when `device` is gpu and this rank has none, when the processes do not find each other, and for an
+    error inside that is the loss of another one or of their meeting point.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     missing = TrainingError(f"rank {local} of this machine has no GPU; use --set train.device=cpu or fewer workers")
@@ -43,17 +43,20 @@ def process_group(device: Device, ranks: int, timeout_s: float) -> Iterator[torc
         backend = "nccl" if own.type == "cuda" else "gloo"
         try:
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, ValueError) as error:  # ValueError: a variable of torchrun's is missing
             raise TrainingError(
                 f"the processes of torchrun do not reach each other; on several machines, name the network interface "
-                f"between them in {backend.upper()}_SOCKET_IFNAME ({(str(error).splitlines() or [''])[0][:200]})"
+                f"between them in {backend.upper()}_SOCKET_IFNAME ({reason(error)[:200]})"
             ) from error
     try:
         yield own
     except RuntimeError as error:
-        if ranks > 1 and (found := lost_rank(error, "a worker")):
-            raise TrainingError(f"training stopped: {found}; the same command resumes it") from error
-        raise
+        found = lost_rank(error, "a worker")
+        if not found and isinstance(error, dist.DistError):  # of the store, or another one of NCCL
+            found = f"the communication between the workers failed ({reason(error)[:200]})"
+        if ranks == 1 or not found:
+            raise
+        raise TrainingError(f"stopped: {found}; rerun the same command") from error
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
