@@ -122,7 +122,8 @@ def parse_manifest(text: bytes, path: Path | str) -> Manifest:
 def _store_record(entry: dict[str, Any]) -> StoreRecord:
     shards, pending = (tuple(record and _shard_record(record) for record in entry.pop(key)) for key in _SHARD_KEYS)
     record = StoreRecord(**entry, shards=shards, pending=pending)
-    _check(type(record.complete) is bool and type(record.cases) is int, "a store is not described as one")
+    kinds = type(record.complete), type(record.cases), type(record.fingerprint)
+    _check(kinds == (bool, int, str), "a store is not described as one")
     samples = sum(len(shard.image_crc32c) // 8 for shard in shards)
     _check(not record.complete or samples == record.cases, f"{samples} checksums for {record.cases} cases")
     return record
@@ -130,6 +131,8 @@ def _store_record(entry: dict[str, Any]) -> StoreRecord:
 
 def _shard_record(record: dict[str, Any]) -> ShardRecord:
     found = ShardRecord(**{**record, "rejects": tuple(map(tuple, record["rejects"]))})
+    texts = all(tuple(map(type, reject)) == (str, str) for reject in found.rejects)
+    _check(texts and type(found.fingerprint) is str, "a shard is not described as one")
     sums = found.image_crc32c, found.mask_crc32c
     _check(all(map(_SUMS.fullmatch, sums)) and len(set(map(len, sums))) == 1, "the checksums of a shard are none")
     return found

@@ -406,11 +406,11 @@ STORE = {"complete": True, "cases": 1, "fingerprint": "f", "shards": [SHARD], "s
         *({"sizes": {size: STORE}} for size in ("0", "-4", "../4", "4.0", "123456", "٤")),
         *(
             {"sizes": {"4": STORE | change}}
-            for change in ({"cases": "1"}, {"cases": 2}, {"cases": True}, {"complete": 1})
+            for change in ({"cases": "1"}, {"cases": 2}, {"cases": True}, {"complete": 1}, {"fingerprint": 1})
         ),
         *(
             {"sizes": {"4": STORE | {"shards": [SHARD | change]}}}
-            for change in ({"image_crc32c": "0"}, {"rejects": [1]})
+            for change in ({"image_crc32c": "0"}, {"rejects": [1]}, {"rejects": [["a", 1]]}, {"fingerprint": None})
         ),
         *({"files": {name: "00"}} for name in ("/etc/x", "../x", "4.zarr/../x", "C:x", "salt\n", ".lock", MANIFEST)),
         {"files": {"salt": 1}},
