@@ -21,6 +21,7 @@ from ptxdist.errors import LabelError, RunError, SettingsError
 from ptxdist.finding import PNEUMOTHORAX_LIMITS, Limits
 from ptxdist.labels.dialect import SIIM, Dialect, check_mask_files, detect_dialect, parse_dialect, read_union
 from ptxdist.labels.evidence import Size
+from ptxdist.labels.found import read_size
 from ptxdist.labels.images import PNG, NiftiMasks, PngMasks
 from ptxdist.labels.nifti import SUFFIXES as NIFTI
 from ptxdist.labels.reader import read_any
@@ -189,8 +190,8 @@ def _open_predict_folder(path: Path) -> Masks:
     for case_id in texts:
         try:
             finding = files.read_json(files.below(path / FINDINGS, f"{case_id}.json"), "")
-            sizes[case_id] = (int(finding["rows"]), int(finding["columns"]))
-        except (RunError, ValueError, KeyError, TypeError):
+            sizes[case_id] = read_size(finding["rows"], finding["columns"])
+        except (RunError, LabelError, KeyError):
             raise LabelError(f"{path}: {FINDINGS}/{case_id}.json is missing or damaged; {otherwise}") from None
     return TextMasks(path, texts, sizes, words="folder of ptxdist predict")
 

@@ -301,9 +301,12 @@ def test_two_files_of_one_image_are_refused(tmp_path: Path, masks: dict[str, Mas
         open_predictions(folder)
 
 
-def test_a_predict_folder_without_a_finding(tmp_path: Path, masks: dict[str, Mask]) -> None:
+@pytest.mark.parametrize("content", [{}, {"rows": 10**400, "columns": 8}, {"rows": 1e308, "columns": 8}])
+def test_a_predict_folder_without_a_sound_finding(
+    tmp_path: Path, masks: dict[str, Mask], content: dict[str, float]
+) -> None:
     folder = write_predict_folder(tmp_path / "m", masks)
-    (folder / "findings" / "ID_7.json").write_text("{}")
+    (folder / "findings" / "ID_7.json").write_text(json.dumps(content))
     with pytest.raises(LabelError, match=r"findings/ID_7.json is missing or damaged; rerun `ptxdist predict`"):
         open_predictions(folder)
 
