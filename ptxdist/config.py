@@ -43,6 +43,7 @@ Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Side = Annotated[int, Field(ge=32, le=4096, multiple_of=32)]
 Channels = Annotated[int, Field(ge=1, le=1024)]
 Precision = Literal["auto", "fp32", "bf16"]
+PIPELINE_NAME = "^[A-Za-z0-9_.-]+$"
 YEAR_S = 366 * 86_400  # the longest time that a setting can say
 _MOST_VALUES = 2**28  # of an image in one layer of the decoder: 1 GiB
 # Settings of a stage that are gone: they changed the weights, and nothing in how these are used.
@@ -220,9 +221,7 @@ class EvaluationSettings(Section):
 class PipelineSettings(Section):
     """One experiment: a model, its ordered stages and its evaluation."""
 
-    name: str = Field(
-        min_length=1, pattern=r"^[A-Za-z0-9_.-]+$", description="of the pipeline; its file's name by default"
-    )
+    name: str = Field(min_length=1, pattern=PIPELINE_NAME, description="of the pipeline; its file's name by default")
     purpose: str = Field("", description="what the pipeline is for, in reports")
     source: str = Field("", description="where it is from, in reports")
     target: str = Field("", description="the score that its source reports")

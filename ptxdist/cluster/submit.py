@@ -158,8 +158,12 @@ def _client(address: str, job_id: str = "") -> Iterator[tuple[Any, _Job]]:
 
 def _authorise(address: str) -> dict[str, str]:
     """The headers that the cluster requires; checks that a cluster with a recent enough Ray answers there."""
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(address)
+        is_one = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an open bracket, a port above 65535
+        is_one = False
+    if not is_one:
         raise ClusterError(
             f"'{address}' is not the address of a Ray dashboard; expected one such as http://127.0.0.1:8265"
         )

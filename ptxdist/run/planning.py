@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ptxdist.cache.survey import Survey, survey
-from ptxdist.config import DataSettings, Settings
+from ptxdist.config import PIPELINE_NAME, DataSettings, Settings
 from ptxdist.errors import SettingsError
 from ptxdist.files import write_whole
 from ptxdist.run import timing
@@ -49,7 +50,7 @@ def write_plan(
 ) -> Planned:
     """Write the pipeline for a cache, a folder or s3://…, and this machine to `out`, and replace a former plan there.
 
-    Trains each stage for a few steps to measure the speed. Raises SettingsError for a name that does not end in .toml,
+    Trains each stage for a few steps to measure the speed. Raises SettingsError for a name that is none of a pipeline file,
     for a file that is no plan and would be lost, and when it cannot be written; StoreError for a cache that is missing
     or cannot be trained on.
     """
@@ -57,6 +58,10 @@ def write_plan(
         raise SettingsError(f"{out} exists and is not a plan of this command; give another name with --out")
     if out.suffix != ".toml":
         raise SettingsError(f"--out {out}: `ptxdist train --pipeline` reads files named *.toml; give such a name")
+    if not re.fullmatch(PIPELINE_NAME, out.stem):
+        raise SettingsError(
+            f"--out {out}: the pipeline gets this name; use only letters, digits, '_', '.' and '-' in it"
+        )
     folder = local_cache(cache, on_progress=on_progress)
     data, machine = survey(folder), timing.this_machine()
     advice = advise(data, machine)

@@ -131,6 +131,7 @@ def test_train_alone_is_the_full_recipe_and_dry_run_prints_it() -> None:
         (["preprocess", "--dicom", "nowhere", "--labels", "nothing.csv", "--out", "c"], 4, ["nothing.csv"]),
         (["phantom", "p", "--cases", -1], 3, ["cases"]),
         (["submit", "--address", "http://127.0.0.1:8265", "--", "fly"], 3, ["fly", "train"]),
+        (["submit", "--address", "http://[h", "--", "report", "r"], 11, ["http://[h", "address of a Ray dashboard"]),
     ],
 )
 def test_bad_input_is_a_sentence_with_its_own_exit_code(

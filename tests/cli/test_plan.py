@@ -58,7 +58,9 @@ def test_a_file_that_is_no_plan_is_kept(cache: Path, tmp_path: Path) -> None:
     done = plan(cache, "--out", out)
     assert (done.exit_code, out.read_text()) == (3, "# my pipeline\n")
     assert "give another name with --out" in done.stderr
-    assert plan(cache, "--out", tmp_path / "plan.txt").exit_code == 3
+    for name, words in (("plan.txt", "named *.toml"), ("my plan.toml", "use only letters, digits")):
+        done = plan(cache, "--out", tmp_path / name)
+        assert (done.exit_code, words in done.stderr) == (3, True)
 
 
 def test_caches_that_cannot_be_planned_for(tmp_path: Path) -> None:
