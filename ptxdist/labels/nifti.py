@@ -8,6 +8,7 @@ nnU-Net's own evaluation.
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ SUFFIXES = (".nii.gz", ".nii")
 _MANY_VALUES = 16
 _BLOCK_PX = 2**22
 _MAX_HEADER = 2**24  # bytes; extensions of the header are read whole
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL + 1)  # a file that cannot be read is a sentence of ours
 
 
 def read_nifti(folder: Path, path: Path) -> list[FoundMask]:
@@ -75,7 +77,6 @@ def read_blocks(folder: Path, path: Path) -> Iterator[npt.NDArray[Any]]:
 def _open(place: str, path: Path) -> Iterator[Any]:
     """The image of a file, whose values are not read yet, and sentences for what reading them may raise."""
     import nibabel
-    from nibabel.filebasedimages import ImageFileError
 
     try:
         _refuse_long_header(path)
@@ -90,9 +91,18 @@ def _open(place: str, path: Path) -> Iterator[Any]:
         yield image
     except DicomError as error:
         raise LabelError(f"{place} {error}") from None
-    except (OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+    except (OSError, EOFError, ValueError, zlib.error, *_of_nibabel()) as error:
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise LabelError(f"{place} cannot be read as NIfTI: {reason}") from None
+
+
+def _of_nibabel() -> tuple[type[Exception], ...]:
+    """What nibabel raises for a header that it cannot use."""
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.spatialimages import HeaderDataError, HeaderTypeError
+    from nibabel.wrapstruct import WrapStructError
+
+    return ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError
 
 
 def _refuse_long_header(path: Path) -> None:

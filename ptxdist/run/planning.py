@@ -50,9 +50,9 @@ def write_plan(
 ) -> Planned:
     """Write the pipeline for a cache, a folder or s3://…, and this machine to `out`, and replace a former plan there.
 
-    Trains each stage for a few steps to measure the speed. Raises SettingsError for a name that is none of a pipeline file,
-    for a file that is no plan and would be lost, and when it cannot be written; StoreError for a cache that is missing
-    or cannot be trained on.
+    Trains each stage for a few steps to measure the speed. Raises SettingsError for a name that no pipeline file can
+    have, for a file that is no plan and would be lost, and when it cannot be written; StoreError for a cache that is
+    missing or cannot be trained on.
     """
     if out.exists() and not (out.is_file() and out.read_bytes().startswith(WRITTEN_BY.encode())):
         raise SettingsError(f"{out} exists and is not a plan of this command; give another name with --out")

@@ -254,6 +254,20 @@ def test_a_damaged_nifti_file(tmp_path: Path, cut: bool) -> None:
         read(open_predictions(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("start", "value"), [(70, b"\x0f\x27"), (108, b"\x28\x6b\x6e\xce"), (40, b"\xff\x7f"), (344, b"n+9\0")]
+)
+def test_a_nifti_header_that_nibabel_refuses(
+    tmp_path: Path, start: int, value: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    content = bytearray(nibabel.Nifti1Image(np.zeros((4, 4), np.uint8), np.eye(4)).to_bytes())
+    content[start : start + len(value)] = value
+    (tmp_path / "x.nii").write_bytes(content)
+    with pytest.raises(LabelError, match=r"the mask image x\.nii "):
+        open_predictions(tmp_path).spans("x", (4, 4))
+    assert capfd.readouterr().err == ""
+
+
 def test_nifti_needs_an_extra(tmp_path: Path, masks: dict[str, Mask], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_nibabel(tmp_path / "m", masks)
     monkeypatch.setattr(files, "_is_installed", lambda module: False)
