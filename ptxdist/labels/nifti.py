@@ -91,18 +91,19 @@ def _open(place: str, path: Path) -> Iterator[Any]:
         yield image
     except DicomError as error:
         raise LabelError(f"{place} {error}") from None
-    except (OSError, EOFError, ValueError, zlib.error, *_of_nibabel()) as error:
+    except _errors() as error:
         reason = getattr(error, "strerror", None) or str(error).replace(str(path), path.name)
         raise LabelError(f"{place} cannot be read as NIfTI: {reason}") from None
 
 
-def _of_nibabel() -> tuple[type[Exception], ...]:
-    """What nibabel raises for a header that it cannot use."""
+def _errors() -> tuple[type[Exception], ...]:
+    """What nibabel raises for a file that it cannot read."""
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError, HeaderTypeError
     from nibabel.wrapstruct import WrapStructError
 
-    return ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError
+    own = ImageFileError, HeaderDataError, HeaderTypeError, WrapStructError
+    return OSError, EOFError, ValueError, zlib.error, *own
 
 
 def _refuse_long_header(path: Path) -> None:
