@@ -43,7 +43,8 @@ def connection(address: str | None, *, cpus: int | None = None) -> Iterator[None
     finally:
         with interrupts.deferred():
             if "ray" in sys.modules:
-                sys.modules["ray"].shutdown()
+                with _signals_stay_ours():
+                    sys.modules["ray"].shutdown()
 
 
 @contextmanager
@@ -119,31 +120,38 @@ def _signals_stay_ours() -> Iterator[None]:
     """Keep Ray from handling SIGTERM during the block, and processes that it starts from the signals to a command.
 
     Ray's own handlers end a driver with exit code 15, and the one of its C++ core, which `connect` installs, with 134
-    and a stack trace. When a terminal or a service manager sends a signal to all processes of the command, Ray's would
-    end before it, which ends it without a word; so they are a process group of their own.
+    and a stack trace. When the core ends, it puts the system's default in its place, which ends a driver without a
+    word. When a terminal or a service manager sends a signal to all processes of the command, Ray's would end before
+    it, which ends it without a word; so they are a process group of their own.
     """
     if not interrupts.installed():
         yield
         return
     from ray._private import utils, worker
+    from ray._private.state import state
 
     set_handler, connect, bind = utils.set_sigterm_handler, worker.connect, utils.set_kill_on_parent_death_linux
+    disconnect = state.disconnect  # what `shutdown` calls after the core has ended
 
     def connect_without_handler(*args: Any, **extra: Any) -> None:
         with interrupts.held():
             connect(*args, **extra)
+
+    def disconnect_with_handlers() -> None:
+        with interrupts.held():
+            disconnect()
 
     def bind_apart() -> None:  # called by each process before it becomes one of Ray's
         os.setpgid(0, 0)
         bind()
 
     utils.set_sigterm_handler, worker.connect = lambda handler: None, connect_without_handler
-    utils.set_kill_on_parent_death_linux = bind_apart
+    utils.set_kill_on_parent_death_linux, state.disconnect = bind_apart, disconnect_with_handlers
     try:
         yield
     finally:
         utils.set_sigterm_handler, worker.connect = set_handler, connect
-        utils.set_kill_on_parent_death_linux = bind
+        utils.set_kill_on_parent_death_linux, state.disconnect = bind, disconnect
 
 
 def _start_local(cpus: int | None) -> None:

@@ -1,6 +1,9 @@
-"""Connecting to Ray, without starting it."""
+"""Connecting to Ray, and what it leaves when it ends."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 import ray
@@ -16,3 +19,24 @@ def test_a_ray_of_the_caller_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ClusterError, match="is connected to Ray already"), connection(None):
         pass
     assert not ended
+
+
+@pytest.mark.slow
+def test_signals_are_handled_when_ray_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its core leaves the system's default for SIGTERM, by which a command would end without a word."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    program = """
+import os, signal, sys, time
+from ptxdist import interrupts
+from ptxdist.cluster.connection import connection
+interrupts.install()
+with connection(None, cpus=1):
+    pass
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+except KeyboardInterrupt as error:
+    sys.exit(error.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 143, done.stderr
