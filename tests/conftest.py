@@ -47,7 +47,7 @@ WITH_RAY = tuple(
     f"tests/{name}"
     for name in (
         "integration/test_lost", "integration/test_smoke", "cluster/test_several_nodes", "cluster/test_submit",
-        "storage/test_runs", "cluster/test_engine", "cluster/test_doctor",
+        "storage/test_runs", "cluster/test_engine", "cluster/test_doctor", "cluster/test_connection",
     )
 )  # fmt: skip
 LONG = ("tests/integration/", "tests/predict/", "tests/train/", "tests/test_")
