@@ -79,6 +79,24 @@ def system_says(failure: OSError, otherwise: str = "") -> str:
     return f"{failure.strerror or reason(failure)}{'; ' if advice else ''}{advice}"
 
 
+LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+def raise_limit(error: BaseException) -> None:
+    """Raise the OSError of a limit of this process or machine that has led to an error; nothing for any other one.
+
+    It says nothing of a file: no more files can be opened, or there is no memory. No file may be rejected, be called
+    damaged or be skipped for it. It names no path, which may be a patient's.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        for number in LIMITS:  # a library that cannot be loaded says so in words
+            is_words = isinstance(found, ImportError) and os.strerror(number) in str(found)
+            if is_words or (isinstance(found, OSError) and found.errno == number):
+                raise OSError(number, os.strerror(number)) from error
+        found = found.__cause__ or found.__context__
+
+
 # What gloo and NCCL say when another rank does not answer, and when it is gone.
 _TIMED_OUT = re.compile(r"Timed out waiting \d+ms|Watchdog caught collective operation timeout|timed out after \d+ms")
 _BROKEN = re.compile(r"gloo/transport\S* .*?(?:\[([\w.:%]+)\]:\d+|$)|ncclRemoteError", re.MULTILINE)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ptxdist import locks
-from ptxdist.errors import PtxdistError, RunError, SettingsError, remedy, system_says
+from ptxdist.errors import PtxdistError, RunError, SettingsError, raise_limit, remedy, system_says
 
 _LEFTOVER = re.compile(r"\.ptxdist-[0-9a-f]{8}\.tmp$")
 _FORMULA = re.compile("'*[-=+@\t\r\uff0d\uff1d\uff0b\uff20]")
@@ -213,12 +213,16 @@ def content_sum(content: Mapping[str, Any]) -> str:
 
 
 def damage_of(path: Path, sha256_: object) -> str:
-    """What is wrong with a file that must have this sha256, as the rest of a sentence; "" for nothing."""
+    """What is wrong with a file that must have this sha256, as the rest of a sentence; "" for nothing.
+
+    Raises OSError at a limit of the machine, as `raise_limit`.
+    """
     try:
         return "" if sha256(path) == sha256_ else "has another checksum than when it was written"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
+        raise_limit(error)
         return f"cannot be read ({error.strerror})"
 
 

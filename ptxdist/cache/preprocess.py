@@ -26,7 +26,7 @@ from ptxdist.cache.render import TRANSFORM, Shard, shard_fingerprint, write_shar
 from ptxdist.cache.salt import SALT, choose_salt, keep_salt
 from ptxdist.cache.split import FOLDS
 from ptxdist.cache.store import ARRAYS, SHARD_CASES, damaged_rows, pending, shard_path, store_path, write_metadata
-from ptxdist.errors import CatalogError, StoreError, system_says
+from ptxdist.errors import CatalogError, StoreError, raise_limit, system_says
 from ptxdist.executor import Executor, OnProgress, processes
 from ptxdist.files import fingerprint
 from ptxdist.finding import DEFAULT, load_finding
@@ -151,9 +151,11 @@ def _former(out: Path) -> Catalog | None:
     manifest = read_manifest(out)
     if FILE_NAME in manifest.files and not _is_whole(out, FILE_NAME, manifest):
         return None
-    with suppress(StoreError):
+    try:
         return read_catalog(out)
-    return None
+    except StoreError as error:
+        raise_limit(error)
+        return None
 
 
 def _write_cache(

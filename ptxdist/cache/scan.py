@@ -13,7 +13,7 @@ from pathlib import Path
 from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import Header, read_bytes, read_header, read_start
-from ptxdist.errors import CatalogError, DicomError
+from ptxdist.errors import CatalogError, DicomError, system_says
 from ptxdist.executor import Executor, OnCount, in_chunks, serial
 
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -122,7 +122,7 @@ def find_files(root: Path, skip: Collection[Path] = ()) -> tuple[list[str], int]
                     else:
                         found.append(path)
         except OSError as error:
-            raise CatalogError(f"{root / below}: this folder cannot be read: {error.strerror}") from error
+            raise CatalogError(f"{root / below}: this folder cannot be read: {system_says(error)}") from error
     images, left = choose_images(found, lambda path: read_start(Path(top, path), START_BYTES))
     return images, others + left
 

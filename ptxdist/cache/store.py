@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from ptxdist import files
 from ptxdist.cache.manifest import SCHEMA, ShardRecord, read_manifest
-from ptxdist.errors import StoreError, remedy
+from ptxdist.errors import StoreError, raise_limit, remedy
 
 SHARD_CASES = 128
 CHUNK_CASES = 16
@@ -272,6 +272,7 @@ def damaged_rows(path: Path, size_px: int, sums: str) -> dict[int, str]:
     try:
         samples, filling = map_shard(path, len(expected), size_px)
     except StoreError as error:
+        raise_limit(error)
         return {-1: str(error).removeprefix(f"{path} ").split(";")[0]}
     found = {-1: "contains data past its last case"} if filling.any() else {}
     sample = np.zeros(samples.shape[1:], np.uint8)
@@ -288,6 +289,7 @@ def damaged_rows(path: Path, size_px: int, sums: str) -> dict[int, str]:
                 if sum_ != right:
                     found[row] = "has another checksum than when it was written"
     except OSError as error:
+        raise_limit(error)
         found[-1] = f"cannot be read ({error.strerror})"
     return found
 

@@ -28,12 +28,12 @@ from ptxdist.cli.serve import serve
 from ptxdist.cli.settings import settings
 from ptxdist.cli.submit import submit
 from ptxdist.cli.train import train
-from ptxdist.errors import PtxdistError, short, system_says
+from ptxdist.errors import LIMITS, PtxdistError, raise_limit, short, system_says
 
 # What is wrong with a machine and not with ptxdist: a disk, permissions, limits.
 _ENVIRONMENT = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOMEM),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ESTALE, *LIMITS),
 )
 
 
@@ -76,9 +76,11 @@ def _said(words: Sequence[str] = ()) -> Iterator[None]:
         with _errors_said(words):
             try:
                 yield
-            except Exception:
+            except Exception as error:
                 if interrupts.arrived():  # which has caused it, as when it ended worker processes too
                     raise KeyboardInterrupt from None
+                if isinstance(error, ImportError):  # of a library for which no file could be opened
+                    raise_limit(error)
                 raise
     except KeyboardInterrupt:  # also while an error is said
         interrupts.say()
@@ -107,7 +109,8 @@ def _errors_said(words: Sequence[str]) -> Iterator[None]:
             raise
         from ptxdist import console
 
-        console.fail(f"{error.filename or 'output'}: {system_says(error)}")
+        place = "" if error.errno in LIMITS else "output: "
+        console.fail(f"{f'{error.filename}: ' if error.filename else place}{system_says(error)}")
         sys.exit(1)
 
 

@@ -25,7 +25,7 @@ from ptxdist.dicom import codestream, syntax, tags
 from ptxdist.dicom.codestream import Stream
 from ptxdist.dicom.pixels import Stored
 from ptxdist.dicom.tags import Tags
-from ptxdist.errors import DicomError
+from ptxdist.errors import DicomError, raise_limit
 
 if TYPE_CHECKING:
     from pydicom.pixels.decoders.base import Decoder
@@ -150,6 +150,9 @@ def _run_lengths(file: Tags, rows: int, columns: int) -> Stored:
         try:
             return _words(file, encapsulate([_ending(file.frame(), ending)], has_bot=False), rows, columns)
         except Exception as error:  # whose traceback keeps the copies
+            raise_limit(error)
+            if isinstance(error, MemoryError):
+                raise
             kind = DicomError if isinstance(error, DicomError) else ValueError
             reasons.append(kind(str(error)))
     raise reasons[0]

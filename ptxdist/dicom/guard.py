@@ -1,4 +1,4 @@
-"""One file never ends the work on many: whatever goes wrong with it becomes its reason.
+"""One file never ends the work on many: whatever goes wrong with it becomes its reason. A limit of the machine does.
 
 Owns: the sentence about an exception that nobody expected. It has kind and place, and never the message, which may
 contain values of the file.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ptxdist.errors import DicomError, PtxdistError
+from ptxdist.errors import DicomError, PtxdistError, raise_limit
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 
@@ -22,14 +22,20 @@ class PassingError(DicomError):
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Any exception of the block becomes a PassingError; ptxdist's own errors, and those that end a process, pass."""
+    """Any exception of the block becomes a PassingError; ptxdist's own errors, and those that end a process, pass.
+
+    A limit of the process or machine is no fault of the file and becomes its OSError, whatever was made of it.
+    """
     try:
         yield
-    except PtxdistError:
-        raise
-    except MemoryError as error:
-        raise PassingError(f"needs more memory than there is ({place_of(error)})") from error
     except Exception as error:
+        raise_limit(error)
+        if isinstance(error.__cause__, MemoryError):  # of a decoder
+            raise PassingError(f"needs more memory than there is ({place_of(error.__cause__)})") from error
+        if isinstance(error, PtxdistError):
+            raise
+        if isinstance(error, MemoryError):
+            raise PassingError(f"needs more memory than there is ({place_of(error)})") from error
         raise PassingError(
             f"cannot be used because of a defect in ptxdist ({place_of(error)}); please report it"
         ) from error

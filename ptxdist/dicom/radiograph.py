@@ -24,7 +24,7 @@ from ptxdist.dicom.spacing import PNG, Spacing, pair, spacing_of
 from ptxdist.dicom.syntax import decoder_of
 from ptxdist.dicom.synthetic import is_phantom
 from ptxdist.dicom.tags import Tags
-from ptxdist.errors import DicomError
+from ptxdist.errors import DicomError, raise_limit
 
 # Sizes of a pixel, down a column and along a row (PS3.3 10.7.1.3 and C.7.6.3.1.7).
 _SIZES = {
@@ -97,7 +97,8 @@ def read_start(path: Path, size: int) -> bytes | None:
             return file.read(size)
     except DicomError:
         return b""
-    except OSError:
+    except OSError as error:
+        raise_limit(error)
         return None
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ptxdist.errors import LabelError
+from ptxdist.errors import LabelError, raise_limit
 from ptxdist.files import open_at_once
 from ptxdist.labels import rle
 from ptxdist.labels.evidence import Size
@@ -226,6 +226,7 @@ def _mask(text: object, left: int, top: int, size: Size, work: _Work) -> Spans:
     except LabelError:
         raise
     except Exception as error:  # Pillow raises almost anything on damaged files
+        raise_limit(error)
         raise LabelError("has a mask that cannot be read") from error
     if left < 0 or top < 0 or left + box.shape[1] > size[1] or top + box.shape[0] > size[0]:
         raise LabelError(f"has a mask that leaves the image of {size[1]}x{size[0]} pixels")

@@ -21,7 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from ptxdist.dicom.png import SIGNATURE, check_size, decode_png, refuse_damaged, refuse_turned
 from ptxdist.dicom.radiograph import read_bytes
-from ptxdist.errors import DicomError, LabelError
+from ptxdist.errors import DicomError, LabelError, raise_limit
 from ptxdist.labels.found import CLASSES, FoundMask, about, place_of
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def _open(content: bytes) -> npt.NDArray[Any]:
     except DicomError:
         raise
     except Exception as error:  # Pillow raises almost anything on damaged files
+        raise_limit(error)
         raise DicomError("is not a PNG, TIFF, GIF or BMP image, or is damaged") from error
 
 

@@ -21,7 +21,7 @@ from ptxdist.dicom import syntax, tags
 from ptxdist.dicom.png import MAX_PIXELS
 from ptxdist.dicom.radiograph import CASE_ID, read_bytes
 from ptxdist.dicom.tags import Tags
-from ptxdist.errors import DicomError, LabelError
+from ptxdist.errors import DicomError, LabelError, raise_limit
 from ptxdist.labels import rle
 from ptxdist.labels.found import FoundMask, place_of, read_size
 from ptxdist.labels.rle import Spans
@@ -53,6 +53,7 @@ def read_segmentation(folder: Path, path: Path) -> list[FoundMask]:
     except (DicomError, LabelError) as error:
         raise LabelError(f"{place} {error}") from None
     except Exception as error:  # pydicom raises almost anything on damaged files
+        raise_limit(error)
         raise LabelError(f"{place} is a damaged DICOM SEG: its frames cannot be read") from error
 
 

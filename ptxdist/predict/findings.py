@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ptxdist import files
 from ptxdist.cache.outlines import encode, outline
 from ptxdist.cache.render import fit_square
+from ptxdist.dicom.guard import PassingError, guarded
 from ptxdist.dicom.png import check_size
 from ptxdist.errors import DicomError, LabelError, RunError
 from ptxdist.finding import PNEUMOTHORAX
@@ -108,7 +109,7 @@ def write_case(
 ) -> Finding:
     """Write the files of a case, the finding last; `models` are the cards of the models.
 
-    Raises RunError when a file cannot be written.
+    Raises RunError when a file cannot be written, PassingError when there is no memory for the DICOM SEG.
     """
     weights, sought = [card.weights_sha256 for card in models], models[0].finding
     case_id, mask, reason = prediction.case_id, prediction.mask, ""
@@ -122,7 +123,10 @@ def write_case(
         try:
             if not mask.any():
                 raise DicomError("nothing is predicted")
-            contents["seg"] = encode_segmentation(prediction.content, mask, weights, sought)
+            with guarded():
+                contents["seg"] = encode_segmentation(prediction.content, mask, weights, sought)
+        except PassingError:  # of want of memory: a rerun may write it
+            raise
         except DicomError as error:
             reason = str(error)
     other = None if sought == PNEUMOTHORAX else sought.name

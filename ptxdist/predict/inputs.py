@@ -23,7 +23,7 @@ from ptxdist.dicom.guard import guarded
 from ptxdist.dicom.kind import START_BYTES, kind_of
 from ptxdist.dicom.radiograph import read_bytes, read_header, read_start
 from ptxdist.dicom.tags import MAX_INFLATED
-from ptxdist.errors import CatalogError, DicomError
+from ptxdist.errors import CatalogError, DicomError, raise_limit
 
 _ENCRYPTED = 0x1
 
@@ -151,6 +151,7 @@ def _images_in_zip(path: Path) -> tuple[list[Input], int]:
     except ArchiveError as error:
         raise CatalogError(f"{path}: this zip file {error}") from None
     except Exception as error:  # zipfile raises almost anything for a damaged directory
+        raise_limit(error)
         raise CatalogError(f"{path}: this zip file cannot be read ({type(error).__name__})") from error
 
     def start_of(name: str) -> bytes | None:
@@ -179,6 +180,7 @@ def _read_member(path: str, number: int, size: int = MAX_INFLATED + 1) -> bytes:
     except DicomError:
         raise
     except Exception as error:  # zipfile and its decompressors raise almost anything
+        raise_limit(error)
         raise DicomError("is damaged in its zip file, or was changed meanwhile") from error
     if not content:
         raise DicomError("is empty (0 bytes)")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from ptxdist.dicom.frontal import refuse_other_than_chest
 from ptxdist.dicom.guard import PassingError, place_of
-from ptxdist.errors import DicomError, LabelError, PtxdistError, RunError, SettingsError
+from ptxdist.errors import DicomError, LabelError, PtxdistError, RunError, SettingsError, raise_limit
 from ptxdist.executor import start_worker, starting
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ptxdist.train.device import Device
 
 Wanted = Literal["answer", "maps", "seg"]  # JSON; with all that the page draws; DICOM SEG
+_RECEIVE_S = 10.0  # for the process to receive a file; 160 MiB take a tenth of a second
 _RELOADS = 3  # a model may take so many times as long to load as at the start
 
 
@@ -77,10 +80,12 @@ def answer_files(connection: Connection, predictor: Predictor, max_bytes: int) -
     connection.send(About(names, page_files(predictor, max_bytes)))
     while True:
         wanted = connection.recv()
-        reply = reply_to(connection.recv_bytes(), wanted, predictor)
+        content = connection.recv_bytes()
+        connection.send(None)  # it is received: from now on, an end of this process is the file's
+        reply = reply_to(content, wanted, predictor)
         connection.send((reply.status, reply.kind, reply.defect))
         connection.send_bytes(reply.body)
-        del reply  # up to 68 MB, which would be kept until the next file
+        del content, reply  # hundreds of MB, which would be kept until the next file
 
 
 def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
@@ -97,11 +102,15 @@ def reply_to(content: bytes, wanted: Wanted, predictor: Predictor) -> Reply:
         return Reply(200, "application/json", answer.model_dump_json().encode())
     except PassingError as error:
         return refused(500, f"This file {error}.", str(error).partition("(")[2].partition(")")[0])
-    except (DicomError, LabelError) as error:
-        return refused(422, f"This file {error}.")
     except SettingsError as error:  # an extra is not installed
         return refused(501, f"{error}.")
     except Exception as error:
+        try:
+            raise_limit(error)
+        except OSError as limit:
+            return refused(503, f"The server has reached a limit: {limit.strerror}.", place_of(error))
+        if isinstance(error, DicomError | LabelError):
+            return refused(422, f"This file {error}.")
         words = "This file could not be predicted because of a defect in ptxdist."
         return refused(500, words, place_of(error))
 
@@ -136,30 +145,59 @@ class Worker:
         self._process.join()
 
     def predict(self, content: bytes | bytearray, wanted: Wanted) -> Reply:
-        """The reply to the bytes of a file, at most `compute_s` seconds after the process is ready for it."""
+        """The reply to the bytes of a file, at most `compute_s` seconds after the process has received it."""
+        late = [False]
         try:
-            try:
-                self._send(content, wanted)
-            except OSError:  # it had ended before, killed for want of memory, say, and not by this file
+            for _ in range(2):
+                if self._is_received(content, wanted):
+                    break
                 self._renew()
-                self._send(content, wanted)
-            if not self._connection.poll(self._compute_s):
-                self._renew()
-                return refused(422, f"This file was given up: it took more than {self._compute_s:g} s to compute.")
-            status, kind, defect = self._connection.recv()
-            return Reply(status, kind, self._connection.recv_bytes(), defect)
+            else:
+                words = "The process that predicts receives no files at present; try again in a minute."
+                return refused(503, words, "" if self._closed else "the process that predicts received no file twice")
+            with self._killed_after(self._compute_s, late):
+                status, kind, defect = self._connection.recv()
+                return Reply(status, kind, self._connection.recv_bytes(), defect)
         except PtxdistError as error:
             self._renew()
             return refused(503, "The models cannot be loaded at present; start the viewer anew.", type(error).__name__)
         except (EOFError, OSError):
             code = self._renew()
+            if late[0]:
+                return refused(422, f"This file was given up: it took more than {self._compute_s:g} s to compute.")
             defect = "" if self._closed else f"the process that predicts ended with code {code}"
             return refused(500, "This file ended the process that predicts; no other file is affected.", defect)
 
-    def _send(self, content: bytes | bytearray, wanted: Wanted) -> None:
+    def _is_received(self, content: bytes | bytearray, wanted: Wanted) -> bool:
+        """Send a file; whether the process says that it has it. If not, it was killed or stopped, not by this file."""
         self._wait(self._compute_s + _RELOADS * self._loading_s)
-        self._connection.send(wanted)
-        self._connection.send_bytes(content)
+        try:
+            with self._killed_after(min(_RECEIVE_S, self._compute_s)):
+                self._connection.send(wanted)
+                self._connection.send_bytes(content)
+                self._connection.recv()
+        except (EOFError, OSError):
+            return False
+        return True
+
+    @contextmanager
+    def _killed_after(self, seconds: float | None, late: list[bool] | None = None) -> Iterator[None]:
+        """Kill the process when the block takes longer, and set `late[0]`: a pipe to a stopped process has no limit."""
+        process = self._process
+
+        def kill() -> None:
+            if late is not None:
+                late[0] = True
+            process.kill()
+
+        timer = threading.Timer(seconds or 0, kill)
+        timer.daemon = True
+        if seconds is not None:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _begin(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -174,12 +212,14 @@ class Worker:
         """Wait for a process that is being started; raises what it failed with."""
         if self._loaded:
             return
+        late = [False]
         try:
-            if not self._connection.poll(timeout_s):
-                raise RunError("loading the models took far longer than at the start")
-            found = self._connection.recv()
-        except EOFError:
+            with self._killed_after(timeout_s, late):
+                found = self._connection.recv()
+        except (EOFError, OSError):
             self._process.join()
+            if late[0]:
+                raise RunError("loading the models took far longer than at the start") from None
             raise RunError(f"the process that loads the models ended with code {self._process.exitcode}") from None
         if isinstance(found, PtxdistError):
             raise found

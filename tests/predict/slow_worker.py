@@ -11,16 +11,19 @@ from ptxdist.predict.worker import About
 
 
 def work(connection: Connection, broken: str = "") -> None:
-    """`sleep` and `crash` do so; other content is sent back. `broken` fails at the start: `error` or `crash`."""
+    """`sleep` and `crash` do so; other content is sent back. `broken` fails at the start, `deaf` receives no file."""
     if broken == "error":
         connection.send(RunError("no model at nowhere"))
         return
     if broken == "crash":
         os._exit(7)
     connection.send(About(("none",), {}))
+    if broken == "deaf":
+        time.sleep(60)
     while True:
         connection.recv()
         content = connection.recv_bytes()
+        connection.send(None)
         if content == b"sleep":
             time.sleep(60)
         if content == b"crash":

@@ -316,6 +316,25 @@ def test_a_file_that_takes_too_long_or_crashes_the_process_ends_no_other_request
     assert not process.is_alive()
 
 
+def test_a_process_that_is_stopped_or_killed_before_a_file_ends_neither_server_nor_file() -> None:
+    """A pipe to a stopped process takes 0.2 MB and then blocks; one to a process that is about to end takes a file."""
+    large = bytes(3_000_000)
+    with Worker(work, compute_s=2) as worker, serving(worker, Limits()) as (url, defects):
+        for number, size in ((signal.SIGSTOP, 10), (signal.SIGSTOP, len(large)), (signal.SIGKILL, len(large))):
+            os.kill(worker._process.pid or 0, number)
+            assert ask(url, "POST", "/api/predict", large[:size])[2] == large[:size], "a new process predicts it"
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(ask, url, "POST", "/api/predict", b"sleep")
+            time.sleep(0.5)
+            os.kill(worker._process.pid or 0, signal.SIGSTOP)
+            assert error_of(asked.result()) == (422, "This file was given up: it took more than 2 s to compute.")
+        assert defects == []
+    with Worker(work, "deaf", compute_s=0.5) as worker, serving(worker, Limits()) as (url, defects):
+        status, words = error_of(ask(url, "POST", "/api/predict", large))
+        assert (status, "receives no files at present" in words) == (503, True)
+        assert defects == ["the process that predicts received no file twice"]
+
+
 @pytest.mark.parametrize(("broken", "words"), [("error", "no model at nowhere"), ("crash", "ended with code 7")])
 def test_a_worker_that_cannot_start_says_why(broken: str, words: str) -> None:
     with pytest.raises(RunError, match=words), Worker(work, broken, compute_s=1):
