@@ -213,10 +213,7 @@ def content_sum(content: Mapping[str, Any]) -> str:
 
 
 def damage_of(path: Path, sha256_: object) -> str:
-    """What is wrong with a file that must have this sha256, as the rest of a sentence; "" for nothing.
-
-    Raises OSError at a limit of the machine, as `raise_limit`.
-    """
+    """What is wrong with a file that must have this sha256, as the rest of a sentence; "" for nothing."""
     try:
         return "" if sha256(path) == sha256_ else "has another checksum than when it was written"
     except FileNotFoundError:
