@@ -86,11 +86,11 @@ def test_predict_that_runs_out_of_files_rejects_none(
 def test_preprocess_that_runs_out_of_files_rejects_none(many_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     data, out, key = many_dataset, tmp_path / "out", tmp_path / "key"
     key.write_text("a secret of a site, which is long enough for all of them")
-    words = ["preprocess", "--dicom", data.dicom, "--labels", data.labels, "--patient-key", key, "--size", 64]
+    words = ["preprocess", "--dicom", data.dicom, "--labels", data.labels, "--patient-key", key, "--size", 256]
     words += ["--workers", 1, "--out"]
     done = limited([*words, out], lambda: (out / ".lock").exists())
     assert done.returncode == 7, done.stderr
-    assert f"writing stopped: {SENTENCE}; finished work is kept" in done.stderr
+    assert SENTENCE in done.stderr  # of the lock, of a shard, or of a module
     assert "Traceback" not in done.stderr
     ptxdist(*words, out)
     ptxdist(*words, tmp_path / "undisturbed")
