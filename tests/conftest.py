@@ -37,6 +37,7 @@ SetTags = Callable[[FileDataset, Mapping[str, object]], None]
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+os.environ.update(RAY_worker_niceness="0")  # else Ray's workers yield to the other test processes
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.

@@ -138,7 +138,7 @@ class Host:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         bin_ = str(Path(sys.executable).parent)
         return {**kept, "PATH": f"{bin_}{os.pathsep}{kept.get('PATH', '')}", "RAY_AUTH_MODE": "disabled",
-                "RAY_USAGE_STATS_ENABLED": "0", **self.variables}  # fmt: skip
+                "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", **self.variables}  # fmt: skip
 
 
 @contextmanager

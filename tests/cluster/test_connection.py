@@ -22,16 +22,18 @@ def test_a_ray_of_the_caller_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_signals_are_handled_when_ray_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its core leaves the system's default for SIGTERM, by which a command would end without a word."""
+def test_workers_have_our_priority_and_signals_are_handled_when_ray_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's core leaves the system's default for SIGTERM, by which a command would end without a word."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
     program = """
 import os, signal, sys, time
 from ptxdist import interrupts
 from ptxdist.cluster.connection import connection
 interrupts.install()
 with connection(None, cpus=1):
-    pass
+    import ray
+    print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
 try:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)
@@ -39,4 +41,4 @@ except KeyboardInterrupt as error:
     sys.exit(error.exit_code)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 143, done.stderr
+    assert (done.returncode, done.stdout) == (143, "0\n"), done.stderr
