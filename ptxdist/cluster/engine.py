@@ -1,4 +1,4 @@
-"""Ray as the engine of a run: one TorchTrainer for each stage and for the evaluation, on this machine or on a cluster.
+"""Ray as the engine of a run: a trainer of Ray Train for each stage and for the evaluation, here or on a cluster.
 
 Owns: the workers, when lost ones are replaced, and how their events reach this process. Refuses: clusters whose nodes
 are not fit (ClusterError). `run.local` is the engine without Ray.
@@ -31,7 +31,7 @@ from ptxdist.rundir import EVALUATION, read_evaluation, read_stage_result, stage
 from ptxdist.storage.runs import EVALUATION_PART, Mirror, stage_part
 
 if TYPE_CHECKING:
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     from ptxdist.run.evaluation import EvaluationTask
 
@@ -142,7 +142,7 @@ class Workers:
         self.on_event(Message(text=text))
 
     def _once(self, work: Work, task: Record, folder: Path, what: str) -> None:
-        """Call `work` on the workers of one TorchTrainer; LostError when they are lost, else TrainingError."""
+        """Call `work` on the workers of one trainer; LostError when they are lost, else TrainingError."""
         import ray
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -170,7 +170,7 @@ class Workers:
             trainer = _trainer(waiting)(
                 work,
                 train_loop_config={"task": task.model_dump_json(), "inbox": inbox},
-                torch_config=GroupConfig("nccl" if use_gpu else "gloo", timeout_s=train.collective_timeout_s),
+                backend_config=GroupConfig("nccl" if use_gpu else "gloo", train.collective_timeout_s),
                 scaling_config=ScalingConfig(
                     num_workers=(train.min_workers, train.workers) if train.min_workers else train.workers,
                     use_gpu=use_gpu,
@@ -208,15 +208,15 @@ class Workers:
                 shutil.rmtree(folder / "ray", ignore_errors=True)
 
 
-def _trainer(waiting: Waiting) -> type[TorchTrainer]:
-    """TorchTrainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait.
+def _trainer(waiting: Waiting) -> type[DataParallelTrainer]:
+    """Ray's trainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait.
 
     In the main thread, `waiting` gets its controller; in others, a training waits for nodes without a limit. It starts
     no processes for Ray's data sets, which are not used, and for what `_free_capacity` does.
     """
-    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]  # Ray has no types
+    class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no types
         def _create_default_callbacks(self) -> list[Any]:
             """Those of Ray that do something here."""
             idle = ("DatasetsCallback", "PlacementGroupCleanerCallback")  # by name: another Ray may not have them

@@ -1,7 +1,7 @@
 """What runs on Ray's workers: one rank of a stage or of an evaluation.
 
 Tasks come and events are sent as JSON (`StageTask`, `EvaluationTask`, `events.encode_event`). `cluster.engine`
-starts the workers.
+starts the workers. It imports this module too, so torch is loaded inside the functions.
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import time
 from typing import Any
 
 import ray.train
-import ray.train.torch
 from ray.train.v2._internal.execution.context import get_train_context
 
 from ptxdist.events import Event, Message, Progress, encode_event
 from ptxdist.records import EpochMetrics
 from ptxdist.run.engine import StageTask
-from ptxdist.run.evaluation import EvaluationTask, evaluate_models
-from ptxdist.run.stage import Throttled, run_evaluation, run_stage, share_cores
 from ptxdist.scores.names import DICES
 
 Config = dict[str, Any]  # from `cluster.engine`: `task` as JSON text, and `inbox`, an actor `Inbox`
@@ -25,6 +22,10 @@ Config = dict[str, Any]  # from `cluster.engine`: `task` as JSON text, and `inbo
 
 def train_stage(config: Config) -> None:
     """Train one stage as one rank, on a Ray Train worker."""
+    from ray.train.torch import get_device
+
+    from ptxdist.run.stage import run_stage
+
     context, send, warned = ray.train.get_context(), _Sender(config["inbox"]), False
 
     def on_event(event: Event) -> None:
@@ -47,7 +48,7 @@ def train_stage(config: Config) -> None:
 
     run_stage(
         StageTask.model_validate_json(config["task"]),
-        device=ray.train.torch.get_device(),
+        device=get_device(),
         ranks_here=context.get_local_world_size(),
         on_event=on_event,
         preempted=preempted,
@@ -56,9 +57,13 @@ def train_stage(config: Config) -> None:
 
 def evaluate_run(config: Config) -> None:
     """Evaluate the stage of `task.result` as one rank, on a Ray Train worker."""
+    from ray.train.torch import get_device
+
+    from ptxdist.run.stage import run_evaluation
+
     run_evaluation(
         StageTask.model_validate_json(config["task"]),
-        device=ray.train.torch.get_device(),
+        device=get_device(),
         ranks_here=ray.train.get_context().get_local_world_size(),
         on_event=_Sender(config["inbox"]),
     )
@@ -66,7 +71,12 @@ def evaluate_run(config: Config) -> None:
 
 def evaluate_finished(config: Config) -> None:
     """Evaluate finished models as one rank, on a Ray Train worker; the `task` is an EvaluationTask."""
-    device, send = ray.train.torch.get_device(), Throttled(_Sender(config["inbox"]))
+    from ray.train.torch import get_device
+
+    from ptxdist.run.evaluation import EvaluationTask, evaluate_models
+    from ptxdist.run.stage import Throttled, share_cores
+
+    device, send = get_device(), Throttled(_Sender(config["inbox"]))
     share_cores(device, ray.train.get_context().get_local_world_size())
 
     def on_cases(done: int, total: int) -> None:

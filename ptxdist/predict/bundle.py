@@ -46,7 +46,7 @@ from ptxdist.report.model_card import made_from as in_words
 from ptxdist.rundir import TRAINING_IMAGES, read_origin, read_result, read_settings, read_training_images
 from ptxdist.train import encoders
 from ptxdist.train.checkpoint import read_weights, refuse_other_model
-from ptxdist.train.unet import UNet, build_unet
+from ptxdist.train.unet import UNet, build_unloaded
 
 SUFFIX = places.SUFFIX
 CARD, README, WEIGHTS = "card.json", "README.md", "weights.safetensors"
@@ -198,14 +198,14 @@ def load_model(path: Path) -> tuple[ModelCard, UNet]:
     The weights are compared with the card before any memory is taken for the network.
     """
     card, state = read_model(path)
-    model = card.pipeline.model.model_copy(update={"encoder_weights": "none"})
+    model = card.pipeline.model
     try:
         with torch.device("meta"):
-            expected = build_unet(model).state_dict()
+            expected = build_unloaded(model).state_dict()
     except SettingsError as error:
         raise CheckpointError(f"{path}: {error}") from error
     refuse_other_model(expected, state, str(path))
-    network = build_unet(model)
+    network = build_unloaded(model)
     network.load_state_dict(state)
     return card, network
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import runpy
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,6 @@ _PACKAGES = ("ptxdist", "torch", "torchvision", "ray", "zarr", "numpy", "albumen
 
 def environment(nodes: list[dict[str, float]]) -> dict[str, Any]:
     """Versions, commit and hardware of this machine; `nodes` are those of the engine."""
-    import torch
-
     packages = {}
     for name in _PACKAGES:
         try:
@@ -34,7 +34,7 @@ def environment(nodes: list[dict[str, float]]) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpus": _gpus(),
-        "cuda": torch.version.cuda,
+        "cuda": _cuda(),
         "nodes": nodes,
         "packages": packages,
         "commit": _output("git", "-C", str(PACKAGE), "rev-parse", "HEAD") or None,
@@ -55,6 +55,15 @@ def _cpu_name() -> str | None:
     except OSError:
         return None
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+
+
+def _cuda() -> str | None:
+    """The version of CUDA that torch was built for, without the seconds that loading torch takes."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    cuda: str | None = runpy.run_path(str(Path(torch.origin).with_name("version.py")))["cuda"]
+    return cuda
 
 
 def _gpus() -> list[dict[str, str]]:

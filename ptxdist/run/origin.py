@@ -99,7 +99,7 @@ def _check(model: ModelSettings, source: _Model, place: str) -> tuple[tuple[str,
     import torch
 
     from ptxdist.train.encoders import misfits
-    from ptxdist.train.unet import build_unet
+    from ptxdist.train.unet import build_unloaded
 
     if source.card:
         other = source.card.pipeline.model
@@ -112,7 +112,7 @@ def _check(model: ModelSettings, source: _Model, place: str) -> tuple[tuple[str,
         if differing:
             raise CheckpointError(f"{place} has other settings: {', '.join(differing)}; give this run the same")
     with torch.device("meta"):
-        expected = build_unet(model.model_copy(update={"encoder_weights": "none"})).state_dict()
+        expected = build_unloaded(model).state_dict()
     has = [any(key.startswith(_HEAD) for key in keys) for keys in (expected, source.weights)]
     if has[0] != has[1]:
         expected = {key: value for key, value in expected.items() if not key.startswith(_HEAD)}

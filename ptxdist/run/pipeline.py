@@ -187,9 +187,12 @@ def _unchanged(plan: Plan) -> PipelineResult | None:
 
 def _stage(plan: Plan, number: int, former: list[StageResult], engine: Engine, emit: OnEvent) -> StageResult:
     """The result of a stage: of this run, of another run beside it, or of the engine."""
-    from ptxdist.train.distributed import first
+    find = partial(_finished_stage, plan, number, emit)
+    if "RANK" in os.environ:  # of torchrun's processes
+        from ptxdist.train.distributed import first  # loads torch
 
-    finished = first(partial(_finished_stage, plan, number, emit))
+        find = partial(first, find)
+    finished = find()
     return finished or engine.train(plan.task(number, former))
 
 

@@ -46,7 +46,7 @@ from ptxdist.train.device import choose_device, choose_precision, keep_freed_mem
 from ptxdist.train.distributed import barrier, gather_texts, rank, world_size
 from ptxdist.train.losses import heads
 from ptxdist.train.scoring import score_cases
-from ptxdist.train.unet import Output, build_unet
+from ptxdist.train.unet import Output, build_unloaded
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def load_ensemble(members: Sequence[Member], device: torch.device) -> Ensemble:
     """The networks of some runs with their weights; CheckpointError when a file is not what its run wrote."""
     models = []
     for member in members:
-        model = build_unet(member.settings.pipeline.model.model_copy(update={"encoder_weights": "none"}))
+        model = build_unloaded(member.settings.pipeline.model)
         load_weights(model, member.run / member.stage.weights, member.stage.weights_sha256)
         models.append(model)
     return Ensemble(models).to(device).to(memory_format=torch.channels_last)

@@ -19,9 +19,12 @@ of `Unet("resnet34")` in segmentation_models_pytorch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ptxdist.config import ModelSettings
 from ptxdist.train.encoders import Encoder, chosen, load_weights
@@ -137,3 +140,24 @@ def build_unet(model: ModelSettings) -> UNet:
     network = UNet(encoder, model.decoder_channels, model.input_mapping == "learned", model.image_head)
     load_weights(network.encoder, encoder, model.encoder_weights)
     return network
+
+
+def build_unloaded(model: ModelSettings) -> UNet:
+    """The network of the settings as `build_unet` makes it, for weights that are loaded next.
+
+    Its parameters have no values yet: drawing random ones takes longer than loading.
+    """
+    with _NothingDrawn():
+        return build_unet(model.model_copy(update={"encoder_weights": "none"}))
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Inside, tensors that should be filled with random values keep what is in their memory."""
+
+    _draw = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._draw:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

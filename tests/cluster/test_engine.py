@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,21 @@ from ptxdist.storage.runs import Mirror
 DEAD = WorkerHealthCheckFailedError("rank 1", ActorDiedError())
 HUNG = WorkerHealthCheckTimeoutError("rank 1")
 CUT_OFF = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:1234")
+
+
+def test_the_command_and_ray_s_controller_need_no_torch() -> None:
+    lines = (
+        "import sys",
+        "from ray.train.v2._internal.execution import controller",
+        "from ptxdist.cluster import backend, engine, worker",
+        "from ptxdist.run import pipeline",
+        "from ptxdist.run.environment import environment",
+        "config = backend.GroupConfig('gloo', 300.0); config.backend_cls(); config.train_func_context",
+        "cuda = environment([])['cuda']",
+        "assert 'torch' not in sys.modules",
+        "import torch; assert cuda == torch.version.cuda",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True)
 
 
 @pytest.mark.parametrize(

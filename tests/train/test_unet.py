@@ -12,7 +12,7 @@ from torchvision.models import ResNet34_Weights, resnet34
 
 from ptxdist.config import ModelSettings
 from ptxdist.errors import CheckpointError
-from ptxdist.train.unet import UNet, build_unet
+from ptxdist.train.unet import UNet, build_unet, build_unloaded
 
 PARAMETERS = 24_436_369  # Unet("resnet34", in_channels=3, classes=1) of segmentation_models_pytorch
 State = dict[str, Tensor]
@@ -62,6 +62,18 @@ def state(resnet: torch.nn.Module) -> State:
 def test_the_number_of_parameters_is_that_of_the_usual_unet(network: UNet) -> None:
     assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS
     assert sum(parameter.numel() for parameter in build(input_mapping="learned").parameters()) == PARAMETERS + 6
+
+
+@pytest.mark.parametrize("encoder", ["resnet34", "timm/efficientnet_b0"])
+def test_a_network_made_for_weights_draws_no_random_numbers_and_is_the_same_with_them(encoder: str) -> None:
+    settings = ModelSettings(encoder=encoder, encoder_weights="imagenet", image_head=True)
+    drawn = build("none", encoder=encoder, image_head=True).eval()
+    before = torch.get_rng_state()
+    made = build_unloaded(settings).eval()
+    assert torch.equal(torch.get_rng_state(), before)
+    made.load_state_dict(drawn.state_dict())
+    for one, other in zip(made(grey()), drawn(grey()), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_weight_names_are_those_that_checkpoints_keep(network: UNet) -> None:
