@@ -9,10 +9,10 @@ demo: install
 	$(BIN)/ptxdist demo
 
 test: install .venv-s3/.installed
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 hosts: install .venv-s3/.installed  # faults on several hosts; needs root and the program `ip`
-	PTXDIST_HOSTS=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -ra --durations 20 tests/integration/test_lost_hosts.py
+	PTXDIST_HOSTS=1 PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -ra --durations 20 tests/integration/test_lost_hosts.py
 
 lint: install
 	$(BIN)/ruff check .

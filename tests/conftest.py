@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import object_store
 import pytest
+from locking import made_once
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
@@ -95,6 +97,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, start in enumerate(places) if item.nodeid.startswith(start)), len(places))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give torch the number of threads of `make test` again: commands called in this process set their own."""
+    if (torch := sys.modules.get("torch")) and (threads := os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(int(threads))
 
 
 @pytest.fixture(scope="session")
@@ -190,16 +199,17 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 96 px on `small_cache`, trained in this process; nothing may write to it."""
+    """A run of 96 px on `small_cache`, trained once for all test processes; nothing may write to it."""
     from ptxdist.resolve import load_settings
     from ptxdist.run.pipeline import run_pipeline
     from ptxdist.run.plan import plan_run
 
-    run = tmp_path_factory.mktemp("learn") / "run"
-    few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
-    settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
-    run_pipeline(plan_run(settings, run))
-    return run
+    def make(folder: Path) -> None:
+        few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
+        settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
+        run_pipeline(plan_run(settings, folder / "run"))
+
+    return made_once(tmp_path_factory, "learn", make) / "run"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Locks for tests: an flock that fails, and a lock that another process holds."""
+"""Locks for tests: what is made once for all test processes, an flock that fails, a lock that another process holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,18 @@ import pytest
 from ptxdist import locks
 
 NO_LOCKS = ["ENOLCK", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EINVAL"]
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """The folder `name`; the first of the test processes that needs it makes what is in it."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    with locks.only(folder / "made.lock"):
+        if not (folder / "made").exists():
+            make(folder)
+            (folder / "made").touch()
+    return folder
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import train_words
+from locking import made_once
 
 from ptxdist import locks
 from ptxdist.cache.preprocess import preprocess
@@ -28,18 +29,15 @@ def small_network() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a cache of 40 phantoms at 64 and 96 px. Each test has its own folder for runs in it."""
-    base = tmp_path_factory.getbasetemp()
-    work = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "integration"
-    work.mkdir(exist_ok=True)
-    with locks.only(work / "work.lock"):
-        if not (work / "finished").exists():
-            write_phantoms(work / "ph", cases=40, positive_share=0.5, workers=1)
-            preprocess(
-                work / "ph/dicom-images", work / "ph/train-rle.csv", work / "cache", patients=work / "ph/patients.csv",
-                sizes_px=(64, 96),
-            )  # fmt: skip
-            (work / "finished").touch()
-    return work
+
+    def make(work: Path) -> None:
+        write_phantoms(work / "ph", cases=40, positive_share=0.5, workers=1)
+        preprocess(
+            work / "ph/dicom-images", work / "ph/train-rle.csv", work / "cache", patients=work / "ph/patients.csv",
+            sizes_px=(64, 96),
+        )  # fmt: skip
+
+    return made_once(tmp_path_factory, "integration", make)
 
 
 @pytest.fixture(scope="session")
