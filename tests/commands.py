@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from ptxdist.resolve import find
+
 SMALL_NETWORK = ("--set", "model.encoder=small", "--set", "model.decoder_channels=[32, 16, 16, 8, 8]")
 INSIDE = "epoch-0000-step-000010"  # the checkpoint inside the first epoch of a stage, with `train_words`
 
@@ -19,13 +21,21 @@ def ptxdist(*arguments: str | Path, code: int = 0, cwd: Path | None = None) -> s
     return done
 
 
+def one_stage(folder: Path) -> Path:
+    """A pipeline in this folder: the first stage of smoke."""
+    path = folder / "one.toml"
+    path.write_text("[[stages]]".join(find("pipelines", "smoke").read_text().split("[[stages]]")[:2]))
+    return path
+
+
 def train_words(work: Path, run: Path, workers: int = 2, *, inside: bool = False) -> list[str | Path | int]:
     """The smoke pipeline with a small network, thirteen steps an epoch; with `inside`, it writes the checkpoint INSIDE.
 
     The network is that of tests/small_network, which has to be on PYTHONPATH.
     """
     words = ["train", "--pipeline", "smoke", "--workers", workers, "--data", work / "cache", "--run", run]
-    words += ["--set", "stages.*.batch_size=2", *SMALL_NETWORK]
+    # Without augmentation, since loading albumentations takes a second in each process.
+    words += ["--set", "stages.*.batch_size=2", "--set", "stages.*.augmentation=none", *SMALL_NETWORK]
     return [*words, "--set", "train.checkpoint_every_images=20"] if inside else words
 
 

@@ -78,16 +78,14 @@ def test_predict_that_runs_out_of_files_rejects_none(
         (images / path.name).symlink_to(path)
     words = ["predict", finished_run, images, "--device", "cpu", "--write", "masks", "--out"]
     unlimited([*words, undisturbed, "--workers", 1])
-    for workers in (1, 2):
-        out = tmp_path / f"out{workers}"
-        command = [*words, out, "--workers", str(workers)]
-        done = limited(command, lambda out=out: any((out / "findings").glob("*.json")))  # type: ignore[misc]
-        assert done.returncode in (1, 8), done.stderr
-        assert SENTENCE in done.stderr
-        assert "Traceback" not in done.stderr
-        assert not (out / "rejects.csv").exists()
-        unlimited([*words, out, "--workers", 1])
-        assert digests(out) == digests(undisturbed)
+    out = tmp_path / "out"
+    done = limited([*words, out, "--workers", 2], lambda: any((out / "findings").glob("*.json")))
+    assert done.returncode in (1, 8), done.stderr
+    assert SENTENCE in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / "rejects.csv").exists()
+    unlimited([*words, out, "--workers", 1])
+    assert digests(out) == digests(undisturbed)
 
 
 def test_preprocess_that_runs_out_of_files_rejects_none(many_dataset, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -7,11 +7,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import INSIDE, train_words
+from commands import INSIDE, one_stage, train_words
 from faults import Training, cluster, kill_node, living_nodes, train_workers
 from ray.cluster_utils import Cluster
 
-from ptxdist.resolve import find
 from ptxdist.rundir import RESULT, read_stage_result, stage_folder
 
 pytestmark = pytest.mark.slow
@@ -32,8 +31,7 @@ def test_a_hung_worker_and_a_dead_node_cost_no_bit_and_a_new_node_is_taken_in(
     # And how long (30 s) for a worker that hangs to leave its process group.
     monkeypatch.setenv("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "2")
     monkeypatch.setenv("SLOW_S", "0.4")  # so that the workers are still at work when something happens to them
-    pipeline = work / "one.toml"
-    pipeline.write_text("[[stages]]".join(find("pipelines", "smoke").read_text().split("[[stages]]")[:2]))
+    pipeline = one_stage(work)
 
     def words(run: Path, **settings: object) -> list[object]:
         given = (word for key, value in settings.items() for word in ("--set", f"train.{key}={value}"))

@@ -1,6 +1,6 @@
 """The whole way through the commands on real Ray workers: phantoms, cache, stages, numbers, report; and resuming.
 
-On the way a worker, the command and all workers are killed. The run ends with the bits of one that torchrun has trained
+On the way all workers and then the command are killed. The run ends with the bits of one that torchrun has trained
 undisturbed. (`tests/storage/test_runs.py` trains with Ray and without any death.)
 """
 
@@ -41,14 +41,14 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def trained(work: Path) -> Trained:
-    """The smoke pipeline on two Ray workers, with three deaths.
+    """The smoke pipeline on two Ray workers, with deaths.
 
-    A worker is killed inside an epoch, and the command gets SIGTERM while it starts new ones. Of the second command all
-    workers are killed at once.
+    All workers are killed at once inside an epoch, and the command gets SIGTERM while it starts new ones. That one of
+    two workers dies is tested by `test_lost_nodes`. The second command goes on undisturbed.
     """
     run = work / "runs" / "smoke"
     words = [sys.executable, "-m", "ptxdist", *map(str, train_words(work, run, inside=True)), "--json"]
-    first, second = stage_folder(run, 1, 64), stage_folder(run, 2, 96)
+    first = stage_folder(run, 1, 64)
     logs = work / "first.log", work / "second.log"
 
     def start(log: Path) -> subprocess.Popen[bytes]:
@@ -56,14 +56,12 @@ def trained(work: Path) -> Trained:
         with open(log, "w") as said, open(work / "printed", "w") as printed:
             return subprocess.Popen(words, stdout=printed, stderr=said, env=slow)
 
-    def workers(process: subprocess.Popen[bytes], log: Path) -> list[int]:
-        found = workers_of(process.pid)
-        assert len(found) == 2, log.read_text()
-        return found
-
     process = start(logs[0])
     wait_for(first / "checkpoints" / INSIDE, process, logs[0])
-    os.kill(workers(process, logs[0])[-1], signal.SIGKILL)
+    workers = workers_of(process.pid)
+    assert len(workers) == 2, logs[0].read_text()
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
     while "with new workers" not in logs[0].read_text():
         assert process.poll() is None, logs[0].read_text()
         time.sleep(0.05)
@@ -73,20 +71,13 @@ def trained(work: Path) -> Trained:
     assert read_stage_result(first) is None, "killed before the first stage was finished"
 
     process = start(logs[1])
-    wait_for(second / "checkpoints" / INSIDE, process, logs[1])
-    written = (first / "result.json").stat().st_mtime_ns
-    for worker in workers(process, logs[1]):
-        os.kill(worker, signal.SIGKILL)
     assert process.wait(timeout=400) == 0, logs[1].read_text()
-    assert (first / "result.json").stat().st_mtime_ns == written, "a finished stage is not trained again"
     return Trained(run, (logs[0].read_text(), logs[1].read_text()), (work / "printed").read_text())
 
 
 def test_what_was_killed_resumes_from_the_last_checkpoint(trained: Trained) -> None:
     assert re.search(r"^a worker .*; stage 1 resumes .* with new workers \(1 of 2\)$", trained.said[0], re.MULTILINE)
-    for stage in (1, 2):
-        assert f"stage {stage} resumes after epoch 0 of 1 and 10 steps of the next" in trained.said[1]
-    assert re.search(r"^a worker .*; stage 2 resumes .* with new workers \(1 of 2\)$", trained.said[1], re.MULTILINE)
+    assert "stage 1 resumes after epoch 0 of 1 and 10 steps of the next" in trained.said[1]
     groups = sorted(path.parent.name for path in (trained.run / "tensorboard").glob("*/*"))
     assert groups == ["1-64px", "2-96px", "evaluation"], "one file for each, whatever was killed"
 

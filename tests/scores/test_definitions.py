@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monai.metrics import DiceMetric, compute_dice
 from sklearn.metrics import f1_score
 from torchmetrics.functional.classification import binary_f1_score
 from torchmetrics.functional.segmentation import dice_score
@@ -74,6 +73,8 @@ def test_kaggle_and_mrm(pair: tuple[Masks, Masks]) -> None:
 
 @given(mask_pairs())
 def test_positives_only_is_monai_s_dice_metric(pair: tuple[Masks, Masks]) -> None:
+    from monai.metrics import DiceMetric  # takes two seconds
+
     metric = DiceMetric(ignore_empty=True)
     metric(*(torch.from_numpy(mask[:, None]).float() for mask in pair))
     found = value("positive_dice", pair)
@@ -101,6 +102,8 @@ def test_nnunet_leaves_out_what_is_empty_twice(pair: tuple[Masks, Masks]) -> Non
 @given(mask_pairs())
 @settings(max_examples=30)
 def test_nnunet_is_torchmetrics_s_and_monai_s_where_none_is_empty_twice(pair: tuple[Masks, Masks]) -> None:
+    from monai.metrics import compute_dice
+
     used = pair[0].any((1, 2)) | pair[1].any((1, 2))
     if not used.any():
         return

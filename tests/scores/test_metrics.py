@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from monai.metrics import compute_dice, compute_iou
 from sklearn.metrics import f1_score, jaccard_score, roc_auc_score
 from torchmetrics.functional.classification import (
     binary_auroc,
@@ -162,6 +161,8 @@ def test_dice_and_iou_are_scikit_learn_s() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_scores_of_masks_are_those_of_monai_and_torchmetrics(seed: int) -> None:
     """Twelve masks, among them equal, empty and full ones; each empty beside another empty and beside a full one."""
+    from monai.metrics import compute_dice, compute_iou  # takes two seconds
+
     random = np.random.default_rng(seed)
     prediction, truth = random.random((2, 12, 16, 16)) < random.random((2, 12, 1, 1))
     prediction[:2], truth[1:3] = False, False

@@ -154,6 +154,7 @@ decoder_channels = [32, 16, 16, 8, 8]
 size_px = 64
 epochs = 6
 batch_size = 2
+augmentation = "none"
 """
 
 
