@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import gc
 import os
@@ -103,6 +104,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Let the garbage collector look no more through what all imports have made, which takes it half a second."""
     gc.freeze()
+    atexit.register(gc.unfreeze)  # so that it is taken apart in the end
 
 
 @pytest.hookimpl(tryfirst=True)
