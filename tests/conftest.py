@@ -47,12 +47,12 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
 PATIENT_FOLDER = "Quagmire_Zebulon"
-# Files that start Ray, the longest first; and folders whose files take long.
+# Files that start Ray, the longest first, without one that runs near the end (storage/test_runs); and folders whose files take long.
 WITH_RAY = tuple(
     f"tests/{name}"
     for name in (
         "integration/test_lost", "integration/test_smoke", "cluster/test_several_nodes", "cluster/test_submit",
-        "storage/test_runs", "cluster/test_engine", "cluster/test_doctor", "cluster/test_connection",
+        "cluster/test_engine", "cluster/test_doctor", "cluster/test_connection",
     )
 )  # fmt: skip
 LONG = ("tests/integration/", "tests/predict/", "tests/train/", "tests/test_")
