@@ -47,7 +47,7 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 # What must never be found in anything that ptxdist writes; the files of `small_dataset` lie below PATIENT_FOLDER.
 PATIENT_NAME, PATIENT_ID, BIRTH_DATE, MAPPED_PATIENT = "Quagmire^Zebulon", "QX7-HOSPITAL-", "19391207", "MAPPED-PERSON-"
 PATIENT_FOLDER = "Quagmire_Zebulon"
-# Files that start Ray, the longest first, without one that runs near the end (storage/test_runs); and folders whose files take long.
+# Files that start Ray, the longest first; not storage/test_runs, which comes when these end. Folders of long files.
 WITH_RAY = tuple(
     f"tests/{name}"
     for name in (
