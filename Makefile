@@ -12,7 +12,7 @@ test: install .venv-s3/.installed
 	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 hosts: install .venv-s3/.installed  # faults on several hosts; needs root and the program `ip`
-	PTXDIST_HOSTS=1 PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -ra --durations 20 tests/integration/test_lost_hosts.py
+	PTXDIST_HOSTS=1 PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -q -ra --durations 20 tests/integration/test_lost_hosts.py tests/integration/test_lost_nodes.py::test_a_node_that_joins_is_taken_in
 
 lint: install
 	$(BIN)/ruff check .
