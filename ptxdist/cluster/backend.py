@@ -1,4 +1,4 @@
-"""How Ray Train's workers become the ranks of one process group: each on the interface of its node, with a timeout.
+"""Ray Train's workers: how many, and how they become one process group, each on its node's interface, with a timeout.
 
 Ray's own backend leaves the interface to gloo and NCCL, and torch's store listens on all addresses of rank 0. Nor need
 the driver and Ray's controller load torch for this one, which takes seconds at each start.
@@ -19,6 +19,7 @@ from ray.train.constants import (
     DEFAULT_TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S,
     TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S,
 )
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 from ptxdist.cluster import network
 
@@ -85,3 +86,16 @@ class GroupConfig(BackendConfig):  # type: ignore[misc]
     def train_func_context(self) -> Callable[[], AbstractContextManager[None]]:
         """What surrounds the training function."""
         return _on_device
+
+
+class FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]
+    """Always the same number of workers, for which nobody is asked to start nodes; for Ray on one machine.
+
+    Ray's own policy starts an actor for that, and waits until it has loaded Ray Data.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        """Ask nobody."""
+
+    def _maybe_send_resource_request(self) -> None:
+        """Ask nobody."""

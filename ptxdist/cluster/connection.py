@@ -166,16 +166,36 @@ def _start_local(cpus: int | None) -> None:
     # ports, so a change in Ray is noticed.
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _node_ip_address=LOOPBACK,
-        )
+        with _without_idle_processes():
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address=LOOPBACK,
+            )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _without_idle_processes() -> Iterator[None]:
+    """Let Ray start no processes that have nothing to do on one machine.
+
+    They start nodes, send logs to the driver, and serve the dashboard, of which Ray starts a part whatever it is told.
+    """
+    from ray._private.node import Node
+
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    before = {name: getattr(Node, name) for name in names if hasattr(Node, name)}  # another Ray may not have them
+    for name in before:
+        setattr(Node, name, lambda self, **words: None)
+    try:
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(Node, name, function)
 
 
 def _prepare_for(address: str) -> None:

@@ -212,11 +212,20 @@ def _trainer(waiting: Waiting) -> type[DataParallelTrainer]:
     """Ray's trainer without its handler of SIGINT, which ends the driver with exit code 0 or after a long wait.
 
     In the main thread, `waiting` gets its controller; in others, a training waits for nodes without a limit. It starts
-    no processes for Ray's data sets, which are not used, and for what `_free_capacity` does.
+    no processes for Ray's data sets, which are not used, for what `_free_capacity` does, and, on this machine alone,
+    for new nodes.
     """
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+    from ptxdist.cluster.backend import FixedWorkers
+
     class Trainer(DataParallelTrainer):  # type: ignore[misc]  # Ray has no types
+        def _initialize_and_run_controller(self, **words: Any) -> Any:
+            """With our own policy where no nodes can be had."""
+            if not on_cluster() and not self.scaling_config.elasticity_enabled:
+                words["scaling_policy"] = FixedWorkers(self.scaling_config)
+            return super()._initialize_and_run_controller(**words)
+
         def _create_default_callbacks(self) -> list[Any]:
             """Those of Ray that do something here."""
             idle = ("DatasetsCallback", "PlacementGroupCleanerCallback")  # by name: another Ray may not have them

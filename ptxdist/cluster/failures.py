@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import sys
 from collections.abc import Sequence
 
 from ptxdist.errors import PtxdistError, TrainingError, lost_rank, remedy
@@ -40,7 +41,6 @@ def verdict(causes: Sequence[BaseException], what: str) -> Exception:
     torch.distributed and of CUDA are RuntimeErrors, those of networks and storage OSErrors; both may be transient. A
     full disk is not.
     """
-    import torch
     from ray.exceptions import RayError
     from ray.train.v2._internal.exceptions import RayTrainError
 
@@ -51,7 +51,7 @@ def verdict(causes: Sequence[BaseException], what: str) -> Exception:
     transient = [
         cause
         for cause in causes
-        if (isinstance(cause, RuntimeError) and not isinstance(cause, torch.OutOfMemoryError))
+        if (isinstance(cause, RuntimeError) and not _is_gpu_memory(cause))
         or (isinstance(cause, OSError) and cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
     ]
     if lost or len(transient) == len(causes):
@@ -59,9 +59,15 @@ def verdict(causes: Sequence[BaseException], what: str) -> Exception:
         return LostError(loss_of((lost or transient)[0]), preempted=preempted)
     cause = next(cause for cause in causes if cause not in transient)
     advice = f"; {found}" if (found := remedy(cause)) else ""
-    if isinstance(cause, torch.OutOfMemoryError):
+    if _is_gpu_memory(cause):
         advice = '; use a smaller train.micro_batch, or, with dice = "batch", more workers or a smaller batch_size'
     return TrainingError(f"{what} stopped: a worker failed with {brief(cause)}{advice}")
+
+
+def _is_gpu_memory(cause: BaseException) -> bool:
+    """Whether a GPU has no memory left; torch, whose error it is, is loaded then and need not be for others."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(cause, torch.OutOfMemoryError)
 
 
 def loss_of(error: BaseException, who: str = "a worker") -> str:

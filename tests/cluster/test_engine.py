@@ -143,7 +143,7 @@ def test_a_real_worker_that_raises_is_not_tried_again_and_its_traceback_is_kept(
         assert loss_of(ActorUnavailableError("late", bytes.fromhex(actor))) == f"a worker on {place} cannot be reached"
         # Each is a process, and most of them load pandas and more of Ray for a second or two.
         assert sorted(actor["ActorClassName"] for actor in actors().values()) == [
-            "Inbox", "RayTrainWorker", "SynchronizationActor", "TrainController", "_AutoscalingCoordinatorActor",
+            "Inbox", "RayTrainWorker", "SynchronizationActor", "TrainController",
         ]  # fmt: skip
     assert tries.read_text() == "x"
     assert events == [Message(text="Ray starts")]
