@@ -207,13 +207,17 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 96 px on `small_cache`, trained once for all test processes; nothing may write to it."""
+    """A run of 96 px on `small_cache`, trained once for all test processes; nothing may write to it.
+
+    Its network is a small one, since many tests load it, and some in processes of their own.
+    """
     from ptxdist.resolve import load_settings
     from ptxdist.run.pipeline import run_pipeline
     from ptxdist.run.plan import plan_run
 
     def make(folder: Path) -> None:
         few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
+        few += ["model.encoder=resnet18", "model.decoder_channels=[32, 16, 16, 8, 8]"]
         settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
         run_pipeline(plan_run(settings, folder / "run"))
 

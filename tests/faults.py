@@ -22,10 +22,11 @@ from ray.cluster_utils import Cluster
 @contextmanager
 def cluster(nodes: int, **head: Any) -> Iterator[Cluster]:
     """A head without CPUs, on which drivers and events run, and `nodes` nodes of one CPU."""
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **head})
+    without = {"include_dashboard": False, "include_log_monitor": False}
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **without, **head})
     try:
         for _ in range(nodes):
-            made.add_node(num_cpus=1, wait=False)
+            made.add_node(num_cpus=1, wait=False, **without)
         made.wait_for_nodes()
         yield made
     finally:

@@ -6,11 +6,13 @@ engine for this process and for those of torchrun, `cluster.engine` the one for 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from ptxdist.config import Settings, StageSettings
+from ptxdist.errors import SettingsError
 from ptxdist.events import OnEvent
 from ptxdist.records import EvaluationResult, Record, StageResult
 from ptxdist.storage.runs import Mirror
@@ -58,3 +60,13 @@ class Engine(Protocol):
 
 
 OpenEngine = Callable[[Settings, Mirror, OnEvent], AbstractContextManager[Engine]]
+
+
+def refuse_other_workers(settings: Settings) -> None:
+    """Raise SettingsError when torchrun has started another number of processes than the settings say."""
+    started, wanted = int(os.environ.get("WORLD_SIZE", "1")), settings.train.workers
+    if started != wanted:
+        raise SettingsError(
+            f"{wanted} workers without Ray are processes of torchrun, which has started {started}: "
+            f"torchrun --nproc-per-node {wanted} -m -- ptxdist train --without-ray --workers {wanted} …"
+        )

@@ -14,24 +14,13 @@ from pathlib import Path
 import torch
 
 from ptxdist.config import Settings
-from ptxdist.errors import SettingsError
 from ptxdist.events import Message, OnEvent
 from ptxdist.records import EvaluationResult, StageResult
-from ptxdist.run.engine import StageTask
+from ptxdist.run.engine import StageTask, refuse_other_workers
 from ptxdist.run.stage import run_evaluation, run_stage
 from ptxdist.rundir import read_stage_result, stage_folder
 from ptxdist.storage.runs import Mirror
 from ptxdist.train.distributed import barrier, process_group
-
-
-def refuse_other_workers(settings: Settings) -> None:
-    """Raise SettingsError when torchrun has started another number of processes than the settings say."""
-    started, wanted = int(os.environ.get("WORLD_SIZE", "1")), settings.train.workers
-    if started != wanted:
-        raise SettingsError(
-            f"{wanted} workers without Ray are processes of torchrun, which has started {started}: "
-            f"torchrun --nproc-per-node {wanted} -m -- ptxdist train --without-ray --workers {wanted} …"
-        )
 
 
 @contextmanager

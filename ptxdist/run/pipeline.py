@@ -30,7 +30,7 @@ from ptxdist.events import Event, Message, OnEvent
 from ptxdist.records import PipelineResult, StageResult
 from ptxdist.report.model_card import made_from
 from ptxdist.report.report import write_report
-from ptxdist.run.engine import Engine, OpenEngine
+from ptxdist.run.engine import Engine, OpenEngine, refuse_other_workers
 from ptxdist.run.environment import environment
 from ptxdist.run.plan import OnProgress, Plan, plan_run
 from ptxdist.run.tracking import Tracker
@@ -264,8 +264,6 @@ def _is_first(engine: OpenEngine | None) -> bool:
 
 
 def _refuse_other_processes(settings: Settings, run: Path | str) -> None:
-    from ptxdist.run.local import refuse_other_workers  # loads torch
-
     refuse_other_workers(settings)
     if is_remote(run) and settings.train.workers > 1:
         raise SettingsError(f"{run} is written by one process or with Ray; leave out --without-ray")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -22,18 +23,26 @@ def test_a_ray_of_the_caller_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.slow
-def test_workers_have_our_priority_and_signals_are_handled_when_ray_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray's core leaves the system's default for SIGTERM, by which a command would end without a word."""
+def test_ray_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It listens on loopback only, starts no idle processes, and its workers have our priority.
+
+    Signals are handled when it has ended: its core leaves the system's default for SIGTERM, by which a command would
+    end without a word.
+    """
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.delenv("RAY_worker_niceness", raising=False)
     program = """
-import os, signal, sys, time
+import json, os, psutil, signal, sys, time
 from ptxdist import interrupts
 from ptxdist.cluster.connection import connection
 interrupts.install()
 with connection(None, cpus=1):
     import ray
-    print(ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0))
+    niceness = ray.get(ray.remote(lambda: os.nice(0)).remote()) - os.nice(0)
+    me = psutil.Process()
+    below = me.children(recursive=True)
+    heard = {one.laddr.ip for each in (me, *below) for one in each.net_connections("inet") if one.status == "LISTEN"}
+    print(json.dumps([niceness, sorted(heard), [" ".join(each.cmdline()) for each in below]]))
 try:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(30)
@@ -41,4 +50,10 @@ except KeyboardInterrupt as error:
     sys.exit(error.exit_code)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
-    assert (done.returncode, done.stdout) == (143, "0\n"), done.stderr
+    assert done.returncode == 143, done.stderr
+    niceness, heard, processes = json.loads(done.stdout)
+    assert niceness == 0
+    assert heard
+    assert {*heard} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert any("gcs_server" in words for words in processes)
+    assert not any(name in words for words in processes for name in ("monitor.py", "dashboard.py")), processes

@@ -145,19 +145,3 @@ def test_the_command_prints_a_table_and_its_json_and_ends_with_11_if_anything_is
     findings = json.loads(done.stdout)["findings"]
     assert {item["check"] for item in findings if item["state"] == "wrong"} == {"cache"}
     assert all(item["advice"] for item in findings if item["state"] != "ok")
-
-
-def test_ray_on_this_machine_listens_on_loopback_only() -> None:
-    code = (
-        "import ray, psutil; from ptxdist.cluster.connection import connection\n"
-        "with connection(None, cpus=1):\n"
-        "    ray.get(ray.remote(lambda: 1).remote())\n"
-        "    me = psutil.Process()\n"
-        "    for process in [me, *me.children(recursive=True)]:\n"
-        "        for one in process.net_connections(kind='inet'):\n"
-        "            if one.status == 'LISTEN': print(one.laddr.ip)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
-    heard = set(done.stdout.split())
-    assert heard
-    assert heard <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}

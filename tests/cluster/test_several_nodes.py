@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -154,36 +151,3 @@ def test_every_node_of_a_sound_cluster_is_green(
                   "all-reduce, gloo"):  # fmt: skip
         assert len(states(findings, check)) == 3, check
     assert list(tmp_path.iterdir()) == [], "no file is left behind"
-
-
-CLUSTER = """
-import sys
-from ray.cluster_utils import Cluster
-
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-print(cluster.address, flush=True)
-sys.stdin.read()
-cluster.shutdown()
-"""
-
-
-def test_a_token_is_not_sent_to_a_cluster_that_wants_none(tmp_path: Path) -> None:
-    """Such a cluster takes the token, but its actors die at once, Ray Train's among them.
-
-    The cluster has a process of its own: in this one, Ray keeps the mode with which it was first loaded.
-    """
-    token = tmp_path / "token"
-    token.write_text("0123456789abcdef0123456789abcdef")
-    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(token)}
-    environment.pop("RAY_AUTH_MODE", None)
-    with subprocess.Popen(
-        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "RAY_AUTH_MODE": "disabled"},
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        address = next(line.strip() for line in process.stdout if line.strip()[-1:].isdecimal())
-        command = [sys.executable, "-m", "ptxdist", "doctor", "--address", address, "--json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=180)
-        process.communicate("")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0123456789abcdef" not in done.stdout + done.stderr

@@ -200,6 +200,15 @@ def test_the_command_finds_its_token_where_the_cluster_wants_one(
     assert verify(tmp_path / "cache") == []
 
 
+@without_token
+def test_a_token_is_not_sent_to_a_cluster_that_wants_none(head: tuple[str, str]) -> None:
+    """Such a cluster takes the token, but its actors die at once, Ray Train's among them."""
+    command = [sys.executable, "-m", "ptxdist", "doctor", "--address", head[1], "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
 @with_token
 def test_a_wrong_or_missing_token_is_one_sentence(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
