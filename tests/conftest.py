@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import csv
 import gc
+import multiprocessing
 import os
 import signal
 import sys
@@ -41,6 +42,8 @@ SetTags = Callable[[FileDataset, Mapping[str, object]], None]
 # A shell's background jobs ignore SIGINT, those of nohup SIGHUP, and so would the commands that the tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# What takes seconds to import is imported once, by the process from which all with "forkserver" are forked.
+multiprocessing.set_forkserver_preload(["torch._dynamo", "ptxdist.cache.preprocess", "ptxdist.train.loop"])
 os.environ.update(RAY_worker_niceness="0")  # else Ray's workers yield to the other test processes
 REAL = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 

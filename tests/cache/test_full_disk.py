@@ -19,7 +19,6 @@ from ptxdist.cache.verify import verify
 from ptxdist.errors import PtxdistError, StoreError
 
 FORKS = multiprocessing.get_context("forkserver")  # starts processes quickly
-FORKS.set_forkserver_preload(["ptxdist.cache.preprocess"])
 
 
 @pytest.fixture

@@ -27,7 +27,6 @@ from ptxdist.cache.verify import verify
 from ptxdist.errors import StoreError
 
 FORKS = multiprocessing.get_context("forkserver")  # starts processes quickly
-FORKS.set_forkserver_preload(["ptxdist.cache.preprocess"])
 
 
 def run_until(dicom: Path, labels: Path, patients: Path, out: Path, stop_at: int, log: Path) -> None:

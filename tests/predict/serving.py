@@ -31,7 +31,8 @@ DICOM = {"Content-Type": "application/dicom"}
 def make_predictor(point: OperatingPoint, size_px: int = 64) -> Predictor:
     """A predictor of an untrained network, always the same; its card has what predicting reads."""
     torch.manual_seed(3)
-    pipeline = load_settings("smoke").pipeline
+    small = ["model.encoder=resnet18", "model.decoder_channels=[32, 16, 16, 8, 8]"]
+    pipeline = load_settings("smoke", assignments=small).pipeline
     card = ModelCard.model_construct(
         name="<b>untrained</b>", size_px=size_px, preprocessing=TRANSFORM, precision="fp32", flip_averaging=True,
         operating_point=point, operating_point_from="", pipeline=pipeline, fingerprint="", weights_sha256="0" * 64,

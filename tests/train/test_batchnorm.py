@@ -1,6 +1,5 @@
 """Real gloo processes, started once for each number of ranks; each test compares one thing they computed."""
 
-import multiprocessing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -118,7 +117,6 @@ def on_rank(rank: int, ranks: int, folder: Path) -> None:
 @pytest.fixture(scope="module", params=sorted(SHARES), ids=lambda ranks: f"{ranks} ranks")
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
     folder, ranks = tmp_path_factory.mktemp("ranks"), request.param
-    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # what takes seconds to import is imported once
     torch.multiprocessing.start_processes(on_rank, (ranks, folder), nprocs=ranks, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 

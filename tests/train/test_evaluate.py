@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import shutil
 import sys
 from collections import Counter
@@ -198,7 +197,6 @@ def test_ranks_together_write_what_one_process_writes(
     folds: Path, evaluated: tuple[Path, EvaluationResult], tmp_path: Path
 ) -> None:
     """20 cases are three blocks: the second rank has one of them."""
-    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # imported once for all processes
     torch.multiprocessing.start_processes(on_rank, (2, folds, tmp_path), nprocs=2, start_method="forkserver")
     one, two = evaluated[0], tmp_path / "0" / "evaluation"
     for name in (CASES, PREDICTIONS, HISTOGRAMS):

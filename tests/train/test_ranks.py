@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +147,6 @@ def on_rank(rank: int, cache: Path, long_cache: Path, folder: Path) -> None:
 def together(cache: Path, long_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the four processes left."""
     folder = tmp_path_factory.mktemp("ranks")
-    multiprocessing.set_forkserver_preload(["torch._dynamo"])  # what takes seconds to import is imported once
     torch.multiprocessing.start_processes(on_rank, (cache, long_cache, folder), nprocs=4, start_method="forkserver")
     return folder
 
