@@ -102,16 +102,19 @@ class _Processes:
             return
         with interrupts.deferred():  # half freed, its semaphores would be reported as lost
             pool, self.pool = self.pool, None
+            # It waits: the caller may release its lock next, and no worker may still write. Nor may this process end
+            # while a thread of the pool still frees its semaphores.
+            ending = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True})
+            ending.start()
             if interrupts.arrived():
                 from multiprocessing import active_children
 
-                pool.shutdown(wait=False, cancel_futures=True)
                 end = time.monotonic() + _PATIENCE_S
                 for process in active_children():
                     process.join(max(0.0, end - time.monotonic()))
                     process.kill()
                     process.join()
-            pool.shutdown(cancel_futures=True)  # the caller may release its lock next: no worker may still write
+            ending.join()
 
     def _start(self) -> ProcessPoolExecutor:
         if self.pool is None:

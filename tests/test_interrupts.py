@@ -186,8 +186,16 @@ def test_a_command_says_one_sentence(number: signal.Signals, later_s: float | No
 
 
 def test_a_signal_to_all_processes_of_a_command_is_said_once(tmp_path: Path) -> None:
-    """As Ctrl-C in a terminal; worker processes get it while they start."""
-    command = [sys.executable, "-m", "ptxdist", "phantom", str(tmp_path / "out"), "--cases", "2000", "--workers", "2"]
+    """As Ctrl-C in a terminal; worker processes get it while they start.
+
+    Semaphores are freed slowly, as on a busy machine: the process must not end meanwhile, with one half freed.
+    """
+    program = (
+        "import time; from multiprocessing import resource_tracker as tracker; from ptxdist.__main__ import main\n"
+        "free = tracker.unregister; tracker.unregister = lambda *words: (time.sleep(0.05), free(*words)); main()"
+    )
+    words = ["phantom", str(tmp_path / "out"), "--cases", "2000", "--workers", "2"]
+    command = [sys.executable, "-c", program, *words]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None and len(children.read_text().split()) < 3:  # the third one tracks semaphores
