@@ -31,7 +31,7 @@ def one_stage(folder: Path) -> Path:
 def train_words(work: Path, run: Path, workers: int = 2, *, inside: bool = False) -> list[str | Path | int]:
     """The smoke pipeline with a small network, thirteen steps an epoch; with `inside`, it writes the checkpoint INSIDE.
 
-    The network is that of tests/small_network, which has to be on PYTHONPATH.
+    The network is that of tests/small_network.
     """
     words = ["train", "--pipeline", "smoke", "--workers", workers, "--data", work / "cache", "--run", run]
     # Without augmentation, since loading albumentations takes a second in each process.

@@ -25,11 +25,13 @@ from locking import made_once
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import ExplicitVRLittleEndian, JPEGBaseline8Bit, SecondaryCaptureImageStorage
+from tiny_encoder import TINY
 from xdist.scheduler import LoadFileScheduling
 
 from ptxdist.cache.preprocess import PreprocessResult, preprocess
 from ptxdist.labels import rle
 from ptxdist.storage import caches
+from ptxdist.train.encoders import ENCODERS
 
 pytest_plugins = ("dicom_files", "tiny_caches")  # fixtures of several folders, in files of their own
 
@@ -208,6 +210,15 @@ def small_cache(small_dataset: Dataset, tmp_path_factory: pytest.TempPathFactory
     return out, preprocess(data.dicom, data.labels, out, patients=data.patients, sizes_px=(64, 96))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_network() -> Iterator[None]:
+    """`model.encoder = "small"` is known here, and in every process that a test starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENCODERS, "small", TINY)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "small_network"), prepend=os.pathsep)
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of 96 px on `small_cache`, trained once for all test processes; nothing may write to it.
@@ -220,7 +231,7 @@ def finished_run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: p
 
     def make(folder: Path) -> None:
         few = [f"stages.{n}.{setting}" for n in (1, 2) for setting in ("epochs=1", "threshold=0.45")]
-        few += ["model.encoder=resnet18", "model.decoder_channels=[32, 16, 16, 8, 8]"]
+        few += ["model.encoder=small", "model.decoder_channels=[32, 16, 16, 8, 8]"]
         settings = load_settings("smoke", assignments=few, options={"data.cache": str(small_cache[0])})
         run_pipeline(plan_run(settings, folder / "run"))
 

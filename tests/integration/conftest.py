@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,14 +14,6 @@ from ptxdist import locks
 from ptxdist.cache.preprocess import preprocess
 from ptxdist.phantoms.dataset import write_phantoms
 from ptxdist.rundir import RESULT, read_result
-
-
-@pytest.fixture(scope="session", autouse=True)
-def small_network() -> Iterator[None]:
-    """Every command that these tests start knows the small network."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "small_network"), prepend=os.pathsep)
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 from commands import wait_for
-from tiny_encoder import TINY
 
 from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import run_pipeline
 from ptxdist.run.plan import plan_run
 from ptxdist.rundir import read_result, stage_folder
-from ptxdist.train.encoders import ENCODERS
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +26,6 @@ def test_a_full_disk_a_kill_and_a_damaged_checkpoint_cost_no_bit(work: Path, mon
         "[model]\nencoder = 'small'\nencoder_weights = 'none'\n"
         "[[stages]]\nsize_px = 64\nepochs = 3\nbatch_size = 8\nswa_epochs = 2\n"
     )
-    monkeypatch.setitem(ENCODERS, "small", TINY)
     whole = run_pipeline(
         plan_run(load_settings(str(pipeline), options={"data.cache": str(work / "cache")}), work / "whole" / "three"),
         on_event=cannot_show,

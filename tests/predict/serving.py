@@ -31,7 +31,7 @@ DICOM = {"Content-Type": "application/dicom"}
 def make_predictor(point: OperatingPoint, size_px: int = 64) -> Predictor:
     """A predictor of an untrained network, always the same; its card has what predicting reads."""
     torch.manual_seed(3)
-    small = ["model.encoder=resnet18", "model.decoder_channels=[32, 16, 16, 8, 8]"]
+    small = ["model.encoder=small", "model.decoder_channels=[32, 16, 16, 8, 8]"]
     pipeline = load_settings("smoke", assignments=small).pipeline
     card = ModelCard.model_construct(
         name="<b>untrained</b>", size_px=size_px, preprocessing=TRANSFORM, precision="fp32", flip_averaging=True,

@@ -6,7 +6,6 @@ import csv
 import functools
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import onnxruntime
 import pytest
 import torch
 from serving import make_predictor
-from tiny_encoder import TINY
 
 from ptxdist import Predictor
 from ptxdist.cache.preprocess import PreprocessResult
@@ -33,25 +31,22 @@ from ptxdist.resolve import load_settings
 from ptxdist.run.pipeline import run_pipeline
 from ptxdist.run.plan import plan_run
 from ptxdist.rundir import CASES, EVALUATION, PREDICTIONS
-from ptxdist.train.encoders import ENCODERS
 
 SIZE_PX = 96
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def run(small_cache: tuple[Path, PreprocessResult], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a small network with an image head, as `finished_run`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "small", TINY)
-        assignments = (
-            "model.encoder=small", "model.decoder_channels=[8, 4, 4, 4, 4]", "model.image_head=true",
-            "stages.2.threshold=0.45", "stages.*.learning_rate=0.01", "train.precision=fp32", "train.device=cpu",
-        )  # fmt: skip
-        settings = load_settings("smoke", assignments=assignments, options={"data.cache": str(small_cache[0])})
-        folder = tmp_path_factory.mktemp("headed") / "run"
-        run_pipeline(plan_run(settings, folder))
-        yield folder
+    assignments = (
+        "model.encoder=small", "model.decoder_channels=[8, 4, 4, 4, 4]", "model.image_head=true",
+        "stages.2.threshold=0.45", "stages.*.learning_rate=0.01", "train.precision=fp32", "train.device=cpu",
+    )  # fmt: skip
+    settings = load_settings("smoke", assignments=assignments, options={"data.cache": str(small_cache[0])})
+    folder = tmp_path_factory.mktemp("headed") / "run"
+    run_pipeline(plan_run(settings, folder))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -366,10 +366,11 @@ def test_the_command_serves_stores_nothing_names_nobody_and_ends_with_ctrl_c(
 ) -> None:
     for name in ("here", "tmp"):
         (tmp_path / name).mkdir()
+    paths = [str(Path(__file__).parents[2]), os.environ["PYTHONPATH"]]
     command = [sys.executable, "-m", "ptxdist", "serve", str(finished_run), "--port", "0", "--device", "cpu"]
     process = subprocess.Popen(
         [*command, "--json"], cwd=tmp_path / "here", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": os.pathsep.join(paths)},
     )  # fmt: skip
     try:
         assert process.stdout

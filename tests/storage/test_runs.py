@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -165,7 +164,6 @@ def words(s3: Proxy, url: str, small_cache, tmp_path: Path, monkeypatch: pytest.
     with working_cache(cache) as folder:
         shutil.copytree(small_cache[0], folder, dirs_exist_ok=True)
     (tmp_path / "tiny.toml").write_text(PIPELINE)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "small_network"), prepend=os.pathsep)
     return ["train", "--pipeline", tmp_path / "tiny.toml", "--data", cache, "--run", url]
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_encoder import TINY
 from torch import Tensor, nn
 
 from ptxdist.config import Transform
-from ptxdist.train.encoders import ENCODERS, Encoder
 
 
 class SmallNet(nn.Module):
@@ -34,14 +32,6 @@ def small_net() -> Callable[[], nn.Module]:
         return SmallNet()
 
     return make
-
-
-@pytest.fixture(scope="session", autouse=True)
-def tiny_encoder() -> Iterator[Encoder]:
-    """`model.encoder = "small"` is known in these tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ENCODERS, "small", TINY)
-        yield TINY
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from tiny_encoder import TINY
 
 from ptxdist.config import ModelSettings, PipelineSettings, Settings, StageSettings
 from ptxdist.errors import CheckpointError, SettingsError
 from ptxdist.train.choices import refuse_unknown
-from ptxdist.train.encoders import ENCODERS, Encoder, chosen
+from ptxdist.train.encoders import ENCODERS, chosen
 from ptxdist.train.features import STRIDES, Features
 from ptxdist.train.unet import UNet, build_unet
 
@@ -91,12 +92,12 @@ def test_weights_of_its_own_come_from_a_file_and_others_are_refused(tmp_path: Pa
 
 
 def test_imagenet_weights_are_those_of_the_entry_if_it_has_any(
-    tiny_encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(CheckpointError, match="no ImageNet weights of five convolutions"):
         build(encoder_weights="imagenet")
-    state = {name: torch.ones_like(value) for name, value in tiny_encoder.build().state_dict().items()}
-    monkeypatch.setitem(ENCODERS, "small", replace(tiny_encoder, imagenet=lambda: state))
+    state = {name: torch.ones_like(value) for name, value in TINY.build().state_dict().items()}
+    monkeypatch.setitem(ENCODERS, "small", replace(TINY, imagenet=lambda: state))
     assert all(bool((value == 1).all()) for value in build(encoder_weights="imagenet").encoder.parameters())
 
 
