@@ -90,8 +90,8 @@ def raise_limit(error: BaseException) -> None:
     """
     found: BaseException | None = error
     while found is not None:
-        for number in LIMITS:  # a library that cannot be loaded says so in words
-            is_words = isinstance(found, ImportError) and os.strerror(number) in str(found)
+        for number in LIMITS:  # a library that cannot be loaded says so in words, and so does torch
+            is_words = isinstance(found, ImportError | RuntimeError) and os.strerror(number) in str(found)
             if is_words or (isinstance(found, OSError) and found.errno == number):
                 raise OSError(number, os.strerror(number)) from error
         found = found.__cause__ or found.__context__

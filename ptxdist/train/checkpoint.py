@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ptxdist import files
-from ptxdist.errors import CheckpointError, remedy
+from ptxdist.errors import CheckpointError, raise_limit, remedy
 
 _STATE = "state.json"
 _DAMAGED = (CheckpointError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -63,6 +63,15 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         advice = f"remove {path.parent} and rerun the same `ptxdist train`, which retrains this stage"
         files.refuse_damaged(path, sha256, advice, CheckpointError)
     return _read(path)
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a .safetensors file; SafetensorError when it is damaged, else OSError, or RuntimeError of torch."""
+    try:
+        return dict(load_file(path))
+    except FileNotFoundError:  # what safetensors says of any file that it cannot open
+        path.open("rb").close()
+        raise
 
 
 def refuse_other_model(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
@@ -219,8 +228,9 @@ def _load(path: Path) -> TrainingState:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return dict(load_file(path))
-    except (OSError, SafetensorError) as error:
+        return load_tensors(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise_limit(error)
         raise CheckpointError(f"{path} is missing or damaged: {error}") from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptxdist.config import ModelSettings, nearest
-from ptxdist.errors import CheckpointError, SettingsError, reason
+from ptxdist.errors import CheckpointError, SettingsError, raise_limit, reason
 from ptxdist.train import pretrained
 
 if TYPE_CHECKING:
@@ -147,8 +147,10 @@ _TIMM = "timm/"
 
 def read_weights(path: Path) -> State:
     """The state dict in a file, .safetensors or of torch, without running code; CheckpointError when there is none."""
-    import safetensors.torch
     import torch
+    from safetensors import SafetensorError
+
+    from ptxdist.train.checkpoint import load_tensors
 
     if not path.is_file():
         raise CheckpointError(
@@ -156,10 +158,11 @@ def read_weights(path: Path) -> State:
         )
     try:
         if path.suffix == ".safetensors":
-            state = safetensors.torch.load_file(path)
+            state: object = load_tensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (*_UNREADABLE, safetensors.SafetensorError) as error:
+    except (*_UNREADABLE, SafetensorError) as error:
+        raise_limit(error)
         raise CheckpointError(
             f"{path}: cannot be read as weights (.pth, .pt or .safetensors): {reason(error)}"
         ) from error

@@ -20,19 +20,20 @@ from ptxdist.cache import scan
 from ptxdist.cache.verify import verify
 from ptxdist.cli import cli
 from ptxdist.dicom.guard import PassingError, guarded
-from ptxdist.errors import CatalogError, DicomError, StoreError
+from ptxdist.errors import CatalogError, CheckpointError, DicomError, StoreError
 from ptxdist.predict.inputs import find_inputs
+from ptxdist.train import checkpoint, encoders
 
 SENTENCE = "Too many open files; raise the limit of open files (`ulimit -n`)"
 
 
 @contextmanager
-def no_more_files() -> Iterator[None]:
-    """This process can open nothing in the block."""
+def no_more_files(but: int = 0) -> Iterator[None]:
+    """This process can open nothing in the block, or only so many files at once."""
     number = os.open("/dev/null", os.O_RDONLY)
     os.close(number)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number + but, hard))
     try:
         yield
     finally:
@@ -116,6 +117,18 @@ def test_no_file_is_rejected_skipped_or_called_damaged(small_cache, many_dataset
             call()
     with pytest.raises(CatalogError, match="ulimit -n"), no_more_files():
         find_inputs([folder])
+
+
+def test_weights_are_not_called_missing_or_damaged(finished_run: Path, tmp_path: Path) -> None:
+    """safetensors opens the file twice, and says that there is none; torch says it in its own words."""
+    weights = next(finished_run.glob("stages/2-*/best.safetensors"))
+    for read in (checkpoint.read_weights, encoders.read_weights):
+        for but in (0, 1):
+            with pytest.raises(OSError, match="Too many open files"), no_more_files(but):
+                read(weights)
+        assert read(weights)
+    with pytest.raises(CheckpointError, match=r"none\.safetensors is missing or damaged"):
+        checkpoint.read_weights(tmp_path / "none.safetensors")
 
 
 def test_a_limit_is_found_behind_what_a_decoder_made_of_it() -> None:
