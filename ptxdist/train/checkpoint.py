@@ -66,7 +66,7 @@ def read_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a .safetensors file; SafetensorError when it is damaged, else OSError, or RuntimeError of torch."""
+    """The tensors in a .safetensors file; SafetensorError when it is damaged, OSError, or torch's RuntimeError."""
     try:
         return dict(load_file(path))
     except FileNotFoundError:  # what safetensors says of any file that it cannot open
