@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, suppress
-from importlib.machinery import ExtensionFileLoader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -29,6 +28,7 @@ NOTHING_KEPT = "interrupted; nothing was left half done"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TERMINAL = (signal.SIGINT, signal.SIGHUP)  # what a terminal sends to all processes of a command
 _AGAIN_S = 0.01
+_IMPORT = "<frozen importlib._bootstrap_external>"
 _ignored: set[signal.Signals] = set()
 _first: list[int] = []  # the number of the first signal, when one has arrived
 _due = False  # whether it still has to be raised
@@ -157,17 +157,17 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         _first.append(number)
         _due = True
         _thread.start_new_thread(_end_later, (number,))
-    if _due and _in_native_import(frame):
+    if _due and _in_import(frame):
         _thread.start_new_thread(_again, ())
     elif not _deferring:
         _raise_due()
 
 
-def _in_native_import(frame: FrameType | None) -> bool:
-    """Whether native code is being imported: what it calls must not raise, else the process aborts."""
+def _in_import(frame: FrameType | None) -> bool:
+    """Whether a module is being imported: its own `except:` may take what is raised, and native code aborts at it."""
     while frame is not None:
-        is_load = frame.f_code.co_name in ("create_module", "exec_module")
-        if is_load and isinstance(frame.f_locals.get("self"), ExtensionFileLoader):
+        code = frame.f_code
+        if code.co_name in ("create_module", "exec_module") and code.co_filename == _IMPORT:
             return True
         frame = frame.f_back
     return False

@@ -93,17 +93,22 @@ except KeyboardInterrupt as error:
     assert (code, out, err) == (143, "", "")
 
 
-def test_native_code_is_imported_to_the_end() -> None:
-    """What it is given to call may not raise: Triton's enums ended the process with -6."""
-    code, out, err = outcome("""
-from importlib.machinery import ExtensionFileLoader
-class Native(ExtensionFileLoader):
-    def exec_module(self, module):
-        os.kill(os.getpid(), 15)
-        time.sleep(0.05)
-        print("imported")
+@pytest.mark.parametrize("native", [True, False])
+def test_a_module_is_imported_to_the_end(native: bool, tmp_path: Path) -> None:
+    """What native code calls may not raise: Triton's enums ended the process with -6. A module may catch what is."""
+    (tmp_path / "library.py").write_text(
+        "import os, time\ntry:\n    os.kill(os.getpid(), 15); time.sleep(0.05); print('imported')\nexcept: pass\n"
+    )
+    load = (
+        "importlib._bootstrap_external._imp.exec_dynamic = lambda module: runpy.run_path(FILE)\n"
+        "    importlib.machinery.ExtensionFileLoader('library', 'library.so').exec_module(None)"
+    )
+    code, out, err = outcome(f"""
+import importlib.machinery, runpy
+FILE = {str(tmp_path / "library.py")!r}
+sys.path.insert(0, {str(tmp_path)!r})
 try:
-    Native("native", "native.so").exec_module(None)
+    {load if native else "import library"}
     time.sleep(30)
 except KeyboardInterrupt as error:
     sys.exit(error.exit_code)
